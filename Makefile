@@ -1,0 +1,46 @@
+# One-command set-up, demo and tests. `make help` lists what there is.
+# A second call is quick: the stamps are renewed only when a requirements file changes.
+
+PYTHON ?= python3
+VENV   ?= .venv
+PY      = $(VENV)/bin/python
+
+# Extra words for pip (for example an index with CPU-only builds of torch), pytest and the demo.
+PIP_ARGS    ?=
+PYTEST_ARGS ?=
+DEMO_ARGS   ?=
+
+STAMP     = $(VENV)/.requirements
+STAMP_DEV = $(VENV)/.requirements-dev
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test lint
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) PIP_ARGS= PYTEST_ARGS= DEMO_ARGS="
+
+setup: $(STAMP)  ## create .venv and install requirements.txt (several GB: torch)
+
+demo: $(STAMP)  ## set-up, then pretrain and evaluate on the embedded demo set; the report is runs/demo/report.html
+	$(PY) -m downstream.demo $(DEMO_ARGS)
+
+test: lint  ## set-up, ruff, then the whole test suite
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP_DEV)  ## ruff only
+	$(PY) -m ruff check .
+
+$(STAMP): requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "error: Python 3.10 or newer is needed; name one with: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+	  { echo "error: '$(PYTHON) -m venv' failed; on Debian and Ubuntu install the package python3-venv" >&2; exit 1; }
+	$(PY) -m pip install --disable-pip-version-check $(PIP_ARGS) -r requirements.txt
+	@touch $@
+
+$(STAMP_DEV): requirements-dev.txt $(STAMP)
+	$(PY) -m pip install --disable-pip-version-check $(PIP_ARGS) -r requirements-dev.txt
+	@touch $@
