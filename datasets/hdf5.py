@@ -1,0 +1,163 @@
+"""Reading the HDF5 files in which labelled point-cloud sets are published, with errors that say what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from utils.errors import DataError, UserError
+
+CHECK_COMMAND = "python -m data.check_data"
+SPLITS = ("train", "test")
+
+
+def check_split(split: str) -> str:
+    """Return ``split`` if it is ``"train"`` or ``"test"``.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
+    return split
+
+
+def read_hdf5(path: Path, keys: Sequence[str], *, get: str = CHECK_COMMAND) -> dict[str, np.ndarray]:
+    """Read whole arrays from one HDF5 file, which is opened read-only.
+
+    Args:
+        path: the file.
+        keys: names of the arrays wanted.
+        get: command that gets or checks the file; it closes every error message.
+
+    Raises:
+        DataError: the file is missing, truncated or no HDF5 file, or lacks one of ``keys``.
+    """
+    wanted = "an HDF5 file with the arrays " + ", ".join(f"'{key}'" for key in keys)
+    if not path.is_file():
+        raise DataError(f"{path} is missing; expected {wanted}. Get it: {get}")
+    try:
+        with h5py.File(path, "r") as file:
+            for key in keys:
+                if not isinstance(file.get(key), h5py.Dataset):
+                    found = ", ".join(f"'{name}'" for name in file) or "nothing"
+                    problem = f"{path} has no array '{key}' (it holds {found})"
+                    raise DataError(f"{problem}; expected {wanted}. Check it: {get}")
+            return {key: file[key][()] for key in keys}
+    except (OSError, RuntimeError) as error:  # h5py: OSError for damage, RuntimeError for some broken heaps
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        problem = f"{path} cannot be read, it may be truncated ({reason})"
+        raise DataError(f"{problem}; expected {wanted}. Get it: {get}") from error
+
+
+def read_labelled_clouds(
+    path: Path, *, num_classes: int | None, num_points: int | None = None, get: str = CHECK_COMMAND
+) -> tuple[np.ndarray, np.ndarray]:
+    """Read the arrays ``data`` and ``label`` of one file and check them.
+
+    Args:
+        path: the file; ``data`` is (n, N, 3) float16 to float64, ``label`` is (n,) or (n, 1).
+        num_classes: labels must be below it; None takes any label from 0 on.
+        num_points: keep the first rows of every cloud, as is the field's habit; None keeps all N.
+        get: command named in errors.
+
+    Returns:
+        points: (n, num_points or N, 3) float32, not normalised.
+        labels: (n,) int64.
+
+    Raises:
+        DataError: something in the file is not as described, or a coordinate is not finite.
+        UserError: ``num_points`` is larger than the clouds.
+    """
+    arrays = read_hdf5(path, ("data", "label"), get=get)
+    points, labels = arrays["data"], arrays["label"]
+
+    def wrong(what: str) -> DataError:
+        return DataError(f"{path}: {what}. Check it: {get}")
+
+    if points.ndim != 3 or points.shape[2] != 3 or points.dtype.kind != "f":
+        raise wrong(f"'data' must be (n, N, 3) floating point, it is {points.shape} {points.dtype}")
+    count, size, _ = points.shape
+    if not (labels.shape == (count,) or labels.shape == (count, 1)):
+        raise wrong(f"'label' must be ({count},) or ({count}, 1), one per cloud of 'data', it is {labels.shape}")
+    if count == 0 or size == 0:
+        raise wrong("it holds no clouds" if count == 0 else "its clouds hold no points")
+    if num_points is not None:
+        if num_points < 1:
+            raise UserError(f"the number of points must be at least 1, got {num_points}")
+        if num_points > size:
+            raise UserError(f"{num_points} points wanted (--num_points), but the clouds of {path} have {size}")
+        points = points[:, :num_points]
+    points = np.ascontiguousarray(points, dtype=np.float32)
+    bad = np.flatnonzero(~np.isfinite(points).all(axis=(1, 2)))
+    if len(bad):
+        raise wrong(f"{len(bad)} of {count} clouds have coordinates that are not finite, the first is cloud {bad[0]}")
+    labels = labels.reshape(count)
+    numbers = labels.astype(np.int64) if labels.dtype.kind in "iuf" and np.isfinite(labels).all() else None
+    if numbers is None or (numbers != labels).any() or numbers.min() < 0:
+        raise wrong("'label' must hold whole numbers from 0 on")
+    if num_classes is not None and numbers.max() >= num_classes:
+        raise wrong(f"'label' must be below {num_classes}, it goes up to {numbers.max()}")
+    return points, numbers
+
+
+class LabelledClouds(Dataset):
+    """Labelled clouds of one split, held in memory.
+
+    Attributes:
+        points: (n, N, 3) float32, as stored in the files.
+        labels: (n,) int64.
+        class_names: name of every label value; a label is an index into it.
+        files: the files read, in order.
+        split: ``"train"`` or ``"test"``.
+        official_sizes: clouds per split of the published set, where that is known.
+    """
+
+    official_sizes: dict[str, int] = {}
+
+    def __init__(
+        self,
+        files: Sequence[Path],
+        split: str,
+        *,
+        class_names: Sequence[str] | None,
+        num_points: int | None,
+        transform: Callable[[Tensor], Tensor] | None,
+        get: str,
+    ) -> None:
+        """Read ``files``; see :func:`read_labelled_clouds` for the arguments and errors."""
+        num_classes = None if class_names is None else len(class_names)
+        parts = [read_labelled_clouds(f, num_classes=num_classes, num_points=num_points, get=get) for f in files]
+        sizes = {points.shape[1] for points, _ in parts}
+        if len(sizes) > 1:
+            names = ", ".join(f"{f.name}: {points.shape[1]}" for f, (points, _) in zip(files, parts, strict=True))
+            raise DataError(f"{files[0].parent} mixes clouds of different size ({names}). Check it: {get}")
+        self.points = np.concatenate([points for points, _ in parts])
+        self.labels = np.concatenate([labels for _, labels in parts])
+        if class_names is None:
+            class_names = [f"class {number}" for number in range(int(self.labels.max()) + 1)]
+        self.class_names = tuple(class_names)
+        self.files = tuple(files)
+        self.split = split
+        self.transform = transform
+
+    def __len__(self) -> int:
+        """Return the number of clouds."""
+        return len(self.points)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """Return one cloud, (N, 3) float32, and its label; the cloud is a copy."""
+        points = torch.from_numpy(self.points[index].copy())
+        return (points if self.transform is None else self.transform(points)), int(self.labels[index])
+
+    def __repr__(self) -> str:
+        """Say what was read."""
+        classes = len(np.unique(self.labels))
+        size = self.points.shape[1]
+        return f"{type(self).__name__}({self.split}: {len(self)} clouds of {size} points, {classes} classes)"

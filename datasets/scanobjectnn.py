@@ -1,0 +1,109 @@
+"""ScanObjectNN (Uy et al., ICCV 2019): objects cut out of indoor scans, 15 classes, 2,048 points each.
+
+The set has several variants whose accuracies differ by many points, and files of the same name that mean different
+things, so the variant is always named and the file read is kept in ``source``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+
+from datasets.hdf5 import CHECK_COMMAND, LabelledClouds, check_split
+from utils.errors import DataError, UserError
+
+GET = f"bash data/download_data.sh scanobjectnn (what is there: {CHECK_COMMAND})"
+CLASSES = "bag bin box cabinet chair desk display door shelf table bed pillow sink sofa toilet".split()
+
+# Variant -> (folder, ending of the official file name). With and without background; the PB variants move and turn the
+# bounding box of each object (25 or 50 % translation, rotation R, scale S).
+VARIANTS = {
+    "OBJ_BG": ("main_split", ""),
+    "OBJ_ONLY": ("main_split_nobg", ""),
+    "PB_T25": ("main_split", "_augmented25_norot"),
+    "PB_T25_R": ("main_split", "_augmented25rot"),
+    "PB_T50_R": ("main_split", "_augmentedrot"),
+    "PB_T50_RS": ("main_split", "_augmentedrot_scale75"),
+}
+_OFFICIAL_SPLIT = {"train": "training", "test": "test"}
+_PARENTS = (".", "h5_files", "ScanObjectNN", "ScanObjectNN/h5_files", "scanobjectnn", "scanobjectnn/h5_files")
+
+
+def resolve_variant(name: str) -> str:
+    """Return the variant's full name; ``T25``, ``T25_R``, ``T50_R`` and ``T50_RS`` are short for the PB variants.
+
+    Raises:
+        UserError: there is no such variant.
+    """
+    full = name.upper()
+    for candidate in (full, f"PB_{full}"):
+        if candidate in VARIANTS:
+            return candidate
+    raise UserError(f"ScanObjectNN has no variant {name!r}; it has {', '.join(VARIANTS)}")
+
+
+def candidate_files(root: str | Path, split: str, variant: str) -> list[Path]:
+    """Return where a split may lie, best first: official names in every known folder, then the released code's names.
+
+    CrossPoint and CrossNet hand out OBJ_BG as ``ScanObjectNN/main_split/{train,test}.h5``.
+    """
+    folder, ending = VARIANTS[variant]
+    official = f"{_OFFICIAL_SPLIT[split]}_objectdataset{ending}.h5"
+    parents = [Path(root) / parent for parent in _PARENTS]
+    # A root that is the split folder itself.
+    if Path(root).name == folder:
+        parents.append(Path(root).parent)
+    files = [parent / folder / official for parent in parents]
+    if variant == "OBJ_BG":
+        files += [parent / folder / f"{split}.h5" for parent in parents]
+    return files
+
+
+class ScanObjectNN(LabelledClouds):
+    """One variant of ScanObjectNN; clouds are not normalised, as in the released evaluation.
+
+    Attributes:
+        source: the file read.
+        variant: the variant's full name.
+
+    Shape:
+        each item: points (N, 3) float32, label int in 0..14
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        *,
+        variant: str = "OBJ_BG",
+        num_points: int | None = None,
+        transform: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """Read one split.
+
+        Args:
+            root: the data root, ``ScanObjectNN``, ``h5_files`` or the split's folder.
+            split: ``"train"`` or ``"test"``.
+            variant: a name in ``VARIANTS``.
+            num_points: keep the first rows of every cloud; None keeps all.
+            transform: applied to each (N, 3) cloud when it is taken.
+
+        Raises:
+            DataError: the file is missing or not what was expected.
+            UserError: unknown variant, or ``num_points`` is larger than the clouds.
+        """
+        self.variant = resolve_variant(variant)
+        candidates = candidate_files(root, check_split(split), self.variant)
+        found = [file for file in candidates if file.is_file()]
+        if not found:
+            folder, ending = VARIANTS[self.variant]
+            expected = f"h5_files/{folder}/{_OFFICIAL_SPLIT[split]}_objectdataset{ending}.h5"
+            released = f" or ScanObjectNN/{folder}/{split}.h5" if self.variant == "OBJ_BG" else ""
+            problem = f"no ScanObjectNN {self.variant} ({split}) in {root}"
+            raise DataError(f"{problem}; expected {expected}{released}. Get it: {GET}")
+        self.source = found[0]
+        if self.variant == "OBJ_BG":
+            self.official_sizes = {"train": 2309, "test": 581}
+        super().__init__([self.source], split, class_names=CLASSES, num_points=num_points, transform=transform, get=GET)

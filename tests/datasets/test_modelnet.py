@@ -1,0 +1,221 @@
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from datasets.modelnet import MODELNET10_LABELS, MODELNET40_CLASSES, DemoShapes, ModelNet10, ModelNet40
+from utils.errors import DataError, UserError
+
+FOLDER = "modelnet40_ply_hdf5_2048"
+
+
+def write_h5(path, labels, *, size=8, seed=0, dtype="f4", column=True, **arrays):
+    """Write one official-style file; ``arrays`` replaces or (None) removes its arrays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    labels = np.asarray(labels, dtype="u1")
+    points = np.random.default_rng(seed).uniform(-1, 1, (len(labels), size, 3)).astype(dtype)
+    content = {"data": points, "label": labels[:, None] if column else labels, **arrays}
+    with h5py.File(path, "w") as file:
+        for key, value in content.items():
+            if value is not None:
+                file[key] = value
+    return points
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Two train files, listed in reverse order with another machine's folders, and one test file."""
+    folder = tmp_path / FOLDER
+    first = write_h5(folder / "ply_data_train0.h5", [0, 1, 39], seed=1)
+    second = write_h5(folder / "ply_data_train1.h5", [8, 5], seed=2, column=False)
+    test = write_h5(folder / "ply_data_test0.h5", [35, 0], seed=3)
+    lines = f"data/{FOLDER}/ply_data_train1.h5\r\n\ndata\\{FOLDER}\\ply_data_train0.h5\n"
+    (folder / "train_files.txt").write_bytes(lines.encode())
+    (folder / "test_files.txt").write_text("ply_data_test0.h5\n")
+    return tmp_path, np.concatenate([second, first]), test
+
+
+def test_reads_the_listed_files_in_order(root):
+    path, train, test = root
+    dataset = ModelNet40(path, "train")
+    assert [file.name for file in dataset.files] == ["ply_data_train1.h5", "ply_data_train0.h5"]
+    np.testing.assert_array_equal(dataset.points, train)
+    np.testing.assert_array_equal(dataset.labels, [8, 5, 0, 1, 39])
+    assert (dataset.points.dtype, dataset.labels.dtype) == (np.float32, np.int64)
+    np.testing.assert_array_equal(ModelNet40(path, "test").points, test)
+
+
+def test_item_is_a_copy_and_goes_through_the_transform(root):
+    path, train, _ = root
+    dataset = ModelNet40(path, "train", transform=lambda cloud: 2 * cloud)
+    cloud, label = dataset[2]
+    assert label == 0 and cloud.dtype == torch.float32
+    torch.testing.assert_close(cloud, 2 * torch.from_numpy(train[2]))
+    plain = ModelNet40(path, "train")
+    plain[0][0].zero_()
+    np.testing.assert_array_equal(plain.points, train)
+    assert len(plain) == 5 and "5 clouds of 8 points" in repr(plain)
+
+
+def test_class_names_follow_the_labels(root):
+    dataset = ModelNet40(root[0], "train")
+    names = [dataset.class_names[label] for label in dataset.labels]
+    assert names == ["chair", "bottle", "airplane", "bathtub", "xbox"]
+    assert len(set(MODELNET40_CLASSES)) == 40
+
+
+def test_the_folder_itself_is_accepted(root):
+    path, train, _ = root
+    np.testing.assert_array_equal(ModelNet40(path / FOLDER, "train").points, train)
+
+
+def test_without_a_list_sorted_files_are_read(root):
+    path, train, _ = root
+    (path / FOLDER / "train_files.txt").unlink()
+    np.testing.assert_array_equal(ModelNet40(path, "train").points, np.concatenate([train[2:], train[:2]]))
+
+
+def test_modelnet10_keeps_its_classes_and_their_numbers(root):
+    path, train, _ = root
+    dataset = ModelNet10(path, "train")
+    np.testing.assert_array_equal(dataset.labels, [8, 1])
+    np.testing.assert_array_equal(dataset.points, train[[0, 3]])
+    names = "bathtub bed chair desk dresser monitor night_stand sofa table toilet".split()
+    assert [MODELNET40_CLASSES[label] for label in MODELNET10_LABELS] == names
+
+
+def test_modelnet10_without_any_of_its_classes(tmp_path):
+    write_h5(tmp_path / FOLDER / "ply_data_train0.h5", [0, 3])
+    with pytest.raises(DataError, match="no cloud of a ModelNet10 class"):
+        ModelNet10(tmp_path, "train")
+
+
+def test_num_points_takes_the_first_rows(root):
+    path, train, _ = root
+    np.testing.assert_array_equal(ModelNet40(path, "train", num_points=5).points, train[:, :5])
+    np.testing.assert_array_equal(ModelNet40(path, "train", num_points=8).points, train)
+
+
+def test_num_points_above_the_clouds_names_both(root):
+    with pytest.raises(UserError, match=r"9 points .* have 8"):
+        ModelNet40(root[0], "train", num_points=9)
+    with pytest.raises(UserError, match="at least 1"):
+        ModelNet40(root[0], "train", num_points=0)
+
+
+def test_half_precision_files(tmp_path):
+    points = write_h5(tmp_path / FOLDER / "ply_data_train0.h5", [1, 2], dtype="f2")
+    dataset = ModelNet40(tmp_path, "train")
+    np.testing.assert_array_equal(dataset.points, points.astype(np.float32))
+    assert dataset.points.dtype == np.float32
+
+
+def test_unknown_split(root):
+    with pytest.raises(ValueError, match="split"):
+        ModelNet40(root[0], "val")
+
+
+def test_demo_set_reads_its_class_names(tmp_path):
+    folder = tmp_path / "demo_hdf5"
+    write_h5(folder / "ply_data_test0.h5", [1, 0])
+    assert DemoShapes(tmp_path, "test").class_names == ("class 0", "class 1")
+    (folder / "shape_names.txt").write_text("chair\nlamp\n")
+    assert DemoShapes(tmp_path, "test").class_names == ("chair", "lamp")
+    (folder / "shape_names.txt").write_text("chair\n")
+    with pytest.raises(DataError, match="below 1"):
+        DemoShapes(tmp_path, "test")
+
+
+def test_another_set_is_not_taken_for_modelnet(tmp_path):
+    write_h5(tmp_path / "ply_data_train0.h5", [1])
+    assert len(ModelNet40(tmp_path, "train")) == 1
+    (tmp_path / "shape_names.txt").write_text("chair\nlamp\n")
+    with pytest.raises(DataError, match="2 classes instead of 40"):
+        ModelNet40(tmp_path, "train")
+    (tmp_path / "train_hdf5_file_list.txt").write_text("ply_data_train0.h5\n")  # ShapeNetPart
+    with pytest.raises(DataError, match="no ModelNet40"):
+        ModelNet40(tmp_path, "train")
+
+
+def damaged_files():
+    points = np.zeros((2, 8, 3), np.float32)
+    nan = points.copy()
+    nan[1, 3, 2] = np.nan
+    return {
+        "no label": ({"label": None}, r"no array 'label' \(it holds 'data'\)"),
+        "no data": ({"data": None}, "no array 'data'"),
+        "not finite": ({"data": nan}, "1 of 2 clouds .* not finite, the first is cloud 1"),
+        "infinite": ({"data": points + np.inf}, "2 of 2 clouds"),
+        "two columns": ({"data": points[:, :, :2]}, r"must be \(n, N, 3\)"),
+        "whole numbers": ({"data": points.astype("i4")}, "floating point"),
+        "fewer labels": ({"label": np.zeros((1, 1), "u1")}, r"\(2,\) or \(2, 1\), one per cloud"),
+        "more columns": ({"label": np.zeros((2, 2), "u1")}, r"\(2,\) or \(2, 1\)"),
+        "unknown class": ({"label": np.array([3, 40], "u1")}, "below 40, it goes up to 40"),
+        "negative": ({"label": np.array([-1, 4])}, "whole numbers from 0"),
+        "fractions": ({"label": np.array([0.5, 4])}, "whole numbers from 0"),
+        "empty": ({"data": points[:0], "label": np.zeros(0, "u1")}, "no clouds"),
+    }
+
+
+@pytest.mark.parametrize("case", damaged_files())
+def test_damaged_content_is_named(tmp_path, case):
+    arrays, message = damaged_files()[case]
+    path = tmp_path / FOLDER / "ply_data_train0.h5"
+    write_h5(path, [1, 2], **arrays)
+    with pytest.raises(DataError, match=message) as error:
+        ModelNet40(tmp_path, "train")
+    assert str(path) in str(error.value)
+    assert "data.check_data" in str(error.value) and "data/download_data.sh modelnet40" in str(error.value)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 0.3, 0.95])
+def test_truncated_file(tmp_path, keep):
+    path = tmp_path / FOLDER / "ply_data_train0.h5"
+    write_h5(path, [1] * 40, size=64)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(keep * len(content)) if isinstance(keep, float) else keep])
+    with pytest.raises(DataError, match="cannot be read, it may be truncated") as error:
+        ModelNet40(tmp_path, "train")
+    assert str(path) in str(error.value)
+
+
+def test_missing_parts_are_named(tmp_path):
+    with pytest.raises(DataError, match=f"no ModelNet40 in .*{FOLDER}/ply_data_train.*download_data.sh modelnet40"):
+        ModelNet40(tmp_path, "train")
+    with pytest.raises(DataError, match="no DemoShapes in .*demo_hdf5.*data/demo"):
+        DemoShapes(tmp_path / "absent", "train")
+    folder = tmp_path / FOLDER
+    write_h5(folder / "ply_data_train0.h5", [1])
+    with pytest.raises(DataError, match="neither test_files.txt nor ply_data_test"):
+        ModelNet40(tmp_path, "test")
+    (folder / "train_files.txt").write_text("ply_data_train0.h5\nply_data_train1.h5\n")
+    with pytest.raises(DataError, match=r"ply_data_train1\.h5 is missing; train_files\.txt lists it"):
+        ModelNet40(tmp_path, "train")
+    (folder / "train_files.txt").write_text("a/ply_data_train0.h5\nb/ply_data_train0.h5\n")
+    with pytest.raises(DataError, match="2 times"):
+        ModelNet40(tmp_path, "train")
+    (folder / "train_files.txt").write_text("\n")
+    with pytest.raises(DataError, match="is empty"):
+        ModelNet40(tmp_path, "train")
+    (folder / "train_files.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataError, match="list of file names"):
+        ModelNet40(tmp_path, "train")
+
+
+def test_files_of_different_cloud_size(tmp_path):
+    write_h5(tmp_path / FOLDER / "ply_data_train0.h5", [1], size=8)
+    write_h5(tmp_path / FOLDER / "ply_data_train1.h5", [1], size=9)
+    with pytest.raises(DataError, match="different size .*train0.h5: 8, ply_data_train1.h5: 9"):
+        ModelNet40(tmp_path, "train")
+    assert ModelNet40(tmp_path, "train", num_points=8).points.shape == (2, 8, 3)
+
+
+def test_files_stay_untouched(root):
+    path = root[0]
+    files = sorted((path / FOLDER).iterdir())
+    for file in files:
+        file.chmod(0o444)
+    before = [(file.read_bytes(), file.stat().st_mtime_ns) for file in files]
+    ModelNet40(path, "train")
+    ModelNet10(path, "test")
+    assert [(file.read_bytes(), file.stat().st_mtime_ns) for file in files] == before
