@@ -1,0 +1,1 @@
+"""Object classification: linear SVM, few labels, retrieval."""

@@ -1,0 +1,94 @@
+import numpy as np
+import pytest
+from sklearn.metrics import average_precision_score
+
+from downstream.classification.retrieval import average_precisions, nearest, retrieval_map, unit_features
+
+
+def clouds_of_features(seed=0, count=40, width=6, classes=3):
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(classes, size=count)
+    return (rng.normal(size=(classes, width))[labels] + rng.normal(size=(count, width)) + 5).astype(np.float32), labels
+
+
+def one_by_one(features, labels):
+    """Average precision of every query by sklearn."""
+    x = features.astype(float) - features.astype(float).mean(0)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    scores = []
+    for i in range(len(x)):
+        others = np.arange(len(x)) != i
+        scores.append(average_precision_score(labels[others] == labels[i], x[others] @ x[i]))
+    return np.array(scores)
+
+
+@pytest.mark.parametrize("block", [1, 7, 40, 512])
+def test_equals_sklearn_for_every_block_size(block):
+    features, labels = clouds_of_features()
+    expected = one_by_one(features, labels)
+    np.testing.assert_allclose(average_precisions(features, labels, block=block), expected, atol=1e-12)
+    assert retrieval_map(features, labels, block=block) == pytest.approx(100 * expected.mean())
+
+
+def test_worked_example():
+    # Unit vectors on a circle, mean zero: each item has one twin beside it and two others opposite.
+    features = np.array([[1.0, 0.1], [1.0, -0.1], [-1.0, 0.1], [-1.0, -0.1]])
+    assert retrieval_map(features, np.array([0, 0, 1, 1])) == pytest.approx(100.0)
+    # For every query the twin is of the other class, as is one item opposite: the hit comes second or third.
+    values = average_precisions(features, np.array([0, 1, 0, 1]))
+    np.testing.assert_allclose(values, [1 / 2, 1 / 2, 1 / 2, 1 / 2])
+    np.testing.assert_allclose(average_precisions(features, np.array([0, 1, 1, 0])), [1 / 3] * 4)
+
+
+def test_offset_and_scale_of_the_features_do_not_matter():
+    features, labels = clouds_of_features(1)
+    features = features.astype(float)
+    assert retrieval_map(1000 + 3 * features, labels) == pytest.approx(retrieval_map(features, labels))
+
+
+def test_a_query_without_others_of_its_class_is_left_out():
+    features, labels = clouds_of_features()
+    labels[4] = 77
+    values = average_precisions(features, labels)
+    assert np.flatnonzero(np.isnan(values)).tolist() == [4]
+    assert retrieval_map(features, labels) == pytest.approx(100 * np.delete(values, 4).mean())
+    with pytest.raises(ValueError, match="nothing to retrieve"):
+        retrieval_map(features, np.arange(len(labels)))
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1e8])
+def test_features_that_say_nothing_score_the_share_of_the_class_in_any_order(value):
+    labels = np.repeat([0, 1], [6, 4])
+    expected = (6 * (5 / 9) + 4 * (3 / 9)) / 10
+    features = np.full((10, 3), value, np.float32)
+    assert retrieval_map(features, labels) == pytest.approx(100 * expected)
+    assert retrieval_map(features, labels[::-1]) == pytest.approx(100 * expected)
+
+
+def test_order_of_the_items_is_irrelevant():
+    features, labels = clouds_of_features(2)
+    features[10] = features[20] = features[30]  # ties
+    order = np.random.default_rng(0).permutation(len(labels))
+    expected = average_precisions(features, labels)[order]
+    np.testing.assert_allclose(average_precisions(features[order], labels[order]), expected)
+
+
+def test_nearest_neighbours_are_the_most_similar_others():
+    features, _ = clouds_of_features(3)
+    x = unit_features(features)
+    found = nearest(features, np.array([3, 17]), 5)
+    for query, neighbours in zip((3, 17), found, strict=True):
+        similarity = x @ x[query]
+        assert query not in neighbours
+        expected = np.argsort(-np.delete(similarity, query))[:5]
+        np.testing.assert_array_equal(neighbours, np.delete(np.arange(len(x)), query)[expected])
+    assert nearest(features, np.array([0]), 999).shape == (1, len(features) - 1)
+
+
+def test_bad_input_is_refused():
+    features, labels = clouds_of_features()
+    with pytest.raises(ValueError, match="with \\(n,\\) labels"):
+        retrieval_map(features, labels[:-1])
+    features[0, 0] = np.inf
+    with pytest.raises(ValueError, match="not finite"):
+        retrieval_map(features, labels)
