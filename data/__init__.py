@@ -1,0 +1,1 @@
+"""Getting, checking and making the data sets; the readers are in the package ``datasets``."""
