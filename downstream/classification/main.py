@@ -1,0 +1,485 @@
+"""Score pretrained point encoders by a linear SVM on their frozen features.
+
+Each encoder runs once over the training and the test clouds. Its features, those before any projection head, are then
+scored in three ways:
+  linear SVM     fitted on all training labels, accuracy on the test split; narrow range, the field's headline number
+  few labels     the same from 1, 5, 10, ... labels of every class; shows far more of an encoder's quality
+  retrieval mAP  no training: every test cloud looks for others of its class by cosine similarity
+Several checkpoints, or several seeds of a random encoder, are one run each; mean and deviation are taken over runs.
+
+Examples:
+  python downstream/classification/main.py --dataset modelnet40 --model_path checkpoints/crossnet/last.pth
+  python downstream/classification/main.py --dataset scanobjectnn --variant PB_T50_RS --model_path a.pth b.pth c.pth
+  python downstream/classification/main.py --dataset modelnet10 --random_init --calibrate_bn --seeds 1 2 3
+  python downstream/classification/main.py --dataset modelnet40 --model_path published.pth --model dgcnn_cls --k 20
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import logging
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+import sklearn
+from torch import nn
+
+from datasets.hdf5 import LabelledClouds
+from datasets.scanobjectnn import VARIANTS, resolve_variant
+from downstream.classification.figures import PICTURE_TYPES, check_output_path, draw_confusion_matrix, draw_retrieval
+from downstream.classification.retrieval import average_precisions
+from downstream.classification.svm import RELEASED_C, few_label_svm, linear_svm, mean_and_std
+from downstream.features import (
+    CLASSIFICATION_SETS,
+    calibrate_batch_norm,
+    extract_features,
+    find_datasets,
+    open_classification_set,
+)
+from models import ENCODER_ALIASES, ENCODERS, build_encoder, encoder_arguments, resolve_encoder_name
+from utils.checkpoint import describe_encoder, encoder_from_checkpoint
+from utils.cli import HelpFormatter, add_common_arguments, positive_int, resolve_device, run, write_json
+from utils.errors import DataError, UserError
+from utils.training import git_commit, seed_everything, versions
+
+DEFAULT_MODEL = "dgcnn_cls"
+
+
+class Candidate(NamedTuple):
+    """An encoder to score, and where it comes from."""
+
+    name: str  # shown in the table
+    encoder: nn.Module
+    origin: dict[str, Any]  # goes into the JSON
+
+
+class Scores(NamedTuple):
+    """What :func:`evaluate` returns."""
+
+    record: dict[str, Any]  # goes into the JSON
+    predictions: np.ndarray  # (n_test,) labels at the chosen C
+    test_features: np.ndarray  # (n_test, D)
+
+
+def positive_float(text: str) -> float:
+    """Argparse type: a finite number above 0."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return value
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+
+    group = parser.add_argument_group("encoder", "give either --model_path or --random_init")
+    source = group.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model_path", nargs="+", metavar="FILE", help="checkpoints of ours, or published state dicts")
+    source.add_argument(
+        "--random_init", action="store_true", help="score an untrained encoder; use --calibrate_bn with it"
+    )
+    group.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        metavar="S",
+        help="--random_init: one run per seed of the weights (default: --seed)",
+    )
+    group.add_argument(
+        "--calibrate_bn",
+        action="store_true",
+        help="set batch-norm statistics from unlabelled training clouds in one pass; without them an untrained encoder "
+        "is no fair baseline (on ModelNet10: about 22 instead of 92 percent at C 0.01)",
+    )
+    group.add_argument(
+        "--calibration_clouds", type=positive_int, default=512, metavar="N", help="clouds used by --calibrate_bn"
+    )
+    group.add_argument(
+        "--model",
+        choices=[*ENCODERS, *ENCODER_ALIASES],
+        help="encoder; needed for published state dicts, which do not say it "
+        f"(default: the checkpoint's; {DEFAULT_MODEL} with --random_init)",
+    )
+    group.add_argument(
+        "--k",
+        type=positive_int,
+        help="neighbours per point, itself included (default: the checkpoint's; 20 where there is none)",
+    )
+    group.add_argument(
+        "--emb_dims",
+        type=positive_int,
+        metavar="E",
+        help="width of the embedding (default: the checkpoint's; 1024 with --random_init)",
+    )
+    group.add_argument(
+        "--dropout",
+        type=float,
+        metavar="P",
+        help="taken for the sake of released command lines; frozen encoders have no dropout",
+    )
+
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--dataset", choices=CLASSIFICATION_SETS, default="modelnet40", help="labelled clouds to score on"
+    )
+    group.add_argument(
+        "--variant",
+        default="OBJ_BG",
+        metavar="V",
+        help=f"of ScanObjectNN, one of {', '.join(VARIANTS)}; always say which one a number is of",
+    )
+    group.add_argument(
+        "--num_points", type=positive_int, default=1024, metavar="N", help="points per cloud, the first N rows"
+    )
+    group.add_argument(
+        "--batch_size",
+        "--test_batch_size",
+        type=positive_int,
+        default=32,
+        metavar="B",
+        help="clouds per forward pass; changes speed and memory, not the features (with --calibrate_bn: clouds whose "
+        "statistics are taken together)",
+    )
+
+    group = parser.add_argument_group("linear SVM")
+    group.add_argument(
+        "--svm_c",
+        type=positive_float,
+        nargs="+",
+        default=[RELEASED_C],
+        metavar="C",
+        help="penalty; of several values the best in cross-validation on the training split is used",
+    )
+    group.add_argument("--cv_folds", type=int, default=5, metavar="F", help="folds of that cross-validation, 2 or more")
+    group.add_argument(
+        "--shots",
+        type=positive_int,
+        nargs="*",
+        default=[1, 5, 10, 20],
+        metavar="S",
+        help="few-label SVM from S labels of every class (features standardised, C = 1); no value turns it off",
+    )
+    group.add_argument("--shot_draws", type=positive_int, default=20, metavar="D", help="draws per number of labels")
+
+    group = parser.add_argument_group("pictures")
+    group.add_argument(
+        "--confusion_matrix", metavar="FILE", help="draw true against predicted classes, all runs together (.png, .pdf)"
+    )
+    group.add_argument(
+        "--retrieval_sheet",
+        metavar="FILE",
+        help="draw test clouds beside their nearest neighbours, first run (.png, .pdf)",
+    )
+    add_common_arguments(parser, workers=False)
+    return parser
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse what cannot work before anything is computed.
+
+    Raises:
+        UserError: settings that contradict each other, or an output that cannot be written.
+    """
+    if args.seeds and not args.random_init:
+        raise UserError("--seeds chooses the weights of --random_init; a checkpoint has its own (draws follow --seed)")
+    if args.cv_folds < 2:
+        raise UserError(f"--cv_folds {args.cv_folds}: cross-validation needs at least 2 folds")
+    if args.seed < 0 or min(args.seeds or [0]) < 0:
+        raise UserError("seeds must not be negative")
+    if args.dataset == "scanobjectnn":
+        args.variant = resolve_variant(args.variant)
+    for path in (args.confusion_matrix, args.retrieval_sheet):
+        if path is not None:
+            check_output_path(path, PICTURE_TYPES)
+    if args.json is not None:
+        check_output_path(args.json)
+
+
+def sha256(path: str | Path) -> str:
+    """Checksum of a file, as hexadecimal text."""
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def candidates(args: argparse.Namespace) -> list[Candidate]:
+    """Build every encoder, so that a wrong file is found before the first one is scored.
+
+    Raises:
+        UserError: a flag that the encoder does not have, or a wrong value.
+        CheckpointError: a file that cannot be read or does not fit.
+    """
+    found = []
+    if args.model_path:
+        names = [Path(path).name for path in args.model_path]
+        for path, name in zip(args.model_path, names, strict=True):
+            encoder = encoder_from_checkpoint(path, model=args.model, k=args.k, emb_dims=args.emb_dims)
+            # Runs usually differ by folder: checkpoints/a/last.pth, checkpoints/b/last.pth.
+            shown = name if names.count(name) == 1 else path
+            found.append(Candidate(shown, encoder, {"model_path": str(path), "sha256": sha256(path)}))
+        return found
+    model = resolve_encoder_name(args.model or DEFAULT_MODEL)
+    known = encoder_arguments(model)
+    given = {key: getattr(args, key) for key in ("k", "emb_dims") if getattr(args, key) is not None}
+    for key in given:
+        if key not in known:
+            raise UserError(f"--{key}: {model} has no such setting")
+    for seed in args.seeds or [args.seed]:
+        seed_everything(seed)
+        found.append(Candidate(f"random init, seed {seed}", build_encoder(model, **given), {"random_init_seed": seed}))
+    return found
+
+
+def evaluate(encoder: nn.Module, train: LabelledClouds, test: LabelledClouds, args: argparse.Namespace) -> Scores:
+    """Score one encoder in all ways; percentages throughout.
+
+    Raises:
+        UserError: the encoder gives features that are not finite.
+        DataError: the labels do not allow an SVM or retrieval.
+    """
+    device = resolve_device(args.device)
+    start = time.perf_counter()
+    if args.calibrate_bn:
+        calibrate_batch_norm(
+            encoder,
+            train.points,
+            max_clouds=args.calibration_clouds,
+            batch_size=args.batch_size,
+            seed=args.seed,
+            device=device,
+        )
+    train_x, test_x = (
+        extract_features(encoder, part.points, batch_size=args.batch_size, device=device, text=f"{part.split} features")
+        for part in (train, test)
+    )
+    extracted = time.perf_counter()
+    sets = (train_x, train.labels, test_x, test.labels)
+    try:
+        svm = linear_svm(*sets, c_values=args.svm_c, folds=args.cv_folds, seed=args.seed)
+        shots = {
+            s: few_label_svm(*sets, shots=s, draws=args.shot_draws, seed=args.seed) for s in sorted(set(args.shots))
+        }
+        precisions = average_precisions(test_x, test.labels)
+    except ValueError as error:
+        raise DataError(f"{args.dataset} cannot be scored: {error}") from error
+    left_out = int(np.isnan(precisions).sum())
+    right = svm.predictions == test.labels
+    record = {
+        "test_accuracy": svm.accuracy,
+        "mean_class_accuracy": 100 * float(np.mean([right[test.labels == c].mean() for c in np.unique(test.labels)])),
+        "svm_c": svm.c,
+        "test_accuracy_by_c": {f"{c:g}": value for c, value in svm.test_accuracy.items()},
+        "cv_accuracy_by_c": {f"{c:g}": value for c, value in svm.cv_accuracy.items()},
+        "shots": {str(s): [result.mean, result.std] for s, result in shots.items()},
+        "shots_accuracies": {str(s): list(result.accuracies) for s, result in shots.items()},
+        "short_classes": {
+            str(s): {train.class_names[label]: size for label, size in result.short_classes.items()}
+            for s, result in shots.items()
+            if result.short_classes
+        },
+        "retrieval_map": 100 * float(np.nanmean(precisions)) if left_out < len(precisions) else None,
+        "retrieval_queries_left_out": left_out,
+        "feature_dim": int(train_x.shape[1]),
+        "seconds_features": round(extracted - start, 2),
+        "seconds_scores": round(time.perf_counter() - extracted, 2),
+    }
+    return Scores(record, svm.predictions, test_x)
+
+
+def summarise(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and sample standard deviation over runs (0 for a single run).
+
+    ``shots`` holds [mean, deviation]: over runs of each run's mean; with a single run, over its draws, as the field
+    reports it. ``shots_std_over`` says which.
+    """
+    accuracy, accuracy_std = mean_and_std([record["test_accuracy"] for record in records])
+    c_values = [record["svm_c"] for record in records]
+    maps = [record["retrieval_map"] for record in records]
+    retrieval, retrieval_std = (None, None) if None in maps else mean_and_std(maps)
+    single = len(records) == 1
+    shots = {
+        s: records[0]["shots"][s] if single else list(mean_and_std([record["shots"][s][0] for record in records]))
+        for s in records[0]["shots"]
+    }
+    return {
+        "test_accuracy_mean": accuracy,
+        "test_accuracy_std": accuracy_std,
+        "svm_c": c_values[0] if len(set(c_values)) == 1 else c_values,
+        "shots": shots,
+        "shots_std_over": "draws" if single else "runs",
+        "retrieval_map": retrieval,
+        "retrieval_map_std": retrieval_std,
+        "number_of_runs": len(records),
+    }
+
+
+def _spread(mean: float, std: float) -> str:
+    return f"{mean:.1f} +- {std:.1f}"
+
+
+def _one_decimal(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def result_table(metrics: dict[str, Any]) -> str:
+    """Return the metrics as a table, a line per run and, for several runs, their mean and deviation."""
+    runs, shots = metrics["runs"], list(metrics["shots"])
+    rows = [["run", "SVM", "C", *(f"{s} label{'s' if s != '1' else ''}" for s in shots), "mAP"]]
+    for record in runs:
+        few = [_spread(*record["shots"][s]) for s in shots]
+        rows.append(
+            [record["name"], f"{record['test_accuracy']:.1f}", f"{record['svm_c']:g}", *few]
+            + [_one_decimal(record["retrieval_map"])]
+        )
+    if len(runs) > 1:
+        few = [_spread(*metrics["shots"][s]) for s in shots]
+        accuracy = _spread(metrics["test_accuracy_mean"], metrics["test_accuracy_std"])
+        retrieval = metrics["retrieval_map"]
+        rows.append(
+            [f"mean over {len(runs)} runs", accuracy, "", *few]
+            + ["-" if retrieval is None else _spread(retrieval, metrics["retrieval_map_std"])]
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
+
+
+def notes(metrics: dict[str, Any]) -> list[str]:
+    """Return what a reader of the table has to know."""
+    lines = ["percent of the test split; mAP: cosine retrieval within the test split"]
+    if metrics["shots"]:
+        draws = metrics["shot_draws"]
+        lines.append(f"+- in a run's few-label columns: standard deviation over {draws} draws of the labels")
+    if metrics["number_of_runs"] == 1:
+        lines.append("one run: no deviation over runs can be given (test_accuracy_std is 0)")
+    else:
+        lines.append("+- in the last line: standard deviation over runs")
+    for record in metrics["runs"]:
+        if record["cv_accuracy_by_c"]:
+            tried = ", ".join(
+                f"C {c}: {value:.1f} (test {record['test_accuracy_by_c'][c]:.1f})"
+                for c, value in record["cv_accuracy_by_c"].items()
+            )
+            lines.append(f"{record['name']}: chosen by cross-validation on the training split; {tried}")
+    first = metrics["runs"][0]
+    for s, classes in first["short_classes"].items():
+        names = ", ".join(f"{name} ({size})" for name, size in classes.items())
+        lines.append(f"{s} labels: classes with fewer training clouds give all they have: {names}")
+    if first["retrieval_queries_left_out"]:
+        count = first["retrieval_queries_left_out"]
+        lines.append(f"retrieval: {count} queries are left out, no other test cloud has their class")
+    return lines
+
+
+def open_splits(args: argparse.Namespace) -> tuple[LabelledClouds, LabelledClouds]:
+    """Open both splits and say what they are.
+
+    Raises:
+        DataError: a file is missing or wrong; the message also names the sets that are there.
+    """
+    try:
+        train, test = (
+            open_classification_set(
+                args.dataset, args.data_root, split, variant=args.variant, num_points=args.num_points
+            )
+            for split in ("train", "test")
+        )
+    except DataError as error:
+        others = [name for name in find_datasets(args.data_root) if name != args.dataset]
+        raise DataError(f"{error}" + (f" (found there: --dataset {', '.join(others)})" if others else "")) from error
+    for part in (train, test):
+        print(f"{part!r} from {', '.join(map(str, part.files))}")
+        official = part.official_sizes.get(part.split)
+        if official not in (None, len(part)):
+            print(f"note: {len(part)} {part.split} clouds, the published set has {official}")
+    return train, test
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Run the command line and return the metrics that ``--json`` writes.
+
+    Raises:
+        UserError: a wrong setting, file or checkpoint.
+    """
+    args = build_parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    check_arguments(args)
+    train, test = open_splits(args)
+    found = candidates(args)
+    for candidate in found:
+        k = getattr(candidate.encoder, "k", 0)
+        if k > args.num_points:
+            raise UserError(f"{candidate.name}: k = {k} neighbours in clouds of --num_points {args.num_points}")
+    if args.random_init and not args.calibrate_bn:
+        print(
+            "note: an untrained encoder without --calibrate_bn is no fair baseline, its batch norms hold no statistics"
+        )
+    if args.model_path and args.calibrate_bn:
+        print("warning: --calibrate_bn replaces the batch-norm statistics that the checkpoints were trained with")
+
+    records, predictions, first_features = [], [], None
+    for candidate in found:
+        scores = evaluate(candidate.encoder, train, test, args)
+        encoder = describe_encoder(candidate.encoder)
+        records.append(
+            {
+                "name": candidate.name,
+                **candidate.origin,
+                "encoder": encoder["name"],
+                **encoder["kwargs"],
+                **scores.record,
+            }
+        )
+        predictions.append(scores.predictions)
+        first_features = scores.test_features if first_features is None else first_features
+        seconds = scores.record["seconds_features"], scores.record["seconds_scores"]
+        print(
+            f"{candidate.name}: SVM {scores.record['test_accuracy']:.1f} percent "
+            f"({seconds[0]:.0f} s features, {seconds[1]:.0f} s scores)",
+            flush=True,
+        )
+
+    metrics = {
+        "dataset": args.dataset,
+        "variant": args.variant if args.dataset == "scanobjectnn" else None,
+        "train_clouds": len(train),
+        "test_clouds": len(test),
+        "classes": len(np.unique(train.labels)),
+        "num_points": args.num_points,
+        **summarise(records),
+        "seed": args.seed,
+        "cv_folds": args.cv_folds,
+        "shot_draws": args.shot_draws,
+        "calibrate_bn": args.calibrate_bn,
+        "calibration_clouds": min(args.calibration_clouds, len(train)) if args.calibrate_bn else None,
+        "files": {part.split: [str(file) for file in part.files] for part in (train, test)},
+        "runs": records,
+        "versions": {**versions(), "scikit-learn": sklearn.__version__},
+        "commit": git_commit(),
+    }
+    print("\n" + result_table(metrics) + "\n")
+    print("\n".join(notes(metrics)))
+    name = args.dataset + (f" {args.variant}" if args.dataset == "scanobjectnn" else "")
+    if args.confusion_matrix:
+        spread = f", {len(found)} runs together" if len(found) > 1 else ""
+        title = f"{name}: linear SVM, {metrics['test_accuracy_mean']:.1f} percent{spread}"
+        truth = np.tile(test.labels, len(found))
+        draw_confusion_matrix(truth, np.concatenate(predictions), test.class_names, args.confusion_matrix, title=title)
+    if args.retrieval_sheet:
+        draw_retrieval(test.points, first_features, test.labels, test.class_names, args.retrieval_sheet)
+    write_json(args.json, metrics)
+    return metrics
+
+
+if __name__ == "__main__":
+    run(main)

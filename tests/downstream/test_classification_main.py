@@ -1,0 +1,243 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from downstream.classification import main as script
+from downstream.classification.figures import draw_confusion_matrix
+from models import build_encoder
+from utils.checkpoint import describe_encoder, save_checkpoint
+from utils.errors import CheckpointError, DataError, UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+LABELS = {"train": [2] * 9 + [8] * 8 + [33] * 7, "test": [33] * 4 + [2] * 5 + [8] * 4}
+SMALL = ["--random_init", "--emb_dims", "8", "--k", "3", "--num_points", "16", "--device", "cpu", "--batch_size", "8"]
+
+
+def shapes(labels, seed, size=20):
+    """Clouds that differ by class: balls, plates and rods."""
+    rng = np.random.default_rng(seed)
+    stretch = {2: (1, 1, 1), 8: (1, 0.1, 1), 33: (0.1, 1, 0.1)}
+    return np.stack([rng.normal(size=(size, 3)) * stretch[label] for label in labels]).astype("f4") / 3
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A data root with a small ModelNet of three classes."""
+    folder = tmp_path / "data" / "modelnet40_ply_hdf5_2048"
+    folder.mkdir(parents=True)
+    for seed, (split, labels) in enumerate(LABELS.items()):
+        with h5py.File(folder / f"ply_data_{split}0.h5", "w") as file:
+            file["data"], file["label"] = shapes(labels, seed), np.array(labels, "u1")[:, None]
+    return tmp_path / "data"
+
+
+def save_encoder(path, seed=0, name="dgcnn_cls", **kwargs):
+    torch.manual_seed(seed)
+    encoder = build_encoder(name, **({"emb_dims": 8} | kwargs))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(path, {"encoder": describe_encoder(encoder), "point_encoder": encoder.state_dict()})
+    return path
+
+
+def run(root, *arguments):
+    return script.main(["--dataset", "modelnet10", "--data_root", str(root), *map(str, arguments)])
+
+
+def test_random_encoder_end_to_end(root, tmp_path, capsys):
+    report = tmp_path / "new" / "folder" / "result.json"
+    metrics = run(root, *SMALL, "--calibrate_bn", "--shots", "1", "8", "--shot_draws", "4", "--json", report)
+    assert json.loads(report.read_text()) == metrics
+    (record,) = metrics["runs"]
+    assert metrics["test_accuracy_mean"] == record["test_accuracy"] and metrics["test_accuracy_std"] == 0.0
+    right = metrics["test_accuracy_mean"] * 13 / 100
+    assert right == pytest.approx(round(right)) and right > 13 / 3
+    assert (metrics["svm_c"], metrics["dataset"], metrics["variant"]) == (0.01, "modelnet10", None)
+    assert (metrics["train_clouds"], metrics["test_clouds"], metrics["num_points"]) == (24, 13, 16)
+    assert set(metrics["shots"]) == {"1", "8"} and metrics["shots_std_over"] == "draws"
+    draws = record["shots_accuracies"]["1"]
+    assert len(draws) == 4
+    assert metrics["shots"]["1"] == pytest.approx([np.mean(draws), np.std(draws, ddof=1)])
+    assert record["short_classes"] == {"8": {"table": 7}}
+    assert 0 < metrics["retrieval_map"] <= 100 and record["retrieval_queries_left_out"] == 0
+    assert (record["encoder"], record["k"], record["emb_dims"], record["feature_dim"]) == ("dgcnn_cls", 3, 8, 16)
+    assert "torch" in metrics["versions"] and "scikit-learn" in metrics["versions"]
+    output = capsys.readouterr().out
+    assert "one run: no deviation over runs" in output
+    assert "8 labels: classes with fewer training clouds give all they have: table (7)" in output
+    assert "24 train clouds, the published set has 3991" in output
+
+
+def test_several_seeds_give_mean_and_deviation_over_runs(root, capsys):
+    metrics = run(root, *SMALL, "--seeds", 1, 2, 3, "--shots", 2, "--shot_draws", 2)
+    runs = metrics["runs"]
+    assert [record["random_init_seed"] for record in runs] == [1, 2, 3]
+    for key, mean, std in (
+        ("test_accuracy", metrics["test_accuracy_mean"], metrics["test_accuracy_std"]),
+        ("retrieval_map", metrics["retrieval_map"], metrics["retrieval_map_std"]),
+    ):
+        values = [record[key] for record in runs]
+        assert (mean, std) == pytest.approx((np.mean(values), np.std(values, ddof=1)))
+    assert metrics["retrieval_map_std"] > 0  # the seeds give different encoders
+    means = [record["shots"]["2"][0] for record in runs]
+    assert metrics["shots"]["2"] == pytest.approx([np.mean(means), np.std(means, ddof=1)])
+    assert metrics["shots_std_over"] == "runs"
+    output = capsys.readouterr().out
+    assert "mean over 3 runs" in output and "no fair baseline" in output
+
+
+def test_a_seed_repeats_its_run(root):
+    def numbers(*arguments):
+        record = run(root, *SMALL, "--calibrate_bn", "--shots", 1, "--shot_draws", 3, *arguments)["runs"][0]
+        return record["test_accuracy"], record["shots"], record["retrieval_map"]
+
+    assert numbers("--seed", 5) == numbers("--seed", 5)
+    assert numbers("--seed", 5) != numbers("--seed", 6)
+
+
+def test_calibration_changes_the_features(root):
+    plain = run(root, *SMALL, "--shots")
+    calibrated = run(root, *SMALL, "--shots", "--calibrate_bn", "--calibration_clouds", 10)
+    assert plain["retrieval_map"] != calibrated["retrieval_map"]
+    assert (plain["calibration_clouds"], calibrated["calibration_clouds"]) == (None, 10)
+    assert plain["shots"] == {}
+
+
+def test_checkpoints_are_rebuilt_without_flags_and_identified(root, tmp_path, capsys):
+    paths = [save_encoder(tmp_path / name / "last.pth", seed, k=4) for seed, name in enumerate("ab")]
+    metrics = run(root, "--model_path", *paths, "--shots", "--num_points", 16)
+    assert [record["model_path"] for record in metrics["runs"]] == list(map(str, paths))
+    assert [record["name"] for record in metrics["runs"]] == list(map(str, paths))  # last.pth alone would be ambiguous
+    assert [record["sha256"] for record in metrics["runs"]] == [script.sha256(path) for path in paths]
+    assert {record["k"] for record in metrics["runs"]} == {4}
+    assert metrics["number_of_runs"] == 2 and "untrained" not in capsys.readouterr().out
+    reference = run(root, "--model_path", paths[1], "--shots", "--num_points", 16, "--batch_size", 3)["runs"][0]
+    assert reference["test_accuracy"] == metrics["runs"][1]["test_accuracy"]
+    assert reference["name"] == "last.pth"
+
+
+def test_calibrating_a_checkpoint_warns(root, tmp_path, capsys):
+    path = save_encoder(tmp_path / "last.pth", k=4)
+    run(root, "--model_path", path, "--shots", "--num_points", 16, "--calibrate_bn")
+    assert "warning: --calibrate_bn replaces" in capsys.readouterr().out
+
+
+def test_checksum(tmp_path):
+    (tmp_path / "file").write_bytes(b"abc")
+    assert script.sha256(tmp_path / "file") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_c_is_chosen_by_cross_validation_when_several_are_given(root, capsys):
+    record = run(root, *SMALL, "--calibrate_bn", "--svm_c", "1e-9", "0.5", "--shots", "--cv_folds", 3)["runs"][0]
+    assert set(record["cv_accuracy_by_c"]) == set(record["test_accuracy_by_c"]) == {"1e-09", "0.5"}
+    assert record["svm_c"] == 0.5 and record["cv_accuracy_by_c"]["0.5"] > record["cv_accuracy_by_c"]["1e-09"]
+    assert record["test_accuracy"] == record["test_accuracy_by_c"]["0.5"]
+    assert "chosen by cross-validation on the training split" in capsys.readouterr().out
+
+
+def test_c_is_a_list_only_where_runs_differ():
+    record = {"test_accuracy": 50.0, "svm_c": 0.1, "shots": {}, "retrieval_map": 20.0}
+    assert script.summarise([record, record])["svm_c"] == 0.1
+    summary = script.summarise([record, {**record, "svm_c": 1.0, "test_accuracy": 52.0}])
+    assert summary["svm_c"] == [0.1, 1.0]
+    assert (summary["test_accuracy_mean"], summary["test_accuracy_std"]) == pytest.approx((51.0, 2**0.5))
+
+
+def test_demo_and_scanobjectnn_are_read_by_their_names(root, capsys):
+    for split, labels in LABELS.items():
+        targets = {33: 14, 8: 4, 2: 0}
+        for path in (root / f"demo_hdf5/ply_data_{split}0.h5", root / f"ScanObjectNN/main_split/{split}.h5"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with h5py.File(path, "w") as file:
+                file["data"] = shapes(labels, 3)
+                file["label"] = np.array([targets[label] for label in labels])
+    common = ["--data_root", str(root), *SMALL, "--shots"]
+    assert script.main(["--dataset", "demo", *common])["test_clouds"] == 13
+    metrics = script.main(["--dataset", "scanobjectnn", *common])
+    assert metrics["variant"] == "OBJ_BG"
+    assert metrics["files"]["train"] == [str(root / "ScanObjectNN/main_split/train.h5")]
+    assert metrics["files"]["train"][0] in capsys.readouterr().out
+    with pytest.raises(DataError, match="PB_T50_RS .*found there: --dataset modelnet10, scanobjectnn, demo|PB_T50_RS"):
+        script.main(["--dataset", "scanobjectnn", "--variant", "T50_RS", *common])
+
+
+def test_pictures_are_written(root, tmp_path):
+    confusion, sheet = tmp_path / "figures" / "confusion.png", tmp_path / "figures" / "sheet.png"
+    run(root, *SMALL, "--shots", "--confusion_matrix", confusion, "--retrieval_sheet", sheet)
+    for path in (confusion, sheet):
+        with Image.open(path) as picture:
+            pixels = np.asarray(picture.convert("RGB"), dtype=float)
+        assert min(pixels.shape[:2]) > 300 and pixels.std() > 5
+
+
+def test_confusion_matrix_shows_shares_of_the_true_class(tmp_path, monkeypatch):
+    drawn = {}
+
+    def keep(figure, path):
+        axes = figure.axes[0]
+        drawn["cells"] = {tuple(map(int, text.get_position()[::-1])): text.get_text() for text in axes.texts}
+        drawn["rows"] = [label.get_text() for label in axes.get_yticklabels()]
+
+    monkeypatch.setattr("downstream.classification.figures._save", keep)
+    truth, predicted = np.array([5, 5, 5, 5, 1, 1]), np.array([5, 5, 5, 1, 1, 7])
+    names = [f"name {i}" for i in range(8)]
+    draw_confusion_matrix(truth, predicted, names, tmp_path / "x.png", title="t")
+    assert drawn["rows"] == ["name 1 (2)", "name 5 (4)", "name 7 (0)"]
+    assert drawn["cells"] == {(0, 0): "50", (0, 2): "50", (1, 0): "25", (1, 1): "75"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num_points", "21"], r"21 points .*have 20"),
+        (["--num_points", "2"], "k = 3 neighbours in clouds of --num_points 2"),
+        (["--cv_folds", "1"], "at least 2 folds"),
+        (["--seed", "-1"], "not be negative"),
+        (["--confusion_matrix", "result.docx"], "must end in"),
+        (["--json", "/proc/nowhere/x.json"], "cannot write"),
+        (["--device", "cuda:99"], "--device"),
+    ],
+)
+def test_wrong_settings_are_refused(root, arguments, message):
+    with pytest.raises(UserError, match=message):
+        run(root, *SMALL, *arguments)
+
+
+def test_settings_that_do_not_go_together(root, tmp_path):
+    path = save_encoder(tmp_path / "last.pth", k=4)
+    with pytest.raises(UserError, match="--seeds"):
+        run(root, "--model_path", path, "--seeds", 1, 2)
+    with pytest.raises(UserError, match="--k: pointnet_cls has no such setting"):
+        run(root, "--random_init", "--model", "pointnet_cls", "--k", 3, "--num_points", 16)
+    with pytest.raises(CheckpointError, match="holds a dgcnn_cls, not the pointnet_cls"):
+        run(root, "--model_path", path, "--model", "pointnet_cls", "--num_points", 16)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=str(path)):
+        run(root, "--model_path", path, "--num_points", 16)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--random_init", "--model_path", "x"], ["--random_init", "--svm_c", "0"]])
+def test_the_parser_refuses(arguments, capsys):
+    with pytest.raises(SystemExit) as error:
+        script.main(arguments)
+    assert error.value.code == 2
+    assert capsys.readouterr().err.strip()
+
+
+@pytest.mark.parametrize("command", [["downstream/classification/main.py"], ["-m", "downstream.classification.main"]])
+def test_runs_by_path_and_as_a_module_and_reports_errors_in_one_message(command, tmp_path):
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    arguments = ["--random_init", "--dataset", "modelnet40", "--data_root", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, *command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: no ModelNet40 in") and "Traceback" not in done.stderr
+    assert "data/download_data.sh modelnet40" in done.stderr
