@@ -1,0 +1,7 @@
+"""Readers, one per data set, and the transforms of the pretraining pairs."""
+
+from datasets.modelnet import DemoShapes, ModelNet10, ModelNet40
+from datasets.scanobjectnn import ScanObjectNN
+from datasets.shapenet_render import ShapeNetRender
+
+__all__ = ["DemoShapes", "ModelNet10", "ModelNet40", "ScanObjectNN", "ShapeNetRender"]

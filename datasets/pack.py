@@ -1,0 +1,152 @@
+"""Write the pretraining pairs into one HDF5 file.
+
+A million small files become one that is read in sequence; ShapeNetRender and train_crossnet_con.py take it as
+--data_root. Points and encoded images are stored unchanged, and the result is checked against the source.
+
+example:
+  python -m datasets.pack --data_root data --out data/shapenet_render.h5
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+from tqdm import tqdm
+
+from datasets.shapenet_render import (
+    PACKED_FORMAT,
+    PACKED_VERSION,
+    FolderSource,
+    PackedSource,
+    PairSource,
+    decode_image,
+    read_shape_list,
+)
+from utils.cli import HelpFormatter, run, write_json
+from utils.errors import DataError, UserError
+
+
+def progress(items, description: str):
+    """A progress bar that is silent when nobody looks."""
+    return tqdm(items, desc=description, unit="shape", disable=not sys.stderr.isatty())
+
+
+def pack(source: PairSource, out: str | os.PathLike[str], *, chosen: list[int], name: str) -> dict[str, int]:
+    """Write shapes of a source into one file; the file appears only when it is complete and checked.
+
+    Args:
+        source: where the pairs come from.
+        out: file to write.
+        chosen: shapes to write, by their number in the source.
+        name: what the file says about its origin.
+
+    Returns:
+        Numbers of shapes, views and points, and the bytes of the images.
+
+    Raises:
+        DataError: a cloud or an image is unreadable, clouds differ in size, or the check failed.
+        UserError: the file cannot be written.
+    """
+    out = Path(out)
+    views = [(i, view) for i in chosen for view in range(len(source.view_names(i)))]
+    size = len(source.points(chosen[0]))
+    temporary = out.with_name(out.name + ".tmp")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lengths = [len(source.image_file(i, view)) for i, view in progress(views, "sizes")]
+        with h5py.File(temporary, "w") as file:
+            file.attrs.update({"format": PACKED_FORMAT, "version": PACKED_VERSION, "source": name})
+            text = h5py.string_dtype()
+            file.create_dataset("ids", data=[source.ids[i] for i in chosen], dtype=text)
+            file.create_dataset("unpaired", data=source.skipped, dtype=text, shape=(len(source.skipped),))
+            file.create_dataset("view_names", data=[source.view_names(i)[view] for i, view in views], dtype=text)
+            counts = [len(source.view_names(i)) for i in chosen]
+            file["view_offset"] = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+            offset = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+            file["image_offset"] = offset
+            points = file.create_dataset("points", (len(chosen), size, 3), dtype=np.float32)
+            images = file.create_dataset("image_bytes", (int(offset[-1]),), dtype=np.uint8)
+            row = 0
+            for n, i in enumerate(progress(chosen, "packing")):
+                cloud = source.points(i)
+                if len(cloud) != size:
+                    raise DataError(
+                        f"{source.where(i)} has {len(cloud)} points, {source.where(chosen[0])} has {size}: "
+                        "a packed file needs clouds of one size"
+                    )
+                points[n] = cloud
+                for view in range(len(source.view_names(i))):
+                    data = source.image_file(i, view)
+                    decode_image(data, source.where(i, view))
+                    if len(data) != lengths[row]:
+                        raise DataError(f"{source.where(i, view)} changed while it was read")
+                    images[offset[row] : offset[row + 1]] = np.frombuffer(data, np.uint8)
+                    row += 1
+        check(source, PackedSource(temporary), chosen)
+        os.replace(temporary, out)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return {"shapes": len(chosen), "views": len(views), "points": size, "image_bytes": int(offset[-1])}
+
+
+def check(source: PairSource, packed: PairSource, chosen: list[int]) -> None:
+    """Compare a packed file with its source, byte by byte.
+
+    Raises:
+        DataError: they differ; the message names the first shape that does.
+    """
+    for n, i in enumerate(progress(chosen, "checking")):
+        same = (
+            packed.ids[n] == source.ids[i]
+            and list(packed.view_names(n)) == list(source.view_names(i))
+            and np.array_equal(packed.points(n), source.points(i))
+            and all(packed.image_file(n, v) == source.image_file(i, v) for v in range(len(source.view_names(i))))
+        )
+        if not same:
+            raise DataError(f"the packed copy of {source.where(i)} differs from its source; is the disk sound?")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Command line of this script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--data_root", default="data", metavar="DIR", help="folder with ShapeNet/ and ShapeNetRendering/")
+    parser.add_argument("--out", required=True, metavar="F.h5", help="file to write")
+    parser.add_argument("--list", metavar="FILE", help="pack only these shapes: one <synset>/<model_id> a line")
+    parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    parser.add_argument("--json", metavar="FILE", help="also write the counts to FILE")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> dict[str, int]:
+    """Pack a data set; returns counts."""
+    args = build_parser().parse_args(argv)
+    if Path(args.out).exists() and not args.overwrite:
+        raise UserError(f"{args.out} exists; --overwrite replaces it")
+    source = FolderSource(args.data_root)
+    chosen = list(range(len(source.ids)))
+    if args.list:
+        number = {name: i for i, name in enumerate(source.ids)}
+        wanted = read_shape_list(args.list)
+        missing = [name for name in wanted if name not in number]
+        if missing:
+            raise DataError(f"{len(missing)} of the shapes in {args.list} are not in {args.data_root}, {missing[0]} for one")
+        chosen = sorted({number[name] for name in wanted})
+    counts = pack(source, args.out, chosen=chosen, name=Path(args.data_root).name)
+    counts["skipped"] = len(source.skipped)
+    print(
+        f"{args.out}: {counts['shapes']} shapes of {counts['points']} points, {counts['views']} views, equal to the source; "
+        f"{counts['skipped']} shapes without rendering left out"
+    )
+    write_json(args.json, counts)
+    return counts
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,51 @@
+"""The order of samples: a pure function of (seed, epoch), cut into global batches and shared out to processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import Sampler
+
+from datasets.shapenet_render import SampleKey
+
+
+class PairSampler(Sampler[list[SampleKey]]):
+    """Batches of an epoch for one process, from any batch on.
+
+    Every process sees the same shuffled order and takes its own slice of each global batch, so the processes' data are
+    disjoint and an epoch can be resumed in its middle, with another number of processes too. The incomplete last batch
+    is dropped.
+
+    Args:
+        size: number of samples in the data set.
+        global_batch: samples per step over all processes.
+        seed: of the run.
+        rank: this process.
+        world: number of processes; divides ``global_batch``.
+
+    Attributes:
+        epoch, start: set before iterating; the epoch's number and its first batch.
+    """
+
+    def __init__(self, size: int, *, global_batch: int, seed: int, rank: int = 0, world: int = 1) -> None:
+        if global_batch % world:
+            raise ValueError(f"a global batch of {global_batch} does not divide among {world} processes")
+        self.size, self.global_batch, self.seed, self.rank, self.world = size, global_batch, seed, rank, world
+        self.epoch, self.start = 0, 0
+
+    def order(self) -> torch.Tensor:
+        """(size,) the epoch's shuffled indices."""
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % (1 << 63))
+        return torch.randperm(self.size, generator=generator)
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        order = self.order().tolist()
+        share = self.global_batch // self.world
+        for batch in range(self.start, len(self)):
+            first = batch * self.global_batch + self.rank * share
+            yield [SampleKey(self.epoch, index) for index in order[first : first + share]]
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch."""
+        return self.size // self.global_batch

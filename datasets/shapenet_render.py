@@ -1,0 +1,392 @@
+"""ShapeNet clouds paired with renderings, from the released folder layout or from one packed file."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import h5py
+import numpy as np
+import torch
+from PIL import Image
+from plyfile import PlyData
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from datasets.streams import SampleStreams
+from utils.errors import DataError
+
+PACKED_NAME = "shapenet_render.h5"
+PACKED_FORMAT, PACKED_VERSION = "crossnet-pack", 1
+_HELP = (
+    "get them with: bash data/download_data.sh shapenet shapenet_render (python -m data.check_data shows what is there)"
+)
+
+
+class SampleKey(NamedTuple):
+    """What the sampler hands to the data set: a sample's randomness is a function of both."""
+
+    epoch: int
+    index: int
+
+
+class PairSource(Protocol):
+    """Where pairs come from. Shapes are numbered 0 .. len(ids) - 1."""
+
+    ids: list[str]  # "<synset>/<model_id>", sorted
+    skipped: list[str]  # shapes without rendering
+
+    def points(self, i: int) -> np.ndarray:
+        """Cloud of shape i, (N, 3) float32."""
+
+    def view_names(self, i: int) -> Sequence[str]:
+        """Names of the renderings of shape i, at least one."""
+
+    def image_file(self, i: int, view: int) -> bytes:
+        """Encoded rendering."""
+
+    def where(self, i: int, view: int | None = None) -> str:
+        """Where shape i or its rendering lies, for messages."""
+
+
+def read_ply(path: str | os.PathLike[str]) -> np.ndarray:
+    """Coordinates of a PLY file, ascii or binary.
+
+    Returns:
+        (N, 3) float32.
+
+    Raises:
+        DataError: no PLY, truncated, without x y z, empty, or with coordinates that are not finite.
+    """
+    try:
+        vertex = PlyData.read(path)["vertex"]
+        points = np.stack([np.asarray(vertex[axis], dtype=np.float32) for axis in "xyz"], axis=1)
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is gone; {_HELP}") from error
+    except Exception as error:  # plyfile raises many kinds on malformed files
+        reason = str(error) or type(error).__name__
+        raise DataError(
+            f"{path} is no readable PLY with an element 'vertex' of x, y, z ({reason}); fetch or convert it again"
+        ) from error
+    return check_cloud(points, str(path))
+
+
+def check_cloud(points: np.ndarray, name: str) -> np.ndarray:
+    """Return the cloud, or say what is wrong with it.
+
+    Raises:
+        DataError: empty, or coordinates that are not finite.
+    """
+    if len(points) == 0:
+        raise DataError(f"{name} holds no points")
+    bad = ~np.isfinite(points).all(axis=1)
+    if bad.any():
+        raise DataError(f"{name}: {bad.sum()} of {len(points)} points are not finite (NaN or infinite coordinates)")
+    return points
+
+
+class FolderSource:
+    """``<root>/ShapeNet/<synset>/<id>.ply`` with ``<root>/ShapeNetRendering/<synset>/<id>/rendering/*.png``.
+
+    Raises:
+        DataError: no clouds, or none with a rendering.
+    """
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self.root = Path(root)
+        files = sorted((self.root / "ShapeNet").glob("*/*.ply"))
+        if not files:
+            raise DataError(
+                f"no clouds in {self.root / 'ShapeNet'}: expected <synset>/<model_id>.ply there, or the packed file "
+                f"{self.root / PACKED_NAME}; {_HELP}"
+            )
+        self.ids, self.skipped, self._views = [], [], []
+        for file in files:
+            name = f"{file.parent.name}/{file.stem}"
+            views = self._list_views(name)
+            if views:
+                self.ids.append(name)
+                self._views.append(views)
+            else:
+                self.skipped.append(name)
+        if not self.ids:
+            raise DataError(
+                f"none of the {len(files)} clouds in {self.root / 'ShapeNet'} has a rendering: expected "
+                f"{self._rendering(self.skipped[0])}/*.png; {_HELP}"
+            )
+
+    def _rendering(self, name: str) -> Path:
+        return self.root / "ShapeNetRendering" / name / "rendering"
+
+    def _list_views(self, name: str) -> tuple[str, ...]:
+        try:
+            return tuple(sorted(f for f in os.listdir(self._rendering(name)) if f.lower().endswith(".png")))
+        except (FileNotFoundError, NotADirectoryError):
+            return ()
+
+    def points(self, i: int) -> np.ndarray:
+        """Cloud of shape i, (N, 3) float32."""
+        return read_ply(self.where(i))
+
+    def view_names(self, i: int) -> Sequence[str]:
+        """Names of the renderings of shape i."""
+        return self._views[i]
+
+    def image_file(self, i: int, view: int) -> bytes:
+        """Encoded rendering."""
+        path = self.where(i, view)
+        try:
+            return Path(path).read_bytes()
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror}") from error
+
+    def where(self, i: int, view: int | None = None) -> str:
+        """Path of shape i or of its rendering."""
+        name = self.ids[i]
+        if view is None:
+            return str(self.root / "ShapeNet" / f"{name}.ply")
+        return str(self._rendering(name) / self._views[i][view])
+
+
+class PackedSource:
+    """One HDF5 file as ``python -m datasets.pack`` writes it (format in ``docs/datasets.md``).
+
+    The file is opened read-only, once per process, when a sample is first asked for.
+
+    Raises:
+        DataError: no packed file of this version, or its tables do not agree.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._file: h5py.File | None = None
+        self._pid = -1
+        try:
+            with h5py.File(self.path, "r") as file:
+                found = file.attrs.get("format"), file.attrs.get("version")
+                if found != (PACKED_FORMAT, PACKED_VERSION):
+                    raise DataError(
+                        f"{self.path} is no packed pretraining file of version {PACKED_VERSION} (format and version "
+                        f"read {found}); make one with: python -m datasets.pack --data_root data --out {self.path}"
+                    )
+                self.ids = [str(name) for name in file["ids"].asstr()[:]]
+                self.skipped = [str(name) for name in file["unpaired"].asstr()[:]] if "unpaired" in file else []
+                self._names = [str(name) for name in file["view_names"].asstr()[:]]
+                self._image_offset = file["image_offset"][:].astype(np.int64)
+                self._view_offset = file["view_offset"][:].astype(np.int64)
+                stored = file["points"]
+                self._scale, self._shift = float(stored.attrs.get("scale", 1)), float(stored.attrs.get("offset", 0))
+                shapes_agree = (
+                    stored.ndim == 3
+                    and stored.shape[2] == 3
+                    and len(stored) == len(self.ids) == len(self._view_offset) - 1
+                    and len(self._names) == len(self._image_offset) - 1 == self._view_offset[-1]
+                    and self._image_offset[-1] == len(file["image_bytes"])
+                    and (np.diff(self._view_offset) >= 1).all()
+                    and (np.diff(self._image_offset) >= 1).all()
+                    and self._view_offset[0] == self._image_offset[0] == 0
+                )
+        except DataError:
+            raise
+        except FileNotFoundError as error:
+            raise DataError(f"{self.path} does not exist; {_HELP}") from error
+        except Exception as error:  # h5py raises many kinds on malformed files
+            raise DataError(f"{self.path} is no readable packed pretraining file ({error})") from error
+        if not shapes_agree or not self.ids:
+            raise DataError(f"{self.path} is damaged: its tables of shapes, views and images do not agree; pack it again")
+
+    def _open(self) -> h5py.File:
+        # A handle must not cross a fork: HDF5 keeps a file position in it.
+        if self._file is None or self._pid != os.getpid():
+            self._file, self._pid = h5py.File(self.path, "r"), os.getpid()
+        return self._file
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_file": None}
+
+    def points(self, i: int) -> np.ndarray:
+        """Cloud of shape i, (N, 3) float32."""
+        try:
+            points = self._open()["points"][i].astype(np.float32)
+        except OSError as error:
+            raise DataError(f"{self.where(i)} cannot be read ({error}); pack the file again") from error
+        if (self._scale, self._shift) != (1, 0):
+            points = points * np.float32(self._scale) + np.float32(self._shift)
+        return check_cloud(points, self.where(i))
+
+    def view_names(self, i: int) -> Sequence[str]:
+        """Names of the renderings of shape i."""
+        return self._names[self._view_offset[i] : self._view_offset[i + 1]]
+
+    def image_file(self, i: int, view: int) -> bytes:
+        """Encoded rendering."""
+        j = self._view_offset[i] + view
+        try:
+            return self._open()["image_bytes"][self._image_offset[j] : self._image_offset[j + 1]].tobytes()
+        except OSError as error:
+            raise DataError(f"{self.where(i, view)} cannot be read ({error}); pack the file again") from error
+
+    def where(self, i: int, view: int | None = None) -> str:
+        """File and shape, and the rendering's name."""
+        return f"{self.path}:{self.ids[i]}" + ("" if view is None else f"/{self.view_names(i)[view]}")
+
+
+def open_source(root: str | os.PathLike[str]) -> PairSource:
+    """The pairs under ``root``: a packed file, a folder that holds one, or the released folder layout.
+
+    Raises:
+        DataError: nothing of the kind is there.
+    """
+    root = Path(root)
+    if root.is_file():
+        return PackedSource(root)
+    if (root / PACKED_NAME).is_file():
+        return PackedSource(root / PACKED_NAME)
+    if not root.is_dir():
+        raise DataError(f"{root} does not exist: expected a folder with ShapeNet/ and ShapeNetRendering/; {_HELP}")
+    return FolderSource(root)
+
+
+def read_shape_list(path: str | os.PathLike[str]) -> list[str]:
+    """Shape ids of a text file, one ``<synset>/<model_id>`` a line; empty lines and ``#`` comments are left out.
+
+    Raises:
+        DataError: the file is not there or holds no id.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read the list of shapes {path}: {error}") from error
+    ids = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    if not ids:
+        raise DataError(f"{path} names no shapes: expected one <synset>/<model_id> a line")
+    return ids
+
+
+def decode_image(data: bytes, name: str) -> Image.Image:
+    """Decode a rendering.
+
+    Raises:
+        DataError: not a readable image.
+    """
+    try:
+        image = Image.open(io.BytesIO(data))
+        image.load()
+    except Exception as error:  # Pillow raises many kinds on malformed files
+        raise DataError(f"{name} is no readable PNG image ({error}); fetch or render it again") from error
+    return image
+
+
+class ShapeNetRender(Dataset):
+    """Pairs of a cloud and a rendering of the same object. Each cloud and image file is read once per sample.
+
+    Args:
+        root: folder in the released layout, a packed file, or a folder that holds ``shapenet_render.h5``.
+        seed: a sample's view, subset and image augmentation are functions of (seed, epoch, index).
+        transform: rendering and seed -> named tensors, see ``datasets.transforms.RenderTransform``; None gives no image.
+        only: ids of the shapes to use; None uses all that have a rendering.
+        strict: raise at a sample that cannot be read. Otherwise the next readable one stands in for it, and the sample's
+            ``bad`` says what happened.
+
+    Attributes:
+        ids: shapes in use, sorted.
+        skipped: shapes of the source that have no rendering.
+        cloud_size: points of a cloud, N; larger clouds are cut to a random subset of it.
+
+    Raises:
+        DataError: see ``open_source``; or a shape of ``only`` is not there.
+    """
+
+    # A sample's stand-ins: so many in a row cannot all be bad in a data set that is worth training on.
+    ATTEMPTS = 8
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        *,
+        seed: int = 1,
+        transform: Callable[[Image.Image, int], dict[str, Tensor]] | None = None,
+        only: Iterable[str] | None = None,
+        strict: bool = False,
+    ) -> None:
+        self.source = open_source(root)
+        self.seed, self.transform, self.strict = seed, transform, strict
+        self._chosen = list(range(len(self.source.ids)))
+        if only is not None:
+            only = set(only)
+            missing = sorted(only - set(self.source.ids))
+            if missing:
+                raise DataError(
+                    f"{len(missing)} of the {len(only)} listed shapes are not in {root} with a rendering, "
+                    f"{missing[0]} for one"
+                )
+            self._chosen = [i for i in self._chosen if self.source.ids[i] in only]
+        self.ids = [self.source.ids[i] for i in self._chosen]
+        self.skipped = self.source.skipped
+        self.cloud_size = self._first_size()
+
+    def _first_size(self) -> int:
+        error: DataError | None = None
+        for i in self._chosen[: self.ATTEMPTS]:
+            try:
+                return len(self.source.points(i))
+            except DataError as failure:
+                error = error or failure
+                if self.strict:
+                    break
+        raise error
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def __getitem__(self, key: SampleKey | int) -> dict[str, Any]:
+        """Sample of (epoch, index); a bare index means epoch 0.
+
+        Returns:
+            ``index`` int, ``points`` (N, 3) float32, the transform's tensors, ``bad``: messages of unreadable samples
+            that this one stands in for, mostly empty.
+
+        Raises:
+            DataError: with ``strict``, or when ``ATTEMPTS`` samples in a row are unreadable.
+        """
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        bad: list[str] = []
+        for attempt in range(self.ATTEMPTS):
+            try:
+                return {**self._read(epoch, (index + attempt) % len(self)), "bad": bad}
+            except DataError as error:
+                if self.strict or attempt + 1 == self.ATTEMPTS:
+                    raise
+                bad.append(str(error))
+        raise AssertionError("unreachable")
+
+    def _read(self, epoch: int, index: int) -> dict[str, Any]:
+        i = self._chosen[index]
+        streams = SampleStreams(seed=self.seed, epoch=epoch, index=torch.tensor([index]))
+        points = torch.from_numpy(self.source.points(i))
+        if len(points) < self.cloud_size:
+            raise DataError(f"{self.source.where(i)} has {len(points)} points, the first cloud {self.cloud_size}")
+        if len(points) > self.cloud_size:
+            points = points[streams.uniform(len(points))[0].topk(self.cloud_size).indices]
+        sample = {"index": index, "points": points}
+        if self.transform is not None:
+            view = int(streams.uniform(high=len(self.source.view_names(i))))
+            image = decode_image(self.source.image_file(i, view), self.source.where(i, view))
+            sample.update(self.transform(image, streams.seeds()[0]))
+        return sample
+
+    def __repr__(self) -> str:
+        return f"ShapeNetRender({len(self)} shapes of {self.cloud_size} points, {len(self.skipped)} without rendering)"
+
+
+def collate_pairs(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Stack samples into a batch; ``bad`` becomes one list of messages."""
+    batch = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0] if name not in ("index", "bad")}
+    batch["index"] = torch.tensor([sample["index"] for sample in samples])
+    batch["bad"] = [message for sample in samples for message in sample["bad"]]
+    return batch

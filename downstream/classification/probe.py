@@ -1,0 +1,61 @@
+"""The linear-SVM probe of a pretraining run: is the encoder getting better?"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from sklearn.model_selection import train_test_split
+from torch import nn
+
+from downstream.classification.svm import linear_svm
+from downstream.features import extract_features, open_classification_set
+
+
+class LinearProbe:
+    """Linear SVM on frozen features, with a held-out part of the training labels for choosing a checkpoint.
+
+    Args:
+        dataset: name as in ``downstream.features.CLASSIFICATION_SETS``.
+        data_root: folder that holds it.
+        num_points: points per cloud.
+        c: SVM's C.
+        batch_size: clouds per forward pass.
+        holdout: share of the training clouds that is held out for ``val_accuracy``.
+
+    Raises:
+        DataError: the data set is missing or wrong.
+        UserError: its clouds have fewer points.
+    """
+
+    def __init__(
+        self,
+        dataset: str,
+        data_root: str,
+        *,
+        num_points: int = 1024,
+        c: float = 0.01,
+        batch_size: int = 32,
+        holdout: float = 0.2,
+    ) -> None:
+        self.dataset, self.c, self.batch_size = dataset, c, batch_size
+        self.train = open_classification_set(dataset, data_root, "train", num_points=num_points)
+        self.test = open_classification_set(dataset, data_root, "test", num_points=num_points)
+        rows, labels = np.arange(len(self.train)), self.train.labels
+        stratify = labels if np.bincount(labels).max() > 1 and np.unique(labels, return_counts=True)[1].min() > 1 else None
+        # Fixed seed: every run and every epoch holds out the same clouds.
+        self.fit, self.held_out = train_test_split(rows, test_size=holdout, random_state=0, stratify=stratify)
+
+    def __call__(self, encoder: nn.Module, *, device: torch.device) -> dict[str, float]:
+        """Score the encoder.
+
+        Returns:
+            ``<dataset>_val_accuracy`` (held-out training clouds) and ``<dataset>_test_accuracy`` in percent.
+        """
+        train, test = (
+            extract_features(encoder, part.points, batch_size=self.batch_size, device=device, text=f"probe {self.dataset}")
+            for part in (self.train, self.test)
+        )
+        labels, fit, held_out = self.train.labels, self.fit, self.held_out
+        val = linear_svm(train[fit], labels[fit], train[held_out], labels[held_out], c_values=(self.c,))
+        full = linear_svm(train, labels, test, self.test.labels, c_values=(self.c,))
+        return {f"{self.dataset}_val_accuracy": val.accuracy, f"{self.dataset}_test_accuracy": full.accuracy}

@@ -1,0 +1,65 @@
+"""Point encoders by name, and everything of the method that has parameters or a gradient."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+
+from models.crossnet import CrossNet
+from models.dgcnn import DGCNNCls, DGCNNPartSeg, DGCNNSemSeg
+from models.features import PointFeatures
+from models.pointnet import PointNetCls, PointNetPartSeg
+
+ENCODERS: dict[str, type[nn.Module]] = {
+    "dgcnn_cls": DGCNNCls,
+    "dgcnn_partseg": DGCNNPartSeg,
+    "dgcnn_semseg": DGCNNSemSeg,
+    "pointnet_cls": PointNetCls,
+    "pointnet_partseg": PointNetPartSeg,
+}
+# Names of the released scripts.
+ENCODER_ALIASES = {"dgcnn_seg": "dgcnn_partseg", "pointnet_seg": "pointnet_partseg"}
+
+__all__ = [
+    "ENCODERS",
+    "ENCODER_ALIASES",
+    "CrossNet",
+    "PointFeatures",
+    "build_encoder",
+    "encoder_arguments",
+    "resolve_encoder_name",
+]
+
+
+def resolve_encoder_name(name: str) -> str:
+    """The encoder's own name, from it or from a released alias.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    name = ENCODER_ALIASES.get(name, name)
+    if name not in ENCODERS:
+        raise ValueError(f"unknown encoder {name!r}: expected one of {', '.join([*ENCODERS, *ENCODER_ALIASES])}")
+    return name
+
+
+def encoder_arguments(name: str) -> dict[str, Any]:
+    """Keyword arguments that the encoder takes, with their defaults (the released values)."""
+    parameters = inspect.signature(ENCODERS[resolve_encoder_name(name)].__init__).parameters
+    return {key: p.default for key, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def build_encoder(name: str, **kwargs: Any) -> nn.Module:
+    """Build a point encoder.
+
+    Args:
+        name: one of ``ENCODERS`` or a released alias.
+        kwargs: see ``encoder_arguments(name)``; what is left out takes the released value.
+
+    Raises:
+        ValueError: unknown name or value.
+        TypeError: an argument that this encoder does not take.
+    """
+    return ENCODERS[resolve_encoder_name(name)](**kwargs)

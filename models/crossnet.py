@@ -1,0 +1,88 @@
+"""CrossNet: a point encoder trained jointly with a colour and a gray image encoder (Wu et al., IEEE TMM 2023)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from models.heads import image_projection, point_projection
+from models.image import build_image_encoder
+from models.losses import OBJECTIVES, Losses, crossnet_objective
+
+MODALITIES = ("both", "rgb", "gray")
+
+
+class CrossNet(nn.Module):
+    """The whole training-time model: encoders, heads and objective.
+
+    Args:
+        point_encoder: module (B, 3, N) -> PointFeatures, with ``feature_dim``.
+        image_model: ResNet of the image branches, see ``models.image``.
+        image_modality: ``both``, ``rgb`` or ``gray``; a branch that is not used is not built.
+        objective: ``con`` or ``ave``, see ``models.losses.crossnet_objective``.
+        alpha: weight of the cross-modal term.
+        temperature: of NT-Xent.
+        mask_same_object: ablation of ``con``, see ``models.losses.crossnet_objective``.
+
+    Raises:
+        ValueError: unknown modality, objective or image model.
+    """
+
+    def __init__(
+        self,
+        point_encoder: nn.Module,
+        *,
+        image_model: str = "resnet50",
+        image_modality: str = "both",
+        objective: str = "con",
+        alpha: float = 1.0,
+        temperature: float = 0.2,
+        mask_same_object: bool = False,
+    ) -> None:
+        super().__init__()
+        if image_modality not in MODALITIES:
+            raise ValueError(f"unknown image modality {image_modality!r}: expected one of {', '.join(MODALITIES)}")
+        if objective not in OBJECTIVES:
+            raise ValueError(f"unknown objective {objective!r}: expected one of {', '.join(OBJECTIVES)}")
+        self.objective, self.alpha, self.temperature = objective, alpha, temperature
+        self.mask_same_object = mask_same_object
+        self.point_encoder = point_encoder
+        self.point_head = point_projection(point_encoder.feature_dim)
+        self.image_encoders, self.image_heads = nn.ModuleDict(), nn.ModuleDict()
+        for modality, channels in (("rgb", 3), ("gray", 1)):
+            if image_modality in ("both", modality):
+                encoder = build_image_encoder(image_model, in_channels=channels)
+                self.image_encoders[modality] = encoder
+                self.image_heads[modality] = image_projection(encoder.feature_dim)
+
+    def project_points(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor]:
+        """Projections of two views, each (B, 3, N) -> (B, 256); one 2B batch, so they share batch statistics."""
+        z1, z2 = self.point_head(self.point_encoder(torch.cat([view1, view2])).pooled).chunk(2)
+        return z1, z2
+
+    def project_images(self, modality: str, images: Tensor | None) -> Tensor | None:
+        """Projections of the renders (B, channels, H, W) -> (B, 256); None where the branch is not built."""
+        if modality not in self.image_encoders:
+            return None
+        if images is None:
+            raise ValueError(f"the model has a {modality} branch but got no {modality} images")
+        return self.image_heads[modality](self.image_encoders[modality](images))
+
+    def forward(self, view1: Tensor, view2: Tensor, *, rgb: Tensor | None = None, gray: Tensor | None = None) -> Losses:
+        """One training step's losses.
+
+        Args:
+            view1: first augmented views (B, 3, N).
+            view2: second augmented views (B, 3, N), row i of the same clouds.
+            rgb: colour renders (B, 3, H, W) of the same objects; needed where that branch is built.
+            gray: gray renders (B, 1, H, W); needed where that branch is built.
+        """
+        return crossnet_objective(
+            self.project_points(view1, view2),
+            rgb=self.project_images("rgb", rgb),
+            gray=self.project_images("gray", gray),
+            objective=self.objective,
+            alpha=self.alpha,
+            temperature=self.temperature,
+            mask_same_object=self.mask_same_object,
+        )

@@ -1,0 +1,147 @@
+"""DGCNN encoders (Wang et al., arXiv:1801.07829) in the three layouts of the field.
+
+Parameter names (``conv1.0.weight``, ``conv1.1.running_mean``, ...) are those of the published DGCNN repositories.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from models.features import PointFeatures
+from models.layers import (
+    TransformNet,
+    apply_to_rows,
+    edge_block,
+    edge_conv,
+    edge_conv_two_layers,
+    flatten_neighbours,
+    knn,
+    point_block,
+)
+
+
+class _DGCNN(nn.Module):
+    """What the layouts share: arguments, checks, and the way from (B, C, N) to rows and back."""
+
+    def __init__(self, *, k: int, emb_dims: int, in_channels: int) -> None:
+        super().__init__()
+        if k < 1:
+            raise ValueError(f"k = {k}: a point needs at least one neighbour, itself")
+        self.k, self.emb_dims, self.in_channels = k, emb_dims, in_channels
+
+    def neighbours(self, points: Tensor) -> Tensor:
+        """(B, N, C) -> (B * N, k) indices of the nearest rows, in feature space."""
+        return flatten_neighbours(knn(points, self.k))
+
+    def to_points(self, x: Tensor) -> Tensor:
+        """(B, C, N) -> (B, N, C), checked."""
+        if x.ndim != 3 or x.shape[1] != self.in_channels:
+            raise ValueError(f"expected (B, {self.in_channels}, N), got {tuple(x.shape)}")
+        return x.transpose(1, 2).contiguous()
+
+    def embed(self, layers: list[Tensor], shape: torch.Size, fusion: nn.Sequential) -> tuple[Tensor, Tensor]:
+        """Fuse the EdgeConvs' rows: (B, N, emb_dims) embedding and (B, local_dim, N) local features."""
+        local = torch.cat(layers, dim=1)
+        embedded = apply_to_rows(local, *fusion).unflatten(0, shape[:2])
+        return embedded, local.unflatten(0, shape[:2]).transpose(1, 2)
+
+
+class DGCNNCls(_DGCNN):
+    """Classification layout: four EdgeConvs of 64, 64, 128, 256, then one embedding.
+
+    Args:
+        k: neighbours per point, itself included.
+        emb_dims: width E of the embedding.
+
+    Shape:
+        (B, 3, N) -> pooled (B, 2 E): maximum and mean over points; local (B, 512, N)
+    """
+
+    def __init__(self, *, k: int = 20, emb_dims: int = 1024) -> None:
+        super().__init__(k=k, emb_dims=emb_dims, in_channels=3)
+        self.conv1 = edge_block(6, 64)
+        self.conv2 = edge_block(128, 64)
+        self.conv3 = edge_block(128, 128)
+        self.conv4 = edge_block(256, 256)
+        self.conv5 = point_block(512, emb_dims)
+        self.feature_dim, self.local_dim = 2 * emb_dims, 512
+
+    def forward(self, x: Tensor) -> PointFeatures:
+        """See the class for shapes."""
+        points = self.to_points(x)
+        shape, rows, layers = points.shape, points.flatten(0, 1), []
+        for block in (self.conv1, self.conv2, self.conv3, self.conv4):
+            rows = edge_conv(rows, self.neighbours(rows.unflatten(0, shape[:2])), block)
+            layers.append(rows)
+        embedded, local = self.embed(layers, shape, self.conv5)
+        return PointFeatures(torch.cat([embedded.amax(1), embedded.mean(1)], dim=1), local)
+
+
+class _DGCNNSeg(_DGCNN):
+    """Segmentation layouts: EdgeConvs of two, two and one layers of 64, then one embedding."""
+
+    def __init__(self, *, k: int, emb_dims: int, in_channels: int) -> None:
+        super().__init__(k=k, emb_dims=emb_dims, in_channels=in_channels)
+        self.conv1 = edge_block(2 * in_channels, 64)
+        self.conv2 = edge_block(64, 64)
+        self.conv3 = edge_block(128, 64)
+        self.conv4 = edge_block(64, 64)
+        self.conv5 = edge_block(128, 64)
+        self.conv6 = point_block(192, emb_dims)
+        self.feature_dim, self.local_dim = emb_dims, 192
+
+    def edge_convs(self, points: Tensor, first_neighbours: Tensor) -> PointFeatures:
+        """(B, N, C) and the first layer's neighbours -> features."""
+        shape = points.shape
+        x1 = edge_conv_two_layers(points.flatten(0, 1), first_neighbours, self.conv1, self.conv2)
+        x2 = edge_conv_two_layers(x1, self.neighbours(x1.unflatten(0, shape[:2])), self.conv3, self.conv4)
+        x3 = edge_conv(x2, self.neighbours(x2.unflatten(0, shape[:2])), self.conv5)
+        embedded, local = self.embed([x1, x2, x3], shape, self.conv6)
+        return PointFeatures(embedded.amax(1), local)
+
+
+class DGCNNPartSeg(_DGCNNSeg):
+    """Part-segmentation layout: the cloud is aligned by a spatial transformer first.
+
+    Args:
+        k: neighbours per point, itself included.
+        emb_dims: width E of the embedding.
+
+    Shape:
+        (B, 3, N) -> pooled (B, E): maximum over points; local (B, 192, N)
+    """
+
+    def __init__(self, *, k: int = 20, emb_dims: int = 1024) -> None:
+        super().__init__(k=k, emb_dims=emb_dims, in_channels=3)
+        self.transform_net = TransformNet()
+
+    def forward(self, x: Tensor) -> PointFeatures:
+        """See the class for shapes."""
+        points = self.to_points(x)
+        aligned = points @ self.transform_net(points, self.neighbours(points)).to(points.dtype)
+        return self.edge_convs(aligned, self.neighbours(aligned))
+
+
+class DGCNNSemSeg(_DGCNNSeg):
+    """Semantic-segmentation layout.
+
+    Args:
+        k: neighbours per point, itself included.
+        emb_dims: width E of the embedding.
+        in_channels: 3 for xyz, or 9 for S3DIS blocks (xyz, rgb, room-normalised xyz); with 9 the first graph is that of
+            the room-normalised coordinates ``x[:, 6:9]``, as in the published weights.
+
+    Shape:
+        (B, in_channels, N) -> pooled (B, E): maximum over points; local (B, 192, N)
+    """
+
+    def __init__(self, *, k: int = 20, emb_dims: int = 1024, in_channels: int = 3) -> None:
+        if in_channels not in (3, 9):
+            raise ValueError(f"in_channels = {in_channels}: expected 3 (xyz) or 9 (xyz, rgb, room-normalised xyz)")
+        super().__init__(k=k, emb_dims=emb_dims, in_channels=in_channels)
+
+    def forward(self, x: Tensor) -> PointFeatures:
+        """See the class for shapes."""
+        points = self.to_points(x)
+        return self.edge_convs(points, self.neighbours(points[..., 6:9] if self.in_channels == 9 else points))

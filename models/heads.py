@@ -1,0 +1,20 @@
+"""Projection heads of the contrastive objective. They are thrown away after pretraining."""
+
+from torch import nn
+
+PROJECTION_DIM = 256
+
+
+def point_projection(in_dim: int, out_dim: int = PROJECTION_DIM) -> nn.Sequential:
+    """Points: D -> 1024 (batch norm, ReLU) -> 256, with biases. Published as ``inv_head``."""
+    return nn.Sequential(nn.Linear(in_dim, 1024), nn.BatchNorm1d(1024), nn.ReLU(inplace=True), nn.Linear(1024, out_dim))
+
+
+def image_projection(in_dim: int, out_dim: int = PROJECTION_DIM) -> nn.Sequential:
+    """Images: D -> 512 (batch norm, ReLU) -> 256, without biases."""
+    return nn.Sequential(
+        nn.Linear(in_dim, 512, bias=False),
+        nn.BatchNorm1d(512),
+        nn.ReLU(inplace=True),
+        nn.Linear(512, out_dim, bias=False),
+    )

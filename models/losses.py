@@ -1,0 +1,106 @@
+"""NT-Xent (Chen et al., SimCLR, arXiv:2002.05709, Algorithm 1) and CrossNet's two objectives built from it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.layers import at_least_float32
+from utils.distributed import gather_with_grad, rank
+
+OBJECTIVES = ("con", "ave")
+
+
+def nt_xent(a: Tensor, b: Tensor, *, temperature: float, objects: Tensor | None = None) -> Tensor:
+    """Normalised temperature-scaled cross entropy over pairs (a_i, b_i), in at least float32.
+
+    Each of the 2B vectors is to find its partner among the 2B - 1 others by cosine similarity. Under several processes
+    the others are those of all processes, with gradient.
+
+    Args:
+        a: (B, C), not normalised.
+        b: (B, C); row i belongs to row i of ``a``.
+        temperature: divides the similarities.
+        objects: (B,) object of row i of ``a`` and ``b``, unique across processes. Where given, rows of the same object
+            other than the partner are no negatives.
+
+    Returns:
+        () mean over this process's 2B rows.
+
+    Raises:
+        ValueError: shapes differ or the temperature is not positive.
+    """
+    if a.shape != b.shape or a.ndim != 2:
+        raise ValueError(f"expected two (B, C) tensors of the same shape, got {tuple(a.shape)} and {tuple(b.shape)}")
+    if not temperature > 0:
+        raise ValueError(f"temperature = {temperature}: expected a number above 0")
+    with torch.autocast(a.device.type, enabled=False):
+        a = F.normalize(at_least_float32(a), dim=1)
+        b = F.normalize(at_least_float32(b), dim=1)
+        all_a, all_b = gather_with_grad(a), gather_with_grad(b)
+        everything = len(all_a)
+        own = torch.arange(len(a), device=a.device) + rank() * len(a)
+        itself, partner = torch.cat([own, own + everything]), torch.cat([own + everything, own])
+        logits = torch.cat([a, b]) @ torch.cat([all_a, all_b]).T / temperature
+        logits = logits.scatter(1, itself[:, None], float("-inf"))
+        if objects is not None:
+            objects_of_all = gather_with_grad(objects).repeat(2)
+            same = objects.repeat(2)[:, None] == objects_of_all[None, :]
+            logits = logits.masked_fill(same.scatter(1, partner[:, None], False), float("-inf"))
+        return F.cross_entropy(logits, partner)
+
+
+class Losses(NamedTuple):
+    """The objective and its parts."""
+
+    total: Tensor
+    intra: Tensor  # between the two views of a cloud
+    cross: Tensor  # between clouds and images, before the weight alpha
+
+
+def crossnet_objective(
+    views: tuple[Tensor, Tensor],
+    *,
+    rgb: Tensor | None,
+    gray: Tensor | None,
+    objective: str = "con",
+    alpha: float = 1.0,
+    temperature: float = 0.2,
+    mask_same_object: bool = False,
+) -> Losses:
+    """CrossNet's loss: views of a cloud against each other (intra) and against renders of the object (cross).
+
+    - ``con`` (the paper's figure): NTX(t1, t2) + alpha NTX([t1; t2], [rgb; gray]).
+    - ``ave``: NTX(t1, t2) + alpha (NTX(mean(t1, t2), rgb) + NTX(mean(t1, t2), gray)).
+    With one modality both are NTX(t1, t2) + alpha NTX(mean(t1, t2), image). Means are of unnormalised projections.
+
+    Args:
+        views: projections of the two views, each (B, C).
+        rgb: projections of the colour renders (B, C), or None.
+        gray: projections of the gray renders (B, C), or None.
+        objective: ``con`` or ``ave``.
+        alpha: weight of the cross term.
+        temperature: of every NT-Xent.
+        mask_same_object: in ``con`` with both modalities, do not count the object's other view and other image as
+            negatives (ablation; the released objective counts them).
+
+    Raises:
+        ValueError: unknown objective, or neither modality.
+    """
+    if objective not in OBJECTIVES:
+        raise ValueError(f"unknown objective {objective!r}: expected one of {', '.join(OBJECTIVES)}")
+    images = [image for image in (rgb, gray) if image is not None]
+    if not images:
+        raise ValueError("expected projections of the colour renders, the gray renders or both")
+    intra = nt_xent(*views, temperature=temperature)
+    if objective == "con" and len(images) == 2:
+        batch = len(views[0])
+        objects = (torch.arange(batch, device=views[0].device) + rank() * batch).repeat(2) if mask_same_object else None
+        cross = nt_xent(torch.cat(views), torch.cat(images), temperature=temperature, objects=objects)
+    else:
+        mean = (views[0] + views[1]) / 2
+        cross = sum(nt_xent(mean, image, temperature=temperature) for image in images)
+    return Losses(intra + alpha * cross, intra, cross)

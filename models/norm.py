@@ -1,0 +1,137 @@
+"""Batch-norm statistics as mergeable moments: over chunks of edges and over processes.
+
+A layer that never builds its edge tensor cannot call ``nn.BatchNorm2d``; it works out the count, the mean and the
+centred sum of squares, and the functions here do with them what the module would do.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from utils.distributed import all_reduce_sum, rank, world_size
+
+
+class Moments(NamedTuple):
+    """First and second moments of a set of vectors."""
+
+    count: Tensor  # () number of vectors
+    mean: Tensor  # (C,)
+    scatter: Tensor  # (C,) centred sum of squares, or (C, C) centred sum of outer products
+
+
+def merge_moments(counts: Tensor, means: Tensor, scatters: Tensor) -> Moments:
+    """Moments of the union of R disjoint sets (Chan, Golub and LeVeque, 1983).
+
+    Shape:
+        counts (R,), means (R, C), scatters (R, C) or (R, C, C)
+    """
+    count = counts.sum()
+    mean = (counts[:, None] * means).sum(0) / count
+    offset = means - mean
+    weighted = counts[:, None] * offset
+    between = weighted.T @ offset if scatters.ndim == 3 else (weighted * offset).sum(0)
+    return Moments(count, mean, scatters.sum(0) + between)
+
+
+def moments_of(rows: Tensor) -> Moments:
+    """Moments of the rows of a matrix (P, C), with the scatter per channel."""
+    mean = rows.mean(0)
+    return Moments(rows.new_tensor(float(len(rows))), mean, (rows - mean).square().sum(0))
+
+
+def across_processes(moments: Moments) -> Moments:
+    """Merge every process's moments by one differentiable all-reduce; a single process keeps its own."""
+    if world_size() == 1:
+        return moments
+    packed = torch.cat([moments.count.reshape(1).to(moments.mean.dtype), moments.mean, moments.scatter.flatten()])
+    slots = packed.new_zeros(world_size(), len(packed))
+    slots = all_reduce_sum(slots.index_copy(0, torch.tensor([rank()], device=packed.device), packed[None]))
+    channels = len(moments.mean)
+    counts, means, scatters = slots.split([1, channels, packed.numel() - 1 - channels], dim=1)
+    return merge_moments(counts.flatten(), means, scatters.reshape(-1, *moments.scatter.shape))
+
+
+def uses_batch_statistics(norm: _BatchNorm) -> bool:
+    """Whether the module normalises with the batch's statistics rather than with its running ones."""
+    return norm.training or norm.running_mean is None
+
+
+@torch.no_grad()
+def update_running_statistics(norm: _BatchNorm, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+    """What ``nn.BatchNorm`` does to its buffers in train mode.
+
+    Args:
+        norm: module whose buffers change; ``momentum=None`` means the cumulative average, as in PyTorch.
+        mean: batch mean (C,).
+        variance: biased batch variance (C,).
+        count: number of vectors behind them; the buffer takes the unbiased variance.
+    """
+    if not norm.training or norm.running_mean is None:
+        return
+    norm.num_batches_tracked.add_(1)
+    factor = norm.momentum if norm.momentum is not None else 1.0 / norm.num_batches_tracked.item()
+    unbiased = variance * (count / (count - 1).clamp_min(1))
+    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), factor)
+    norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), factor)
+
+
+def scale_and_shift(norm: _BatchNorm, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+    """``norm`` with these statistics as ``x * scale + shift``, each (C,)."""
+    scale = torch.rsqrt(variance + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    shift = -mean * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias
+    return scale, shift
+
+
+def sign_of_gain(norm: _BatchNorm) -> Tensor:
+    """+1 where the layer is non-decreasing in its input, -1 where it decreases; +1 for a gain of zero."""
+    if norm.weight is None:
+        return torch.ones(norm.num_features, device=norm.running_mean.device)
+    return torch.where(norm.weight.detach() < 0, -1.0, 1.0).to(norm.weight.dtype)
+
+
+class SyncBatchNorm(_BatchNorm):
+    """Batch norm over the rows of all processes, on gloo (CPU) as well as on NCCL.
+
+    ``torch.nn.SyncBatchNorm`` refuses CPU tensors. Counts, means and centred sums travel in one differentiable
+    all-reduce; parameter and buffer names are those of ``nn.BatchNorm``. In one process it is plain batch norm.
+    """
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        if x.ndim < 2:
+            raise ValueError(f"expected at least 2 dimensions, got {x.ndim}")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape: (B, C, ...) -> the same."""
+        if world_size() == 1 or not uses_batch_statistics(self):
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            values = x if x.dtype == torch.float64 else x.float()
+            dims = [d for d in range(x.ndim) if d != 1]
+            shape = [1, -1, *[1] * (x.ndim - 2)]
+            local_mean = values.mean(dims)
+            centred = values - local_mean.reshape(shape)
+            count = values.new_tensor(float(x.numel() // x.shape[1]))
+            moments = across_processes(Moments(count, local_mean, centred.square().sum(dims)))
+            variance = moments.scatter / moments.count
+            update_running_statistics(self, moments.mean, variance, moments.count)
+            scale, shift = scale_and_shift(self, moments.mean - local_mean, variance)
+            return (centred * scale.reshape(shape) + shift.reshape(shape)).to(x.dtype)
+
+    @classmethod
+    def convert(cls, module: nn.Module) -> nn.Module:
+        """Turn every batch norm inside ``module`` into this class, in place, parameters and buffers kept.
+
+        EdgeConv blocks do not call their batch norm; converting them changes nothing and keeps their names.
+        """
+        for child in module.modules():
+            if isinstance(child, _BatchNorm):
+                child.__class__ = cls
+        return module

@@ -1,0 +1,123 @@
+"""PointNet encoders (Qi et al., arXiv:1612.00593) in the two layouts that the peers pretrain.
+
+Parameter names (``conv1.weight``, ``bn1.running_mean``, ``stn.fc1.weight``, ...) are those of the field's repositories.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.features import PointFeatures
+from models.layers import apply_to_rows
+
+
+def _to_rows(x: Tensor) -> tuple[Tensor, torch.Size]:
+    if x.ndim != 3 or x.shape[1] != 3:
+        raise ValueError(f"expected (B, 3, N), got {tuple(x.shape)}")
+    points = x.transpose(1, 2)
+    return points.flatten(0, 1), points.shape[:2]
+
+
+class PointNetCls(nn.Module):
+    """Classification layout without transformer: pointwise 64, 64, 64, 128, E, then the maximum.
+
+    Args:
+        emb_dims: width E of the embedding.
+
+    Shape:
+        (B, 3, N) -> pooled (B, E); local (B, 320, N): the four layers before the embedding
+    """
+
+    in_channels = 3
+
+    def __init__(self, *, emb_dims: int = 1024) -> None:
+        super().__init__()
+        widths = (3, 64, 64, 64, 128, emb_dims)
+        for i in range(5):
+            setattr(self, f"conv{i + 1}", nn.Conv1d(widths[i], widths[i + 1], kernel_size=1, bias=False))
+            setattr(self, f"bn{i + 1}", nn.BatchNorm1d(widths[i + 1]))
+        self.emb_dims, self.feature_dim, self.local_dim = emb_dims, emb_dims, sum(widths[1:5])
+
+    def forward(self, x: Tensor) -> PointFeatures:
+        """See the class for shapes."""
+        rows, shape = _to_rows(x)
+        layers = []
+        for i in range(1, 6):
+            rows = F.relu(apply_to_rows(rows, getattr(self, f"conv{i}"), getattr(self, f"bn{i}")))
+            layers.append(rows)
+        local = torch.cat(layers[:4], dim=1).unflatten(0, shape).transpose(1, 2)
+        return PointFeatures(rows.unflatten(0, shape).amax(1), local)
+
+
+class AlignmentNet(nn.Module):
+    """PointNet's T-Net: predicts a matrix that aligns points (C = 3) or features; its last layer adds the identity.
+
+    Shape:
+        rows (B * N, C) and (B, N) -> (B, C, C)
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.conv1, self.bn1 = nn.Conv1d(channels, 64, 1), nn.BatchNorm1d(64)
+        self.conv2, self.bn2 = nn.Conv1d(64, 128, 1), nn.BatchNorm1d(128)
+        self.conv3, self.bn3 = nn.Conv1d(128, 1024, 1), nn.BatchNorm1d(1024)
+        self.fc1, self.bn4 = nn.Linear(1024, 512), nn.BatchNorm1d(512)
+        self.fc2, self.bn5 = nn.Linear(512, 256), nn.BatchNorm1d(256)
+        self.fc3 = nn.Linear(256, channels * channels)
+
+    def forward(self, rows: Tensor, shape: torch.Size) -> Tensor:
+        """See the class for shapes."""
+        rows = F.relu(apply_to_rows(rows, self.conv1, self.bn1))
+        rows = F.relu(apply_to_rows(rows, self.conv2, self.bn2))
+        rows = F.relu(apply_to_rows(rows, self.conv3, self.bn3))
+        x = rows.unflatten(0, shape).amax(1)
+        x = F.relu(self.bn4(self.fc1(x)))
+        x = F.relu(self.bn5(self.fc2(x)))
+        x = self.fc3(x).unflatten(1, (self.channels, self.channels))
+        return x + torch.eye(self.channels, device=x.device, dtype=x.dtype)
+
+
+class PointNetPartSeg(nn.Module):
+    """Part-segmentation layout: input and feature transformer, pointwise 64, 128, 128, 512, E, then the maximum.
+
+    Args:
+        emb_dims: width E of the embedding (1,024 here; 2,048 in the supervised layout of the field).
+
+    Shape:
+        (B, 3, N) -> pooled (B, E); local (B, 832 + E, N): every pointwise layer's output, as the part head expects
+    """
+
+    in_channels = 3
+
+    def __init__(self, *, emb_dims: int = 1024) -> None:
+        super().__init__()
+        self.stn = AlignmentNet(3)
+        self.conv1, self.bn1 = nn.Conv1d(3, 64, 1), nn.BatchNorm1d(64)
+        self.conv2, self.bn2 = nn.Conv1d(64, 128, 1), nn.BatchNorm1d(128)
+        self.conv3, self.bn3 = nn.Conv1d(128, 128, 1), nn.BatchNorm1d(128)
+        self.fstn = AlignmentNet(128)
+        self.conv4, self.bn4 = nn.Conv1d(128, 512, 1), nn.BatchNorm1d(512)
+        self.conv5, self.bn5 = nn.Conv1d(512, emb_dims, 1), nn.BatchNorm1d(emb_dims)
+        self.emb_dims, self.feature_dim, self.local_dim = emb_dims, emb_dims, 64 + 128 + 128 + 512 + emb_dims
+
+    def forward(self, x: Tensor) -> PointFeatures:
+        """See the class for shapes."""
+        rows, shape = _to_rows(x)
+        rows = self.align(rows, shape, self.stn)
+        out1 = F.relu(apply_to_rows(rows, self.conv1, self.bn1))
+        out2 = F.relu(apply_to_rows(out1, self.conv2, self.bn2))
+        out3 = F.relu(apply_to_rows(out2, self.conv3, self.bn3))
+        aligned = self.align(out3, shape, self.fstn)
+        out4 = F.relu(apply_to_rows(aligned, self.conv4, self.bn4))
+        out5 = apply_to_rows(out4, self.conv5, self.bn5)
+        local = torch.cat([out1, out2, out3, out4, out5], dim=1).unflatten(0, shape).transpose(1, 2)
+        return PointFeatures(out5.unflatten(0, shape).amax(1), local)
+
+    @staticmethod
+    def align(rows: Tensor, shape: torch.Size, net: AlignmentNet) -> Tensor:
+        """Multiply each cloud's rows by the matrix that ``net`` predicts for it."""
+        matrix = net(rows, shape)
+        return (rows.unflatten(0, shape).to(matrix.dtype) @ matrix).flatten(0, 1)

@@ -1,0 +1,517 @@
+"""Pretrain a point-cloud encoder with CrossNet (Wu et al., IEEE TMM 2023): no labels, clouds and renderings only.
+
+examples:
+  # the released settings on ShapeNet (see data/README.md); scores on ModelNet40 when it is in --data_root
+  python train_crossnet_con.py --data_root data --exp_name crossnet
+
+  # go on after a stop; the result is the one of an uninterrupted run
+  python train_crossnet_con.py --data_root data --exp_name crossnet --resume
+
+  # a small machine: fewer points, smaller images, a smaller image network
+  python train_crossnet_con.py --data_root data/demo --exp_name small --epochs 10 --batch_size 64 \\
+      --num_points 512 --image_size 64 --image_model resnet18
+
+The run folder <output_dir>/<exp_name> gets last.pth, best.pth (by the probe), config.json, metrics.jsonl, run.log and
+curves.png. Evaluate last.pth with downstream/classification/main.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import logging
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from datasets.sampler import PairSampler
+from datasets.shapenet_render import ShapeNetRender, collate_pairs, read_shape_list
+from datasets.streams import SampleStreams
+from datasets.transforms import BACKGROUNDS, PointAugmentation, RenderTransform, pretraining_augmentation
+from downstream.classification.probe import LinearProbe
+from downstream.features import CLASSIFICATION_SETS, find_datasets
+from models import ENCODER_ALIASES, ENCODERS, CrossNet, build_encoder, encoder_arguments
+from models.crossnet import MODALITIES
+from models.image import IMAGE_ENCODERS
+from models.losses import OBJECTIVES
+from utils.checkpoint import describe_encoder, encoder_from_checkpoint, load_checkpoint, load_strictly, save_checkpoint
+from utils.cli import HelpFormatter, add_common_arguments, positive_int, resolve_device, run, write_json
+from utils.errors import CheckpointError, UserError
+from utils.tracking import RunFolder, WandbMirror
+from utils.training import (
+    AMP_DTYPES,
+    LR_SCHEDULES,
+    autocast,
+    git_commit,
+    grad_scaler,
+    learning_rate,
+    random_states,
+    restore_random_states,
+    seed_everything,
+    set_learning_rate,
+    versions,
+)
+
+logger = logging.getLogger("crossnet")
+# Streams of what happens to a batch on the device, apart from those of reading a sample.
+AUGMENTATION_PURPOSE = 1
+# Settings that may differ between a run and its continuation: they change nothing that is learned.
+FREE_ON_RESUME = {
+    *("data_root", "device", "workers", "json", "exp_name", "output_dir", "resume", "overwrite", "wandb", "log_every"),
+    *("save_every", "eval_every", "eval_dataset", "eval_points", "test_batch_size", "svm_c", "select_on", "list"),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Command line of this script; defaults are the released settings."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add_common_arguments(parser)
+    g = parser.add_argument_group("run")
+    g.add_argument("--exp_name", default="crossnet", metavar="NAME", help="name of the run folder")
+    g.add_argument("--output_dir", default="checkpoints", metavar="DIR", help="folder of the run folders")
+    g.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="auto|PATH",
+        help="go on from the run folder's last.pth (auto, or without a value) or from PATH, in the middle of an epoch too",
+    )
+    g.add_argument("--overwrite", action="store_true", help="replace the run in the folder")
+    g.add_argument("--save_every", type=int, default=500, metavar="STEPS", help="also save within an epoch; 0 = at its end only")
+    g.add_argument("--log_every", type=positive_int, default=20, metavar="STEPS", help="steps between looks at the loss")
+    g.add_argument("--wandb", choices=("disabled", "offline", "online"), default="disabled", help="mirror to Weights & Biases")
+    g = parser.add_argument_group("data")
+    g.add_argument("--list", metavar="FILE", help="use only these shapes: one <synset>/<model_id> a line")
+    g.add_argument(
+        "--num_points",
+        type=positive_int,
+        metavar="N",
+        help="points of a view; each view of a larger cloud is a random subset of its own (default: all points, as released)",
+    )
+    g.add_argument("--image_size", type=positive_int, default=224, metavar="PX", help="renderings are resized to PX x PX")
+    g.add_argument("--background", choices=sorted(BACKGROUNDS), default="black", help="behind transparent renderings")
+    g.add_argument("--strict_data", action="store_true", help="stop at the first unreadable sample; default: at more than 1 %%")
+    g = parser.add_argument_group("point encoder")
+    g.add_argument("--model", choices=[*ENCODERS, *ENCODER_ALIASES], default="dgcnn_cls", help="encoder to pretrain")
+    g.add_argument("--k", type=positive_int, default=20, metavar="K", help="neighbours per point, itself included (DGCNN)")
+    g.add_argument("--emb_dims", type=positive_int, default=1024, metavar="E", help="width of the embedding")
+    g.add_argument("--dropout", type=float, default=0.5, metavar="P", help="kept for the heads of fine-tuning; no effect here")
+    g.add_argument("--model_path", metavar="FILE", help="start from this checkpoint's encoder instead of random weights")
+    g = parser.add_argument_group("objective")
+    g.add_argument(
+        "--objective",
+        choices=OBJECTIVES,
+        default="con",
+        help="con: both views against both images; ave: the views' mean against each image (--temperature 0.1 there)",
+    )
+    g.add_argument("--image_modality", choices=MODALITIES, default="both", help="image branches to build")
+    g.add_argument("--image_model", choices=list(IMAGE_ENCODERS), default="resnet50", help="image encoders, random start")
+    g.add_argument("--alpha", type=float, default=1.0, metavar="A", help="weight of the cross-modal term")
+    g.add_argument("--temperature", type=float, default=0.2, metavar="T", help="of NT-Xent")
+    g.add_argument(
+        "--mask_same_object",
+        action="store_true",
+        help="ablation of con: an object's other view and image are no negatives",
+    )
+    g = parser.add_argument_group("optimisation")
+    g.add_argument("--batch_size", type=positive_int, default=32, metavar="B", help="objects per process and step")
+    g.add_argument("--epochs", type=positive_int, default=250, metavar="E", help="passes over the data")
+    g.add_argument("--lr", type=float, default=1e-3, metavar="LR", help="highest learning rate of Adam; SGD takes 100 x this")
+    g.add_argument("--weight_decay", type=float, default=1e-5, metavar="WD", help="L2 penalty")
+    g.add_argument("--use_sgd", action="store_true", help="SGD with momentum instead of Adam, for all encoders")
+    g.add_argument("--momentum", type=float, default=0.9, metavar="M", help="of SGD")
+    g.add_argument(
+        "--lr_schedule",
+        choices=LR_SCHEDULES,
+        default="cosine",
+        help="cosine: from --lr to 0 once over the run; released: the released code steps its cosine at every batch, so "
+        "that the rate swings between --lr and 0 with a period of 2 x --epochs steps and never settles",
+    )
+    g = parser.add_argument_group("speed")
+    g.add_argument("--amp", choices=list(AMP_DTYPES), default="off", help="mixed precision; neighbours and loss stay float32")
+    g.add_argument("--channels_last", action="store_true", help="memory layout of the image encoders; faster on most devices")
+    g.add_argument("--compile", action="store_true", help="torch.compile the image encoders and heads")
+    g = parser.add_argument_group("linear-SVM probe")
+    g.add_argument("--eval_every", type=int, default=1, metavar="EPOCHS", help="epochs between probes; 0 = never")
+    g.add_argument(
+        "--eval_dataset",
+        nargs="+",
+        default=["auto"],
+        choices=["auto", *CLASSIFICATION_SETS],
+        help="sets to score on; auto: those found in --data_root. The first decides best.pth",
+    )
+    g.add_argument("--eval_root", metavar="DIR", help="folder of the probe's sets (default: --data_root)")
+    g.add_argument("--eval_points", type=positive_int, default=1024, metavar="N", help="points per cloud")
+    g.add_argument("--test_batch_size", type=positive_int, default=32, metavar="B", help="clouds per forward pass")
+    g.add_argument("--svm_c", type=float, default=0.01, metavar="C", help="of the linear SVM")
+    g.add_argument(
+        "--select_on",
+        choices=("val", "test"),
+        default="val",
+        help="best.pth by held-out training clouds (val) or, as released, by the test set",
+    )
+    return parser
+
+
+@dataclass
+class Progress:
+    """Where a run stands; everything that a checkpoint needs besides weights and optimiser."""
+
+    epoch: int = 0  # epochs finished
+    step: int = 0  # optimiser steps done
+    samples: int = 0  # samples consumed in the current epoch, over all processes
+    seconds: float = 0.0  # spent on the current epoch
+    waited: float = 0.0  # of which waiting for data
+    sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # total, intra, cross over the epoch's steps
+    bad: int = 0  # unreadable samples met so far
+    read: int = 0  # samples read so far
+    best: float = -1.0  # best accuracy on the selection set
+
+
+class Pretraining:
+    """One run: data, model, optimiser and where it stands.
+
+    Args:
+        args: the parsed command line.
+        folder: the run folder.
+    """
+
+    def __init__(self, args: argparse.Namespace, folder: RunFolder) -> None:
+        self.args, self.folder = args, folder
+        self.device = resolve_device(args.device)
+        seed_everything(args.seed)
+        self.dataset = ShapeNetRender(
+            args.data_root,
+            seed=args.seed,
+            transform=RenderTransform(args.image_size, background=args.background, modality=args.image_modality),
+            only=read_shape_list(args.list) if args.list else None,
+            strict=args.strict_data,
+        )
+        self.check_sizes()
+        self.sampler = PairSampler(len(self.dataset), global_batch=args.batch_size, seed=args.seed)
+        self.augmentation: PointAugmentation = pretraining_augmentation(args.num_points)
+        self.model = CrossNet(
+            self.build_point_encoder(),
+            image_model=args.image_model,
+            image_modality=args.image_modality,
+            objective=args.objective,
+            alpha=args.alpha,
+            temperature=args.temperature,
+            mask_same_object=args.mask_same_object,
+        ).to(self.device)
+        if args.channels_last:
+            self.model.image_encoders.to(memory_format=torch.channels_last)
+        if args.compile:
+            for part in (*self.model.image_encoders.values(), *self.model.image_heads.values(), self.model.point_head):
+                part.compile()
+        self.optimizer = (
+            torch.optim.SGD(
+                self.model.parameters(), lr=args.lr * 100, momentum=args.momentum, weight_decay=args.weight_decay
+            )
+            if args.use_sgd
+            else torch.optim.Adam(self.model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+        )
+        self.scaler = grad_scaler(self.device, args.amp)
+        self.progress = Progress()
+        self.total_steps = args.epochs * len(self.sampler)
+        self.probes = self.build_probes()
+
+    def check_sizes(self) -> None:
+        """Stop early where the settings do not fit the data."""
+        args, size = self.args, len(self.dataset)
+        if size < args.batch_size:
+            raise UserError(
+                f"--batch_size {args.batch_size} is larger than the data set: {args.data_root} has {size} pairs; "
+                f"use --batch_size {size} or less"
+            )
+        if args.batch_size < 2:
+            raise UserError("--batch_size 1 gives the loss no negatives and batch norm no statistics; use 2 or more")
+        if args.num_points and args.num_points > self.dataset.cloud_size:
+            raise UserError(
+                f"--num_points {args.num_points} is more than the clouds of {args.data_root} have: {self.dataset.cloud_size}"
+            )
+        points = args.num_points or self.dataset.cloud_size
+        if "k" in encoder_arguments(args.model) and args.k > points:
+            raise UserError(f"--k {args.k} neighbours of clouds of {points} points: choose a k of at most {points}")
+
+    def build_point_encoder(self) -> nn.Module:
+        """The encoder to train, from random weights or from ``--model_path``."""
+        args = self.args
+        wanted = {"k": args.k, "emb_dims": args.emb_dims}
+        if args.model_path:
+            return encoder_from_checkpoint(args.model_path, model=args.model, **wanted)
+        return build_encoder(args.model, **{key: wanted[key] for key in encoder_arguments(args.model) if key in wanted})
+
+    def build_probes(self) -> list[LinearProbe]:
+        """The probes that ``--eval_dataset`` asks for; none where nothing is found."""
+        args = self.args
+        if args.eval_every == 0:
+            return []
+        root = args.eval_root or args.data_root
+        names = find_datasets(root) if "auto" in args.eval_dataset else args.eval_dataset
+        if not names:
+            logger.info("no classification set in %s: the run has no linear-SVM probe and no best.pth", root)
+        return [
+            LinearProbe(name, root, num_points=args.eval_points, c=args.svm_c, batch_size=args.test_batch_size)
+            for name in names
+        ]
+
+    def fingerprint(self) -> str:
+        """Which shapes are trained on, in which order."""
+        return hashlib.sha256("\n".join(self.dataset.ids).encode()).hexdigest()
+
+    def loader(self) -> DataLoader:
+        """Batches of the sampler's epoch, from its start on."""
+        workers = self.args.workers
+        return DataLoader(
+            self.dataset,
+            batch_sampler=self.sampler,
+            collate_fn=collate_pairs,
+            num_workers=workers,
+            pin_memory=self.device.type == "cuda",
+            persistent_workers=workers > 0,
+            prefetch_factor=4 if workers > 0 else None,
+        )
+
+    def step(self, batch: dict[str, Any]) -> torch.Tensor:
+        """One optimiser step.
+
+        Returns:
+            (3,) total, intra- and cross-modal loss, detached, on the device.
+        """
+        args, progress = self.args, self.progress
+        rate = learning_rate(
+            progress.step,
+            schedule=args.lr_schedule,
+            total=self.total_steps,
+            epochs=args.epochs,
+            base=args.lr * (100 if args.use_sgd else 1),
+        )
+        set_learning_rate(self.optimizer, rate)
+        tensors = {
+            name: value.to(self.device, non_blocking=True) for name, value in batch.items() if name != "bad"
+        }
+        images = {name: tensors[name] for name in ("rgb", "gray") if name in tensors}
+        if args.channels_last:
+            images = {name: image.contiguous(memory_format=torch.channels_last) for name, image in images.items()}
+        streams = SampleStreams(
+            seed=args.seed, epoch=progress.epoch, index=tensors["index"], purpose=AUGMENTATION_PURPOSE
+        )
+        view1 = self.augmentation(tensors["points"], streams).mT
+        view2 = self.augmentation(tensors["points"], streams).mT
+        with autocast(self.device, args.amp):
+            losses = self.model(view1, view2, **images)
+        self.scaler.scale(losses.total).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return torch.stack([losses.total, losses.intra, losses.cross]).detach().float()
+
+    def train(self) -> dict[str, Any]:
+        """Train to the last epoch; returns its record."""
+        args, progress = self.args, self.progress
+        tracker = WandbMirror(args.wandb, name=args.exp_name, folder=self.folder.path, config=vars(args))
+        loader = self.loader()
+        record: dict[str, Any] = {}
+        bar = tqdm(total=self.total_steps, initial=progress.step, unit="step", disable=not sys.stderr.isatty())
+        while progress.epoch < args.epochs:
+            record = self.train_one_epoch(loader, bar)
+            if args.eval_every and (progress.epoch % args.eval_every == 0 or progress.epoch == args.epochs):
+                record.update(self.probe())
+            self.folder.append_metrics(record)
+            self.folder.draw_curves()
+            tracker.log(record, step=progress.step)
+            self.save("last.pth")
+            shown = "  ".join(f"{key} {value:.4g}" for key, value in record.items())
+            logger.info(shown)
+        bar.close()
+        tracker.finish()
+        return record or next(reversed(list(self.folder.metrics())), {})
+
+    def train_one_epoch(self, loader: DataLoader, bar: tqdm) -> dict[str, Any]:
+        """The rest of the current epoch; returns its record for ``metrics.jsonl``."""
+        args, progress, sampler = self.args, self.progress, self.sampler
+        self.model.train()
+        sampler.epoch, sampler.start = progress.epoch, progress.samples // args.batch_size
+        pending: list[torch.Tensor] = []
+        last = time.perf_counter()
+        for batch in loader:
+            arrived = time.perf_counter()
+            progress.waited += arrived - last
+            self.count_bad(batch)
+            pending.append(self.step(batch))
+            progress.step += 1
+            progress.samples += args.batch_size
+            due = args.save_every and progress.step % args.save_every == 0
+            if due or len(pending) == args.log_every or progress.samples // args.batch_size == len(sampler):
+                losses = self.settle(pending)
+                now = time.perf_counter()
+                progress.seconds += now - last
+                last = now
+                self.show(bar, losses)
+                if due and progress.samples // args.batch_size < len(sampler):
+                    self.save("last.pth")
+            else:
+                now = time.perf_counter()
+                progress.seconds += now - last
+                last = now
+            bar.update()
+        steps = len(sampler)
+        record = {
+            "epoch": progress.epoch + 1,
+            "step": progress.step,
+            **{key: value / steps for key, value in zip(("loss", "loss_intra", "loss_cross"), progress.sums, strict=True)},
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "shapes_per_s": progress.samples / progress.seconds,
+            "data_wait": progress.waited / progress.seconds,
+        }
+        progress.epoch += 1
+        progress.samples, progress.seconds, progress.waited, progress.sums = 0, 0.0, 0.0, [0.0, 0.0, 0.0]
+        return record
+
+    def settle(self, pending: list[torch.Tensor]) -> list[float]:
+        """Fetch the pending losses, the only wait for the device; stop if one is not finite.
+
+        Returns:
+            Their mean: total, intra, cross.
+        """
+        losses = torch.stack(pending).cpu()
+        first = self.progress.step - len(pending)
+        pending.clear()
+        bad = (~losses.isfinite().all(1)).nonzero()
+        if len(bad):
+            raise UserError(
+                f"the loss is not finite at step {first + int(bad[0]) + 1} (epoch {self.progress.epoch + 1}); "
+                f"{self.folder / 'last.pth'} is from before it, if it exists. Try a lower --lr, --amp bf16 or off, "
+                "or look for broken clouds with python -m data.check_data"
+            )
+        for i, total in enumerate(losses.double().sum(0).tolist()):
+            self.progress.sums[i] += total
+        return losses.mean(0).tolist()
+
+    def show(self, bar: tqdm, losses: list[float]) -> None:
+        """Progress: on the bar where somebody looks, as lines elsewhere."""
+        progress = self.progress
+        rate = self.optimizer.param_groups[0]["lr"]
+        speed, wait = progress.samples / progress.seconds, progress.waited / progress.seconds
+        bar.set_description(f"epoch {progress.epoch + 1}/{self.args.epochs}")
+        bar.set_postfix_str(f"loss {losses[0]:.3f}, lr {rate:.1e}, {speed:.1f} shapes/s, {wait:.0%} waiting for data")
+        if bar.disable:
+            left = (self.total_steps - progress.step) * self.args.batch_size / speed
+            logger.info(
+                "epoch %d/%d step %d/%d loss %.4f intra %.4f cross %.4f lr %.2e %.1f shapes/s data wait %.0f%% left %s",
+                *(progress.epoch + 1, self.args.epochs, progress.step, self.total_steps, *losses, rate, speed),
+                *(100 * wait, tqdm.format_interval(left)),
+            )
+
+    def count_bad(self, batch: dict[str, Any]) -> None:
+        """Log unreadable samples that others stand in for; stop when they are more than 1 % of those read."""
+        progress = self.progress
+        progress.read += len(batch["index"])
+        for message in batch["bad"]:
+            progress.bad += 1
+            logger.warning("skipped: %s", message)
+        # Of the data set, while less than one epoch has been read.
+        if progress.bad > 0.01 * max(progress.read, len(self.dataset)):
+            raise UserError(
+                f"{progress.bad} of {progress.read} samples could not be read, more than 1 %; the last one: {message}"
+                if batch["bad"]
+                else f"{progress.bad} of {progress.read} samples could not be read, more than 1 %"
+            )
+
+    def probe(self) -> dict[str, float]:
+        """Score the encoder, keep it as ``best.pth`` if it is the best so far."""
+        scores: dict[str, float] = {}
+        for probe in self.probes:
+            scores.update(probe(self.model.point_encoder, device=self.device))
+        if self.probes:
+            score = scores[f"{self.probes[0].dataset}_{self.args.select_on}_accuracy"]
+            if score > self.progress.best:
+                self.progress.best = score
+                self.save("best.pth")
+        return scores
+
+    def save(self, name: str) -> None:
+        """Write a checkpoint into the run folder."""
+        model = self.model
+        rest = {key: value for key, value in model.state_dict().items() if not key.startswith("point_encoder.")}
+        save_checkpoint(
+            self.folder / name,
+            {
+                "kind": "crossnet-pretraining",
+                "encoder": describe_encoder(model.point_encoder),
+                "point_encoder": model.point_encoder.state_dict(),
+                "heads_and_image_encoders": rest,
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "progress": asdict(self.progress),
+                "global_batch": self.args.batch_size,
+                "shapes": self.fingerprint(),
+                "random": random_states(),
+                "arguments": vars(self.args),
+                "versions": versions(),
+                "git_commit": git_commit(),
+            },
+        )
+
+    def resume(self, path: Path) -> None:
+        """Take up a run where its checkpoint stands.
+
+        Raises:
+            CheckpointError: no pretraining checkpoint, other settings, or other data.
+        """
+        payload = load_checkpoint(path)
+        if payload.get("kind") != "crossnet-pretraining":
+            raise CheckpointError(f"{path} is no pretraining checkpoint: --resume needs a last.pth of this script")
+        before, now = payload["arguments"], vars(self.args)
+        changed = sorted(key for key in now if key not in FREE_ON_RESUME and before.get(key) != now[key])
+        if changed:
+            text = ", ".join(f"--{key} {before.get(key)} there, {now[key]} here" for key in changed)
+            raise CheckpointError(f"{path} was trained with other settings ({text}): repeat them, or start a new run")
+        if payload["shapes"] != self.fingerprint():
+            raise CheckpointError(f"{path} was trained on other shapes than {self.args.data_root} holds")
+        load_strictly(self.model.point_encoder, payload["point_encoder"], path=path, what=f"--model {self.args.model}")
+        state = {f"point_encoder.{key}": value for key, value in payload["point_encoder"].items()}
+        load_strictly(self.model, {**state, **payload["heads_and_image_encoders"]}, path=path, what="these settings")
+        self.optimizer.load_state_dict(payload["optimizer"])
+        self.scaler.load_state_dict(payload["scaler"])
+        restore_random_states(payload["random"])
+        self.progress = Progress(**payload["progress"])
+        self.folder.cut_metrics(self.progress.epoch)
+        logger.info("resumed %s: %d epochs and %d steps done", path, self.progress.epoch, self.progress.step)
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Pretrain; returns the last epoch's record."""
+    args = build_parser().parse_args(argv)
+    folder = RunFolder(
+        Path(args.output_dir) / args.exp_name, overwrite=args.overwrite, resume=args.resume is not None
+    )
+    folder.start_log()
+    training = Pretraining(args, folder)
+    if args.resume:
+        path = folder / "last.pth" if args.resume == "auto" else Path(args.resume)
+        if args.resume == "auto" and not path.exists():
+            logger.info("%s does not exist yet: starting from the beginning", path)
+        else:
+            training.resume(path)
+    folder.write_config({"arguments": vars(args), "versions": versions(), "git_commit": git_commit()})
+    logger.info(
+        "%s; %d shapes without rendering left out; %d points a view; %d steps of %d objects on %s",
+        *(training.dataset, len(training.dataset.skipped), args.num_points or training.dataset.cloud_size),
+        *(training.total_steps, args.batch_size, training.device),
+    )
+    record = training.train()
+    write_json(args.json, record)
+    return record
+
+
+if __name__ == "__main__":
+    run(main)

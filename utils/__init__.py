@@ -1,0 +1,1 @@
+"""What every script shares: command line, checkpoints, training helpers, run folders, processes."""

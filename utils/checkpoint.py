@@ -1,0 +1,213 @@
+"""Checkpoints: plain types only, written in one step, loaded with ``weights_only=True``, rebuilt without other flags."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models import ENCODERS, build_encoder, encoder_arguments, resolve_encoder_name
+from utils.errors import CheckpointError, UserError
+
+FORMAT = 1
+logger = logging.getLogger("crossnet")
+
+# What published files hold besides the encoder: batch norms registered a second time under the block that owns them,
+# projection heads, classifiers and segmentation heads.
+_ALIASES = {
+    "dgcnn": re.compile(r"^(bn\d+|transform_net\.bn[12]|transform_net\.conv3\.1)\."),
+    "pointnet": re.compile(r"^$"),
+}
+_HEADS = {
+    "dgcnn_cls": re.compile(r"^(inv_head|linear\d|bn[67])\b"),
+    "dgcnn_partseg": re.compile(r"^(inv_head|conv([7-9]|1[01])|linear\d)\b"),
+    "dgcnn_semseg": re.compile(r"^(inv_head|conv[7-9]|linear\d)\b"),
+    "pointnet_cls": re.compile(r"^(inv_head|linear\d|bn6)\b"),
+    "pointnet_partseg": re.compile(r"^(inv_head|convs\d|bns\d)\b"),
+}
+# The tensor whose first dimension is the width of the embedding.
+_EMBEDDING = {
+    "dgcnn_cls": "conv5.0.weight",
+    "dgcnn_partseg": "conv6.0.weight",
+    "dgcnn_semseg": "conv6.0.weight",
+    "pointnet_cls": "conv5.weight",
+    "pointnet_partseg": "conv5.weight",
+}
+
+
+def save_checkpoint(path: str | os.PathLike[str], payload: Mapping[str, Any]) -> None:
+    """Write a checkpoint; whoever looks sees the old file or the whole new one.
+
+    Raises:
+        UserError: the file cannot be written; the old one is still there.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            torch.save({"format": FORMAT, **payload}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"cannot write the checkpoint {path} ({reason}); an earlier one is unchanged") from error
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a checkpoint or a published state dict to the CPU, without running any code it may contain.
+
+    Raises:
+        CheckpointError: missing, truncated, no checkpoint, or it holds objects other than tensors and plain types.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist; a pretraining run writes checkpoints/<exp_name>/last.pth")
+    try:
+        payload = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds on damaged files
+        if "weights_only" in str(error) or "Unsupported" in str(error):
+            raise CheckpointError(
+                f"{path} is refused: it holds objects other than tensors and plain types, which could run code"
+            ) from error
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path} is damaged or no checkpoint ({reason}); train or copy it again") from error
+    if not isinstance(payload, dict):
+        raise CheckpointError(f"{path} holds a {type(payload).__name__}, not a checkpoint or a state dict")
+    return payload
+
+
+def describe_encoder(encoder: nn.Module) -> dict[str, Any]:
+    """Name and keyword arguments that rebuild an encoder of ``models.ENCODERS``."""
+    name = next(name for name, kind in ENCODERS.items() if type(encoder) is kind)
+    return {"name": name, "kwargs": {key: getattr(encoder, key) for key in encoder_arguments(name)}}
+
+
+def load_strictly(module: nn.Module, state: Mapping[str, Tensor], *, path: str | os.PathLike[str], what: str) -> None:
+    """Load a state dict that must fit exactly.
+
+    Raises:
+        CheckpointError: naming the file and the tensors that are missing, too many or of another shape.
+    """
+    expected = module.state_dict()
+    wrong_shape = [
+        f"{name} is {tuple(state[name].shape)}, not {tuple(expected[name].shape)}"
+        for name in expected
+        if name in state and state[name].shape != expected[name].shape
+    ]
+    problems = {
+        "missing": [name for name in expected if name not in state],
+        "unknown": [name for name in state if name not in expected],
+        "of another shape": wrong_shape,
+    }
+    if any(problems.values()):
+        text = "; ".join(
+            f"{len(names)} {kind}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+            for kind, names in problems.items()
+            if names
+        )
+        raise CheckpointError(f"{path} does not fit {what}: tensors {text}")
+    module.load_state_dict(state)
+
+
+def published_state(payload: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """A published file's tensors: wrappers opened, the prefix ``module.`` of DataParallel stripped.
+
+    Raises:
+        CheckpointError: no state dict inside.
+    """
+    for wrapper in ("state_dict", "model_state_dict"):
+        if isinstance(payload.get(wrapper), Mapping):
+            payload = payload[wrapper]
+    state = {str(name).removeprefix("module."): tensor for name, tensor in payload.items()}
+    if not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise CheckpointError(f"{path} holds neither one of our checkpoints nor a state dict of tensors")
+    return state
+
+
+def published_encoder_state(state: Mapping[str, Tensor], name: str) -> tuple[dict[str, Tensor], list[str]]:
+    """Split published tensors into the encoder's and the names of aliases and heads, which are left out."""
+    aliases = _ALIASES[name.split("_")[0]]
+    known = build_encoder(name).state_dict().keys()
+    left_out = [
+        key for key in state if key not in known and (aliases.match(key) or _HEADS[name].match(key))
+    ]
+    return {key: tensor for key, tensor in state.items() if key not in left_out}, left_out
+
+
+def encoder_from_checkpoint(
+    path: str | os.PathLike[str], *, model: str | None = None, k: int | None = None, emb_dims: int | None = None
+) -> nn.Module:
+    """Rebuild a point encoder and load its weights strictly.
+
+    Our checkpoints need no other argument. Weights published by DGCNN repositories, CrossPoint or CrossNet hold neither
+    the encoder's name nor k: then ``model`` is needed, and k falls back to the released 20 with a notice.
+
+    Args:
+        path: checkpoint or state dict.
+        model: encoder name; must agree with the checkpoint's.
+        k: neighbours; another value than the checkpoint's is used with a warning.
+        emb_dims: must agree with the weights.
+
+    Returns:
+        The encoder, in train mode, on the CPU.
+
+    Raises:
+        CheckpointError: unreadable, another model, or tensors that do not fit; the message names file and tensors.
+    """
+    payload = load_checkpoint(path)
+    if "encoder" in payload and "point_encoder" in payload:
+        if payload.get("format") != FORMAT:
+            raise CheckpointError(f"{path} has checkpoint format {payload.get('format')}; this version reads {FORMAT}")
+        name, kwargs = payload["encoder"]["name"], dict(payload["encoder"]["kwargs"])
+        state = payload["point_encoder"]
+        if model is not None and resolve_encoder_name(model) != name:
+            raise CheckpointError(f"{path} holds a {name}, not the {resolve_encoder_name(model)} that was asked for")
+    else:
+        state = published_state(payload, path)
+        if model is None:
+            raise CheckpointError(f"{path} holds bare weights: say which encoder they are of with --model (and --k)")
+        name = resolve_encoder_name(model)
+        state, left_out = published_encoder_state(state, name)
+        if left_out:
+            logger.info("%s: %d tensors of heads and aliases are left out", path, len(left_out))
+        kwargs = encoder_arguments(name)
+        if _EMBEDDING[name] in state:
+            kwargs["emb_dims"] = len(state[_EMBEDDING[name]])
+        if name == "dgcnn_semseg" and "conv1.0.weight" in state:
+            kwargs["in_channels"] = state["conv1.0.weight"].shape[1] // 2
+        if k is None and "k" in kwargs:
+            logger.warning("%s does not say its number of neighbours; --k %d is used", path, kwargs["k"])
+        elif "k" in kwargs:
+            kwargs["k"] = k
+    if emb_dims is not None and emb_dims != kwargs["emb_dims"]:
+        raise CheckpointError(f"{path} has an embedding of {kwargs['emb_dims']}, not --emb_dims {emb_dims}")
+    if k is not None and "k" in kwargs and k != kwargs["k"]:
+        logger.warning("%s was trained with k = %d; --k %d is used instead", path, kwargs["k"], k)
+        kwargs["k"] = k
+    encoder = build_encoder(name, **kwargs)
+    load_strictly(encoder, state, path=path, what=f"the encoder {name}")
+    return encoder
+
+
+def check_writable(folder: str | os.PathLike[str]) -> None:
+    """Make a folder and try a file in it, so that a long run does not fail at its first checkpoint.
+
+    Raises:
+        UserError: it cannot be made or written to.
+    """
+    probe = Path(folder) / ".write-test"
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror or error}; choose another --output_dir") from error

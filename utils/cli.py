@@ -1,0 +1,95 @@
+"""The command line's common part: help texts, common flags, errors, the JSON result."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from utils.errors import UserError
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows every default and keeps the line breaks of descriptions, so that examples can be pasted."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False) or action.nargs == 0:
+            return action.help
+        return super()._get_help_string(action)
+
+
+def run(main: Callable[[], Any]) -> NoReturn:
+    """Run a script's ``main``: a user's mistake ends with one message and exit code 2, Ctrl-C with 130."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+    sys.exit(0)
+
+
+def add_common_arguments(parser: argparse.ArgumentParser, *, seed: bool = True, workers: bool = True) -> None:
+    """Add the flags that every script understands in the same way."""
+    group = parser.add_argument_group("common")
+    group.add_argument("--data_root", default="data", metavar="DIR", help="folder that holds the data sets")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; auto takes a GPU when there is one")
+    if workers:
+        group.add_argument("--workers", type=int, default=4, metavar="W", help="processes that read data; 0 reads in this one")
+    if seed:
+        group.add_argument("--seed", type=int, default=1, metavar="S", help="seed of everything random")
+    group.add_argument("--json", metavar="FILE", help="also write the final metrics to FILE as one JSON object")
+
+
+def positive_int(text: str) -> int:
+    """Argparse type: a whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def resolve_device(name: str = "auto") -> torch.device:
+    """Turn the ``--device`` flag into a device.
+
+    Raises:
+        UserError: the name is no device, or the device is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name} cannot be used here ({reason}); try --device cpu") from error
+    return device
+
+
+def write_json(path: str | os.PathLike[str] | None, metrics: Mapping[str, Any]) -> None:
+    """Write one JSON object to ``path`` in one step; ``None`` writes nothing.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    if path is None:
+        return
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error

@@ -1,0 +1,150 @@
+"""The run folder: settings, metrics, log, curves; and the optional mirror to Weights & Biases."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from utils.checkpoint import check_writable
+from utils.cli import write_json
+from utils.errors import UserError
+
+logger = logging.getLogger("crossnet")
+RUN_FILES = ("last.pth", "best.pth", "config.json", "metrics.jsonl", "run.log", "curves.png")
+
+
+class RunFolder:
+    """Folder ``<output_dir>/<exp_name>`` of one run.
+
+    Args:
+        path: the folder.
+        overwrite: remove an earlier run's files from it.
+        resume: go on in it.
+
+    Raises:
+        UserError: it holds a run and neither ``resume`` nor ``overwrite`` is given, or it cannot be written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = False, resume: bool = False) -> None:
+        self.path = Path(path)
+        there = [name for name in RUN_FILES if (self.path / name).exists()]
+        if there and not (overwrite or resume):
+            raise UserError(
+                f"{self.path} holds an earlier run ({', '.join(there)}): go on with --resume, replace it with "
+                "--overwrite, or choose another --exp_name"
+            )
+        check_writable(self.path)
+        if overwrite and not resume:
+            for name in there:
+                (self.path / name).unlink()
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def start_log(self) -> None:
+        """Send the log to ``run.log`` and to standard output."""
+        logger.setLevel(logging.INFO)
+        for handler in list(logger.handlers):
+            logger.removeHandler(handler)
+            handler.close()
+        to_file = logging.FileHandler(self / "run.log", encoding="utf-8")
+        to_file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        to_screen = logging.StreamHandler(sys.stdout)
+        to_screen.setFormatter(logging.Formatter("%(message)s"))
+        for handler in (to_file, to_screen):
+            logger.addHandler(handler)
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """Write ``config.json``."""
+        write_json(self / "config.json", config)
+
+    def append_metrics(self, record: Mapping[str, Any]) -> None:
+        """Add one line to ``metrics.jsonl``."""
+        try:
+            with open(self / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self / 'metrics.jsonl'}: {error.strerror or error}") from error
+
+    def metrics(self) -> Iterator[dict[str, Any]]:
+        """Records of ``metrics.jsonl``; a last line cut off by a crash is left out."""
+        path = self / "metrics.jsonl"
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                return
+
+    def cut_metrics(self, epoch: int) -> None:
+        """Keep the records of the first ``epoch`` epochs: the rest is about to be trained again."""
+        kept = [record for record in self.metrics() if record["epoch"] <= epoch]
+        temporary = self / "metrics.jsonl.tmp"
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        os.replace(temporary, self / "metrics.jsonl")
+
+    def draw_curves(self) -> None:
+        """Draw ``curves.png`` from ``metrics.jsonl``: losses, learning rate, accuracies of the probe."""
+        records = list(self.metrics())
+        if not records:
+            return
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        accuracies = sorted({key for record in records for key in record if key.endswith("accuracy")})
+        figure = Figure(figsize=(4.5 * (3 if accuracies else 2), 3.4), layout="constrained")
+        FigureCanvasAgg(figure)
+        panels = [("loss", ["loss", "loss_intra", "loss_cross"]), ("learning rate", ["lr"])]
+        if accuracies:
+            panels.append(("accuracy of the linear SVM (%)", accuracies))
+        for axis, (title, keys) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            for key in keys:
+                points = [(record["epoch"], record[key]) for record in records if record.get(key) is not None]
+                if points:
+                    axis.plot(*zip(*points, strict=True), marker=".", label=key.replace("_", " "))
+            axis.set(title=title, xlabel="epoch")
+            axis.grid(alpha=0.3)
+            if len(keys) > 1 or "accuracy" in title:
+                axis.legend(fontsize=8)
+        temporary = self / "curves.tmp.png"
+        figure.savefig(temporary, dpi=120)
+        os.replace(temporary, self / "curves.png")
+
+
+class WandbMirror:
+    """Mirror of the metrics to Weights & Biases; does nothing when disabled.
+
+    Args:
+        mode: ``disabled``, ``offline`` or ``online``.
+        name: of the run.
+        folder: where wandb keeps its files.
+        config: settings to show.
+
+    Raises:
+        UserError: wandb is not installed or refuses to start.
+    """
+
+    def __init__(self, mode: str, *, name: str, folder: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
+        self._run = None
+        if mode == "disabled":
+            return
+        try:
+            import wandb
+
+            self._run = wandb.init(project="crossnet", name=name, dir=str(folder), config=dict(config), mode=mode)
+        except Exception as error:  # wandb raises its own kinds, which need the import to be named
+            raise UserError(f"wandb cannot start ({error}); --wandb disabled or offline needs no account") from error
+
+    def log(self, record: Mapping[str, Any], *, step: int) -> None:
+        """Send one record."""
+        if self._run is not None:
+            self._run.log(dict(record), step=step)
+
+    def finish(self) -> None:
+        """Close the run."""
+        if self._run is not None:
+            self._run.finish()

@@ -1,0 +1,105 @@
+"""What training loops share: seeds, schedules, precision, provenance."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import platform
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+
+AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+LR_SCHEDULES = ("cosine", "released")
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and PyTorch's generators."""
+    random.seed(seed)
+    np.random.seed(seed % (1 << 32))
+    torch.manual_seed(seed)
+
+
+def cosine_lr(step: int, *, total: int, base: float, floor: float = 0.0) -> float:
+    """Cosine decay (arXiv:1608.03983) from ``base`` at step 0 to ``floor`` at step ``total``."""
+    return floor + (base - floor) * (1 + math.cos(math.pi * step / total)) / 2
+
+
+def learning_rate(step: int, *, schedule: str, total: int, epochs: int, base: float) -> float:
+    """Learning rate of a pretraining step.
+
+    Args:
+        step: optimiser steps done, from 0.
+        schedule: ``cosine`` decays once over the whole run; ``released`` is what the released code does: it steps a
+            cosine of period 2 x epochs at every batch, so that the rate swings between ``base`` and 0 all along.
+        total: steps of the whole run.
+        epochs: epochs of the whole run.
+        base: highest rate.
+    """
+    return cosine_lr(step, total=total if schedule == "cosine" else epochs, base=base)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set every parameter group's rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManager:
+    """Mixed precision for the forward pass: ``off``, ``bf16`` or ``fp16``."""
+    dtype = AMP_DTYPES[amp]
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+
+
+def grad_scaler(device: torch.device, amp: str) -> torch.amp.GradScaler:
+    """Loss scaling, active for fp16 only: bf16 has float32's range."""
+    return torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+
+
+def random_states() -> dict[str, Any]:
+    """PyTorch's generators as tensors, for a checkpoint."""
+    states: dict[str, Any] = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def restore_random_states(states: dict[str, Any]) -> None:
+    """Put back what ``random_states`` returned; GPUs that are not here any more are left out."""
+    torch.set_rng_state(states["cpu"])
+    if torch.cuda.is_available():
+        for i, state in enumerate(states.get("cuda", [])[: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(state, i)
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result depends on."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": np.__version__,
+        "platform": f"{sys.platform}-{platform.machine()}",
+    }
+
+
+def git_commit() -> str:
+    """Commit of the code, with ``-dirty`` after it when files are changed; ``unknown`` outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        commit = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return commit.stdout.strip()
