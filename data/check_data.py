@@ -1,0 +1,457 @@
+"""Show which data sets are there, compare them with what was published, and name what is broken or missing.
+
+Exit code 0: all that was found is sound. 1: something found is broken, and the table says which file.
+
+  python -m data.check_data
+  python -m data.check_data --data_root /big/disk/data --md5 --json report.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from tqdm import tqdm
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data.unpack import KNOWN_MD5, file_md5
+from datasets.hdf5 import read_labelled_clouds
+from datasets.modelnet import (
+    DEMO_FOLDER,
+    MODELNET10_LABELS,
+    MODELNET40_CLASSES,
+    MODELNET_FOLDER,
+    ModelNet10,
+    ModelNet40,
+    find_hdf5_folder,
+    listed_files,
+)
+from datasets.scanobjectnn import CLASSES as SCANOBJECTNN_CLASSES
+from datasets.scanobjectnn import VARIANTS, candidate_files
+from datasets.shapenet_render import PACKED_NAME, FolderSource, PackedSource, PairSource, decode_image
+from utils.cli import HelpFormatter, run, write_json
+from utils.errors import DataError
+
+SHAPENET_SHAPES = 43_783
+MODELNET10_TRAIN_GAP = 3  # the HDF5 release has 9,840 of ModelNet40's 9,843 training models
+SCANOBJECTNN_SIZES = {"OBJ_BG": {"train": 2309, "test": 581}}
+SHAPENETPART_SIZES = {"train": 12137, "val": 1870, "test": 2874}
+S3DIS_BLOCKS = 23_585
+SAMPLED_SHAPES = 500  # clouds and views read without --full
+
+_LIST = "bash data/download_data.sh --list"
+_OWN_FOLDER = Path(__file__).resolve().parent
+OK, PARTIAL, MISSING, BROKEN = "ok", "partial", "missing", "broken"
+
+
+@dataclass
+class Finding:
+    """What was found of one data set.
+
+    Attributes:
+        state: ``ok``, ``partial`` (sound, but not the published count), ``missing`` or ``broken``.
+        found: counts by name, for example ``{"train": 9840, "test": 2468}``.
+        expected: the published counts; empty where none is known.
+        where: file or folder.
+        problems: broken files, each with its path.
+        notes: what is worth knowing.
+        get: the command that gets what is missing.
+    """
+
+    state: str = MISSING
+    found: dict[str, int] = field(default_factory=dict)
+    expected: dict[str, int] = field(default_factory=dict)
+    where: str = ""
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    get: str = ""
+
+    def settle(self, *, complete: bool | None = None) -> Finding:
+        """Set the state from problems and counts; a complete set needs no command."""
+        if self.problems:
+            self.state = BROKEN
+        elif self.found:
+            if complete is None:
+                complete = all(self.found.get(name) == count for name, count in self.expected.items())
+            self.state = OK if complete else PARTIAL
+        if self.state == OK:
+            self.get = ""
+        return self
+
+
+class _Checker:
+    """Checks the data sets below one root."""
+
+    def __init__(self, root: Path, *, full: bool = False, md5: bool = False) -> None:
+        self.root, self.full, self.md5 = root, full, md5
+
+    def command(self, *names: str) -> str:
+        """Command that fetches sets into this root."""
+        place = [] if self.root.resolve() == _OWN_FOLDER else ["--dir", str(self.root)]
+        return shlex.join(["bash", "data/download_data.sh", *place, *names])
+
+    def attempt(self, finding: Finding, action: Callable[[], Any]) -> Any:
+        """Run a reader; what it complains about becomes a problem of the set, without the advice at the end."""
+        try:
+            return action()
+        except DataError as error:
+            text = str(error).split(". Get it")[0].split(". Check it")[0].split(". Get them")[0]
+            if text not in finding.problems:
+                finding.problems.append(text)
+            return None
+
+    # --- pretraining pairs ---
+
+    def pairs(self, source: PairSource, finding: Finding) -> None:
+        """Read clouds and first views of a source, evenly spread unless all are wanted."""
+        count = len(source.ids)
+        finding.found["pairs"] = count
+        chosen: Iterable[int] = range(count)
+        if not self.full and count > SAMPLED_SHAPES:
+            chosen = np.unique(np.linspace(0, count - 1, SAMPLED_SHAPES).round().astype(int)).tolist()
+            finding.notes.append(f"read {SAMPLED_SHAPES} of {count:,} shapes; --full reads all")
+        sizes: set[int] = set()
+        for i in tqdm(chosen, desc="reading pairs", unit="shape", leave=False, disable=not sys.stderr.isatty()):
+            cloud = self.attempt(finding, lambda i=i: source.points(i))
+            if cloud is not None:
+                sizes.add(len(cloud))
+            views = range(len(source.view_names(i))) if self.full else (0,)
+            for view in views:
+                self.attempt(
+                    finding, lambda i=i, v=view: decode_image(source.image_file(i, v), source.where(i, v)) and None
+                )
+        if sizes:
+            spread = f"{min(sizes):,}" if len(sizes) == 1 else f"{min(sizes):,} to {max(sizes):,}"
+            finding.notes.append(f"clouds of {spread} points")
+        if source.skipped:
+            finding.notes.append(f"{len(source.skipped):,} clouds have no rendering, {source.skipped[0]} for one")
+
+    def shapenet_folder(self) -> Finding:
+        """``ShapeNet/`` and ``ShapeNetRendering/``."""
+        clouds, views = self.root / "ShapeNet", self.root / "ShapeNetRendering"
+        has_clouds = next(clouds.glob("*/*.ply"), None) is not None
+        has_views = next(views.glob("*/*/rendering/*.png"), None) is not None
+        wanted = [name for name, there in (("shapenet", has_clouds), ("shapenet_render", has_views)) if not there]
+        finding = Finding(expected={"pairs": SHAPENET_SHAPES}, where=f"{clouds} + {views.name}")
+        finding.get = self.command(*(wanted or ("shapenet", "shapenet_render")))
+        if has_clouds and has_views:
+            source = self.attempt(finding, lambda: FolderSource(self.root))
+            if source is not None:
+                self.pairs(source, finding)
+        elif has_clouds or has_views:
+            finding.found["pairs"] = 0
+            finding.notes.append(f"{clouds if has_views else views} is missing")
+        return finding.settle()
+
+    def packed(self, path: Path, *, expected: Mapping[str, int]) -> Finding:
+        """A file of ``python -m datasets.pack``."""
+        finding = Finding(expected=dict(expected), where=str(path))
+        source = self.attempt(finding, lambda: PackedSource(path))
+        if source is not None:
+            finding.problems += _missing_shards(path)
+        if source is not None and not finding.problems:
+            self.pairs(source, finding)
+        return finding.settle()
+
+    # --- labelled clouds ---
+
+    def _labelled(self, folder: Path, split: str, finding: Finding, num_classes: int | None) -> np.ndarray:
+        """Labels of the sound files of one split; the others become problems."""
+        files = self.attempt(finding, lambda: listed_files(folder, split))
+        if files is None:
+            files = sorted(folder.glob(f"ply_data_{split}*.h5"))
+        labels = [np.empty(0, np.int64)]
+        for file in files:
+            read = self.attempt(finding, lambda f=file: read_labelled_clouds(f, num_classes=num_classes))
+            if read is not None:
+                labels.append(read[1])
+        return np.concatenate(labels)
+
+    def modelnet(self) -> tuple[Finding, Finding]:
+        """ModelNet40, and ModelNet10 out of the same files."""
+        get = self.command("modelnet40")
+        forty = Finding(expected=dict(ModelNet40.official_sizes), get=get)
+        ten = Finding(expected=dict(ModelNet10.official_sizes), get=get)
+        folder = find_hdf5_folder(self.root, MODELNET_FOLDER)
+        if folder is None:
+            return forty, ten
+        forty.where = ten.where = str(folder)
+        classes: set[int] = set()
+        for split in ("train", "test"):
+            labels = self._labelled(folder, split, forty, len(MODELNET40_CLASSES))
+            forty.found[split] = len(labels)
+            ten.found[split] = int(np.isin(labels, MODELNET10_LABELS).sum())
+            classes.update(labels.tolist())
+        ten.problems = list(forty.problems)
+        if classes <= set(MODELNET10_LABELS):  # another release than the one whose checksums are known
+            forty.notes.append("only the ten classes of ModelNet10")
+        else:
+            self.compare_md5("modelnet40", sorted(folder.glob("*.h5")), forty)
+        gap = ten.expected["train"] - ten.found["train"]
+        return forty.settle(), ten.settle(
+            complete=0 <= gap <= MODELNET10_TRAIN_GAP and ten.found["test"] == ten.expected["test"]
+        )
+
+    def scanobjectnn(self, variant: str) -> Finding:
+        """One variant of ScanObjectNN."""
+        finding = Finding(expected=dict(SCANOBJECTNN_SIZES.get(variant, {})))
+        released = variant == "OBJ_BG"  # the only variant among the released archives; a form gives the others
+        finding.get = self.command("scanobjectnn") if released else _LIST
+        for split in ("train", "test"):
+            files = [file for file in candidate_files(self.root, split, variant) if file.is_file()]
+            if not files:
+                continue
+            finding.where = str(files[0].parent)
+            read = self.attempt(
+                finding, lambda f=files[0]: read_labelled_clouds(f, num_classes=len(SCANOBJECTNN_CLASSES))
+            )
+            finding.found[split] = 0 if read is None else len(read[1])
+        if finding.found:
+            finding.notes += [f"no {split} file" for split in ("train", "test") if split not in finding.found]
+        return finding.settle(complete=None if finding.expected else len(finding.found) == 2)
+
+    def demo_labelled(self, folder: Path) -> Finding:
+        """The demo set for the linear SVM."""
+        finding = Finding(where=str(folder))
+        for split in ("train", "test"):
+            finding.found[split] = len(self._labelled(folder, split, finding, None))
+        return finding.settle()
+
+    # --- segmentation ---
+
+    def shapenetpart(self) -> Finding:
+        """ShapeNetPart as HDF5 files."""
+        finding = Finding(expected=dict(SHAPENETPART_SIZES), get=self.command("shapenetpart"))
+        folders = [path for path in sorted(self.root.glob("shapenet*hdf5*")) if any(path.glob("ply_data_*.h5"))]
+        if not folders:
+            return finding
+        folder = folders[0]
+        finding.where = str(folder)
+        for split in SHAPENETPART_SIZES:
+            files = _list_or_glob(folder, f"{split}_hdf5_file_list.txt", f"ply_data_{split}*.h5")
+            rows = [self.attempt(finding, lambda f=file: _check_arrays(f, _PART_ARRAYS)) for file in files]
+            finding.found[split] = sum(count or 0 for count in rows)
+            if not files:
+                finding.notes.append(f"no files of the {split} split")
+        self.compare_md5("shapenetpart", sorted(folder.glob("*.h5")), finding)
+        return finding.settle()
+
+    def s3dis(self, folder_name: str, *, expected: Mapping[str, int]) -> Finding:
+        """S3DIS as blocks of points."""
+        finding = Finding(expected=dict(expected))
+        folder = self.root / folder_name
+        files = _list_or_glob(folder, "all_files.txt", "ply_data_all_*.h5")
+        if not files:
+            return finding
+        finding.where = str(folder)
+        rows = [self.attempt(finding, lambda f=file: _check_arrays(f, _ROOM_ARRAYS)) for file in files]
+        finding.found["blocks"] = sum(count or 0 for count in rows)
+        rooms = folder / "room_filelist.txt"
+        if not rooms.is_file():
+            finding.problems.append(f"{rooms} is missing; it names the room of every block, one a line")
+        elif None not in rows:
+            lines = len(rooms.read_text(encoding="utf-8", errors="replace").split())
+            if lines != finding.found["blocks"]:
+                finding.problems.append(f"{rooms} has {lines} lines for {finding.found['blocks']} blocks")
+        return finding.settle()
+
+    def compare_md5(self, name: str, files: Sequence[Path], finding: Finding) -> None:
+        """Compare files with the published checksums where the user asked for it."""
+        if not self.md5:
+            return
+        for file in tqdm(files, desc=f"MD5 of {name}", unit="file", leave=False, disable=not sys.stderr.isatty()):
+            expected = KNOWN_MD5[name].get(file.name)
+            if expected is not None and (md5 := file_md5(file)) != expected:
+                finding.problems.append(f"{file} has MD5 {md5}, the published file has {expected}")
+
+    def all(self) -> dict[str, Finding]:
+        """Check every set; the order is that of the table."""
+        rows: dict[str, Finding] = {}
+        if self.root.is_file():
+            rows["ShapeNet pairs, packed"] = self.packed(self.root, expected={"pairs": SHAPENET_SHAPES})
+            return rows
+        is_demo = (self.root / DEMO_FOLDER).is_dir()
+        demo = self.root if is_demo else self.root / "demo"
+        if not is_demo:
+            folder, packed = self.shapenet_folder(), self.root / PACKED_NAME
+            if packed.is_file():
+                rows["ShapeNet pairs, packed"] = self.packed(packed, expected={"pairs": SHAPENET_SHAPES})
+            if folder.state != MISSING or not packed.is_file():
+                rows["ShapeNet pairs"] = folder
+        rows["ModelNet40"], rows["ModelNet10"] = self.modelnet()
+        for variant in VARIANTS:
+            finding = self.scanobjectnn(variant)
+            if finding.state != MISSING or variant in ("OBJ_BG", "OBJ_ONLY", "PB_T50_RS"):
+                rows[f"ScanObjectNN {variant}"] = finding
+        rows["ShapeNetPart"] = self.shapenetpart()
+        rows["S3DIS blocks"] = blocks = self.s3dis("indoor3d_sem_seg_hdf5_data", expected={"blocks": S3DIS_BLOCKS})
+        blocks.get = self.command("s3dis") if blocks.state != OK else ""
+        rows["S3DIS test rooms"] = rooms = self.s3dis("indoor3d_sem_seg_hdf5_data_test", expected={})
+        rooms.notes += ["made from the raw rooms, see docs/datasets.md"] if rooms.state == MISSING else []
+        packed, labelled = demo / PACKED_NAME, demo / DEMO_FOLDER
+        own = self.root.resolve() == _OWN_FOLDER  # the demo set comes with the repository, no other root needs one
+        if own or packed.is_file():
+            rows["demo pairs"] = self.packed(packed, expected={}) if packed.is_file() else Finding()
+        if own or labelled.is_dir():
+            rows["demo labelled"] = self.demo_labelled(labelled) if labelled.is_dir() else Finding()
+        for name in ("demo pairs", "demo labelled"):
+            if name in rows and rows[name].state != OK:
+                rows[name].get = "git checkout -- data/demo"
+        return rows
+
+
+_PART_ARRAYS = {"data": (None, None, 3), "label": (None,), "pid": (None, None)}
+_ROOM_ARRAYS = {"data": (None, None, 9), "label": (None, None)}
+
+
+def _check_arrays(path: Path, wanted: Mapping[str, tuple[int | None, ...]]) -> int:
+    """Check the arrays of one HDF5 file without reading more than their last rows.
+
+    Args:
+        path: the file.
+        wanted: array name -> shape, None where any size will do; a trailing axis of one is allowed.
+
+    Returns:
+        Rows of the arrays.
+
+    Raises:
+        DataError: the file is missing or damaged, or an array is missing or of another shape.
+    """
+    if not path.is_file():
+        raise DataError(f"{path} is missing, a list beside it names it")
+    try:
+        with h5py.File(path, "r") as file:
+            shapes = {}
+            for key, shape in wanted.items():
+                array = file.get(key)
+                if not isinstance(array, h5py.Dataset):
+                    raise DataError(f"{path} has no array '{key}' (it holds {', '.join(file) or 'nothing'})")
+                found = array.shape[:-1] if len(array.shape) == len(shape) + 1 and array.shape[-1] == 1 else array.shape
+                fits = len(found) == len(shape) and all(s in (None, f) for s, f in zip(shape, found, strict=True))
+                if not fits or 0 in found:
+                    expected = " x ".join("any" if size is None else str(size) for size in shape)
+                    raise DataError(f"{path}: '{key}' has shape {array.shape}, expected {expected}")
+                array[-1]
+                shapes[key] = found
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"{path} cannot be read, it may be truncated ({str(error).splitlines()[0]})") from error
+    for axis, what in ((0, "rows"), (1, "points")):
+        if len({shape[axis] for shape in shapes.values() if len(shape) > axis}) > 1:
+            raise DataError(f"{path}: its arrays differ in their number of {what}: {shapes}")
+    return shapes["data"][0]
+
+
+def _list_or_glob(folder: Path, index: str, pattern: str) -> list[Path]:
+    """Files that a list names (by base name; it often carries another machine's folder), else those of a pattern."""
+    path = folder / index
+    if path.is_file():
+        names = path.read_text(encoding="utf-8", errors="replace").split()
+        return [folder / name.replace("\\", "/").rsplit("/", 1)[-1] for name in names]
+    return sorted(folder.glob(pattern))
+
+
+def _missing_shards(path: Path) -> list[str]:
+    """Files that a packed file refers to but that are not there; HDF5 would read zeros in their place."""
+    problems = []
+    with h5py.File(path, "r") as file:
+        for name, array in file.items():
+            if isinstance(array, h5py.Dataset) and array.is_virtual:
+                shards = {source.file_name for source in array.virtual_sources()} - {"."}
+                problems += [
+                    f"{path.parent / shard} is missing; '{name}' of {path.name} lies in it"
+                    for shard in sorted(shards)
+                    if not (path.parent / shard).is_file()
+                ]
+    return problems
+
+
+def check(data_root: str | Path, *, full: bool = False, md5: bool = False) -> dict[str, Finding]:
+    """Check every data set below a root.
+
+    Args:
+        data_root: folder of the data sets, or a packed pretraining file.
+        full: read every pretraining pair instead of an evenly spread part.
+        md5: compare with the published checksums.
+
+    Returns:
+        Row name -> what was found.
+
+    Raises:
+        DataError: there is no such folder or file.
+    """
+    root = Path(data_root)
+    if not root.exists():
+        raise DataError(f"{root} does not exist; make it and fill it with: bash data/download_data.sh --dir {root} SET")
+    return _Checker(root, full=full, md5=md5).all()
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {name}" for name, count in counts.items()) or "-"
+
+
+def format_table(rows: Mapping[str, Finding]) -> str:
+    """Lay the findings out as text: the table, then broken files, then the commands that get what is missing."""
+    head = ("data set", "state", "found", "published")
+    cells = [head] + [(name, row.state, _counts(row.found), _counts(row.expected)) for name, row in rows.items()]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
+    lines = []
+    for number, line in enumerate(cells):
+        lines.append("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+        if number == 0:
+            lines.append("  ".join("-" * width for width in widths))
+    notes = [f"  {name}: {'; '.join(row.notes)}" for name, row in rows.items() if row.notes]
+    if notes:
+        lines += ["", "Notes:", *notes]
+    broken = [f"  {problem}" for problem in dict.fromkeys(p for row in rows.values() for p in row.problems)]
+    if broken:
+        shown = broken[:20] + ([f"  ... and {len(broken) - 20} more (--json lists all)"] if len(broken) > 20 else [])
+        lines += ["", "Broken:", *shown]
+    commands: dict[str, list[str]] = {}
+    for name, row in rows.items():
+        if row.get:
+            commands.setdefault(row.get, []).append(name)
+    if commands:
+        lines += ["", "To get what is missing:"]
+        width = max(len(command) for command in commands)
+        lines += [f"  {command.ljust(width)}  # {', '.join(names)}" for command, names in commands.items()]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Check the data sets; return the findings as plain types."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data.check_data", description=__doc__, formatter_class=HelpFormatter
+    )
+    parser.add_argument("--data_root", default="data", metavar="DIR", help="folder of the data sets, or a packed file")
+    parser.add_argument(
+        "--full", action="store_true", help=f"read every cloud and view; else {SAMPLED_SHAPES} evenly spread shapes"
+    )
+    parser.add_argument("--md5", action="store_true", help="compare ModelNet40 and ShapeNetPart with the published MD5")
+    parser.add_argument("--json", metavar="FILE", help="also write the findings to FILE as one JSON object")
+    args = parser.parse_args(argv)
+    rows = check(args.data_root, full=args.full, md5=args.md5)
+    print(f"data root: {args.data_root}\n\n{format_table(rows)}")
+    report = {
+        "data_root": args.data_root,
+        "broken": sum(row.state == BROKEN for row in rows.values()),
+        "sets": {name: asdict(row) for name, row in rows.items()},
+    }
+    write_json(args.json, report)
+    return report
+
+
+def _script() -> None:
+    if main()["broken"]:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run(_script)
