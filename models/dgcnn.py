@@ -17,6 +17,7 @@ from models.layers import (
     edge_conv_two_layers,
     flatten_neighbours,
     knn,
+    max_over_points,
     point_block,
 )
 
@@ -75,7 +76,7 @@ class DGCNNCls(_DGCNN):
             rows = edge_conv(rows, self.neighbours(rows.unflatten(0, shape[:2])), block)
             layers.append(rows)
         embedded, local = self.embed(layers, shape, self.conv5)
-        return PointFeatures(torch.cat([embedded.amax(1), embedded.mean(1)], dim=1), local)
+        return PointFeatures(torch.cat([max_over_points(embedded), embedded.mean(1)], dim=1), local)
 
 
 class _DGCNNSeg(_DGCNN):
@@ -98,7 +99,7 @@ class _DGCNNSeg(_DGCNN):
         x2 = edge_conv_two_layers(x1, self.neighbours(x1.unflatten(0, shape[:2])), self.conv3, self.conv4)
         x3 = edge_conv(x2, self.neighbours(x2.unflatten(0, shape[:2])), self.conv5)
         embedded, local = self.embed([x1, x2, x3], shape, self.conv6)
-        return PointFeatures(embedded.amax(1), local)
+        return PointFeatures(max_over_points(embedded), local)
 
 
 class DGCNNPartSeg(_DGCNNSeg):

@@ -103,9 +103,26 @@ def neighbour_sum(table: Tensor, neighbours: Tensor) -> Tensor:
     return _NeighbourSum.apply(table, neighbours)
 
 
+class _NeighbourMax(torch.autograd.Function):
+    """Maximum over neighbours; the backward is one scatter (the library's own goes channel by channel on a CPU)."""
+
+    @staticmethod
+    def forward(ctx, table: Tensor, neighbours: Tensor) -> Tensor:
+        points, k = neighbours.shape
+        starts = torch.arange(0, points * k, k, device=table.device)
+        largest, _, _, chosen = torch.embedding_bag(table, neighbours.flatten(), starts, mode=2)
+        ctx.save_for_backward(chosen)
+        return largest
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (chosen,) = ctx.saved_tensors
+        return torch.zeros_like(grad).scatter_add_(0, chosen.to(torch.int64), grad), None
+
+
 def neighbour_max(table: Tensor, neighbours: Tensor) -> Tensor:
     """Maximum over neighbours, per channel: (P, C), (P, k) -> (P, C)."""
-    return F.embedding_bag(neighbours, table, mode="max")
+    return _NeighbourMax.apply(table, neighbours)
 
 
 def edge_terms(x: Tensor, conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
@@ -219,7 +236,7 @@ def edge_conv_two_layers(x: Tensor, neighbours: Tensor, first: nn.Sequential, se
 
         def block_extreme(centre: Tensor, index: Tensor) -> Tensor:
             y = F.linear(hidden(centre, index), weight * sign[:, None])
-            return y.unflatten(0, index.shape).amax(1)
+            return max_over_points(y.unflatten(0, index.shape))
 
         def recomputed(function, *inputs):
             return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -257,8 +274,13 @@ def point_block(in_channels: int, out_channels: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv1d(in_channels, out_channels, kernel_size=1, bias=False),
         nn.BatchNorm1d(out_channels),
-        nn.LeakyReLU(LEAKY_SLOPE),
+        nn.LeakyReLU(LEAKY_SLOPE, inplace=True),  # batch norm keeps its input, not its output, for the backward
     )
+
+
+def max_over_points(x: Tensor) -> Tensor:
+    """(B, N, C) -> (B, C). With indices, so that the backward touches one point per channel instead of comparing all."""
+    return x.max(dim=1).values
 
 
 def apply_to_rows(rows: Tensor, conv: nn.Conv1d, *rest: nn.Module) -> Tensor:
@@ -297,7 +319,7 @@ class TransformNet(nn.Module):
         b, n, _ = points.shape
         rows = edge_conv_two_layers(points.flatten(0, 1), neighbours, self.conv1, self.conv2)
         rows = apply_to_rows(rows, *self.conv3)
-        x = rows.unflatten(0, (b, n)).amax(1)
+        x = max_over_points(rows.unflatten(0, (b, n)))
         x = F.leaky_relu(self.bn3(self.linear1(x)), LEAKY_SLOPE)
         x = F.leaky_relu(self.bn4(self.linear2(x)), LEAKY_SLOPE)
         return self.transform(x).unflatten(1, (3, 3))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.features import PointFeatures
-from models.layers import apply_to_rows
+from models.layers import apply_to_rows, max_over_points
 
 
 def _to_rows(x: Tensor) -> tuple[Tensor, torch.Size]:
@@ -48,7 +48,7 @@ class PointNetCls(nn.Module):
             rows = F.relu(apply_to_rows(rows, getattr(self, f"conv{i}"), getattr(self, f"bn{i}")))
             layers.append(rows)
         local = torch.cat(layers[:4], dim=1).unflatten(0, shape).transpose(1, 2)
-        return PointFeatures(rows.unflatten(0, shape).amax(1), local)
+        return PointFeatures(max_over_points(rows.unflatten(0, shape)), local)
 
 
 class AlignmentNet(nn.Module):
@@ -73,7 +73,7 @@ class AlignmentNet(nn.Module):
         rows = F.relu(apply_to_rows(rows, self.conv1, self.bn1))
         rows = F.relu(apply_to_rows(rows, self.conv2, self.bn2))
         rows = F.relu(apply_to_rows(rows, self.conv3, self.bn3))
-        x = rows.unflatten(0, shape).amax(1)
+        x = max_over_points(rows.unflatten(0, shape))
         x = F.relu(self.bn4(self.fc1(x)))
         x = F.relu(self.bn5(self.fc2(x)))
         x = self.fc3(x).unflatten(1, (self.channels, self.channels))
@@ -114,7 +114,7 @@ class PointNetPartSeg(nn.Module):
         out4 = F.relu(apply_to_rows(aligned, self.conv4, self.bn4))
         out5 = apply_to_rows(out4, self.conv5, self.bn5)
         local = torch.cat([out1, out2, out3, out4, out5], dim=1).unflatten(0, shape).transpose(1, 2)
-        return PointFeatures(out5.unflatten(0, shape).amax(1), local)
+        return PointFeatures(max_over_points(out5.unflatten(0, shape)), local)
 
     @staticmethod
     def align(rows: Tensor, shape: torch.Size, net: AlignmentNet) -> Tensor:
