@@ -28,6 +28,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -178,13 +179,27 @@ def _zip_members(path: Path) -> Iterator[_Member]:
                 yield _Member(parts, info.file_size, content)
 
 
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    """Turn what the archive modules raise, while listing or while reading a member, into errors that name the file."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is missing") from error
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, gzip.BadGzipFile, EOFError) as error:
+        reason = str(error) or type(error).__name__
+        raise DataError(f"{path} is truncated or damaged ({reason}); fetch it again, or resume the download") from error
+    except (NotImplementedError, RuntimeError, ValueError) as error:  # unknown compression, encryption, absurd numbers
+        raise DataError(f"{path} cannot be unpacked: {error}") from error
+
+
 def archive_members(path: Path) -> Iterator[_Member]:
     """Yield the members of a ``.tar``, ``.tar.gz`` or ``.zip`` file; the content, not the name, tells which.
 
     Raises:
         DataError: the file is missing, damaged or no such archive, or a member is not safe.
     """
-    try:
+    with _damage_named(path):
         with open(path, "rb") as file:
             start = file.read(512)
         if start.startswith(b"PK"):
@@ -194,13 +209,6 @@ def archive_members(path: Path) -> Iterator[_Member]:
         else:
             hint = " (it looks like a web page: the server refused the download)" if b"<" in start.lstrip()[:1] else ""
             raise DataError(f"{path} is neither a tar.gz nor a zip file{hint}")
-    except FileNotFoundError as error:
-        raise DataError(f"{path} is missing") from error
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, gzip.BadGzipFile, EOFError) as error:
-        reason = str(error) or type(error).__name__
-        raise DataError(f"{path} is truncated or damaged ({reason}); fetch it again, or resume the download") from error
-    except (NotImplementedError, RuntimeError) as error:  # zipfile: unknown compression, encryption
-        raise DataError(f"{path} cannot be unpacked: {error}") from error
 
 
 def extract(path: Path, folder: Path, *, max_bytes: int = MAX_BYTES) -> int:
@@ -243,7 +251,7 @@ def extract(path: Path, folder: Path, *, max_bytes: int = MAX_BYTES) -> int:
             if written > free:
                 raise DataError(f"{path} needs more than the {size_text(free)} that are free in {folder.parent}")
             target.parent.mkdir(parents=True, exist_ok=True)
-            with open(target, "xb") as file:
+            with open(target, "xb") as file, _damage_named(path):
                 shutil.copyfileobj(member.content, file, 1 << 20)
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
