@@ -1,6 +1,6 @@
-"""Pretrain a point-cloud encoder with CrossNet (Wu et al., IEEE TMM 2023): no labels, clouds and renderings only.
+r"""Pretrain a point-cloud encoder with CrossNet (Wu et al., IEEE TMM 2023): no labels, clouds and renderings only.
 
-examples:
+Examples:
   # the released settings on ShapeNet (see data/README.md); scores on ModelNet40 when it is in --data_root
   python train_crossnet_con.py --data_root data --exp_name crossnet
 
@@ -8,7 +8,7 @@ examples:
   python train_crossnet_con.py --data_root data --exp_name crossnet --resume
 
   # a small machine: fewer points, smaller images, a smaller image network
-  python train_crossnet_con.py --data_root data/demo --exp_name small --epochs 10 --batch_size 64 \\
+  python train_crossnet_con.py --data_root data/demo --exp_name small --epochs 10 --batch_size 64 \
       --num_points 512 --image_size 64 --image_model resnet18
 
 The run folder <output_dir>/<exp_name> gets last.pth, best.pth (by the probe), config.json, metrics.jsonl, run.log and
@@ -81,29 +81,45 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="?",
         const="auto",
         metavar="auto|PATH",
-        help="go on from the run folder's last.pth (auto, or without a value) or from PATH, in the middle of an epoch too",
+        help="go on from the run folder's last.pth (auto, or without a value) or from PATH, mid-epoch too",
     )
     g.add_argument("--overwrite", action="store_true", help="replace the run in the folder")
-    g.add_argument("--save_every", type=int, default=500, metavar="STEPS", help="also save within an epoch; 0 = at its end only")
-    g.add_argument("--log_every", type=positive_int, default=20, metavar="STEPS", help="steps between looks at the loss")
-    g.add_argument("--wandb", choices=("disabled", "offline", "online"), default="disabled", help="mirror to Weights & Biases")
+    g.add_argument(
+        "--save_every", type=int, default=500, metavar="STEPS", help="also save within an epoch; 0 = at its end only"
+    )
+    g.add_argument(
+        "--log_every", type=positive_int, default=20, metavar="STEPS", help="steps between looks at the loss"
+    )
+    g.add_argument(
+        "--wandb", choices=("disabled", "offline", "online"), default="disabled", help="mirror to Weights & Biases"
+    )
     g = parser.add_argument_group("data")
     g.add_argument("--list", metavar="FILE", help="use only these shapes: one <synset>/<model_id> a line")
     g.add_argument(
         "--num_points",
         type=positive_int,
         metavar="N",
-        help="points of a view; each view of a larger cloud is a random subset of its own (default: all points, as released)",
+        help="points of a view, a random subset of a larger cloud for each view (default: all points, as released)",
     )
-    g.add_argument("--image_size", type=positive_int, default=224, metavar="PX", help="renderings are resized to PX x PX")
+    g.add_argument(
+        "--image_size", type=positive_int, default=224, metavar="PX", help="renderings are resized to PX x PX"
+    )
     g.add_argument("--background", choices=sorted(BACKGROUNDS), default="black", help="behind transparent renderings")
-    g.add_argument("--strict_data", action="store_true", help="stop at the first unreadable sample; default: at more than 1 %%")
+    g.add_argument(
+        "--strict_data", action="store_true", help="stop at the first unreadable sample; default: at more than 1 %%"
+    )
     g = parser.add_argument_group("point encoder")
     g.add_argument("--model", choices=[*ENCODERS, *ENCODER_ALIASES], default="dgcnn_cls", help="encoder to pretrain")
-    g.add_argument("--k", type=positive_int, default=20, metavar="K", help="neighbours per point, itself included (DGCNN)")
+    g.add_argument(
+        "--k", type=positive_int, default=20, metavar="K", help="neighbours per point, itself included (DGCNN)"
+    )
     g.add_argument("--emb_dims", type=positive_int, default=1024, metavar="E", help="width of the embedding")
-    g.add_argument("--dropout", type=float, default=0.5, metavar="P", help="kept for the heads of fine-tuning; no effect here")
-    g.add_argument("--model_path", metavar="FILE", help="start from this checkpoint's encoder instead of random weights")
+    g.add_argument(
+        "--dropout", type=float, default=0.5, metavar="P", help="kept for the heads of fine-tuning; no effect here"
+    )
+    g.add_argument(
+        "--model_path", metavar="FILE", help="start from this checkpoint's encoder instead of random weights"
+    )
     g = parser.add_argument_group("objective")
     g.add_argument(
         "--objective",
@@ -112,7 +128,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="con: both views against both images; ave: the views' mean against each image (--temperature 0.1 there)",
     )
     g.add_argument("--image_modality", choices=MODALITIES, default="both", help="image branches to build")
-    g.add_argument("--image_model", choices=list(IMAGE_ENCODERS), default="resnet50", help="image encoders, random start")
+    g.add_argument(
+        "--image_model", choices=list(IMAGE_ENCODERS), default="resnet50", help="image encoders, random start"
+    )
     g.add_argument("--alpha", type=float, default=1.0, metavar="A", help="weight of the cross-modal term")
     g.add_argument("--temperature", type=float, default=0.2, metavar="T", help="of NT-Xent")
     g.add_argument(
@@ -123,7 +141,9 @@ def build_parser() -> argparse.ArgumentParser:
     g = parser.add_argument_group("optimisation")
     g.add_argument("--batch_size", type=positive_int, default=32, metavar="B", help="objects per process and step")
     g.add_argument("--epochs", type=positive_int, default=250, metavar="E", help="passes over the data")
-    g.add_argument("--lr", type=float, default=1e-3, metavar="LR", help="highest learning rate of Adam; SGD takes 100 x this")
+    g.add_argument(
+        "--lr", type=float, default=1e-3, metavar="LR", help="highest learning rate of Adam; SGD takes 100 x this"
+    )
     g.add_argument("--weight_decay", type=float, default=1e-5, metavar="WD", help="L2 penalty")
     g.add_argument("--use_sgd", action="store_true", help="SGD with momentum instead of Adam, for all encoders")
     g.add_argument("--momentum", type=float, default=0.9, metavar="M", help="of SGD")
@@ -131,12 +151,16 @@ def build_parser() -> argparse.ArgumentParser:
         "--lr_schedule",
         choices=LR_SCHEDULES,
         default="cosine",
-        help="cosine: from --lr to 0 once over the run; released: the released code steps its cosine at every batch, so "
-        "that the rate swings between --lr and 0 with a period of 2 x --epochs steps and never settles",
+        help="cosine: from --lr to 0 once over the run; released: the released code steps its cosine at every batch, "
+        "so that the rate swings between --lr and 0 with a period of 2 x --epochs steps and never settles",
     )
     g = parser.add_argument_group("speed")
-    g.add_argument("--amp", choices=list(AMP_DTYPES), default="off", help="mixed precision; neighbours and loss stay float32")
-    g.add_argument("--channels_last", action="store_true", help="memory layout of the image encoders; faster on most devices")
+    g.add_argument(
+        "--amp", choices=list(AMP_DTYPES), default="off", help="mixed precision; neighbours and loss stay float32"
+    )
+    g.add_argument(
+        "--channels_last", action="store_true", help="memory layout of the image encoders; faster on most devices"
+    )
     g.add_argument("--compile", action="store_true", help="torch.compile the image encoders and heads")
     g = parser.add_argument_group("linear-SVM probe")
     g.add_argument("--eval_every", type=int, default=1, metavar="EPOCHS", help="epochs between probes; 0 = never")
@@ -235,7 +259,8 @@ class Pretraining:
             raise UserError("--batch_size 1 gives the loss no negatives and batch norm no statistics; use 2 or more")
         if args.num_points and args.num_points > self.dataset.cloud_size:
             raise UserError(
-                f"--num_points {args.num_points} is more than the clouds of {args.data_root} have: {self.dataset.cloud_size}"
+                f"--num_points {args.num_points} is more than the clouds of {args.data_root} have: "
+                f"{self.dataset.cloud_size}"
             )
         points = args.num_points or self.dataset.cloud_size
         if "k" in encoder_arguments(args.model) and args.k > points:
@@ -295,9 +320,7 @@ class Pretraining:
             base=args.lr * (100 if args.use_sgd else 1),
         )
         set_learning_rate(self.optimizer, rate)
-        tensors = {
-            name: value.to(self.device, non_blocking=True) for name, value in batch.items() if name != "bad"
-        }
+        tensors = {name: value.to(self.device, non_blocking=True) for name, value in batch.items() if name != "bad"}
         images = {name: tensors[name] for name in ("rgb", "gray") if name in tensors}
         if args.channels_last:
             images = {name: image.contiguous(memory_format=torch.channels_last) for name, image in images.items()}
@@ -367,7 +390,10 @@ class Pretraining:
         record = {
             "epoch": progress.epoch + 1,
             "step": progress.step,
-            **{key: value / steps for key, value in zip(("loss", "loss_intra", "loss_cross"), progress.sums, strict=True)},
+            **{
+                key: value / steps
+                for key, value in zip(("loss", "loss_intra", "loss_cross"), progress.sums, strict=True)
+            },
             "lr": self.optimizer.param_groups[0]["lr"],
             "shapes_per_s": progress.samples / progress.seconds,
             "data_wait": progress.waited / progress.seconds,
@@ -491,9 +517,7 @@ class Pretraining:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Pretrain; returns the last epoch's record."""
     args = build_parser().parse_args(argv)
-    folder = RunFolder(
-        Path(args.output_dir) / args.exp_name, overwrite=args.overwrite, resume=args.resume is not None
-    )
+    folder = RunFolder(Path(args.output_dir) / args.exp_name, overwrite=args.overwrite, resume=args.resume is not None)
     folder.start_log()
     training = Pretraining(args, folder)
     if args.resume:

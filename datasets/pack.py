@@ -3,7 +3,7 @@
 A million small files become one that is read in sequence; ShapeNetRender and train_crossnet_con.py take it as
 --data_root. Points and encoded images are stored unchanged, and the result is checked against the source.
 
-example:
+Example:
   python -m datasets.pack --data_root data --out data/shapenet_render.h5
 """
 
@@ -116,7 +116,9 @@ def check(source: PairSource, packed: PairSource, chosen: list[int]) -> None:
 def build_parser() -> argparse.ArgumentParser:
     """Command line of this script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--data_root", default="data", metavar="DIR", help="folder with ShapeNet/ and ShapeNetRendering/")
+    parser.add_argument(
+        "--data_root", default="data", metavar="DIR", help="folder with ShapeNet/ and ShapeNetRendering/"
+    )
     parser.add_argument("--out", required=True, metavar="F.h5", help="file to write")
     parser.add_argument("--list", metavar="FILE", help="pack only these shapes: one <synset>/<model_id> a line")
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
@@ -136,13 +138,15 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
         wanted = read_shape_list(args.list)
         missing = [name for name in wanted if name not in number]
         if missing:
-            raise DataError(f"{len(missing)} of the shapes in {args.list} are not in {args.data_root}, {missing[0]} for one")
+            raise DataError(
+                f"{len(missing)} of the shapes in {args.list} are not in {args.data_root}, {missing[0]} for one"
+            )
         chosen = sorted({number[name] for name in wanted})
     counts = pack(source, args.out, chosen=chosen, name=Path(args.data_root).name)
     counts["skipped"] = len(source.skipped)
     print(
-        f"{args.out}: {counts['shapes']} shapes of {counts['points']} points, {counts['views']} views, equal to the source; "
-        f"{counts['skipped']} shapes without rendering left out"
+        f"{args.out}: {counts['shapes']} shapes of {counts['points']} points, {counts['views']} views, equal to the "
+        f"source; {counts['skipped']} shapes without rendering left out"
     )
     write_json(args.json, counts)
     return counts

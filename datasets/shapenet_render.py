@@ -196,7 +196,9 @@ class PackedSource:
         except Exception as error:  # h5py raises many kinds on malformed files
             raise DataError(f"{self.path} is no readable packed pretraining file ({error})") from error
         if not shapes_agree or not self.ids:
-            raise DataError(f"{self.path} is damaged: its tables of shapes, views and images do not agree; pack it again")
+            raise DataError(
+                f"{self.path} is damaged: its tables of shapes, views and images do not agree; pack it again"
+            )
 
     def _open(self) -> h5py.File:
         # A handle must not cross a fork: HDF5 keeps a file position in it.
@@ -286,10 +288,10 @@ class ShapeNetRender(Dataset):
     Args:
         root: folder in the released layout, a packed file, or a folder that holds ``shapenet_render.h5``.
         seed: a sample's view, subset and image augmentation are functions of (seed, epoch, index).
-        transform: rendering and seed -> named tensors, see ``datasets.transforms.RenderTransform``; None gives no image.
+        transform: rendering and seed -> named tensors, see ``datasets.transforms.RenderTransform``; None: no image.
         only: ids of the shapes to use; None uses all that have a rendering.
-        strict: raise at a sample that cannot be read. Otherwise the next readable one stands in for it, and the sample's
-            ``bad`` says what happened.
+        strict: raise at a sample that cannot be read. Otherwise the next readable one stands in for it, and the
+            sample's ``bad`` says what happened.
 
     Attributes:
         ids: shapes in use, sorted.
@@ -386,7 +388,9 @@ class ShapeNetRender(Dataset):
 
 def collate_pairs(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """Stack samples into a batch; ``bad`` becomes one list of messages."""
-    batch = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0] if name not in ("index", "bad")}
+    batch = {
+        name: torch.stack([sample[name] for sample in samples]) for name in samples[0] if name not in ("index", "bad")
+    }
     batch["index"] = torch.tensor([sample["index"] for sample in samples])
     batch["bad"] = [message for sample in samples for message in sample["bad"]]
     return batch

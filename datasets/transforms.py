@@ -1,6 +1,7 @@
-"""Augmentations of the pretraining pairs (Section 2.2 of the settings in ``docs/fidelity.md``).
+"""Augmentations of the pretraining pairs (settings in ``docs/fidelity.md``).
 
-Point transforms are pure functions of whole batches (B, N, 3), on the batch's device, with one random stream per sample.
+Point transforms are pure functions of whole batches (B, N, 3), on the batch's device, with one random stream per
+sample.
 Image transforms are torchvision's, one image at a time.
 """
 

@@ -279,7 +279,7 @@ def point_block(in_channels: int, out_channels: int) -> nn.Sequential:
 
 
 def max_over_points(x: Tensor) -> Tensor:
-    """(B, N, C) -> (B, C). With indices, so that the backward touches one point per channel instead of comparing all."""
+    """(B, N, C) -> (B, C). With indices, so that the backward touches one point per channel, not all."""
     return x.max(dim=1).values
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: plain types only, written in one step, loaded with ``weights_only=True``, rebuilt without other flags."""
+"""Checkpoints: plain types only, written in one step, loaded with ``weights_only=True``, rebuilt with no other flag."""
 
 from __future__ import annotations
 
@@ -137,9 +137,7 @@ def published_encoder_state(state: Mapping[str, Tensor], name: str) -> tuple[dic
     """Split published tensors into the encoder's and the names of aliases and heads, which are left out."""
     aliases = _ALIASES[name.split("_")[0]]
     known = build_encoder(name).state_dict().keys()
-    left_out = [
-        key for key in state if key not in known and (aliases.match(key) or _HEADS[name].match(key))
-    ]
+    left_out = [key for key in state if key not in known and (aliases.match(key) or _HEADS[name].match(key))]
     return {key: tensor for key, tensor in state.items() if key not in left_out}, left_out
 
 

@@ -46,7 +46,9 @@ def add_common_arguments(parser: argparse.ArgumentParser, *, seed: bool = True, 
     group.add_argument("--data_root", default="data", metavar="DIR", help="folder that holds the data sets")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; auto takes a GPU when there is one")
     if workers:
-        group.add_argument("--workers", type=int, default=4, metavar="W", help="processes that read data; 0 reads in this one")
+        group.add_argument(
+            "--workers", type=int, default=4, metavar="W", help="processes that read data; 0 reads in this one"
+        )
     if seed:
         group.add_argument("--seed", type=int, default=1, metavar="S", help="seed of everything random")
     group.add_argument("--json", metavar="FILE", help="also write the final metrics to FILE as one JSON object")

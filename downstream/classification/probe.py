@@ -41,7 +41,9 @@ class LinearProbe:
         self.train = open_classification_set(dataset, data_root, "train", num_points=num_points)
         self.test = open_classification_set(dataset, data_root, "test", num_points=num_points)
         rows, labels = np.arange(len(self.train)), self.train.labels
-        stratify = labels if np.bincount(labels).max() > 1 and np.unique(labels, return_counts=True)[1].min() > 1 else None
+        stratify = (
+            labels if np.bincount(labels).max() > 1 and np.unique(labels, return_counts=True)[1].min() > 1 else None
+        )
         # Fixed seed: every run and every epoch holds out the same clouds.
         self.fit, self.held_out = train_test_split(rows, test_size=holdout, random_state=0, stratify=stratify)
 
@@ -52,7 +54,9 @@ class LinearProbe:
             ``<dataset>_val_accuracy`` (held-out training clouds) and ``<dataset>_test_accuracy`` in percent.
         """
         train, test = (
-            extract_features(encoder, part.points, batch_size=self.batch_size, device=device, text=f"probe {self.dataset}")
+            extract_features(
+                encoder, part.points, batch_size=self.batch_size, device=device, text=f"probe {self.dataset}"
+            )
             for part in (self.train, self.test)
         )
         labels, fit, held_out = self.train.labels, self.fit, self.held_out
