@@ -9,7 +9,7 @@ creators and licences. Every usable model becomes 1,024 surface points with colo
   README.md            what is there, in which format, how many
 
 The committed result is what everything else reads; this script is how it was made, and is needed only to make it again.
-It takes about ten minutes on two cores. It needs, besides requirements.txt, on Debian or Ubuntu:
+It takes about four minutes on two cores. It needs, besides requirements.txt, on Debian or Ubuntu:
 
   apt-get install sweethome3d-furniture libegl1 libgl1-mesa-dri     the models; OpenGL without a display
   pip install moderngl mapbox_earcut                                the renderer; triangulation of polygons
@@ -26,7 +26,6 @@ import math
 import os
 import re
 import sys
-import warnings
 import zipfile
 import zlib
 from collections import Counter, defaultdict
@@ -49,6 +48,8 @@ from utils import cli
 from utils.errors import DataError, UserError
 
 LIBRARY_SUFFIXES = (".sh3f", ".zip", ".jar")
+PACK_NAME = "shapenet_render.h5"
+PACK_SOURCE = "Sweet Home 3D furniture libraries 1.8"
 CATALOGUE = "PluginFurnitureCatalog.properties"
 MAX_FILE_BYTES = 4_000_000
 
@@ -179,7 +180,6 @@ class Model:
     """One catalogue entry: where the model lies and what is known about it."""
 
     library: Path
-    number: int
     key: str  # unique: "<library>-<catalogue id>", lower case
     name: str
     category: str
@@ -295,7 +295,6 @@ def read_catalogue(library: Path) -> list[Model]:
             models.append(
                 Model(
                     library=library,
-                    number=number,
                     key=f"{library.stem.lower()}-{slug(entry['id'].split('#', 1)[1])}",
                     name=entry["name"],
                     category=entry["category"],
@@ -600,7 +599,7 @@ void main() {
     float fill = max(dot(normal, normalize(vec3(0.8, 0.1, 0.5))), 0.0);
     float light = 0.50 + 0.48 * key + 0.16 * fill;
     // The floor keeps black objects apart from a black ground.
-    result = vec4(min((0.13 + 0.87 * albedo) * light, 1.0) * opacity, opacity);
+    result = vec4(min((0.2 + 0.8 * albedo) * light, 1.0) * opacity, opacity);
 }
 """
 
@@ -703,25 +702,36 @@ def camera(points: np.ndarray, azimuth: float, elevation: float, fill: float = 0
     return view, projection
 
 
+def nearest(values: np.ndarray, centres: np.ndarray) -> np.ndarray:
+    """Index (n,) of the centre (k, c) that is closest to each of the values (n, c)."""
+    return (np.square(centres).sum(1) - 2 * values @ centres.T).argmin(1)
+
+
+def cluster_colours(values: np.ndarray, count: int, rounds: int = 12) -> np.ndarray:
+    """Return at most ``count`` colours (k, 4) that stand for ``values`` (n, 4): all of them, or k-means centres."""
+    centres = np.unique(values, axis=0)
+    if len(centres) <= count:
+        return centres
+    centres = centres[np.linspace(0, len(centres) - 1, count).astype(int)]
+    for _ in range(rounds):
+        owner = nearest(values, centres)
+        size = np.bincount(owner, minlength=count)
+        total = np.stack([np.bincount(owner, channel, minlength=count) for channel in values.T], 1)
+        centres = np.where(size[:, None] > 0, total / np.maximum(size, 1)[:, None], centres).astype(np.float32)
+    return centres
+
+
 def encode_view(picture: np.ndarray, colours: int) -> bytes:
     """Encode RGBA (h, w, 4) uint8 as a PNG with a palette of at most ``colours`` colours, the ground one of them."""
-    from scipy.cluster.vq import kmeans2, vq
-
     pixels = picture.reshape(-1, 4).astype(np.float32)
     pixels[pixels[:, 3] < 8] = 0
     # Colours matter as much as they are seen.
     weighted = np.concatenate([pixels[:, :3] * pixels[:, 3:] / 255, pixels[:, 3:]], 1)
-    seen = weighted[pixels[:, 3] > 0]
-    unique = np.unique(seen, axis=0)
-    if len(unique) < colours:
-        centres = unique
-    else:
-        start = unique[np.linspace(0, len(unique) - 1, colours - 1).astype(int)]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # an unused palette entry does no harm
-            centres, _ = kmeans2(seen, start, iter=12, minit="matrix")
+    seen = pixels[:, 3] > 0
+    centres = cluster_colours(weighted[seen], colours - 1)
+    index = np.zeros(len(pixels), np.uint8)
+    index[seen] = nearest(weighted[seen], centres) + 1
     centres = np.concatenate([np.zeros((1, 4), np.float32), centres])
-    index = vq(weighted, centres)[0].astype(np.uint8)
     rgb = centres[:, :3] * 255 / np.maximum(centres[:, 3:], 1)
     image = Image.fromarray(index.reshape(picture.shape[:2]), mode="P")
     image.putpalette(rgb.round().clip(0, 255).astype(np.uint8).tobytes(), "RGB")
@@ -810,9 +820,9 @@ def family(model: Model) -> str:
 
 def near_duplicates(shapes: Sequence[Shape], tolerance: float = 1.1) -> list[tuple[int, int]]:
     """Return the pairs whose clouds lie as close to each other as two draws from one surface do."""
-    from scipy.spatial import cKDTree
+    from sklearn.neighbors import KDTree
 
-    trees = [cKDTree(shape.points) for shape in shapes]
+    trees = [KDTree(shape.points) for shape in shapes]
 
     def gap(tree: Any, points: np.ndarray) -> float:
         return float(tree.query(points)[0].mean())
@@ -892,10 +902,10 @@ def write_pack(out: Path, models: Sequence[Model], shapes: Sequence[Shape]) -> N
     packed = {"shuffle": True, "compression": "gzip", "compression_opts": 9}
     points = quantise(np.stack([shape.points for shape in shapes]))
     per_row = points.shape[1:]
-    with h5py.File(out / "shapenet_render.h5", "w") as file:
-        file.attrs.update({"format": "crossnet-pack", "version": 1, "source": "Sweet Home 3D furniture libraries 1.8"})
+    with h5py.File(out / PACK_NAME, "w") as file:
+        file.attrs.update({"format": "crossnet-pack", "version": 1, "source": PACK_SOURCE})
         # Thirteen of sixteen bits carry something: a shard of 4.2 MB is stored in less than 3.6.
-        layout = write_shards(out, "points", points, budget=4_200_000, chunks=(16, *per_row), **packed)
+        layout = write_shards(out, "points", points, budget=4_200_000, chunks=(1, *per_row), **packed)
         file.create_virtual_dataset("points", layout).attrs.update({"scale": POINT_SCALE, "offset": POINT_OFFSET})
         layout = write_shards(out, "images", np.frombuffer(b"".join(views), np.uint8), budget=3_500_000)
         file.create_virtual_dataset("image_bytes", layout)
@@ -925,7 +935,6 @@ def write_svm(
 ) -> dict[str, tuple[int, int]]:
     """Write ``demo_hdf5`` and return the training and test size of every class."""
     folder = out / "demo_hdf5"
-    folder.mkdir(exist_ok=True)
     members: dict[str, list[int]] = {name: [] for name in sorted(CLASSES)}
     for index, model in enumerate(models):
         name = class_of(model)
@@ -1117,14 +1126,42 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def prepare(out: Path) -> None:
+    """Make the folder and see that everything is there before the long part starts.
+
+    Raises:
+        UserError: the folder cannot be written or holds another packed file, or a package is missing.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "demo_hdf5").mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror}") from error
+    if not os.access(out, os.W_OK):
+        raise UserError(f"cannot write to {out}: no permission")
+    pack = out / PACK_NAME
+    if pack.exists():
+        try:
+            with h5py.File(pack, "r") as file:
+                source = file.attrs.get("source")
+        except OSError:
+            source = None
+        if source != PACK_SOURCE:
+            raise UserError(f"{pack} is there and is no demo set; choose another --out, so that it is not lost")
+    try:
+        import mapbox_earcut  # noqa: F401
+    except ImportError as error:
+        raise UserError("mapbox_earcut is missing: pip install moderngl mapbox_earcut") from error
+    Renderer(8)
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Build the set; returns its counts."""
     args = parse_args(argv)
     models = [model for library in find_libraries(args.source) for model in read_catalogue(library)]
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {args.out}: {error.strerror}") from error
+    # Sorted as every source of pairs is.
+    models.sort(key=lambda model: model.id)
+    prepare(args.out)
     built = build_shapes(
         models,
         seed=args.seed,
