@@ -37,7 +37,7 @@ drive_ids=(
   15lmtRaHvVIPLOp_o7rms8e6VQp_en8WF
   1-Yhqgi7KH6guIej_4X8pciiybQB4pBWQ
 )
-peek_bytes=8388608
+peek_bytes=4194304
 
 drive_has() { [[ "$1" != s3dis ]]; }
 
@@ -142,43 +142,58 @@ fetch_url() {
   mv "$file.part" "$file"
 }
 
-# drive_set ID: print which set the archive of that id holds, or "unknown"; nothing if the Drive gives nothing.
-drive_set() {
-  local id="$1" note="$work/$1.set" start="$work/$1.start" found
-  if [[ ! -s "$note" ]]; then
+# Look at the beginning of every Drive archive that is not known yet, and note which set it holds in .download/ID.set.
+look_at_drive() {
+  local id start found ids=() starts=()
+  for id in "${drive_ids[@]}"; do
+    start="$work/$id.start"
+    if [[ -s "$work/$id.set" || -s "$work/$id.archive" ]]; then continue; fi
     # head closes the pipe when it has enough, which gdown reports as an error; only an empty start is one.
     "$gdown" --quiet -O - "$id" 2> "$work/$id.log" | head -c "$peek_bytes" > "$start" || true
-    if [[ ! -s "$start" ]]; then tail -n 5 "$work/$id.log" >&2 || true; rm -f "$start"; return 0; fi
-    found="$(unpack --peek "$start")" || found=unknown
-    rm -f "$start" "$work/$id.log"
-    if [[ "$found" == unknown ]]; then say unknown; return 0; fi
-    say "$found" > "$note"
-  fi
-  cat "$note"
+    if [[ -s "$start" ]]; then
+      ids+=("$id")
+      starts+=("$start")
+    else
+      say "  Drive $id: no answer"
+      tail -n 3 "$work/$id.log" >&2 || true
+      rm -f "$start"
+    fi
+    rm -f "$work/$id.log"
+  done
+  if (( ${#ids[@]} == 0 )); then return 0; fi
+  # One line for each archive; one that cannot be told from its beginning is "unknown".
+  unpack --peek "${starts[@]}" > "$work/peeked" || return 1
+  exec 3< "$work/peeked"
+  for id in "${ids[@]}"; do
+    IFS= read -r found <&3 || found=unknown
+    say "  Drive $id: $found"
+    say "$found" > "$work/$id.set"
+  done
+  exec 3<&-
+  rm -f "${starts[@]}" "$work/peeked"
 }
 
 # fetch_drive SET: find and fetch the archive of a set; its path is left in $archive.
 fetch_drive() {
-  local name="$1" id found unclear=()
+  local name="$1" id found
   if [[ -z "$gdown" ]]; then say "  Google Drive needs gdown; run: make setup"; return 1; fi
+  look_at_drive || return 1
   for id in "${drive_ids[@]}"; do
-    found="$(drive_set "$id")"
-    say "  Drive $id: ${found:-no answer}"
-    if [[ "$found" == "$name" ]]; then
-      archive="$work/$id.archive"
+    archive="$work/$id.archive"
+    if [[ "$(cat "$work/$id.set" 2> /dev/null)" == "$name" ]]; then
       "$gdown" --continue -O "$archive" "$id" && return 0
       return 1
     fi
-    if [[ "$found" == unknown ]]; then unclear+=("$id"); fi
   done
-  # An archive whose beginning does not tell is fetched whole; its member names then decide.
-  for id in ${unclear[@]+"${unclear[@]}"}; do
+  # An archive whose beginning does not tell is fetched whole; all of its member names then decide.
+  for id in "${drive_ids[@]}"; do
     archive="$work/$id.archive"
+    [[ "$(cat "$work/$id.set" 2> /dev/null)" == unknown ]] || continue
     "$gdown" --continue -O "$archive" "$id" || continue
-    found="$(unpack --peek "$archive")" || found=unknown
-    if [[ "$found" != unknown ]]; then say "$found" > "$work/$id.set"; fi
+    found="$(unpack --peek "$archive")" || continue
+    say "$found" > "$work/$id.set"
     if [[ "$found" == "$name" ]]; then return 0; fi
-    say "  $archive holds $found; it is kept for when that set is wanted"
+    say "  $archive holds another set ($found); it is kept"
   done
   return 1
 }
