@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -40,6 +41,12 @@ def run(main: Callable[[], Any]) -> NoReturn:
     sys.exit(0)
 
 
+def log_to_screen() -> None:
+    """Show the project's log on standard output; other libraries' only from warnings on. May be called again."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    logging.getLogger("crossnet").setLevel(logging.INFO)
+
+
 def add_common_arguments(parser: argparse.ArgumentParser, *, seed: bool = True, workers: bool = True) -> None:
     """Add the flags that every script understands in the same way."""
     group = parser.add_argument_group("common")
@@ -52,6 +59,34 @@ def add_common_arguments(parser: argparse.ArgumentParser, *, seed: bool = True, 
     if seed:
         group.add_argument("--seed", type=int, default=1, metavar="S", help="seed of everything random")
     group.add_argument("--json", metavar="FILE", help="also write the final metrics to FILE as one JSON object")
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, *, exp_name: str, save_every: int) -> None:
+    """Add the flags of a run folder: its name, resuming, how often it is written."""
+    g = parser.add_argument_group("run")
+    g.add_argument("--exp_name", default=exp_name, metavar="NAME", help="name of the run folder")
+    g.add_argument("--output_dir", default="checkpoints", metavar="DIR", help="folder of the run folders")
+    g.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="auto|PATH",
+        help="go on from the run folder's last.pth (auto, or without a value) or from PATH, mid-epoch too",
+    )
+    g.add_argument("--overwrite", action="store_true", help="replace the run in the folder")
+    g.add_argument(
+        "--save_every",
+        type=int,
+        default=save_every,
+        metavar="STEPS",
+        help="also save within an epoch; 0 = at its end only",
+    )
+    g.add_argument(
+        "--log_every", type=positive_int, default=20, metavar="STEPS", help="steps between looks at the loss"
+    )
+    g.add_argument(
+        "--wandb", choices=("disabled", "offline", "online"), default="disabled", help="mirror to Weights & Biases"
+    )
 
 
 def positive_int(text: str) -> int:

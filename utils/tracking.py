@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from utils.checkpoint import check_writable
-from utils.cli import write_json
+from utils.cli import log_to_screen, write_json
 from utils.errors import UserError
 
 logger = logging.getLogger("crossnet")
-RUN_FILES = ("last.pth", "best.pth", "config.json", "metrics.jsonl", "run.log", "curves.png")
+RUN_FILES = ("last.pth", "best.pth", "config.json", "metrics.jsonl", "run.log", "curves.png", "result.json")
 
 
 class RunFolder:
@@ -46,18 +45,25 @@ class RunFolder:
     def __truediv__(self, name: str) -> Path:
         return self.path / name
 
+    def to_resume(self, resume: str | None) -> Path | None:
+        """Checkpoint that ``--resume`` means: None, ``auto`` (this run's last one, if there is one) or a path."""
+        if resume != "auto":
+            return Path(resume) if resume else None
+        path = self / "last.pth"
+        if path.exists():
+            return path
+        logger.info("%s does not exist yet: starting from the beginning", path)
+        return None
+
     def start_log(self) -> None:
-        """Send the log to ``run.log`` and to standard output."""
-        logger.setLevel(logging.INFO)
+        """Send the log to ``run.log`` as well as to the screen; an earlier run's file is closed."""
+        log_to_screen()
         for handler in list(logger.handlers):
             logger.removeHandler(handler)
             handler.close()
         to_file = logging.FileHandler(self / "run.log", encoding="utf-8")
         to_file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-        to_screen = logging.StreamHandler(sys.stdout)
-        to_screen.setFormatter(logging.Formatter("%(message)s"))
-        for handler in (to_file, to_screen):
-            logger.addHandler(handler)
+        logger.addHandler(to_file)
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Write ``config.json``."""
@@ -88,7 +94,7 @@ class RunFolder:
         os.replace(temporary, self / "metrics.jsonl")
 
     def draw_curves(self) -> None:
-        """Draw ``curves.png`` from ``metrics.jsonl``: losses, learning rate, accuracies of the probe."""
+        """Draw ``curves.png`` from ``metrics.jsonl``: losses, learning rate, and whatever scores there are."""
         records = list(self.metrics())
         if not records:
             return

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import logging
 import math
 import sys
 import time
@@ -46,7 +45,7 @@ from downstream.features import (
 )
 from models import ENCODER_ALIASES, ENCODERS, build_encoder, encoder_arguments, resolve_encoder_name
 from utils.checkpoint import describe_encoder, encoder_from_checkpoint
-from utils.cli import HelpFormatter, add_common_arguments, positive_int, resolve_device, run, write_json
+from utils.cli import HelpFormatter, add_common_arguments, log_to_screen, positive_int, resolve_device, run, write_json
 from utils.errors import DataError, UserError
 from utils.training import git_commit, seed_everything, versions
 
@@ -412,7 +411,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         UserError: a wrong setting, file or checkpoint.
     """
     args = build_parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log_to_screen()
     check_arguments(args)
     train, test = open_splits(args)
     found = candidates(args)
