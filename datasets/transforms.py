@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -209,8 +210,8 @@ class RenderTransform:
 
     def flatten(self, image: Image.Image) -> Image.Image:
         """Any PNG mode -> RGB on the chosen background."""
-        if image.mode == "RGB":
-            return image
+        if image.mode.startswith("I"):  # 16-bit gray, which Pillow would cut off at 255 instead of scaling
+            image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
         if "A" in image.getbands() or "transparency" in image.info:
             image = image.convert("RGBA")
             canvas = Image.new("RGBA", image.size, (*BACKGROUNDS[self.background], 255))
