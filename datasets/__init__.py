@@ -2,6 +2,7 @@
 
 from datasets.modelnet import DemoShapes, ModelNet10, ModelNet40
 from datasets.scanobjectnn import ScanObjectNN
+from datasets.shapenet_part import PartTaxonomy, ShapeNetPart
 from datasets.shapenet_render import ShapeNetRender
 
-__all__ = ["DemoShapes", "ModelNet10", "ModelNet40", "ScanObjectNN", "ShapeNetRender"]
+__all__ = ["DemoShapes", "ModelNet10", "ModelNet40", "PartTaxonomy", "ScanObjectNN", "ShapeNetPart", "ShapeNetRender"]

@@ -40,17 +40,24 @@ def find_hdf5_folder(root: str | Path, name: str) -> Path | None:
     return None
 
 
-def listed_files(folder: Path, split: str, *, get: str = CHECK_COMMAND) -> list[Path]:
-    """Files of one split: those of ``<split>_files.txt``, or, where that list is absent, ``ply_data_<split>*.h5``.
+def listed_files(folder: Path, split: str, *, index: str | None = None, get: str = CHECK_COMMAND) -> list[Path]:
+    """Files of one split: those of a list, or, where that list is absent, ``ply_data_<split>*.h5`` by number.
 
     Lines of the list often carry the folder of another machine; only their base names count.
+
+    Args:
+        folder: holds the files and the list.
+        split: part of the files' names.
+        index: name of the list; None means ``<split>_files.txt``.
+        get: command named in errors.
 
     Raises:
         DataError: no file, an empty list, a file listed twice, or a file listed but missing.
     """
-    index = folder / f"{split}_files.txt"
+    index = folder / (index or f"{split}_files.txt")
     if not index.is_file():
-        files = sorted(folder.glob(f"ply_data_{split}*.h5"))
+        # By number, so that file 10 comes after file 9.
+        files = sorted(folder.glob(f"ply_data_{split}*.h5"), key=lambda file: (len(file.name), file.name))
         if not files:
             raise DataError(f"{folder} holds neither {index.name} nor ply_data_{split}*.h5. Get them: {get}")
         return files

@@ -1,0 +1,515 @@
+"""ShapeNetPart (Yi et al., SIGGRAPH Asia 2016): objects of 16 categories whose points are labelled with 50 parts.
+
+Two layouts are read. The HDF5 release of PointNet (Qi et al., CVPR 2017), 2,048 points a shape: files such as
+``ply_data_train0.h5`` with the arrays ``data``, ``label`` (category) and ``pid`` (part, numbered over all categories).
+And the text release ``shapenetcore_partanno_segmentation_benchmark_v0``, with or without normals. A data set of other
+categories is read as well where its folder holds ``all_object_categories.txt`` and
+``overallid_to_catid_partid.json``, as the HDF5 release does.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import json
+import sys
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from datasets.hdf5 import CHECK_COMMAND, read_hdf5, read_labelled_clouds
+from datasets.modelnet import listed_files
+from utils.errors import DataError, UserError
+
+PART_SPLITS = {"train": ("train",), "val": ("val",), "trainval": ("train", "val"), "test": ("test",)}
+HDF5_FOLDERS = ("shapenet_part_seg_hdf5_data", "hdf5_data")
+TEXT_FOLDERS = (
+    "shapenetcore_partanno_segmentation_benchmark_v0_normal",
+    "shapenetcore_partanno_segmentation_benchmark_v0",
+)
+CATEGORY_FILE = "all_object_categories.txt"
+PART_FILE = "overallid_to_catid_partid.json"
+PART_NAME_FILE = "part_names.txt"  # not in the release: a name a line, for legends
+TEXT_CATEGORY_FILE = "synsetoffset2category.txt"
+TEXT_POINTS = 2048  # points drawn from a cloud of the text release, whose clouds differ in size
+GET = f"bash data/download_data.sh shapenetpart (what is there: {CHECK_COMMAND})"
+
+# name, synset, number of parts: the order is that of the category labels and of the parts' numbers.
+_OFFICIAL = (
+    ("airplane", "02691156", 4),
+    ("bag", "02773838", 2),
+    ("cap", "02954340", 2),
+    ("car", "02958343", 4),
+    ("chair", "03001627", 4),
+    ("earphone", "03261776", 3),
+    ("guitar", "03467517", 3),
+    ("knife", "03624134", 2),
+    ("lamp", "03636649", 4),
+    ("laptop", "03642806", 2),
+    ("motorbike", "03790512", 6),
+    ("mug", "03797390", 2),
+    ("pistol", "03948459", 3),
+    ("rocket", "04099429", 3),
+    ("skateboard", "04225987", 3),
+    ("table", "04379243", 3),
+)
+# What the released code calls a category, where that differs.
+_OTHER_NAMES = {"motor": "motorbike"}
+_GOLDEN_RATIO = 0.618034
+
+
+def part_colours(part_counts: Sequence[int]) -> np.ndarray:
+    """Choose a colour for every part: the hues of a category's parts are spread evenly, as far apart as can be.
+
+    Args:
+        part_counts: parts of each category; their sum is P.
+
+    Returns:
+        (P, 3) float64 red, green, blue in 0..1.
+    """
+    colours = []
+    for category, count in enumerate(part_counts):
+        for part in range(count):
+            hue = (part / count + _GOLDEN_RATIO * category) % 1.0
+            # Neighbouring hues of a category with many parts also differ in brightness.
+            colours.append(colorsys.hsv_to_rgb(hue, 0.8, 0.95 if part % 2 == 0 else 0.7))
+    return np.array(colours, dtype=np.float64).reshape(-1, 3)
+
+
+@dataclass(frozen=True)
+class PartTaxonomy:
+    """Categories of a part data set and the parts of each; parts are numbered over all categories, from 0.
+
+    Attributes:
+        category_names: lower-case names; a category's number is its position.
+        part_counts: number of parts of each category.
+        part_starts: first part of each category; its parts follow one another.
+        colours: (P, 3) float64, red, green and blue of every part in 0..1.
+        synsets: folder or catalogue number of each category; empty where none is known.
+        part_names: (P,) name of every part.
+    """
+
+    category_names: tuple[str, ...]
+    part_counts: tuple[int, ...]
+    part_starts: tuple[int, ...]
+    colours: np.ndarray = field(compare=False, repr=False)
+    synsets: tuple[str, ...] = ()
+    part_names: tuple[str, ...] = field(default=(), repr=False)
+
+    @classmethod
+    def build(
+        cls,
+        category_names: Sequence[str],
+        part_counts: Sequence[int],
+        *,
+        synsets: Sequence[str] = (),
+        part_names: Sequence[str] | None = None,
+    ) -> PartTaxonomy:
+        """Number the parts of every category and give them colours; parts without a name are called by number.
+
+        Raises:
+            ValueError: no category, a category without parts, a name twice, or lists of different length.
+        """
+        names = tuple(name.lower() for name in category_names)
+        counts = tuple(int(count) for count in part_counts)
+        if not names or len(counts) != len(names) or (synsets and len(synsets) != len(names)):
+            raise ValueError(
+                f"{len(names)} categories, {len(counts)} part counts and {len(synsets)} synsets do not fit"
+            )
+        if len(set(names)) < len(names) or len(set(synsets)) < len(synsets):
+            raise ValueError("a category is named twice")
+        if min(counts) < 1:
+            raise ValueError(f"category '{names[counts.index(min(counts))]}' has no parts")
+        if part_names is None:
+            part_names = [f"{name} part {i}" for name, count in zip(names, counts, strict=True) for i in range(count)]
+        if len(part_names) != sum(counts):
+            raise ValueError(f"{len(part_names)} names for {sum(counts)} parts")
+        starts = tuple(accumulate(counts[:-1], initial=0))
+        return cls(names, counts, starts, part_colours(counts), tuple(synsets), tuple(part_names))
+
+    @property
+    def num_parts(self) -> int:
+        """Number of parts P of all categories."""
+        return sum(self.part_counts)
+
+    def parts_of(self, category: int) -> range:
+        """Numbers of the parts of a category."""
+        return range(self.part_starts[category], self.part_starts[category] + self.part_counts[category])
+
+    def category_number(self, name: str) -> int:
+        """Number of the category of that name, whose case does not count.
+
+        Raises:
+            UserError: there is none; the message lists the names.
+        """
+        wanted = name.strip().lower()
+        if wanted not in self.category_names:
+            wanted = _OTHER_NAMES.get(wanted, wanted)
+        if wanted not in self.category_names:
+            raise UserError(f"there is no category {name!r}; the categories are: {', '.join(self.category_names)}")
+        return self.category_names.index(wanted)
+
+
+def official_taxonomy() -> PartTaxonomy:
+    """The 16 categories and 50 parts of the published data set."""
+    names, synsets, counts = zip(*_OFFICIAL, strict=True)
+    return PartTaxonomy.build(names, counts, synsets=synsets)
+
+
+def _read_text(path: Path, what: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is missing; expected {what}. Get it: {GET}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read; expected {what} ({error}). Check it: {CHECK_COMMAND}") from error
+
+
+def _read_categories(path: Path) -> dict[str, str]:
+    """Synset -> name, in the order of the lines."""
+    what = "a category name and its synset on every line"
+    names: dict[str, str] = {}
+    for number, line in enumerate(_read_text(path, what).splitlines(), start=1):
+        words = line.split()
+        if not words:
+            continue
+        if len(words) < 2:
+            raise DataError(f"{path}, line {number} is {line!r}; expected {what}")
+        if words[-1] in names:
+            raise DataError(f"{path}, line {number}: synset {words[-1]} stands there twice")
+        names[words[-1]] = " ".join(words[:-1])
+    if not names:
+        raise DataError(f"{path} is empty; expected {what}")
+    return names
+
+
+def _read_part_counts(path: Path, synsets: Sequence[str]) -> list[int]:
+    """Parts of every category, from the list of (synset, part number) by global part number."""
+    what = 'a list of [synset, part number], one for every part in order, such as [["02691156", 1], ["02691156", 2]]'
+    try:
+        rows = json.loads(_read_text(path, what))
+        owners = [str(synset) for synset, _ in rows]
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{path} is not as expected: {what} ({error})") from error
+    unknown = sorted(set(owners) - set(synsets))
+    if unknown:
+        raise DataError(f"{path} has parts of {', '.join(unknown)}, which {CATEGORY_FILE} beside it does not name")
+    # Only synsets in the categories' order, each in one run, can be numbered by a first part and a count.
+    expected = [synset for synset in synsets for _ in range(owners.count(synset))]
+    for part, (found, wanted) in enumerate(zip(owners, expected, strict=True)):
+        if found != wanted:
+            raise DataError(
+                f"{path}: part {part} belongs to {found}, expected {wanted}: the parts of a category must follow one "
+                f"another, and the categories must have the order of {CATEGORY_FILE}"
+            )
+    counts = [owners.count(synset) for synset in synsets]
+    if 0 in counts:
+        raise DataError(f"{path} lists no part of {synsets[counts.index(0)]}, which {CATEGORY_FILE} names")
+    return counts
+
+
+def read_taxonomy(folder: str | Path) -> PartTaxonomy:
+    """Read the categories and parts that a folder describes; a folder that says nothing has the published ones.
+
+    Raises:
+        DataError: one of the two tables is missing although the other one is not the published one, or they disagree.
+    """
+    folder = Path(folder)
+    official = official_taxonomy()
+    category_file = folder / CATEGORY_FILE
+    if not category_file.is_file() and (folder / TEXT_CATEGORY_FILE).is_file():
+        category_file = folder / TEXT_CATEGORY_FILE
+    part_file, name_file = folder / PART_FILE, folder / PART_NAME_FILE
+    if not category_file.is_file():
+        if part_file.is_file():
+            raise DataError(
+                f"{category_file} is missing beside {PART_FILE}; expected a category name and synset a line"
+            )
+        names, synsets, counts = official.category_names, official.synsets, official.part_counts
+    else:
+        categories = _read_categories(category_file)
+        names, synsets = tuple(categories.values()), tuple(categories)
+        if part_file.is_file():
+            counts = tuple(_read_part_counts(part_file, synsets))
+        elif synsets == official.synsets:
+            counts = official.part_counts
+        else:
+            raise DataError(
+                f"{part_file} is missing; {category_file.name} names other categories than the published ones, so "
+                "their parts must be listed: [synset, part number] for every part in order"
+            )
+    part_names = None
+    if name_file.is_file():
+        part_names = [
+            line.strip() for line in _read_text(name_file, "a part's name a line").splitlines() if line.strip()
+        ]
+    try:
+        return PartTaxonomy.build(names, counts, synsets=synsets, part_names=part_names)
+    except ValueError as error:
+        raise DataError(f"the tables of categories and parts in {folder} do not fit: {error}") from error
+
+
+def find_part_folder(root: str | Path) -> tuple[Path, str] | None:
+    """Find a part data set in ``root`` or its known sub-folders.
+
+    Returns:
+        The folder and ``"hdf5"`` or ``"text"``; None where there is none.
+    """
+    root = Path(root)
+    hdf5 = [root, *(root / name for name in HDF5_FOLDERS), *sorted(root.glob("shapenet*hdf5*"))]
+    for folder in hdf5:
+        marks = (CATEGORY_FILE, PART_FILE, "*_hdf5_file_list.txt", "ply_data_val*.h5")
+        is_named = folder != root or any(any(folder.glob(mark)) for mark in marks)
+        if is_named and (any(folder.glob("ply_data_t*.h5")) or any(folder.glob("*_hdf5_file_list.txt"))):
+            return folder, "hdf5"
+    for folder in (root, *(root / name for name in TEXT_FOLDERS)):
+        if (folder / "train_test_split").is_dir() or (folder / TEXT_CATEGORY_FILE).is_file():
+            return folder, "text"
+    return None
+
+
+class ShapeNetPart(Dataset):
+    """Labelled shapes of one split, held in memory.
+
+    Attributes:
+        points: (n, N, 3) float32; as stored (HDF5), or normalised to the unit sphere (text release).
+        parts: (n, N) int64 part numbers over all categories.
+        categories: (n,) int64 category numbers.
+        taxonomy: names categories and parts.
+        category: number of the category chosen by ``class_choice``, None where all were read.
+        files: files read, in order.
+        split: the split's name.
+
+    Shape:
+        each item: points (N, 3) float32, category int, parts (N,) int64
+    """
+
+    official_sizes = {"train": 12137, "val": 1870, "trainval": 14007, "test": 2874}
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        *,
+        num_points: int | None = None,
+        class_choice: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Read one split.
+
+        Args:
+            root: the folder that holds the set's folder, or that folder itself.
+            split: ``"train"``, ``"val"``, ``"trainval"`` (train, then val where there is one) or ``"test"``.
+            num_points: points of a shape. HDF5: the first rows, None keeps all. Text release: drawn at random, 2,048
+                where None; a smaller cloud gives every point once and some again.
+            class_choice: read the shapes of this category only; None or an empty text reads all.
+            seed: of the draw from the text release; what a shape gives depends on it and the shape's name alone.
+
+        Raises:
+            DataError: a file is missing or not what was expected.
+            UserError: no such category, no shape of it, or ``num_points`` is larger than the clouds of the HDF5 files.
+        """
+        if split not in PART_SPLITS:
+            raise ValueError(f"split must be one of {tuple(PART_SPLITS)}, got {split!r}")
+        found = find_part_folder(root)
+        if found is None:
+            raise DataError(
+                f"no ShapeNetPart in {root}; expected {Path(root) / HDF5_FOLDERS[0]}/ply_data_train*.h5 or "
+                f"{TEXT_FOLDERS[0]}/. Get it: {GET}"
+            )
+        if num_points is not None and num_points < 1:
+            raise UserError(f"the number of points must be at least 1, got {num_points}")
+        self.folder, layout = found
+        self.split = split
+        self.taxonomy = read_taxonomy(self.folder)
+        self.category = self.taxonomy.category_number(class_choice) if class_choice else None
+        if layout == "hdf5":
+            arrays = self._read_hdf5(num_points)
+        else:
+            arrays = self._read_text_release(TEXT_POINTS if num_points is None else num_points, seed)
+        self.points, self.categories, self.parts = arrays
+        if len(self.points) == 0:
+            raise UserError(f"the {split} split in {self.folder} has no shape of category '{class_choice}'")
+
+    def _keep(self, categories: np.ndarray) -> np.ndarray:
+        """Which shapes are of the chosen category."""
+        return np.ones(len(categories), dtype=bool) if self.category is None else categories == self.category
+
+    def _check_parts(self, path: Path, parts: np.ndarray, categories: np.ndarray) -> np.ndarray:
+        """Return the parts as int64 if every shape has parts of its own category only."""
+        taxonomy = self.taxonomy
+        is_number = parts.dtype.kind in "iuf" and np.isfinite(parts).all()
+        numbers = parts.astype(np.int64) if is_number else None
+        if numbers is None or (numbers != parts).any():
+            raise DataError(f"{path}: 'pid' must hold whole numbers. Check it: {CHECK_COMMAND}")
+        if numbers.size and (numbers.min() < 0 or numbers.max() >= taxonomy.num_parts):
+            raise DataError(
+                f"{path}: 'pid' must be in 0..{taxonomy.num_parts - 1}, as {self.folder.name} has "
+                f"{len(taxonomy.category_names)} categories with {taxonomy.num_parts} parts; it is in "
+                f"{numbers.min()}..{numbers.max()}. A set of other categories needs {CATEGORY_FILE} and {PART_FILE} "
+                f"beside its files. Check it: {CHECK_COMMAND}"
+            )
+        first = np.asarray(taxonomy.part_starts)[categories][:, None]
+        last = first + np.asarray(taxonomy.part_counts)[categories][:, None] - 1
+        wrong = np.flatnonzero(((numbers < first) | (numbers > last)).any(axis=1))
+        if len(wrong):
+            i = wrong[0]
+            point = np.flatnonzero((numbers[i] < first[i]) | (numbers[i] > last[i]))[0]
+            raise DataError(
+                f"{path}: {len(wrong)} of {len(numbers)} shapes have parts of another category; the first is shape {i} "
+                f"('{taxonomy.category_names[categories[i]]}', parts {first[i, 0]}..{last[i, 0]}), whose point {point} "
+                f"has part {numbers[i, point]}. Check it: {CHECK_COMMAND}"
+            )
+        return numbers
+
+    def _read_hdf5(self, num_points: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Read the split's files; see the class for the arrays."""
+        splits = PART_SPLITS[self.split]
+        if self.split == "trainval" and not self._has_files("val"):
+            splits = ("train",)
+        self.files = tuple(
+            file
+            for split in splits
+            for file in listed_files(self.folder, split, index=f"{split}_hdf5_file_list.txt", get=GET)
+        )
+        read = []
+        for file in self.files:
+            points, categories = read_labelled_clouds(
+                file, num_classes=len(self.taxonomy.category_names), num_points=num_points, get=GET
+            )
+            parts = read_hdf5(file, ("pid",), get=GET)["pid"]
+            if parts.ndim != 2 or len(parts) != len(points) or parts.shape[1] < points.shape[1]:
+                raise DataError(
+                    f"{file}: 'pid' must be (n, N), a part for every point of 'data', it is {parts.shape} for "
+                    f"{points.shape}. Check it: {CHECK_COMMAND}"
+                )
+            if num_points is None and parts.shape[1] != points.shape[1]:
+                raise DataError(
+                    f"{file}: 'pid' has {parts.shape[1]} parts a shape for {points.shape[1]} points. Check it: "
+                    f"{CHECK_COMMAND}"
+                )
+            parts = self._check_parts(file, parts[:, : points.shape[1]], categories)
+            kept = self._keep(categories)
+            read.append((points[kept], categories[kept], parts[kept]))
+        sizes = {points.shape[1] for points, _, _ in read}
+        if len(sizes) > 1:
+            listed = ", ".join(f"{file.name}: {r[0].shape[1]}" for file, r in zip(self.files, read, strict=True))
+            raise DataError(f"{self.folder} mixes clouds of different size ({listed}). Check it: {CHECK_COMMAND}")
+        return tuple(np.concatenate(arrays) for arrays in zip(*read, strict=True))
+
+    def _has_files(self, split: str) -> bool:
+        return (self.folder / f"{split}_hdf5_file_list.txt").is_file() or any(self.folder.glob(f"ply_data_{split}*.h5"))
+
+    # --- the text release ---
+
+    def _text_shapes(self, split: str) -> list[tuple[str, str]]:
+        """(synset, shape) of one split, in the order of the list."""
+        path = self.folder / "train_test_split" / f"shuffled_{split}_file_list.json"
+        what = 'a list of shapes such as "shape_data/02691156/1a04e3eab45ca15dd86060f189eb133"'
+        try:
+            rows = [str(row).split("/") for row in json.loads(_read_text(path, what))]
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{path} is not as expected: {what} ({error})") from error
+        for row in rows:
+            if len(row) < 2:
+                raise DataError(f"{path} lists {'/'.join(row)!r}; expected {what}")
+            if row[-2] not in self.taxonomy.synsets:
+                raise DataError(
+                    f"{path} lists a shape of {row[-2]}, which is no category of {self.folder} "
+                    f"({TEXT_CATEGORY_FILE} or {CATEGORY_FILE} names them)"
+                )
+        return [(row[-2], row[-1]) for row in rows]
+
+    def _read_text_shape(self, synset: str, shape: str) -> tuple[Path, np.ndarray, np.ndarray]:
+        """Read one shape: its file, points (M, 3) float64 and part numbers (M,) over all categories."""
+        folder = self.folder / synset
+        together, points_file = folder / f"{shape}.txt", folder / "points" / f"{shape}.pts"
+        category = self.taxonomy.synsets.index(synset)
+        if together.is_file() or not points_file.is_file():
+            table = _read_table(together, columns=(7, 4), what="x y z nx ny nz part")
+            return together, table[:, :3], table[:, -1]
+        points = _read_table(points_file, columns=(3,), what="x y z")
+        label_file = folder / "points_label" / f"{shape}.seg"
+        labels = _read_table(label_file, columns=(1,), what="the part of one point, from 1")
+        if len(labels) != len(points):
+            raise DataError(f"{label_file} has {len(labels)} parts for the {len(points)} points of {points_file}")
+        count = self.taxonomy.part_counts[category]
+        if labels.min() < 1 or labels.max() > count:
+            raise DataError(
+                f"{label_file}: parts of '{self.taxonomy.category_names[category]}' must be in 1..{count}, they are in "
+                f"{labels.min():g}..{labels.max():g}"
+            )
+        return label_file, points, labels[:, 0] - 1 + self.taxonomy.part_starts[category]
+
+    def _read_text_release(self, num_points: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Read the split's shapes, normalise them and draw points; see the class for the arrays."""
+        shapes = [shape for split in PART_SPLITS[self.split] for shape in self._text_shapes(split)]
+        if self.category is not None:
+            shapes = [shape for shape in shapes if shape[0] == self.taxonomy.synsets[self.category]]
+        points = np.empty((len(shapes), num_points, 3), dtype=np.float32)
+        parts = np.empty((len(shapes), num_points), dtype=np.int64)
+        categories = np.array([self.taxonomy.synsets.index(synset) for synset, _ in shapes], dtype=np.int64)
+        files = []
+        quiet = not sys.stderr.isatty()
+        for i, (synset, name) in enumerate(tqdm(shapes, desc=f"reading {self.split}", unit="shape", disable=quiet)):
+            path, cloud, labels = self._read_text_shape(synset, name)
+            files.append(path)
+            labels = self._check_parts(path, labels[None], categories[i : i + 1])[0]
+            cloud = cloud - cloud.mean(axis=0)
+            cloud /= max(np.linalg.norm(cloud, axis=1).max(), np.finfo(np.float32).tiny)
+            generator = np.random.default_rng([seed, zlib.crc32(f"{synset}/{name}".encode())])
+            chosen = draw_rows(len(cloud), num_points, generator)
+            points[i], parts[i] = cloud[chosen], labels[chosen]
+        self.files = tuple(files)
+        return points, categories, parts
+
+    def __len__(self) -> int:
+        """Return the number of shapes."""
+        return len(self.points)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, Tensor]:
+        """Return copies: points (N, 3) float32, category, parts (N,) int64."""
+        points, parts = self.points[index].copy(), self.parts[index].copy()
+        return torch.from_numpy(points), int(self.categories[index]), torch.from_numpy(parts)
+
+    def __repr__(self) -> str:
+        """Say what was read."""
+        categories, size = len(np.unique(self.categories)), self.points.shape[1]
+        return f"ShapeNetPart({self.split}: {len(self)} shapes of {size} points, {categories} categories)"
+
+
+def draw_rows(count: int, wanted: int, generator: np.random.Generator) -> np.ndarray:
+    """Draw ``wanted`` of ``count`` rows in random order: without repetition, or, if there are fewer, every row first.
+
+    Returns:
+        (wanted,) int64 row numbers.
+    """
+    if wanted <= count:
+        return generator.choice(count, wanted, replace=False, shuffle=True)
+    return generator.permutation(np.concatenate([np.arange(count), generator.integers(count, size=wanted - count)]))
+
+
+def _read_table(path: Path, *, columns: tuple[int, ...], what: str) -> np.ndarray:
+    """Read a text file of numbers, (rows, one of ``columns``) float64, finite and not empty."""
+    expected = f"expected on every line: {what}"
+    if not path.is_file():
+        raise DataError(f"{path} is missing; {expected}. Get it: {GET}")
+    try:
+        table = np.loadtxt(path, dtype=np.float64, ndmin=2)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read; {expected} ({error}). Check it: {CHECK_COMMAND}") from error
+    if table.size == 0 or table.shape[1] not in columns:
+        raise DataError(f"{path} holds an array of {table.shape}; {expected}. Check it: {CHECK_COMMAND}")
+    if not np.isfinite(table).all():
+        row = int(np.flatnonzero(~np.isfinite(table).all(axis=1))[0])
+        raise DataError(
+            f"{path} has a number that is not finite in row {row + 1}; {expected}. Check it: {CHECK_COMMAND}"
+        )
+    return table

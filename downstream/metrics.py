@@ -1,0 +1,261 @@
+"""Scores of segmentations, from histograms: every label is looked at once, whatever the number of shapes and classes.
+
+All scores are in percent. ``tests/literal_metrics.py`` holds the definitions as plain loops; both agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from datasets.shapenet_part import PartTaxonomy
+
+_CHUNK_LABELS = 1 << 17  # labels counted at a time: the work of a chunk stays in the processor's cache
+
+
+def _labels(values: np.ndarray, name: str, limit: int) -> np.ndarray:
+    """Return an integer array whose values are all in 0..limit-1."""
+    values = np.asarray(values)
+    if values.dtype.kind not in "iu":
+        raise ValueError(f"{name} must be whole numbers, they are {values.dtype}")
+    if values.size and not (values.min() >= 0 and values.max() < limit):
+        raise ValueError(f"{name} must be in 0..{limit - 1}, they are in {values.min()}..{values.max()}")
+    return values
+
+
+def confusion_matrix(truth: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:
+    """Count every pair of true and predicted label; matrices of several batches may be added.
+
+    Args:
+        truth: whole numbers in 0..num_classes-1, any shape.
+        predicted: the same shape.
+        num_classes: number of classes C.
+
+    Returns:
+        (C, C) int64; entry [t, p] counts labels that are t and were predicted as p.
+
+    Raises:
+        ValueError: shapes differ, or a label is out of range.
+    """
+    truth = _labels(truth, "true labels", num_classes)
+    predicted = _labels(predicted, "predicted labels", num_classes)
+    if truth.shape != predicted.shape:
+        raise ValueError(f"{truth.shape} true labels and {predicted.shape} predicted ones do not match")
+    pair = truth.astype(np.int64) * num_classes + predicted
+    return np.bincount(pair.ravel(), minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+@dataclass(frozen=True)
+class SemanticScores:
+    """Scores of a semantic segmentation, in percent.
+
+    Attributes:
+        overall_accuracy: labels predicted right.
+        mean_accuracy: mean over the classes that occur in the truth of the part of their labels predicted right.
+        mean_iou: mean of ``class_iou`` over the classes that occur.
+        class_accuracy: (C,) float64, NaN where no label has the class.
+        class_iou: (C,) float64, intersection over union; NaN where the class occurs neither in truth nor in prediction.
+        class_names: (C,) names.
+        absent: names of the classes left out of ``mean_iou``, because they occur neither in truth nor in prediction.
+        unlabelled: names of the classes left out of ``mean_accuracy``, because no true label has them. One that was
+            predicted all the same counts in ``mean_iou``, as 0.
+    """
+
+    overall_accuracy: float
+    mean_accuracy: float
+    mean_iou: float
+    class_accuracy: np.ndarray
+    class_iou: np.ndarray
+    class_names: tuple[str, ...]
+    absent: tuple[str, ...]
+    unlabelled: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain types for a JSON file; classes without a score are null."""
+        return {
+            "overall_accuracy": self.overall_accuracy,
+            "mean_accuracy": self.mean_accuracy,
+            "mean_iou": self.mean_iou,
+            "class_iou": _by_name(self.class_names, self.class_iou),
+            "class_accuracy": _by_name(self.class_names, self.class_accuracy),
+            "absent_classes": list(self.absent),
+            "unlabelled_classes": list(self.unlabelled),
+        }
+
+
+def _by_name(names: Sequence[str], values: np.ndarray) -> dict[str, float | None]:
+    return {name: float(v) if np.isfinite(v) else None for name, v in zip(names, values, strict=True)}
+
+
+def _percent(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """100 * part / whole, NaN where whole is 0."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(whole > 0, 100.0 * part / whole, np.nan)
+
+
+def _mean(values: np.ndarray) -> float:
+    """Mean of what is not NaN; NaN if nothing is."""
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else float("nan")
+
+
+def semantic_scores(confusion: np.ndarray, class_names: Sequence[str] | None = None) -> SemanticScores:
+    """Score a confusion matrix; labels of all blocks or rooms are pooled in it, as is the rule for S3DIS.
+
+    Args:
+        confusion: (C, C), see :func:`confusion_matrix`.
+        class_names: C names; None calls them by number.
+
+    Raises:
+        ValueError: the matrix is not square, is empty, or the names do not fit.
+    """
+    confusion = np.asarray(confusion)
+    if confusion.ndim != 2 or confusion.shape[0] != confusion.shape[1]:
+        raise ValueError(f"a confusion matrix is square, this one is {confusion.shape}")
+    names = tuple(str(i) for i in range(len(confusion))) if class_names is None else tuple(class_names)
+    if len(names) != len(confusion):
+        raise ValueError(f"{len(names)} class names for a confusion matrix of {len(confusion)} classes")
+    true, guessed, right = confusion.sum(1), confusion.sum(0), np.diagonal(confusion)
+    if not true.sum():
+        raise ValueError("no label was counted")
+    union = true + guessed - right
+    accuracy, iou = _percent(right, true), _percent(right, union)
+    return SemanticScores(
+        overall_accuracy=float(100.0 * right.sum() / true.sum()),
+        mean_accuracy=_mean(accuracy),
+        mean_iou=_mean(iou),
+        class_accuracy=accuracy,
+        class_iou=iou,
+        class_names=names,
+        absent=tuple(names[i] for i in np.flatnonzero(union == 0)),
+        unlabelled=tuple(names[i] for i in np.flatnonzero(true == 0)),
+    )
+
+
+@dataclass(frozen=True)
+class PartScores:
+    """Scores of a part segmentation, in percent.
+
+    Attributes:
+        instance_miou: mean of ``shape_iou`` over all shapes.
+        class_miou: mean of ``category_miou`` over the categories that occur.
+        accuracy: points predicted right.
+        mean_part_accuracy: mean over the parts that occur of the part of their points predicted right.
+        shape_iou: (n,) float64, of each shape the mean IoU over its category's parts, where a part that is neither in
+            the truth nor in the prediction counts as 100.
+        category_miou: mean of ``shape_iou`` over the shapes of each category that occurs, by name.
+        category_shapes: number of shapes of each category that occurs, by name.
+        absent: names of the categories without a shape; they are in no mean.
+    """
+
+    instance_miou: float
+    class_miou: float
+    accuracy: float
+    mean_part_accuracy: float
+    shape_iou: np.ndarray
+    category_miou: Mapping[str, float]
+    category_shapes: Mapping[str, int]
+    absent: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain types for a JSON file, without the value of every shape."""
+        return {
+            "instance_miou": self.instance_miou,
+            "class_miou": self.class_miou,
+            "accuracy": self.accuracy,
+            "mean_part_accuracy": self.mean_part_accuracy,
+            "category_miou": dict(self.category_miou),
+            "category_shapes": dict(self.category_shapes),
+            "absent_categories": list(self.absent),
+        }
+
+
+def _part_histogram(truth: np.ndarray, predicted: np.ndarray, starts: np.ndarray, parts: int, limit: int) -> np.ndarray:
+    """Count the pairs of true and predicted part of every shape, parts being numbered from the category's first.
+
+    Args:
+        truth: (n, N) global part numbers.
+        predicted: (n, N) global part numbers.
+        starts: (n,) first part of each shape's category.
+        parts: largest number of parts K of a category.
+        limit: number of parts of all categories; labels are below it.
+
+    Returns:
+        (n, K + 1, K + 1) int64; the last row and column are for the parts of other categories.
+    """
+    count, size = truth.shape
+    width = parts + 1
+    # Bytes hold a local part number and a pair of them for all data sets in use; what wraps below 0 becomes large.
+    small = np.uint8 if 2 * limit <= 256 and width**2 <= 256 else np.uint32
+    first = starts.astype(small)[:, None]
+    step = max(1, _CHUNK_LABELS // max(1, size))
+    row = np.arange(step)[:, None] * width**2
+    histogram = np.empty((count, width**2), dtype=np.int64)
+    for begin in range(0, count, step):
+        chunk = slice(begin, min(begin + step, count))
+        local = []
+        for labels, name in ((truth[chunk], "true parts"), (predicted[chunk], "predicted parts")):
+            number = _labels(labels, name, limit).astype(small)
+            number -= first[chunk]
+            local.append(np.minimum(number, small(parts), out=number))
+        pair = local[0]
+        pair *= small(width)
+        pair += local[1]
+        rows = len(pair)
+        bins = np.bincount((pair + row[:rows]).ravel(), minlength=rows * width**2)
+        histogram[chunk] = bins.reshape(rows, width**2)
+    return histogram.reshape(count, width, width)
+
+
+def part_scores(truth: np.ndarray, predicted: np.ndarray, categories: np.ndarray, taxonomy: PartTaxonomy) -> PartScores:
+    """Score a part segmentation by the rules of ShapeNetPart (Yi et al., SIGGRAPH Asia 2016).
+
+    Args:
+        truth: (n, N) global part numbers, each of the shape's category.
+        predicted: (n, N) global part numbers; one of another category is wrong, and in no part's union.
+        categories: (n,) category numbers.
+        taxonomy: names the categories and their parts.
+
+    Raises:
+        ValueError: shapes of the arrays do not fit, there is no shape, or a number is out of range.
+    """
+    truth, predicted, categories = np.asarray(truth), np.asarray(predicted), np.asarray(categories)
+    if truth.ndim != 2 or truth.shape != predicted.shape or categories.shape != truth.shape[:1]:
+        raise ValueError(
+            f"expected (n, N) true and predicted parts and (n,) categories, got {truth.shape}, {predicted.shape} and "
+            f"{categories.shape}"
+        )
+    if truth.size == 0:
+        raise ValueError("there is no shape to score")
+    names = taxonomy.category_names
+    categories = _labels(categories, "categories", len(names))
+    counts, starts = np.asarray(taxonomy.part_counts), np.asarray(taxonomy.part_starts)
+    parts = int(counts.max())
+    histogram = _part_histogram(truth, predicted, starts[categories], parts, taxonomy.num_parts)
+    true, guessed = histogram.sum(2)[:, :parts], histogram.sum(1)[:, :parts]
+    right = np.diagonal(histogram, axis1=1, axis2=2)[:, :parts]
+    own = np.arange(parts) < counts[categories][:, None]  # (n, K): the category has this part
+    if histogram[:, parts].any() or true[~own].any():
+        shape = int(np.flatnonzero(histogram[:, parts].any(1) | (true * ~own).any(1))[0])
+        raise ValueError(f"shape {shape} has true parts that its category '{names[categories[shape]]}' does not have")
+    union = true + guessed - right
+    iou = np.where(union > 0, right / np.maximum(union, 1), 1.0)
+    shape_iou = 100.0 * (iou * own).sum(1) / counts[categories]
+    shapes = np.bincount(categories, minlength=len(names))
+    miou = np.bincount(categories, weights=shape_iou, minlength=len(names)) / np.maximum(shapes, 1)
+    part = (starts[categories][:, None] + np.arange(parts))[own]
+    true_of_part = np.bincount(part, weights=true[own], minlength=taxonomy.num_parts)
+    right_of_part = np.bincount(part, weights=right[own], minlength=taxonomy.num_parts)
+    present = np.flatnonzero(shapes)
+    return PartScores(
+        instance_miou=float(shape_iou.mean()),
+        class_miou=float(miou[present].mean()),
+        accuracy=float(100.0 * (right * own).sum() / truth.size),
+        mean_part_accuracy=_mean(_percent(right_of_part, true_of_part)),
+        shape_iou=shape_iou,
+        category_miou={names[i]: float(miou[i]) for i in present},
+        category_shapes={names[i]: int(shapes[i]) for i in present},
+        absent=tuple(names[i] for i in np.flatnonzero(shapes == 0)),
+    )
