@@ -1,0 +1,324 @@
+"""The data check: what is complete, partial, missing or broken, and the command that helps."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from PIL import Image
+
+from data import check_data as module
+from data.check_data import check, format_table, main
+from data.prepare_meshes import write_ply
+from data.unpack import KNOWN_MD5
+from datasets import pack
+from utils.errors import DataError
+
+ROOT = Path(__file__).resolve().parents[2]
+REAL = os.environ.get("CROSSNET_REAL_DATA", "")
+needs_real = pytest.mark.skipif(not REAL, reason="CROSSNET_REAL_DATA names no folder with real data")
+MODELNET, PART, ROOMS = "modelnet40_ply_hdf5_2048", "shapenet_part_seg_hdf5_data", "indoor3d_sem_seg_hdf5_data"
+
+
+def h5(path, **arrays):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with h5py.File(path, "w") as file:
+        file.update(arrays)
+    return path
+
+
+def clouds(count, points=4, channels=3):
+    return np.random.default_rng(0).random((count, points, channels), dtype=np.float32)
+
+
+def cut(path):
+    """Take the last third of a file away."""
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) * 2 // 3])
+
+
+def add_pairs(root, count=3):
+    for i in range(count):
+        write_ply(root / "ShapeNet" / "02691156" / f"{i}.ply", clouds(1, 16)[0])
+        view = root / "ShapeNetRendering" / "02691156" / str(i) / "rendering" / "00.png"
+        view.parent.mkdir(parents=True)
+        Image.new("RGBA", (4, 4)).save(view)
+
+
+def add_modelnet(root, train, test, name=MODELNET):
+    for split, labels in (("train", train), ("test", test)):
+        h5(root / name / f"ply_data_{split}0.h5", data=clouds(len(labels)), label=np.array(labels, "u1")[:, None])
+        (root / name / f"{split}_files.txt").write_text(f"data/{name}/ply_data_{split}0.h5\n")
+
+
+def add_part(root):
+    for split, count in (("train", 5), ("val", 2), ("test", 3)):
+        labels = {"label": np.zeros((count, 1), "u1"), "pid": np.zeros((count, 4), "u1")}
+        h5(root / PART / f"ply_data_{split}0.h5", data=clouds(count), **labels)
+        (root / PART / f"{split}_hdf5_file_list.txt").write_text(f"ply_data_{split}0.h5\n")
+
+
+def add_rooms(root, name=ROOMS, blocks=(3, 2)):
+    for number, count in enumerate(blocks):
+        h5(root / name / f"ply_data_all_{number}.h5", data=clouds(count, 4, 9), label=np.zeros((count, 4), "u1"))
+    listed = [f"{ROOMS}/ply_data_all_{number}.h5\n" for number in range(len(blocks))]
+    (root / name / "all_files.txt").write_text("".join(listed))
+    (root / name / "room_filelist.txt").write_text("Area_1_office_1\n" * sum(blocks))
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A small set of every kind."""
+    add_pairs(tmp_path)
+    add_modelnet(tmp_path, [0, 1, 8], [39, 35])
+    for split, count in (("train", 3), ("test", 2)):
+        h5(tmp_path / "ScanObjectNN" / "main_split" / f"{split}.h5", data=clouds(count), label=np.arange(count))
+    add_part(tmp_path)
+    add_rooms(tmp_path)
+    add_rooms(tmp_path, ROOMS + "_test", (1,))
+    return tmp_path
+
+
+def broken(root, **options):
+    """Names of the broken sets, and all problems."""
+    rows = check(root, **options)
+    return {name for name, row in rows.items() if row.state == "broken"}, [p for r in rows.values() for p in r.problems]
+
+
+def test_small_sound_sets_are_partial_with_their_counts(root):
+    rows = check(root)
+    assert {name: (row.state, row.found) for name, row in rows.items()} == {
+        "ShapeNet pairs": ("partial", {"pairs": 3}),
+        "ModelNet40": ("partial", {"train": 3, "test": 2}),
+        "ModelNet10": ("partial", {"train": 2, "test": 1}),
+        "ScanObjectNN OBJ_BG": ("partial", {"train": 3, "test": 2}),
+        "ScanObjectNN OBJ_ONLY": ("missing", {}),
+        "ScanObjectNN PB_T50_RS": ("missing", {}),
+        "ShapeNetPart": ("partial", {"train": 5, "val": 2, "test": 3}),
+        "S3DIS blocks": ("partial", {"blocks": 5}),
+        "S3DIS test rooms": ("ok", {"blocks": 1}),
+    }
+    assert rows["ModelNet40"].get == f"bash data/download_data.sh --dir {root} modelnet40"
+    assert "clouds of 16 points" in rows["ShapeNet pairs"].notes
+    assert rows["S3DIS test rooms"].get == ""
+
+
+def test_published_counts_are_ok_and_need_no_command(root, monkeypatch):
+    monkeypatch.setattr(module, "SHAPENET_SHAPES", 3)
+    monkeypatch.setattr(module.ModelNet40, "official_sizes", {"train": 3, "test": 2})
+    monkeypatch.setattr(module.ModelNet10, "official_sizes", {"train": 4, "test": 1})  # a gap of up to 3 is known
+    monkeypatch.setattr(module, "SCANOBJECTNN_SIZES", {"OBJ_BG": {"train": 3, "test": 2}})
+    monkeypatch.setattr(module, "SHAPENETPART_SIZES", {"train": 5, "val": 2, "test": 3})
+    monkeypatch.setattr(module, "S3DIS_BLOCKS", 5)
+    rows = check(root)
+    others = {name for name, row in rows.items() if row.state != "ok"}
+    assert others == {"ScanObjectNN OBJ_ONLY", "ScanObjectNN PB_T50_RS"}
+    assert all(row.get == "" for row in rows.values() if row.state == "ok")
+    monkeypatch.setattr(module.ModelNet10, "official_sizes", {"train": 6, "test": 1})
+    assert check(root)["ModelNet10"].state == "partial"
+
+
+def test_an_empty_root_lists_every_set_with_the_command_that_gets_it(tmp_path, capsys):
+    report = main(["--data_root", str(tmp_path)])
+    assert report["broken"] == 0
+    states = {name: row["state"] for name, row in report["sets"].items()}
+    assert set(states.values()) == {"missing"}
+    assert {"ShapeNet pairs", "ModelNet40", "ModelNet10", "ShapeNetPart", "S3DIS blocks"} <= set(states)
+    printed = capsys.readouterr().out
+    for names in ("shapenet shapenet_render", "modelnet40", "scanobjectnn", "shapenetpart", "s3dis"):
+        assert f"bash data/download_data.sh --dir {tmp_path} {names} " in printed
+    assert "ModelNet40, ModelNet10" in printed
+    # Commands without a target are shell lines that can be pasted.
+    assert "bash data/download_data.sh --list  " in printed
+
+
+def test_half_of_the_pairs_is_named_with_the_half_that_is_missing(tmp_path):
+    add_pairs(tmp_path)
+    (tmp_path / "ShapeNet").rename(tmp_path / "elsewhere")
+    row = check(tmp_path)["ShapeNet pairs"]
+    assert row.state == "partial" and row.found == {"pairs": 0}
+    assert row.get.endswith(" shapenet") and str(tmp_path / "ShapeNet") in row.notes[0]
+    (tmp_path / "elsewhere").rename(tmp_path / "ShapeNet")
+    (tmp_path / "ShapeNetRendering").rename(tmp_path / "elsewhere")
+    assert check(tmp_path)["ShapeNet pairs"].get.endswith(" shapenet_render")
+
+
+def test_clouds_without_rendering_are_counted(root):
+    (root / "ShapeNetRendering" / "02691156" / "1" / "rendering" / "00.png").unlink()
+    row = check(root)["ShapeNet pairs"]
+    assert row.found == {"pairs": 2} and "1 clouds have no rendering, 02691156/1 for one" in row.notes
+
+
+DAMAGE = {
+    "truncated PLY": ("ShapeNet/02691156/1.ply", cut, {"ShapeNet pairs"}),
+    "text for PNG": (
+        "ShapeNetRendering/02691156/2/rendering/00.png",
+        lambda path: path.write_text("no picture"),
+        {"ShapeNet pairs"},
+    ),
+    "truncated h5": (f"{MODELNET}/ply_data_test0.h5", cut, {"ModelNet40", "ModelNet10"}),
+    "no label": (
+        f"{MODELNET}/ply_data_train0.h5",
+        lambda path: h5(path, data=clouds(3)),
+        {"ModelNet40", "ModelNet10"},
+    ),
+    "NaN": (
+        "ScanObjectNN/main_split/test.h5",
+        lambda path: h5(path, data=clouds(2) * np.nan, label=np.zeros(2)),
+        {"ScanObjectNN OBJ_BG"},
+    ),
+    "label too large": (
+        "ScanObjectNN/main_split/train.h5",
+        lambda path: h5(path, data=clouds(2), label=np.array([3, 15])),
+        {"ScanObjectNN OBJ_BG"},
+    ),
+    "no pid": (
+        f"{PART}/ply_data_val0.h5",
+        lambda path: h5(path, data=clouds(2), label=np.zeros((2, 1))),
+        {"ShapeNetPart"},
+    ),
+    "fewer labels": (
+        f"{PART}/ply_data_test0.h5",
+        lambda path: h5(path, data=clouds(2), label=np.zeros((1, 1)), pid=np.zeros((2, 4))),
+        {"ShapeNetPart"},
+    ),
+    "gone but listed": (f"{PART}/ply_data_train0.h5", Path.unlink, {"ShapeNetPart"}),
+    "six channels": (
+        f"{ROOMS}/ply_data_all_1.h5",
+        lambda path: h5(path, data=clouds(2, 4, 6), label=np.zeros((2, 4))),
+        {"S3DIS blocks"},
+    ),
+    "empty h5": (f"{ROOMS}/ply_data_all_0.h5", lambda path: path.write_bytes(b""), {"S3DIS blocks"}),
+    "rooms cut": (
+        f"{ROOMS}_test/room_filelist.txt",
+        lambda path: path.write_text(""),
+        {"S3DIS test rooms"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_broken_file_is_named_and_only_its_sets_are_broken(root, case):
+    name, damage, sets = DAMAGE[case]
+    damage(root / name)
+    found, problems = broken(root)
+    assert found == sets
+    assert all(str(root / name) in problem for problem in problems) and problems
+
+
+def test_every_broken_file_of_a_set_is_named(root):
+    for split in ("train", "test"):
+        cut(root / MODELNET / f"ply_data_{split}0.h5")
+    (root / MODELNET / "train_files.txt").write_text("ply_data_train0.h5\nply_data_train1.h5\n")
+    _, problems = broken(root)
+    assert len(problems) == 2 * 3
+    assert {text.split()[0].rsplit("/", 1)[-1] for text in problems} == {
+        "ply_data_train0.h5",
+        "ply_data_train1.h5",
+        "ply_data_test0.h5",
+    }
+
+
+def test_checksums_are_compared_on_demand(root, monkeypatch):
+    assert broken(root) == (set(), [])
+    found, problems = broken(root, md5=True)
+    assert found == {"ModelNet40", "ShapeNetPart"}
+    assert any(KNOWN_MD5["modelnet40"]["ply_data_test0.h5"] in problem for problem in problems)
+    add_modelnet(root, [1, 8], [35])  # a ModelNet10 release: no checksum is known for it
+    assert broken(root, md5=True)[0] == {"ShapeNetPart"}
+
+
+def test_only_a_spread_part_of_many_pairs_is_read_unless_all_are_wanted(root, monkeypatch):
+    cut(root / "ShapeNet" / "02691156" / "1.ply")
+    monkeypatch.setattr(module, "SAMPLED_SHAPES", 2)
+    row = check(root)["ShapeNet pairs"]
+    assert row.state == "partial" and "read 2 of 3 shapes; --full reads all" in row.notes
+    assert check(root, full=True)["ShapeNet pairs"].state == "broken"
+
+
+def test_a_packed_file_counts_as_pairs_in_a_root_and_as_a_root(root):
+    packed = root / "shapenet_render.h5"
+    pack.main(["--data_root", str(root), "--out", str(packed)])
+    assert check(packed)["ShapeNet pairs, packed"].found == {"pairs": 3}
+    assert list(check(root))[:2] == ["ShapeNet pairs, packed", "ShapeNet pairs"]
+    cut(packed)
+    assert broken(packed)[0] == {"ShapeNet pairs, packed"}
+
+
+def test_a_missing_shard_of_a_packed_file_is_named(root):
+    packed, shard = root / "shapenet_render.h5", root / "shard_0.h5"
+    pack.main(["--data_root", str(root), "--out", str(packed)])
+    with h5py.File(packed, "r+") as file:
+        points = file["points"][()]
+        del file["points"]
+        h5(shard, points=points)
+        layout = h5py.VirtualLayout(points.shape, points.dtype)
+        layout[:] = h5py.VirtualSource(shard.name, "points", points.shape)
+        file.create_virtual_dataset("points", layout)
+    assert check(packed)["ShapeNet pairs, packed"].state == "partial"
+    shard.unlink()
+    found, problems = broken(packed)
+    assert found == {"ShapeNet pairs, packed"} and str(shard) in problems[0]
+
+
+def test_the_demo_set_of_the_repository_is_sound():
+    rows = check(ROOT / "data" / "demo", full=True)
+    assert rows["demo pairs"].state == rows["demo labelled"].state == "ok"
+    assert rows["demo pairs"].found["pairs"] > 500
+    assert "ShapeNet pairs" not in rows
+
+
+def test_json_holds_what_the_table_shows(root, tmp_path, capsys):
+    cut(root / MODELNET / "ply_data_test0.h5")
+    file = tmp_path / "report.json"
+    report = main(["--data_root", str(root), "--json", str(file)])
+    assert json.loads(file.read_text()) == report
+    assert report["broken"] == 2 and report["sets"]["ShapeNetPart"]["found"] == {"train": 5, "val": 2, "test": 3}
+    printed = capsys.readouterr().out
+    assert "Broken:" in printed and "12,137 train, 1,870 val, 2,874 test" in printed
+    # A file that breaks two sets is listed once.
+    assert printed.split("Broken:")[1].count("ply_data_test0.h5") == 1
+
+
+def test_long_lists_of_broken_files_are_cut(root):
+    rows = check(root)
+    rows["ModelNet40"].problems = [f"file {number}" for number in range(30)]
+    text = format_table(rows)
+    assert "file 19" in text and "file 20" not in text and "and 10 more" in text
+
+
+def run_script(*words, by_path=False):
+    command = [str(ROOT / "data" / "check_data.py")] if by_path else ["-m", "data.check_data"]
+    return subprocess.run([sys.executable, *command, *words], cwd=ROOT, capture_output=True, text=True, timeout=240)
+
+
+def test_exit_codes_of_the_script(root):
+    sound = run_script("--data_root", str(root), by_path=True)
+    assert sound.returncode == 0 and "ModelNet40" in sound.stdout, sound.stderr
+    cut(root / MODELNET / "ply_data_test0.h5")
+    bad = run_script("--data_root", str(root))
+    assert bad.returncode == 1 and "ply_data_test0.h5" in bad.stdout, bad.stderr
+    absent = run_script("--data_root", str(root / "none"))
+    assert absent.returncode == 2 and absent.stderr.startswith("error: ") and "Traceback" not in absent.stderr
+
+
+def test_a_root_that_is_not_there_is_an_error(tmp_path):
+    with pytest.raises(DataError, match="does not exist"):
+        check(tmp_path / "none")
+
+
+@needs_real
+def test_real_modelnet10_is_complete():
+    rows = check(Path(REAL) / "modelnet10")
+    assert rows["ModelNet10"].state == "ok" and rows["ModelNet10"].found == {"train": 3991, "test": 908}
+    assert rows["ModelNet40"].state == "partial"
+
+
+@needs_real
+def test_real_pairs_are_sound():
+    row = check(Path(REAL) / "shapenet2k", full=True)["ShapeNet pairs"]
+    assert row.state == "partial" and row.found == {"pairs": 2033} and "clouds of 2,048 points" in row.notes
