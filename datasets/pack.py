@@ -10,6 +10,7 @@ Example:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ from datasets.shapenet_render import (
     PackedSource,
     PairSource,
     decode_image,
+    open_source,
     read_shape_list,
 )
 from utils.cli import HelpFormatter, run, write_json
@@ -89,10 +91,11 @@ def pack(source: PairSource, out: str | os.PathLike[str], *, chosen: list[int], 
                     row += 1
         check(source, PackedSource(temporary), chosen)
         os.replace(temporary, out)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
+    except (OSError, RuntimeError) as error:  # h5py: RuntimeError when the disk fills while a file is closed
+        raise UserError(f"cannot write {out}: {getattr(error, 'strerror', None) or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
     return {"shapes": len(chosen), "views": len(views), "points": size, "image_bytes": int(offset[-1])}
 
 
@@ -117,7 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Command line of this script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
-        "--data_root", default="data", metavar="DIR", help="folder with ShapeNet/ and ShapeNetRendering/"
+        "--data_root", default="data", metavar="DIR", help="folder with ShapeNet/ and ShapeNetRendering/, or a packed file"
     )
     parser.add_argument("--out", required=True, metavar="F.h5", help="file to write")
     parser.add_argument("--list", metavar="FILE", help="pack only these shapes: one <synset>/<model_id> a line")
@@ -131,7 +134,9 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
     args = build_parser().parse_args(argv)
     if Path(args.out).exists() and not args.overwrite:
         raise UserError(f"{args.out} exists; --overwrite replaces it")
-    source = FolderSource(args.data_root)
+    # Beside the folders there may be an earlier packed file: the folders are the source then.
+    folders = (Path(args.data_root) / "ShapeNet").is_dir()
+    source = FolderSource(args.data_root) if folders else open_source(args.data_root)
     chosen = list(range(len(source.ids)))
     if args.list:
         number = {name: i for i, name in enumerate(source.ids)}

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import h5py
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from plyfile import PlyData
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -175,6 +175,7 @@ class PackedSource:
                 self.ids = [str(name) for name in file["ids"].asstr()[:]]
                 self.skipped = [str(name) for name in file["unpaired"].asstr()[:]] if "unpaired" in file else []
                 self._names = [str(name) for name in file["view_names"].asstr()[:]]
+                self._check_shards(file)
                 self._image_offset = file["image_offset"][:].astype(np.int64)
                 self._view_offset = file["view_offset"][:].astype(np.int64)
                 stored = file["points"]
@@ -182,6 +183,7 @@ class PackedSource:
                 shapes_agree = (
                     stored.ndim == 3
                     and stored.shape[2] == 3
+                    and stored.dtype.kind in "uf"
                     and len(stored) == len(self.ids) == len(self._view_offset) - 1
                     and len(self._names) == len(self._image_offset) - 1 == self._view_offset[-1]
                     and self._image_offset[-1] == len(file["image_bytes"])
@@ -200,9 +202,20 @@ class PackedSource:
                 f"{self.path} is damaged: its tables of shapes, views and images do not agree; pack it again"
             )
 
+    def _check_shards(self, file: h5py.File) -> None:
+        """HDF5 reads zeros where a file behind a virtual data set is missing."""
+        for name, stored in file.items():
+            for part in stored.virtual_sources() if isinstance(stored, h5py.Dataset) and stored.is_virtual else ():
+                shard = self.path if part.file_name == "." else self.path.parent / part.file_name
+                if not shard.is_file():
+                    raise DataError(f"{shard} is missing: {self.path} takes '{name}' from it; put it back beside it")
+
     def _open(self) -> h5py.File:
         # A handle must not cross a fork: HDF5 keeps a file position in it.
-        if self._file is None or self._pid != os.getpid():
+        if self._file is not None and self._pid != os.getpid():
+            self._file.close()
+            self._file = None
+        if self._file is None:
             self._file, self._pid = h5py.File(self.path, "r"), os.getpid()
         return self._file
 
@@ -213,7 +226,7 @@ class PackedSource:
         """Cloud of shape i, (N, 3) float32."""
         try:
             points = self._open()["points"][i].astype(np.float32)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
             raise DataError(f"{self.where(i)} cannot be read ({error}); pack the file again") from error
         if (self._scale, self._shift) != (1, 0):
             points = points * np.float32(self._scale) + np.float32(self._shift)
@@ -228,7 +241,7 @@ class PackedSource:
         j = self._view_offset[i] + view
         try:
             return self._open()["image_bytes"][self._image_offset[j] : self._image_offset[j + 1]].tobytes()
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
             raise DataError(f"{self.where(i, view)} cannot be read ({error}); pack the file again") from error
 
     def where(self, i: int, view: int | None = None) -> str:
@@ -278,7 +291,8 @@ def decode_image(data: bytes, name: str) -> Image.Image:
         image = Image.open(io.BytesIO(data))
         image.load()
     except Exception as error:  # Pillow raises many kinds on malformed files
-        raise DataError(f"{name} is no readable PNG image ({error}); fetch or render it again") from error
+        reason = "no image format is known that begins like this" if isinstance(error, UnidentifiedImageError) else error
+        raise DataError(f"{name} is no readable PNG image ({reason}); fetch or render it again") from error
     return image
 
 
@@ -326,6 +340,8 @@ class ShapeNetRender(Dataset):
                     f"{missing[0]} for one"
                 )
             self._chosen = [i for i in self._chosen if self.source.ids[i] in only]
+            if not only:
+                raise DataError(f"no shapes of {root} were chosen")
         self.ids = [self.source.ids[i] for i in self._chosen]
         self.skipped = self.source.skipped
         self.cloud_size = self._first_size()
@@ -348,8 +364,8 @@ class ShapeNetRender(Dataset):
         """Sample of (epoch, index); a bare index means epoch 0.
 
         Returns:
-            ``index`` int, ``points`` (N, 3) float32, the transform's tensors, ``bad``: messages of unreadable samples
-            that this one stands in for, mostly empty.
+            ``index`` int as asked, ``points`` (N, 3) float32, the transform's tensors, ``bad``: messages of unreadable
+            samples that another one stands in for here, mostly empty.
 
         Raises:
             DataError: with ``strict``, or when ``ATTEMPTS`` samples in a row are unreadable.
@@ -360,19 +376,23 @@ class ShapeNetRender(Dataset):
         bad: list[str] = []
         for attempt in range(self.ATTEMPTS):
             try:
-                return {**self._read(epoch, (index + attempt) % len(self)), "bad": bad}
+                return {**self._read(epoch, index, (index + attempt) % len(self)), "bad": bad}
             except DataError as error:
                 if self.strict or attempt + 1 == self.ATTEMPTS:
                     raise
                 bad.append(str(error))
         raise AssertionError("unreachable")
 
-    def _read(self, epoch: int, index: int) -> dict[str, Any]:
-        i = self._chosen[index]
+    def _read(self, epoch: int, index: int, stand_in: int) -> dict[str, Any]:
+        """Shape ``stand_in`` with the randomness of sample ``index``: no two samples of an epoch share theirs."""
+        i = self._chosen[stand_in]
         streams = SampleStreams(seed=self.seed, epoch=epoch, index=torch.tensor([index]))
         points = torch.from_numpy(self.source.points(i))
         if len(points) < self.cloud_size:
-            raise DataError(f"{self.source.where(i)} has {len(points)} points, the first cloud {self.cloud_size}")
+            raise DataError(
+                f"{self.source.where(i)} has {len(points)} points, the first cloud {self.cloud_size}: sample it again, or "
+                "leave it out with --list"
+            )
         if len(points) > self.cloud_size:
             points = points[streams.uniform(len(points))[0].topk(self.cloud_size).indices]
         sample = {"index": index, "points": points}

@@ -83,7 +83,7 @@ def write_pairs(root: Path, shapes: int = 12, *, points: int = 48, views: int = 
 
 
 def write_demo_set(root: Path, *, points: int = 40, train: int = 10, test: int = 4) -> None:
-    """Write a labelled set of balls, plates and rods that is read as ``demo``: ``train`` and ``test`` clouds a class."""
+    """Write a labelled set of balls, plates and rods that is read as ``demo``; ``train`` and ``test`` count a class."""
     folder = root / "demo_hdf5"
     folder.mkdir(parents=True)
     stretch = np.array([[1, 1, 1], [1, 0.1, 1], [0.1, 1, 0.1]])

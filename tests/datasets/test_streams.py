@@ -20,7 +20,9 @@ def splitmix_finaliser(x):
     return x ^ x >> 31
 
 
-@pytest.mark.parametrize("seed, epoch, index, purpose", [(0, 0, 0, 0), (1, 249, 43782, 1), (2**62, 3, 2**40, 7), (-5, 1, 2, 0)])
+@pytest.mark.parametrize(
+    "seed, epoch, index, purpose", [(0, 0, 0, 0), (1, 249, 43782, 1), (2**62, 3, 2**40, 7), (-5, 1, 2, 0)]
+)
 def test_numbers_are_splitmix64_of_seed_purpose_epoch_index_and_counter(seed, epoch, index, purpose):
     golden = 0x9E3779B97F4A7C15
     state = splitmix_finaliser((seed & MASK) + golden & MASK)

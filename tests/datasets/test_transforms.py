@@ -110,7 +110,8 @@ def test_translate_shifts_by_a_share_of_the_extent_of_each_axis():
     points = clouds()
     shift = RandomTranslate()(points, streams()) - points
     extent = points.amax(1) - points.amin(1)
-    torch.testing.assert_close(shift, (extent * (streams().uniform(3) - 0.5))[:, None].expand_as(shift), atol=1e-5, rtol=0)
+    expected = (extent * (streams().uniform(3) - 0.5))[:, None].expand_as(shift)
+    torch.testing.assert_close(shift, expected, atol=1e-5, rtol=0)
     assert torch.equal(RandomTranslate(0.0)(points, streams()), points)
 
 
@@ -243,7 +244,8 @@ def test_colour_jitter_changes_brightness_within_its_range():
     transform, picture = RenderTransform(8), image(np.full((8, 8, 3), 100))
     values = torch.stack([transform(picture, seed)["rgb"].mean((1, 2)) for seed in range(60)])
     values = 255 * (values * torch.tensor(IMAGENET_STD) + torch.tensor(IMAGENET_MEAN))
-    assert 59 <= values.min() < 75 and 125 < values.max() <= 141  # 100 x U(0.6, 1.4); contrast, saturation keep a flat gray
+    # 100 x U(0.6, 1.4): a flat gray does not change with contrast and saturation.
+    assert 59 <= values.min() < 75 and 125 < values.max() <= 141
 
 
 @pytest.mark.parametrize("modality", ["rgb", "gray"])

@@ -1,0 +1,348 @@
+import io
+import pickle
+import shutil
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from datasets.pack import pack
+from datasets.shapenet_render import (
+    FolderSource,
+    PackedSource,
+    SampleKey,
+    ShapeNetRender,
+    collate_pairs,
+    decode_image,
+    open_source,
+    read_ply,
+    read_shape_list,
+)
+from datasets.streams import SampleStreams
+from datasets.transforms import RenderTransform
+from tests.pairs import cloud, cloud_path, files_opened, png, view_path, write_pairs, write_ply
+from utils.errors import DataError
+
+
+def packed_copy(root, out):
+    source = FolderSource(root)
+    pack(source, out, chosen=list(range(len(source.ids))), name="test")
+    return out
+
+
+def dataset(root, **kwargs):
+    return ShapeNetRender(root, **({"transform": RenderTransform(16)} | kwargs))
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(
+        torch.equal(a[key], b[key]) if isinstance(a[key], torch.Tensor) else a[key] == b[key] for key in a
+    )
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """A folder of 8 shapes and 2 more without rendering, and the same packed."""
+    root = tmp_path_factory.mktemp("pairs")
+    ids = write_pairs(root, 8, points=30, unpaired=2)
+    return root, packed_copy(root, tmp_path_factory.mktemp("packed") / "pairs.h5"), ids
+
+
+def test_folder_and_packed_file_give_equal_samples(pairs):
+    root, file, ids = pairs
+    folder, packed = dataset(root), dataset(file)
+    assert folder.ids == packed.ids == ids
+    assert folder.skipped == packed.skipped and len(folder.skipped) == 2
+    assert repr(folder) == repr(packed) == "ShapeNetRender(8 shapes of 30 points, 2 without rendering)"
+    clone = pickle.loads(pickle.dumps(packed))
+    for epoch in (0, 5):
+        for index in range(8):
+            key = SampleKey(epoch, index)
+            assert equal(folder[key], packed[key]) and equal(folder[key], clone[key])
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["folder", "packed"])
+def test_workers_read_what_this_process_reads(pairs, which):
+    here = dataset(pairs[which])
+    expected = collate_pairs([here[SampleKey(2, i)] for i in (5, 0, 3, 6)])  # the packed file is open when workers fork
+    keys = [SampleKey(2, i) for i in (5, 0, 3, 6)]
+    loader = DataLoader(here, batch_sampler=[keys] * 3, collate_fn=collate_pairs, num_workers=2)
+    assert all(equal(batch, expected) for batch in loader)
+    assert equal(here[SampleKey(0, 1)], dataset(pairs[0])[1])
+
+
+def test_samples_are_what_the_files_hold(pairs):
+    root, _, ids = pairs
+    data = dataset(root)
+    for i, name in enumerate(ids):
+        sample = data[i]
+        np.testing.assert_array_equal(sample["points"], cloud(int(name[-2:]), 30))
+        assert sample["points"].shape == (30, 3) and sample["points"].dtype == torch.float32
+        assert sample["rgb"].shape == (3, 16, 16) and sample["gray"].shape == (1, 16, 16)
+        assert (sample["index"], sample["bad"]) == (i, [])
+    with pytest.raises(IndexError):
+        data[8]
+
+
+def test_every_view_is_drawn_about_equally_often(pairs):
+    counts = {}
+
+    def note(image, seed):
+        counts[image.size, image.mode] = counts.get((image.size, image.mode), 0) + 1
+        return {}
+
+    data = ShapeNetRender(pairs[0], transform=note, only=["02691156/shape05"])  # four views, one size, four modes
+    assert len(data.source.view_names(data._chosen[0])) == 4
+    for epoch in range(200):
+        data[SampleKey(epoch, 0)]
+    assert len(counts) == 4 and min(counts.values()) > 25
+
+
+def test_randomness_is_a_function_of_seed_epoch_and_index(pairs):
+    a, same, other = dataset(pairs[0]), dataset(pairs[0]), dataset(pairs[0], seed=2)
+    torch.manual_seed(1)
+    first = a[SampleKey(1, 2)]
+    torch.manual_seed(2)
+    assert equal(first, same[SampleKey(1, 2)])
+    assert not torch.equal(first["rgb"], other[SampleKey(1, 2)]["rgb"])
+    assert not torch.equal(first["rgb"], a[SampleKey(2, 2)]["rgb"])
+
+
+def test_each_file_is_opened_once_a_sample(pairs):
+    root, file, ids = pairs
+    data = dataset(root)
+    for i, name in enumerate(ids):
+        with files_opened() as opened:
+            data[SampleKey(3, i)]
+        opened = [path for path in opened if path.startswith(str(root))]
+        assert len(opened) == 2
+        assert opened[0] == str(cloud_path(root, name))
+        assert opened[1].startswith(str(view_path(root, name).parent))
+    packed = dataset(file, transform=None)
+    handle = packed.source._open()
+    for i in range(8):
+        packed[i]
+    assert packed.source._open() is handle
+
+
+def test_a_list_chooses_shapes_and_unknown_ones_are_an_error(pairs, tmp_path):
+    root, file, ids = pairs
+    text = f"# training shapes\n{ids[5]}\n\n  {ids[1]}  \n"
+    (tmp_path / "list.txt").write_text(text)
+    only = read_shape_list(tmp_path / "list.txt")
+    assert only == [ids[5], ids[1]]
+    for source in (root, file):
+        data = dataset(source, only=only)
+        assert data.ids == [ids[1], ids[5]]
+        np.testing.assert_array_equal(data[1]["points"], cloud(int(ids[5][-2:]), 30))
+        unpaired = data.skipped[0]
+        with pytest.raises(DataError, match=f"2 of the 3 listed shapes are not in .*, {unpaired} for one"):
+            dataset(source, only=[ids[0], unpaired, "04256520/none"])
+        with pytest.raises(DataError, match="no shapes"):
+            dataset(source, only=[])
+    (tmp_path / "empty.txt").write_text("# nothing\n")
+    with pytest.raises(DataError, match="empty.txt names no shapes"):
+        read_shape_list(tmp_path / "empty.txt")
+    with pytest.raises(DataError, match="absent.txt"):
+        read_shape_list(tmp_path / "absent.txt")
+
+
+def test_a_root_with_a_packed_file_is_read_as_that_file(pairs, tmp_path):
+    shutil.copy(pairs[1], tmp_path / "shapenet_render.h5")
+    assert isinstance(open_source(tmp_path), PackedSource)
+    assert isinstance(open_source(pairs[0]), FolderSource)
+    assert equal(dataset(tmp_path)[2], dataset(pairs[0])[2])
+
+
+def damaged(root, tmp_path, name, how):
+    """A copy of the pairs in which one shape's files are broken."""
+    copy = tmp_path / "copy"
+    shutil.copytree(root, copy)
+    how(copy, name)
+    return copy
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def no_pictures(root, name):
+    for path in view_path(root, name).parent.glob("*.png"):
+        path.write_text("no picture")
+
+
+BREAK = {
+    "truncated PLY": (lambda root, name: cut(cloud_path(root, name)), "no readable PLY"),
+    "PLY without z": (lambda root, name: write_ply(cloud_path(root, name), cloud(1), axes="xy"), "no readable PLY.*z"),
+    "NaN": (lambda root, name: write_ply(cloud_path(root, name), cloud(1) * np.nan), "48 of 48 points are not finite"),
+    "no points": (lambda root, name: write_ply(cloud_path(root, name), cloud(1, 0)), "holds no points"),
+    "no PLY": (lambda root, name: cloud_path(root, name).write_text("hello"), "no readable PLY"),
+    "no PNG": (no_pictures, "no readable PNG"),
+    "smaller": (lambda root, name: write_ply(cloud_path(root, name), cloud(1, 9)), "has 9 points, the first cloud 30"),
+}
+
+
+@pytest.mark.parametrize("what", BREAK)
+def test_a_bad_sample_is_replaced_and_reported_or_raised_when_strict(pairs, tmp_path, what):
+    root, _, ids = pairs
+    how, message = BREAK[what]
+    copy = damaged(root, tmp_path, ids[3], how)
+    sample = dataset(copy)[SampleKey(1, 3)]
+    assert sample["index"] == 3 and len(sample["bad"]) == 1
+    np.testing.assert_array_equal(sample["points"], cloud(int(ids[4][-2:]), 30))
+    assert ids[3] in sample["bad"][0]
+    with pytest.raises(DataError, match=message) as caught:
+        dataset(copy, strict=True)[SampleKey(1, 3)]
+    assert str(caught.value) == sample["bad"][0] and "\n" not in str(caught.value)
+    batch = collate_pairs([dataset(copy)[SampleKey(1, i)] for i in range(8)])
+    assert batch["bad"] == sample["bad"] and batch["index"].tolist() == list(range(8))
+
+
+def test_a_stand_in_does_not_share_its_neighbours_randomness(pairs, tmp_path):
+    root, _, ids = pairs
+    copy = damaged(root, tmp_path, ids[3], BREAK["NaN"][0])
+    seeds = []
+    data = ShapeNetRender(copy, transform=lambda image, seed: seeds.append(seed) or {})
+    assert torch.equal(data[3]["points"], data[4]["points"])
+    assert seeds == SampleStreams(seed=1, epoch=0, index=torch.tensor([3, 4])).seeds()
+
+
+def test_many_bad_samples_in_a_row_are_an_error(pairs, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(pairs[0], copy)
+    data = dataset(copy)
+    for name in pairs[2]:
+        cloud_path(copy, name).write_bytes(b"")
+    with pytest.raises(DataError, match="no readable PLY"):
+        data[0]
+    with pytest.raises(DataError, match="no readable PLY"):
+        dataset(copy)
+
+
+def test_larger_clouds_are_cut_to_random_subsets_of_the_first_ones_size(tmp_path):
+    ids = write_pairs(tmp_path, 4, points=30)
+    write_ply(cloud_path(tmp_path, ids[2]), cloud(7, 90))
+    data = dataset(tmp_path)
+    assert data.cloud_size == 30
+    first, second = (data[SampleKey(epoch, 2)]["points"] for epoch in (0, 1))
+    whole = {tuple(row) for row in cloud(7, 90).tolist()}
+    for points in (first, second):
+        rows = {tuple(row) for row in points.tolist()}
+        assert len(rows) == 30 and rows < whole
+    assert not torch.equal(first, second)
+    batch = collate_pairs([data[i] for i in range(4)])
+    assert batch["points"].shape == (4, 30, 3) and batch["bad"] == []
+
+
+def test_views_vanishing_after_the_start_are_reported(pairs, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(pairs[0], copy)
+    data = dataset(copy, strict=True)
+    shutil.rmtree(view_path(copy, pairs[2][0]).parent)
+    with pytest.raises(DataError, match=pairs[2][0]):
+        data[0]
+    cloud_path(copy, pairs[2][1]).unlink()
+    with pytest.raises(DataError, match="is gone"):
+        data[1]
+
+
+@pytest.mark.parametrize("text", [True, False])
+def test_ply_of_other_number_types_extra_properties_and_byte_order(tmp_path, text):
+    from plyfile import PlyData, PlyElement
+
+    rows = np.zeros(3, [("nx", "f4"), ("z", "f8"), ("red", "u1"), ("y", "i2"), ("x", "f4")])
+    rows["x"], rows["y"], rows["z"] = (0.5, 1, 2), (3, 4, 5), (6.25, 7, 8)
+    face = np.array([([0, 1, 2],)], [("vertex_indices", "i4", (3,))])
+    elements = [PlyElement.describe(face, "face"), PlyElement.describe(rows, "vertex")]
+    PlyData(elements, text=text, byte_order="=" if text else ">").write(tmp_path / "a.ply")
+    points = read_ply(tmp_path / "a.ply")
+    assert points.dtype == np.float32
+    np.testing.assert_array_equal(points, [[0.5, 3, 6.25], [1, 4, 7], [2, 5, 8]])
+
+
+def test_decode_image_names_what_is_no_picture():
+    assert decode_image(png(1), "x").size == (20, 20)
+    whole = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 60, 3), np.uint8)).save(whole, "PNG")
+    for data in (b"", b"text", whole.getvalue()[:-3000]):
+        with pytest.raises(DataError, match="a/b.png is no readable PNG"):
+            decode_image(data, "a/b.png")
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda root: None, "does not exist"),
+        (lambda root: root.mkdir(), "no clouds in .*ShapeNet.*download_data.sh"),
+        (lambda root: write_ply(cloud_path(root, "1/a"), cloud(0)), "none of the 1 clouds .*1/a/rendering"),
+        (lambda root: root.write_text("hello"), "no readable packed"),
+        (lambda root: root.write_bytes(b""), "no readable packed"),
+    ],
+    ids=["absent", "empty", "no renderings", "text file", "empty file"],
+)
+def test_a_root_without_pairs_is_an_error_that_says_what_helps(tmp_path, make, message):
+    make(tmp_path / "data")
+    with pytest.raises(DataError, match=message) as caught:
+        open_source(tmp_path / "data")
+    assert str(tmp_path / "data") in str(caught.value)
+
+
+def edit(file, change):
+    with h5py.File(file, "r+") as handle:
+        change(handle)
+
+
+def replace(name, value):
+    def change(handle):
+        if name in handle:
+            del handle[name]
+        if value is not None:
+            handle[name] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda f: f.attrs.update(version=2), "of version 1"),
+        (lambda f: f.attrs.pop("format"), "of version 1"),
+        (replace("points", None), "no readable packed"),
+        (replace("points", np.zeros((7, 30, 3), "f4")), "do not agree"),
+        (replace("points", np.zeros((8, 30, 2), "f4")), "do not agree"),
+        (replace("points", np.full((8, 30, 3), b"x")), "do not agree"),
+        (replace("view_offset", np.arange(9)), "do not agree"),
+        (replace("image_bytes", np.zeros(5, "u1")), "do not agree"),
+    ],
+)
+def test_a_wrong_packed_file_is_an_error_that_names_it(pairs, tmp_path, change, message):
+    file = shutil.copy(pairs[1], tmp_path / "bad.h5")
+    edit(file, change)
+    with pytest.raises(DataError, match=message) as caught:
+        PackedSource(file)
+    assert "bad.h5" in str(caught.value)
+
+
+def test_a_truncated_packed_file_is_an_error(pairs, tmp_path):
+    (tmp_path / "cut.h5").write_bytes(pairs[1].read_bytes()[:-3000])
+    with pytest.raises(DataError, match="cut.h5"):
+        PackedSource(tmp_path / "cut.h5")
+
+
+def test_quantised_points_and_shards_are_read_and_a_missing_shard_is_an_error(pairs, tmp_path):
+    file = shutil.copy(pairs[1], tmp_path / "pairs.h5")
+    scale, offset = np.float32(0.001), np.float32(-20)
+    with h5py.File(file, "r+") as handle, h5py.File(tmp_path / "shard.h5", "w") as shard:
+        exact = handle["points"][:]
+        shard["points"] = np.round((exact - offset) / scale).astype("u2")
+        del handle["points"]
+        layout = h5py.VirtualLayout(exact.shape, "u2")
+        layout[:] = h5py.VirtualSource("shard.h5", "points", exact.shape)
+        handle.create_virtual_dataset("points", layout).attrs.update(scale=scale, offset=offset)
+    np.testing.assert_allclose(PackedSource(file).points(3), exact[3], atol=6e-4)
+    (tmp_path / "shard.h5").unlink()
+    with pytest.raises(DataError, match="shard.h5 is missing"):
+        PackedSource(file)
