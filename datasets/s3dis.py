@@ -1,0 +1,510 @@
+"""S3DIS (Armeni et al., CVPR 2016): six areas of scanned rooms, 13 classes, cut into blocks of one metre.
+
+Two folders are read. ``indoor3d_sem_seg_hdf5_data``, the release of PointNet (Qi et al., CVPR 2017) or what
+``python -m datasets.s3dis_prepare`` makes: overlapping blocks of 4,096 points drawn at random, for training and for
+the released protocol. ``indoor3d_sem_seg_hdf5_data_test``, made by that command only: blocks that hold every point of a
+room at least once, for the scores of whole rooms.
+
+A point has nine values: x and y from the middle of the block and z from the room's floor in metres; red, green and
+blue in 0..1; and x, y, z divided by the room's extent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from datasets.hdf5 import CHECK_COMMAND
+from datasets.modelnet import listed_files
+from utils.errors import DataError, UserError
+
+BLOCK_FOLDER = "indoor3d_sem_seg_hdf5_data"
+ROOM_FOLDER = "indoor3d_sem_seg_hdf5_data_test"
+FILE_LIST, ROOM_LIST = "all_files.txt", "room_filelist.txt"
+CHANNELS = 9
+AREAS = (1, 2, 3, 4, 5, 6)
+CLASS_NAMES = tuple("ceiling floor wall beam column window door table chair sofa bookcase board clutter".split())
+# Red, green and blue in 0..1; large surfaces are pale, so that the furniture stands out.
+CLASS_COLOURS = (
+    np.array(
+        [
+            (215, 226, 240),
+            (184, 160, 126),
+            (205, 205, 190),
+            (120, 94, 240),
+            (255, 127, 14),
+            (92, 206, 230),
+            (140, 86, 75),
+            (44, 160, 44),
+            (214, 39, 40),
+            (227, 119, 194),
+            (31, 119, 180),
+            (23, 90, 80),
+            (90, 90, 90),
+        ]
+    )
+    / 255.0
+)
+PREPARE_COMMAND = "python -m datasets.s3dis_prepare --raw Stanford3dDataset_v1.2_Aligned_Version --out {root}"
+_ROOM_NAME = re.compile(r"Area_(\d+)_\S+")
+_ROWS_PER_CHUNK = 4  # a file whose chunks hold more blocks is unpacked once: one block would cost the work of many
+
+
+def area_of(room: str) -> int:
+    """Area of a room from its name, such as ``Area_1_office_3``.
+
+    Raises:
+        ValueError: the name is no such name.
+    """
+    match = _ROOM_NAME.fullmatch(room)
+    if match is None:
+        raise ValueError(f"a room is called Area_N_name, not {room!r}")
+    return int(match.group(1))
+
+
+def split_rooms(rooms: Iterable[str], *, fraction: float = 0.1, seed: int = 1) -> tuple[list[str], list[str]]:
+    """Set rooms aside for validation, the same part of every area.
+
+    Args:
+        rooms: names such as ``Area_1_office_3``; their order does not matter.
+        fraction: part of each area's rooms to set aside; at least one room, and never all of them.
+        seed: of the choice.
+
+    Returns:
+        The rooms to train on and those to validate on, both sorted.
+
+    Raises:
+        UserError: ``fraction`` is not between 0 and 1, or no area has two rooms.
+    """
+    if not 0 < fraction < 1:
+        raise UserError(f"the part of the rooms that validates must be between 0 and 1, got {fraction}")
+    by_area: dict[int, list[str]] = {}
+    for room in sorted(set(rooms)):
+        by_area.setdefault(area_of(room), []).append(room)
+    held_out: set[str] = set()
+    for area, names in sorted(by_area.items()):
+        count = min(max(1, round(fraction * len(names))), len(names) - 1)
+        order = np.random.default_rng([seed, area]).permutation(len(names))
+        held_out |= {names[i] for i in order[:count]}
+    if not held_out:
+        raise UserError("no area has two rooms, so none can be set aside for validation")
+    every = sorted(room for names in by_area.values() for room in names)
+    return [room for room in every if room not in held_out], sorted(held_out)
+
+
+def _find_folder(root: str | Path, name: str) -> Path | None:
+    """The folder ``name`` in ``root``, or ``root`` itself if it is that folder; None if neither is there."""
+    root = Path(root)
+    if (root / name).is_dir():
+        return root / name
+    # The two folders hold files of the same names, so a root that is the folder itself must also be called so.
+    return root if root.name == name and root.is_dir() else None
+
+
+def _read_room_list(folder: Path, blocks: int, get: str) -> list[str]:
+    """Room of every block."""
+    path = folder / ROOM_LIST
+    try:
+        names = path.read_text(encoding="utf-8").split()
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{path} is missing; it names the room of every block, one a line (it is written last). Get it: {get}"
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as a list of rooms ({error}). Get it: {get}") from error
+    for number, name in enumerate(names, start=1):
+        if not _ROOM_NAME.fullmatch(name):
+            raise DataError(
+                f"{path}, entry {number} is {name!r}; expected a room such as Area_1_office_3. Get it: {get}"
+            )
+    if len(names) != blocks:
+        raise DataError(
+            f"{path} names the rooms of {len(names)} blocks, the files hold {blocks}. Check it: {CHECK_COMMAND}"
+        )
+    return names
+
+
+class _BlockFiles:
+    """Blocks in HDF5 files, read one at a time; a handle never crosses a fork.
+
+    Files with many blocks to a chunk, as the published ones, are unpacked when they are first read, into a folder
+    ``.unpacked`` beside them, or, where that cannot be written, into the system's temporary folder.
+
+    Attributes:
+        files: the files, in order.
+        block_points: points of a block.
+        rooms: room of every block.
+    """
+
+    def __init__(self, folder: Path, *, arrays: Sequence[str], channels: int, get: str) -> None:
+        self.folder, self.channels, self._arrays, self._get = folder, channels, tuple(arrays), get
+        self.files = listed_files(folder, "all", index=FILE_LIST, get=get)
+        self._handles: dict[int, h5py.File] = {}
+        self._unpacked: dict[int, np.ndarray] = {}
+        self._pid = os.getpid()
+        counts, sizes, self._slow = [], set(), []
+        for file in self.files:
+            count, size, slow = self._inspect(file)
+            counts.append(count)
+            sizes.add(size)
+            self._slow.append(slow)
+        if len(sizes) > 1:
+            raise DataError(f"{folder} mixes blocks of {sorted(sizes)} points. Check it: {CHECK_COMMAND}")
+        self.block_points = sizes.pop()
+        self.ends = np.cumsum(counts)
+        self.rooms = _read_room_list(folder, int(self.ends[-1]), get)
+
+    def _inspect(self, path: Path) -> tuple[int, int, bool]:
+        """Blocks of a file, points of a block, and whether single blocks are slow to read."""
+        expected = f"an HDF5 file with 'data' (n, N, {CHANNELS}) and " + ", ".join(
+            f"'{name}' (n, N)" for name in self._arrays if name != "data"
+        )
+        try:
+            with h5py.File(path, "r") as file:
+                shapes = {}
+                for name in self._arrays:
+                    if not isinstance(file.get(name), h5py.Dataset):
+                        found = ", ".join(f"'{key}'" for key in file) or "nothing"
+                        raise DataError(
+                            f"{path} has no array '{name}' (it holds {found}); expected {expected}. Get it: {self._get}"
+                        )
+                    shapes[name] = file[name].shape
+                data = file["data"]
+                fits = data.ndim == 3 and data.shape[2] == CHANNELS and data.dtype.kind == "f" and 0 not in data.shape
+                if not fits or any(shape != data.shape[:2] for name, shape in shapes.items() if name != "data"):
+                    listed = ", ".join(f"'{name}' {shape}" for name, shape in shapes.items())
+                    raise DataError(f"{path} holds {listed}; expected {expected}. Check it: {CHECK_COMMAND}")
+                return data.shape[0], data.shape[1], data.chunks is not None and data.chunks[0] > _ROWS_PER_CHUNK
+        except (OSError, RuntimeError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            problem = f"{path} cannot be read, it may be truncated ({reason})"
+            raise DataError(f"{problem}; expected {expected}. Get it: {self._get}") from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A worker that is started afresh opens and maps the files itself.
+        return {**self.__dict__, "_handles": {}, "_unpacked": {}}
+
+    def _open(self, number: int) -> h5py.File:
+        if self._pid != os.getpid():  # HDF5 keeps a file position in a handle
+            self._handles, self._pid = {}, os.getpid()
+        if number not in self._handles:
+            self._handles[number] = h5py.File(self.files[number], "r")
+        return self._handles[number]
+
+    def place(self, block: int) -> tuple[int, int]:
+        """File number and row of a block."""
+        number = int(np.searchsorted(self.ends, block, side="right"))
+        return number, block - (int(self.ends[number - 1]) if number else 0)
+
+    def where(self, block: int) -> str:
+        """File, row and room of a block, for messages."""
+        number, row = self.place(block)
+        return f"{self.files[number]}, block {row} ({self.rooms[block]})"
+
+    def data(self, block: int) -> np.ndarray:
+        """Values of one block, (N, channels) float32, finite."""
+        number, row = self.place(block)
+        if self._slow[number]:
+            if number not in self._unpacked:
+                self._unpacked[number] = self._unpack(number)
+            values = np.array(self._unpacked[number][row])
+        else:
+            values = self.read(block, "data")[:, : self.channels].astype(np.float32)
+        if not np.isfinite(values).all():
+            raise DataError(f"{self.where(block)}: 'data' has values that are not finite. Check it: {CHECK_COMMAND}")
+        return values
+
+    def labels(self, block: int) -> np.ndarray:
+        """Classes of one block's points, (N,) int64 in 0..12."""
+        stored = self.read(block, "label")
+        labels = stored.astype(np.int64)
+        if (labels != stored).any() or labels.min() < 0 or labels.max() >= len(CLASS_NAMES):
+            raise DataError(
+                f"{self.where(block)}: 'label' must be whole numbers in 0..{len(CLASS_NAMES) - 1}, it is in "
+                f"{stored.min()}..{stored.max()}. Check it: {CHECK_COMMAND}"
+            )
+        return labels
+
+    def index(self, block: int) -> np.ndarray:
+        """Numbers in the room of one block's points, (N,) int64."""
+        return self.read(block, "index").astype(np.int64)
+
+    def read(self, block: int, name: str) -> np.ndarray:
+        """One block's row of an array, as stored."""
+        number, row = self.place(block)
+        try:
+            return self._open(number)[name][row]
+        except (OSError, RuntimeError) as error:
+            raise DataError(f"{self.where(block)}: '{name}' cannot be read ({error}). Get it: {self._get}") from error
+
+    def _unpack(self, number: int) -> np.ndarray:
+        """Map the values of one file, (n, N, channels) float32, which are unpacked first where that was not done."""
+        path = self.files[number]
+        status = path.stat()
+        name = f"{path.stem}-{self.channels}-{status.st_size}-{status.st_mtime_ns}.npy"
+        key = hashlib.sha256(str(self.folder.resolve()).encode()).hexdigest()[:16]
+        user = os.getuid() if hasattr(os, "getuid") else "all"
+        folders = (self.folder / ".unpacked", Path(tempfile.gettempdir()) / f"s3dis_unpacked_{user}_{key}")
+        for folder in folders:
+            if (folder / name).is_file():
+                return np.load(folder / name, mmap_mode="r")
+        problems = []
+        for folder in folders:
+            temporary = folder / f"{name}.{os.getpid()}.tmp"
+            try:
+                folder.mkdir(mode=0o700, exist_ok=True)
+                with h5py.File(path, "r") as file:
+                    # Whole file: its chunks hold many blocks, so reading by block would unpack each chunk many times.
+                    values = file["data"][:, :, : self.channels].astype(np.float32)
+                with open(temporary, "wb") as out:
+                    np.save(out, values)
+                os.replace(temporary, folder / name)
+                return np.load(folder / name, mmap_mode="r")
+            except OSError as error:
+                problems.append(f"{folder}: {error}")
+                temporary.unlink(missing_ok=True)
+        raise UserError(f"{path} must be unpacked to be read block by block, which failed ({'; '.join(problems)})")
+
+
+def _check_channels(in_channels: int) -> int:
+    if in_channels not in (3, CHANNELS):
+        raise UserError(f"the blocks of S3DIS are read with 3 channels (xyz) or {CHANNELS}, not {in_channels}")
+    return in_channels
+
+
+class S3DIS(Dataset):
+    """Training blocks of some areas, read when they are asked for.
+
+    Attributes:
+        areas: the areas.
+        rooms: names of the rooms, sorted.
+        block_rooms: room of every block.
+        block_points: points of a stored block.
+
+    Shape:
+        each item: block (N, in_channels) float32, classes (N,) int64
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        areas: Sequence[int],
+        *,
+        in_channels: int = 3,
+        num_points: int | None = None,
+        rooms: Iterable[str] | None = None,
+    ) -> None:
+        """Find the blocks.
+
+        Args:
+            root: the folder that holds ``indoor3d_sem_seg_hdf5_data``, or that folder itself.
+            areas: areas to read, of 1..6.
+            in_channels: 3 reads x, y and z from the block's middle, as the released code does; 9 reads all values.
+            num_points: keep the first points of every block, which are in random order; None keeps all.
+            rooms: read the blocks of these rooms only; None reads all rooms of the areas.
+
+        Raises:
+            DataError: a file is missing or not what was expected, or an area has no room.
+            UserError: another number of channels, more points than the blocks have, or an unknown room.
+        """
+        command = PREPARE_COMMAND.format(root=root)
+        get = f"bash data/download_data.sh s3dis, or from the raw rooms: {command}"
+        folder = _find_folder(root, BLOCK_FOLDER)
+        if folder is None:
+            raise DataError(f"no S3DIS blocks in {root}; expected {Path(root) / BLOCK_FOLDER}/. Get them: {get}")
+        self.folder = folder
+        self._files = _BlockFiles(folder, arrays=("data", "label"), channels=_check_channels(in_channels), get=get)
+        self.in_channels, self.block_points = in_channels, self._files.block_points
+        if num_points is not None and num_points < 1:
+            raise UserError(f"the number of points must be at least 1, got {num_points}")
+        if num_points is not None and num_points > self.block_points:
+            raise UserError(
+                f"{num_points} points wanted (--num_points), but the blocks of {folder} have {self.block_points}"
+            )
+        self.num_points = num_points or self.block_points
+        self.areas = tuple(dict.fromkeys(int(area) for area in areas))
+        if not self.areas:
+            raise UserError("no area was chosen; S3DIS has the areas 1 to 6")
+        found = {room: area_of(room) for room in set(self._files.rooms)}
+        for area in self.areas:
+            if area not in found.values():
+                there = ", ".join(str(a) for a in sorted(set(found.values())))
+                raise DataError(
+                    f"{folder} has no room of area {area}; it has rooms of the areas {there}. Get it: {get}"
+                )
+        chosen = {room for room, area in found.items() if area in self.areas}
+        if rooms is not None:
+            unknown = sorted(set(rooms := list(rooms)) - chosen)
+            if unknown or not rooms:
+                problem = f"no room {unknown[0]}" if unknown else "no room was chosen"
+                raise UserError(f"{problem} in areas {', '.join(map(str, self.areas))} of {folder}")
+            chosen &= set(rooms)
+        self._blocks = np.array([i for i, room in enumerate(self._files.rooms) if room in chosen], dtype=np.int64)
+        self.rooms = tuple(sorted(chosen))
+        self.block_rooms = tuple(self._files.rooms[i] for i in self._blocks)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Files that hold the blocks."""
+        return tuple(self._files.files[i] for i in sorted({self._files.place(int(b))[0] for b in self._blocks}))
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Classes of all points, (n, num_points) uint8, read at each use."""
+        labels = np.empty((len(self), self.num_points), dtype=np.uint8)
+        for i, block in enumerate(self._blocks):
+            labels[i] = self._files.labels(int(block))[: self.num_points]
+        return labels
+
+    def __len__(self) -> int:
+        """Return the number of blocks."""
+        return len(self._blocks)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Read one block (num_points, in_channels) float32 and its classes (num_points,) int64."""
+        block = int(self._blocks[index])
+        values = self._files.data(block)[: self.num_points]
+        return torch.from_numpy(values), torch.from_numpy(self._files.labels(block)[: self.num_points])
+
+    def __repr__(self) -> str:
+        """Say what was found."""
+        areas = ", ".join(map(str, self.areas))
+        return f"S3DIS(areas {areas}: {len(self)} blocks of {self.num_points} points in {len(self.rooms)} rooms)"
+
+
+class S3DISRooms(Dataset):
+    """Blocks that together hold every point of the rooms of one area, for the scores of whole rooms.
+
+    Attributes:
+        area: the area.
+        rooms: names of the rooms, sorted; a room's number is its position.
+        block_points: points of a block.
+
+    Shape:
+        each item: block (N, in_channels) float32, classes (N,) int64, numbers of its points in the room (N,) int64, and
+        the room's number
+    """
+
+    def __init__(self, root: str | Path, area: int, *, in_channels: int = 3) -> None:
+        """Find the blocks.
+
+        Args:
+            root: the folder that holds ``indoor3d_sem_seg_hdf5_data_test``, or that folder itself.
+            area: the area, of 1..6.
+            in_channels: 3 or 9, see :class:`S3DIS`.
+
+        Raises:
+            DataError: the folder is missing (the message says how to make it) or damaged, or the area has no room.
+            UserError: another number of channels.
+        """
+        get = PREPARE_COMMAND.format(root=root) + " --only test"
+        folder = _find_folder(root, ROOM_FOLDER)
+        if folder is None:
+            raise DataError(
+                f"no test blocks of whole S3DIS rooms in {root}; expected {Path(root) / ROOM_FOLDER}/. "
+                f"Make them from the raw rooms: {get}"
+            )
+        self.folder, self.area, self.in_channels = folder, int(area), _check_channels(in_channels)
+        self._files = _BlockFiles(folder, arrays=("data", "label", "index"), channels=in_channels, get=get)
+        self._get = get
+        self.block_points = self._files.block_points
+        self.rooms = tuple(sorted(room for room in set(self._files.rooms) if area_of(room) == self.area))
+        if not self.rooms:
+            there = ", ".join(str(a) for a in sorted({area_of(room) for room in self._files.rooms}))
+            raise DataError(
+                f"{folder} has no room of area {self.area}; it has rooms of the areas {there}. Make it: {get} --areas "
+                f"{self.area}"
+            )
+        number = {room: i for i, room in enumerate(self.rooms)}
+        self._blocks = np.array([i for i, room in enumerate(self._files.rooms) if room in number], dtype=np.int64)
+        self._room_of = np.array([number[self._files.rooms[i]] for i in self._blocks], dtype=np.int64)
+        self._tables = [self._room_table(room) for room in range(len(self.rooms))]
+
+    def _room_table(self, room: int) -> tuple[int, np.ndarray]:
+        """Points of a room, and the lower and upper corner of its box, (2, 3) float64 metres."""
+        first = int(self._blocks[self._room_of == room][0])
+        path = self._files.files[self._files.place(first)[0]]
+        try:
+            with h5py.File(path, "r") as file:
+                name, total = str(file.attrs["room"]), int(file.attrs["room_points"])
+                box = np.stack([file.attrs["room_low"], file.attrs["room_high"]]).astype(np.float64)
+        except (KeyError, ValueError, OSError) as error:
+            raise DataError(
+                f"{path} lacks the attributes room, room_points, room_low, room_high ({error}). "
+                f"Make it again: {self._get}"
+            ) from error
+        if name != self.rooms[room]:
+            raise DataError(f"{path} holds {name}, but {ROOM_LIST} says {self.rooms[room]}. Make it again: {self._get}")
+        return total, box
+
+    def blocks_of(self, room: int) -> np.ndarray:
+        """Items that belong to a room."""
+        return np.flatnonzero(self._room_of == room)
+
+    def room_size(self, room: int) -> int:
+        """Number of points of a room."""
+        return self._tables[room][0]
+
+    def room_cloud(self, room: int) -> tuple[np.ndarray, np.ndarray]:
+        """Put a room together from its blocks.
+
+        Returns:
+            points: (M, 6) float32, x, y, z in metres from the room's lower corner and red, green, blue in 0..1.
+            labels: (M,) int64 classes.
+
+        Raises:
+            DataError: a point of the room is in no block.
+        """
+        total, box = self._tables[room]
+        points = np.empty((total, 6), dtype=np.float32)
+        labels = np.full(total, -1, dtype=np.int64)
+        for item in self.blocks_of(room):
+            block = int(self._blocks[item])
+            stored = self._files.read(block, "data").astype(np.float32)
+            index = self._index(block, total)
+            points[index, :3] = stored[:, 6:9] * (box[1] - box[0]).astype(np.float32)
+            points[index, 3:] = stored[:, 3:6]
+            labels[index] = self._files.labels(block)
+        missing = int((labels < 0).sum())
+        if missing:
+            raise DataError(
+                f"{self.folder}: {missing} of the {total} points of {self.rooms[room]} are in no block. Make it again: "
+                f"{self._get}"
+            )
+        return points, labels
+
+    def _index(self, block: int, total: int) -> np.ndarray:
+        index = self._files.index(block)
+        if index.min() < 0 or index.max() >= total:
+            raise DataError(
+                f"{self._files.where(block)}: 'index' must be in 0..{total - 1}, it is in {index.min()}.."
+                f"{index.max()}. Make it again: {self._get}"
+            )
+        return index
+
+    def __len__(self) -> int:
+        """Return the number of blocks."""
+        return len(self._blocks)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Read one block, its classes, the numbers of its points in the room, and the room."""
+        block, room = int(self._blocks[index]), int(self._room_of[index])
+        points = self._index(block, self.room_size(room))
+        values, labels = self._files.data(block), self._files.labels(block)
+        return torch.from_numpy(values), torch.from_numpy(labels), torch.from_numpy(points), room
+
+    def __repr__(self) -> str:
+        """Say what was found."""
+        total = sum(self.room_size(i) for i in range(len(self.rooms)))
+        return f"S3DISRooms(area {self.area}: {len(self.rooms)} rooms, {total} points in {len(self)} blocks)"
