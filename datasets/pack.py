@@ -120,7 +120,10 @@ def build_parser() -> argparse.ArgumentParser:
     """Command line of this script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
-        "--data_root", default="data", metavar="DIR", help="folder with ShapeNet/ and ShapeNetRendering/, or a packed file"
+        "--data_root",
+        default="data",
+        metavar="DIR",
+        help="folder with ShapeNet/ and ShapeNetRendering/, or a packed file",
     )
     parser.add_argument("--out", required=True, metavar="F.h5", help="file to write")
     parser.add_argument("--list", metavar="FILE", help="pack only these shapes: one <synset>/<model_id> a line")

@@ -291,7 +291,7 @@ def decode_image(data: bytes, name: str) -> Image.Image:
         image = Image.open(io.BytesIO(data))
         image.load()
     except Exception as error:  # Pillow raises many kinds on malformed files
-        reason = "no image format is known that begins like this" if isinstance(error, UnidentifiedImageError) else error
+        reason = "it begins like no image format" if isinstance(error, UnidentifiedImageError) else error
         raise DataError(f"{name} is no readable PNG image ({reason}); fetch or render it again") from error
     return image
 
@@ -390,8 +390,8 @@ class ShapeNetRender(Dataset):
         points = torch.from_numpy(self.source.points(i))
         if len(points) < self.cloud_size:
             raise DataError(
-                f"{self.source.where(i)} has {len(points)} points, the first cloud {self.cloud_size}: sample it again, or "
-                "leave it out with --list"
+                f"{self.source.where(i)} has {len(points)} points, the first cloud {self.cloud_size}: "
+                "sample it again, or leave it out with --list"
             )
         if len(points) > self.cloud_size:
             points = points[streams.uniform(len(points))[0].topk(self.cloud_size).indices]

@@ -106,7 +106,11 @@ def shrink_cloud(root, ids):
 
 @pytest.mark.parametrize(
     "harm, message",
-    [(break_cloud, "no readable PLY"), (break_picture, "no readable PNG"), (shrink_cloud, "19 points.*clouds of one size")],
+    [
+        (break_cloud, "no readable PLY"),
+        (break_picture, "no readable PNG"),
+        (shrink_cloud, "19 points.*clouds of one size"),
+    ],
 )
 def test_unreadable_sources_stop_with_their_name_and_leave_nothing(root, tmp_path, harm, message):
     ids = FolderSource(root).ids
