@@ -20,16 +20,12 @@ from __future__ import annotations
 import argparse
 import hashlib
 import logging
-import sys
-import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from datasets.sampler import PairSampler
 from datasets.shapenet_render import ShapeNetRender, collate_pairs, read_shape_list
@@ -41,58 +37,40 @@ from models import ENCODER_ALIASES, ENCODERS, CrossNet, build_encoder, encoder_a
 from models.crossnet import MODALITIES
 from models.image import IMAGE_ENCODERS
 from models.losses import OBJECTIVES
-from utils.checkpoint import describe_encoder, encoder_from_checkpoint, load_checkpoint, load_strictly, save_checkpoint
-from utils.cli import HelpFormatter, add_common_arguments, positive_int, resolve_device, run, write_json
-from utils.errors import CheckpointError, UserError
-from utils.tracking import RunFolder, WandbMirror
+from utils.checkpoint import describe_encoder, encoder_from_checkpoint, load_strictly
+from utils.cli import (
+    HelpFormatter,
+    add_common_arguments,
+    add_run_arguments,
+    positive_int,
+    resolve_device,
+    run,
+    write_json,
+)
+from utils.errors import UserError
+from utils.loop import FREE_ON_RESUME, TrainingLoop, base_rate, build_optimizer
+from utils.tracking import RunFolder
 from utils.training import (
     AMP_DTYPES,
     LR_SCHEDULES,
     autocast,
-    git_commit,
-    grad_scaler,
     learning_rate,
-    random_states,
-    restore_random_states,
     seed_everything,
     set_learning_rate,
-    versions,
 )
 
 logger = logging.getLogger("crossnet")
 # Streams of what happens to a batch on the device, apart from those of reading a sample.
 AUGMENTATION_PURPOSE = 1
-# Settings that may differ between a run and its continuation: they change nothing that is learned.
-FREE_ON_RESUME = {
-    *("data_root", "device", "workers", "json", "exp_name", "output_dir", "resume", "overwrite", "wandb", "log_every"),
-    *("save_every", "eval_every", "eval_dataset", "eval_points", "test_batch_size", "svm_c", "select_on", "list"),
-}
+# Settings of the probe change nothing that is learned; which shapes are listed is checked by their names.
+PROBE_SETTINGS = {"eval_every", "eval_dataset", "eval_points", "svm_c", "select_on", "list"}
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Command line of this script; defaults are the released settings."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add_common_arguments(parser)
-    g = parser.add_argument_group("run")
-    g.add_argument("--exp_name", default="crossnet", metavar="NAME", help="name of the run folder")
-    g.add_argument("--output_dir", default="checkpoints", metavar="DIR", help="folder of the run folders")
-    g.add_argument(
-        "--resume",
-        nargs="?",
-        const="auto",
-        metavar="auto|PATH",
-        help="go on from the run folder's last.pth (auto, or without a value) or from PATH, mid-epoch too",
-    )
-    g.add_argument("--overwrite", action="store_true", help="replace the run in the folder")
-    g.add_argument(
-        "--save_every", type=int, default=500, metavar="STEPS", help="also save within an epoch; 0 = at its end only"
-    )
-    g.add_argument(
-        "--log_every", type=positive_int, default=20, metavar="STEPS", help="steps between looks at the loss"
-    )
-    g.add_argument(
-        "--wandb", choices=("disabled", "offline", "online"), default="disabled", help="mirror to Weights & Biases"
-    )
+    add_run_arguments(parser, exp_name="crossnet", save_every=500)
     g = parser.add_argument_group("data")
     g.add_argument("--list", metavar="FILE", help="use only these shapes: one <synset>/<model_id> a line")
     g.add_argument(
@@ -184,22 +162,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-@dataclass
-class Progress:
-    """Where a run stands; everything that a checkpoint needs besides weights and optimiser."""
-
-    epoch: int = 0  # epochs finished
-    step: int = 0  # optimiser steps done
-    samples: int = 0  # samples consumed in the current epoch, over all processes
-    seconds: float = 0.0  # spent on the current epoch
-    waited: float = 0.0  # of which waiting for data
-    sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # total, intra, cross over the epoch's steps
-    bad: int = 0  # unreadable samples met so far
-    read: int = 0  # samples read so far
-    best: float = -1.0  # best accuracy on the selection set
-
-
-class Pretraining:
+class Pretraining(TrainingLoop):
     """One run: data, model, optimiser and where it stands.
 
     Args:
@@ -207,9 +170,13 @@ class Pretraining:
         folder: the run folder.
     """
 
+    kind = "crossnet-pretraining"
+    loss_names = ("loss", "loss_intra", "loss_cross")
+    free_on_resume = FREE_ON_RESUME | PROBE_SETTINGS
+    collate = staticmethod(collate_pairs)
+
     def __init__(self, args: argparse.Namespace, folder: RunFolder) -> None:
-        self.args, self.folder = args, folder
-        self.device = resolve_device(args.device)
+        super().__init__(args, folder, resolve_device(args.device))
         seed_everything(args.seed)
         self.dataset = ShapeNetRender(
             args.data_root,
@@ -235,16 +202,7 @@ class Pretraining:
         if args.compile:
             for part in (*self.model.image_encoders.values(), *self.model.image_heads.values(), self.model.point_head):
                 part.compile()
-        self.optimizer = (
-            torch.optim.SGD(
-                self.model.parameters(), lr=args.lr * 100, momentum=args.momentum, weight_decay=args.weight_decay
-            )
-            if args.use_sgd
-            else torch.optim.Adam(self.model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
-        )
-        self.scaler = grad_scaler(self.device, args.amp)
-        self.progress = Progress()
-        self.total_steps = args.epochs * len(self.sampler)
+        self.optimizer = build_optimizer(self.model, args)
         self.probes = self.build_probes()
 
     def check_sizes(self) -> None:
@@ -292,19 +250,6 @@ class Pretraining:
         """Which shapes are trained on, in which order."""
         return hashlib.sha256("\n".join(self.dataset.ids).encode()).hexdigest()
 
-    def loader(self) -> DataLoader:
-        """Batches of the sampler's epoch, from its start on."""
-        workers = self.args.workers
-        return DataLoader(
-            self.dataset,
-            batch_sampler=self.sampler,
-            collate_fn=collate_pairs,
-            num_workers=workers,
-            pin_memory=self.device.type == "cuda",
-            persistent_workers=workers > 0,
-            prefetch_factor=4 if workers > 0 else None,
-        )
-
     def step(self, batch: dict[str, Any]) -> torch.Tensor:
         """One optimiser step.
 
@@ -317,7 +262,7 @@ class Pretraining:
             schedule=args.lr_schedule,
             total=self.total_steps,
             epochs=args.epochs,
-            base=args.lr * (100 if args.use_sgd else 1),
+            base=base_rate(args),
         )
         set_learning_rate(self.optimizer, rate)
         tensors = {name: value.to(self.device, non_blocking=True) for name, value in batch.items() if name != "bad"}
@@ -331,113 +276,10 @@ class Pretraining:
         view2 = self.augmentation(tensors["points"], streams).mT
         with autocast(self.device, args.amp):
             losses = self.model(view1, view2, **images)
-        self.scaler.scale(losses.total).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.minimise(losses.total)
         return torch.stack([losses.total, losses.intra, losses.cross]).detach().float()
 
-    def train(self) -> dict[str, Any]:
-        """Train to the last epoch; returns its record."""
-        args, progress = self.args, self.progress
-        tracker = WandbMirror(args.wandb, name=args.exp_name, folder=self.folder.path, config=vars(args))
-        loader = self.loader()
-        record: dict[str, Any] = {}
-        bar = tqdm(total=self.total_steps, initial=progress.step, unit="step", disable=not sys.stderr.isatty())
-        while progress.epoch < args.epochs:
-            record = self.train_one_epoch(loader, bar)
-            if args.eval_every and (progress.epoch % args.eval_every == 0 or progress.epoch == args.epochs):
-                record.update(self.probe())
-            self.folder.append_metrics(record)
-            self.folder.draw_curves()
-            tracker.log(record, step=progress.step)
-            self.save("last.pth")
-            shown = "  ".join(f"{key} {value:.4g}" for key, value in record.items())
-            logger.info(shown)
-        bar.close()
-        tracker.finish()
-        return record or next(reversed(list(self.folder.metrics())), {})
-
-    def train_one_epoch(self, loader: DataLoader, bar: tqdm) -> dict[str, Any]:
-        """The rest of the current epoch; returns its record for ``metrics.jsonl``."""
-        args, progress, sampler = self.args, self.progress, self.sampler
-        self.model.train()
-        sampler.epoch, sampler.start = progress.epoch, progress.samples // args.batch_size
-        pending: list[torch.Tensor] = []
-        last = time.perf_counter()
-        for batch in loader:
-            arrived = time.perf_counter()
-            progress.waited += arrived - last
-            self.count_bad(batch)
-            pending.append(self.step(batch))
-            progress.step += 1
-            progress.samples += args.batch_size
-            due = args.save_every and progress.step % args.save_every == 0
-            if due or len(pending) == args.log_every or progress.samples // args.batch_size == len(sampler):
-                losses = self.settle(pending)
-                now = time.perf_counter()
-                progress.seconds += now - last
-                last = now
-                self.show(bar, losses)
-                if due and progress.samples // args.batch_size < len(sampler):
-                    self.save("last.pth")
-            else:
-                now = time.perf_counter()
-                progress.seconds += now - last
-                last = now
-            bar.update()
-        steps = len(sampler)
-        record = {
-            "epoch": progress.epoch + 1,
-            "step": progress.step,
-            **{
-                key: value / steps
-                for key, value in zip(("loss", "loss_intra", "loss_cross"), progress.sums, strict=True)
-            },
-            "lr": self.optimizer.param_groups[0]["lr"],
-            "shapes_per_s": progress.samples / progress.seconds,
-            "data_wait": progress.waited / progress.seconds,
-        }
-        progress.epoch += 1
-        progress.samples, progress.seconds, progress.waited, progress.sums = 0, 0.0, 0.0, [0.0, 0.0, 0.0]
-        return record
-
-    def settle(self, pending: list[torch.Tensor]) -> list[float]:
-        """Fetch the pending losses, the only wait for the device; stop if one is not finite.
-
-        Returns:
-            Their mean: total, intra, cross.
-        """
-        losses = torch.stack(pending).cpu()
-        first = self.progress.step - len(pending)
-        pending.clear()
-        bad = (~losses.isfinite().all(1)).nonzero()
-        if len(bad):
-            raise UserError(
-                f"the loss is not finite at step {first + int(bad[0]) + 1} (epoch {self.progress.epoch + 1}); "
-                f"{self.folder / 'last.pth'} is from before it, if it exists. Try a lower --lr, --amp bf16 or off, "
-                "or look for broken clouds with python -m data.check_data"
-            )
-        for i, total in enumerate(losses.double().sum(0).tolist()):
-            self.progress.sums[i] += total
-        return losses.mean(0).tolist()
-
-    def show(self, bar: tqdm, losses: list[float]) -> None:
-        """Progress: on the bar where somebody looks, as lines elsewhere."""
-        progress = self.progress
-        rate = self.optimizer.param_groups[0]["lr"]
-        speed, wait = progress.samples / progress.seconds, progress.waited / progress.seconds
-        bar.set_description(f"epoch {progress.epoch + 1}/{self.args.epochs}")
-        bar.set_postfix_str(f"loss {losses[0]:.3f}, lr {rate:.1e}, {speed:.1f} shapes/s, {wait:.0%} waiting for data")
-        if bar.disable:
-            left = (self.total_steps - progress.step) * self.args.batch_size / speed
-            logger.info(
-                "epoch %d/%d step %d/%d loss %.4f intra %.4f cross %.4f lr %.2e %.1f shapes/s data wait %.0f%% left %s",
-                *(progress.epoch + 1, self.args.epochs, progress.step, self.total_steps, *losses, rate, speed),
-                *(100 * wait, tqdm.format_interval(left)),
-            )
-
-    def count_bad(self, batch: dict[str, Any]) -> None:
+    def look_at(self, batch: dict[str, Any]) -> None:
         """Log unreadable samples that others stand in for; stop when they are more than 1 % of those read."""
         progress = self.progress
         progress.read += len(batch["index"])
@@ -452,7 +294,7 @@ class Pretraining:
                 else f"{progress.bad} of {progress.read} samples could not be read, more than 1 %"
             )
 
-    def probe(self) -> dict[str, float]:
+    def evaluate(self) -> dict[str, float]:
         """Score the encoder, keep it as ``best.pth`` if it is the best so far."""
         scores: dict[str, float] = {}
         for probe in self.probes:
@@ -464,54 +306,22 @@ class Pretraining:
                 self.save("best.pth")
         return scores
 
-    def save(self, name: str) -> None:
-        """Write a checkpoint into the run folder."""
+    def weights(self) -> dict[str, Any]:
+        """The point encoder on its own, so that it loads without the rest; then the rest."""
         model = self.model
-        rest = {key: value for key, value in model.state_dict().items() if not key.startswith("point_encoder.")}
-        save_checkpoint(
-            self.folder / name,
-            {
-                "kind": "crossnet-pretraining",
-                "encoder": describe_encoder(model.point_encoder),
-                "point_encoder": model.point_encoder.state_dict(),
-                "heads_and_image_encoders": rest,
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "progress": asdict(self.progress),
-                "global_batch": self.args.batch_size,
-                "shapes": self.fingerprint(),
-                "random": random_states(),
-                "arguments": vars(self.args),
-                "versions": versions(),
-                "git_commit": git_commit(),
+        return {
+            "encoder": describe_encoder(model.point_encoder),
+            "point_encoder": model.point_encoder.state_dict(),
+            "heads_and_image_encoders": {
+                key: value for key, value in model.state_dict().items() if not key.startswith("point_encoder.")
             },
-        )
+        }
 
-    def resume(self, path: Path) -> None:
-        """Take up a run where its checkpoint stands.
-
-        Raises:
-            CheckpointError: no pretraining checkpoint, other settings, or other data.
-        """
-        payload = load_checkpoint(path)
-        if payload.get("kind") != "crossnet-pretraining":
-            raise CheckpointError(f"{path} is no pretraining checkpoint: --resume needs a last.pth of this script")
-        before, now = payload["arguments"], vars(self.args)
-        changed = sorted(key for key in now if key not in FREE_ON_RESUME and before.get(key) != now[key])
-        if changed:
-            text = ", ".join(f"--{key} {before.get(key)} there, {now[key]} here" for key in changed)
-            raise CheckpointError(f"{path} was trained with other settings ({text}): repeat them, or start a new run")
-        if payload["shapes"] != self.fingerprint():
-            raise CheckpointError(f"{path} was trained on other shapes than {self.args.data_root} holds")
+    def load_weights(self, payload: Mapping[str, Any], path: Path) -> None:
+        """Load what ``weights`` gave."""
         load_strictly(self.model.point_encoder, payload["point_encoder"], path=path, what=f"--model {self.args.model}")
         state = {f"point_encoder.{key}": value for key, value in payload["point_encoder"].items()}
         load_strictly(self.model, {**state, **payload["heads_and_image_encoders"]}, path=path, what="these settings")
-        self.optimizer.load_state_dict(payload["optimizer"])
-        self.scaler.load_state_dict(payload["scaler"])
-        restore_random_states(payload["random"])
-        self.progress = Progress(**payload["progress"])
-        self.folder.cut_metrics(self.progress.epoch)
-        logger.info("resumed %s: %d epochs and %d steps done", path, self.progress.epoch, self.progress.step)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -520,13 +330,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     folder = RunFolder(Path(args.output_dir) / args.exp_name, overwrite=args.overwrite, resume=args.resume is not None)
     folder.start_log()
     training = Pretraining(args, folder)
-    if args.resume:
-        path = folder / "last.pth" if args.resume == "auto" else Path(args.resume)
-        if args.resume == "auto" and not path.exists():
-            logger.info("%s does not exist yet: starting from the beginning", path)
-        else:
-            training.resume(path)
-    folder.write_config({"arguments": vars(args), "versions": versions(), "git_commit": git_commit()})
+    checkpoint = folder.to_resume(args.resume)
+    if checkpoint:
+        training.resume(checkpoint)
+    folder.write_config(training.provenance())
     logger.info(
         "%s; %d shapes without rendering left out; %d points a view; %d steps of %d objects on %s",
         *(training.dataset, len(training.dataset.skipped), args.num_points or training.dataset.cloud_size),

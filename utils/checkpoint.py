@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from models import ENCODERS, build_encoder, encoder_arguments, resolve_encoder_name
+from models.segmentation import TASKS, FineTuned
 from utils.errors import CheckpointError, UserError
 
 FORMAT = 1
@@ -57,7 +60,8 @@ def save_checkpoint(path: str | os.PathLike[str], payload: Mapping[str, Any]) ->
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UserError(f"cannot write the checkpoint {path} ({reason}); an earlier one is unchanged") from error
 
@@ -66,22 +70,31 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a checkpoint or a published state dict to the CPU, without running any code it may contain.
 
     Raises:
-        CheckpointError: missing, truncated, no checkpoint, or it holds objects other than tensors and plain types.
+        CheckpointError: missing, damaged, no checkpoint, of another format number, or it holds objects other than
+            tensors and plain types.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist; a pretraining run writes checkpoints/<exp_name>/last.pth")
     try:
         payload = torch.load(path, map_location="cpu", weights_only=True)
+        # torch does not look at the checksums that it writes; a published file may be written without any.
+        ours = isinstance(payload, dict) and "format" in payload
+        damaged = zipfile.ZipFile(path).testzip() if ours else None
     except Exception as error:  # torch raises many kinds on damaged files
-        if "weights_only" in str(error) or "Unsupported" in str(error):
+        if "GLOBAL" in str(error):  # pickle's word for a name to import and call
             raise CheckpointError(
                 f"{path} is refused: it holds objects other than tensors and plain types, which could run code"
             ) from error
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        known = isinstance(error, (RuntimeError, EOFError)) and str(error)
+        reason = str(error).split(". ")[0].splitlines()[0] if known else "not what torch.save writes"
         raise CheckpointError(f"{path} is damaged or no checkpoint ({reason}); train or copy it again") from error
+    if damaged:
+        raise CheckpointError(f"{path} is damaged (wrong checksum of {damaged}); train or copy it again")
     if not isinstance(payload, dict):
         raise CheckpointError(f"{path} holds a {type(payload).__name__}, not a checkpoint or a state dict")
+    if "point_encoder" in payload and payload.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has checkpoint format {payload.get('format')}; this version reads {FORMAT}")
     return payload
 
 
@@ -161,10 +174,19 @@ def encoder_from_checkpoint(
     Raises:
         CheckpointError: unreadable, another model, or tensors that do not fit; the message names file and tensors.
     """
-    payload = load_checkpoint(path)
+    return _encoder_from_payload(load_checkpoint(path), path, model=model, k=k, emb_dims=emb_dims)
+
+
+def _encoder_from_payload(
+    payload: Mapping[str, Any],
+    path: str | os.PathLike[str],
+    *,
+    model: str | None = None,
+    k: int | None = None,
+    emb_dims: int | None = None,
+) -> nn.Module:
+    """See ``encoder_from_checkpoint``."""
     if "encoder" in payload and "point_encoder" in payload:
-        if payload.get("format") != FORMAT:
-            raise CheckpointError(f"{path} has checkpoint format {payload.get('format')}; this version reads {FORMAT}")
         name, kwargs = payload["encoder"]["name"], dict(payload["encoder"]["kwargs"])
         state = payload["point_encoder"]
         if model is not None and resolve_encoder_name(model) != name:
@@ -191,9 +213,77 @@ def encoder_from_checkpoint(
     if k is not None and "k" in kwargs and k != kwargs["k"]:
         logger.warning("%s was trained with k = %d; --k %d is used instead", path, kwargs["k"], k)
         kwargs["k"] = k
-    encoder = build_encoder(name, **kwargs)
+    try:
+        encoder = build_encoder(name, **kwargs)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} describes an encoder that this version does not have ({error})") from error
     load_strictly(encoder, state, path=path, what=f"the encoder {name}")
     return encoder
+
+
+def describe_fine_tuned(model: FineTuned) -> dict[str, Any]:
+    """What a checkpoint of a fine-tuned model holds, so that ``fine_tuned_from_checkpoint`` can rebuild it."""
+    return {
+        "kind": model.kind,
+        "encoder": describe_encoder(model.encoder),
+        "point_encoder": model.encoder.state_dict(),
+        "head_sizes": dict(model.sizes),
+        "head": model.head.state_dict(),
+    }
+
+
+def fine_tuned_from_checkpoint(
+    path: str | os.PathLike[str], task: type[FineTuned], *, model: str | None = None, k: int | None = None
+) -> tuple[FineTuned, dict[str, Any]]:
+    """Rebuild an encoder with its head and load both strictly.
+
+    Published state dicts (names without or with ``module.``, batch norms registered twice) open too; they need
+    ``model``, their sizes follow from their tensors, and k falls back to the released 20 with a notice.
+
+    Args:
+        path: checkpoint of a fine-tuning run, or state dict.
+        task: what the model must do.
+        model: encoder name; must agree with the checkpoint's.
+        k: neighbours; another value than the checkpoint's is used with a warning.
+
+    Returns:
+        The model, in train mode, on the CPU; and the checkpoint's content, empty for a published state dict.
+
+    Raises:
+        CheckpointError: unreadable, of another task, without head, or tensors that do not fit.
+    """
+    payload = load_checkpoint(path)
+    kind = payload.get("kind")
+    if isinstance(kind, str) and kind != task.kind:
+        holds = f"a model for {kind}" if kind in TASKS else "an encoder without a head (--pretrain_path takes that)"
+        raise CheckpointError(f"{path} holds {holds}; expected a model for {task.kind}")
+    encoder = _encoder_from_payload(payload, path, model=model, k=k)
+    head_kind = task.heads.get(type(encoder))
+    if head_kind is None:
+        raise CheckpointError(f"{path} holds a {describe_encoder(encoder)['name']}, which has no head for {task.kind}")
+    if kind is not None:
+        sizes, state = dict(payload["head_sizes"]), payload["head"]
+    else:
+        state, payload = _published_head_state(payload, path, describe_encoder(encoder)["name"]), {}
+        try:
+            sizes = head_kind.sizes(state, encoder)
+        except KeyError as error:
+            raise CheckpointError(f"{path} holds no head for {task.kind}: the tensor {error} is missing") from error
+    fine_tuned = task(encoder, **sizes)
+    known = fine_tuned.head.state_dict()
+    if not payload:
+        # Of the names that repeat a batch norm only those stay that this head really uses (bn6 of a classifier).
+        aliases = _ALIASES[describe_encoder(encoder)["name"].split("_")[0]]
+        state = {key: tensor for key, tensor in state.items() if key in known or not aliases.match(key)}
+    load_strictly(fine_tuned.head, state, path=path, what=f"the head for {task.kind}")
+    return fine_tuned, payload
+
+
+def _published_head_state(payload: Mapping[str, Any], path: str | os.PathLike[str], name: str) -> dict[str, Tensor]:
+    """A published file's tensors beside the encoder's, without those of the projection head."""
+    state = published_state(payload, path)
+    left_out = published_encoder_state(state, name)[1]
+    return {key: state[key] for key in left_out if not key.startswith("inv_head.")}
 
 
 def check_writable(folder: str | os.PathLike[str]) -> None:
@@ -208,4 +298,4 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror or error}; choose another --output_dir") from error
+        raise UserError(f"cannot write to {folder}: {error.strerror or error}; choose another folder") from error

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -13,7 +15,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from utils.errors import UserError
+from utils.errors import UserError, plain_message
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -23,7 +25,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Shows every default and keeps the line breaks of descriptions, so that examples can be pasted."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, False) or action.nargs == 0:
+        if action.default is None or action.default is False or action.nargs == 0:
             return action.help
         return super()._get_help_string(action)
 
@@ -33,7 +35,7 @@ def run(main: Callable[[], Any]) -> NoReturn:
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {plain_message(error)}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -54,10 +56,14 @@ def add_common_arguments(parser: argparse.ArgumentParser, *, seed: bool = True, 
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; auto takes a GPU when there is one")
     if workers:
         group.add_argument(
-            "--workers", type=int, default=4, metavar="W", help="processes that read data; 0 reads in this one"
+            "--workers",
+            type=non_negative_int,
+            default=4,
+            metavar="W",
+            help="processes that read data; 0 reads in this one",
         )
     if seed:
-        group.add_argument("--seed", type=int, default=1, metavar="S", help="seed of everything random")
+        group.add_argument("--seed", type=seed_number, default=1, metavar="S", help="seed of everything random")
     group.add_argument("--json", metavar="FILE", help="also write the final metrics to FILE as one JSON object")
 
 
@@ -76,10 +82,10 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, exp_name: str, save_ev
     g.add_argument("--overwrite", action="store_true", help="replace the run in the folder")
     g.add_argument(
         "--save_every",
-        type=int,
+        type=non_negative_int,
         default=save_every,
         metavar="STEPS",
-        help="also save within an epoch; 0 = at its end only",
+        help="also save within an epoch; 0 = at its end",
     )
     g.add_argument(
         "--log_every", type=positive_int, default=20, metavar="STEPS", help="steps between looks at the loss"
@@ -97,6 +103,38 @@ def positive_int(text: str) -> int:
     return value
 
 
+def non_negative_int(text: str) -> int:
+    """Argparse type: a whole number of at least 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def seed_number(text: str) -> int:
+    """Argparse type: a seed that every library takes."""
+    value = non_negative_int(text)
+    if value >= 1 << 32:
+        raise argparse.ArgumentTypeError(f"{text} is not below 2^32")
+    return value
+
+
+def non_negative_float(text: str) -> float:
+    """Argparse type: a finite number of at least 0."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number of at least 0")
+    return value
+
+
+def positive_float(text: str) -> float:
+    """Argparse type: a finite number above 0."""
+    value = non_negative_float(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
 def resolve_device(name: str = "auto") -> torch.device:
     """Turn the ``--device`` flag into a device.
 
@@ -107,9 +145,9 @@ def resolve_device(name: str = "auto") -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        torch.empty(0, device=device).cpu()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).split(". ")[0].splitlines()[0]
         raise UserError(f"--device {name} cannot be used here ({reason}); try --device cpu") from error
     return device
 
@@ -129,4 +167,6 @@ def write_json(path: str | os.PathLike[str] | None, metrics: Mapping[str, Any]) 
         temporary.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error

@@ -101,12 +101,12 @@ class RunFolder:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-        accuracies = sorted({key for record in records for key in record if key.endswith("accuracy")})
-        figure = Figure(figsize=(4.5 * (3 if accuracies else 2), 3.4), layout="constrained")
+        scores = sorted({key for record in records for key in record if key.endswith(("accuracy", "miou"))})
+        figure = Figure(figsize=(4.5 * (3 if scores else 2), 3.4), layout="constrained")
         FigureCanvasAgg(figure)
         panels = [("loss", ["loss", "loss_intra", "loss_cross"]), ("learning rate", ["lr"])]
-        if accuracies:
-            panels.append(("accuracy of the linear SVM (%)", accuracies))
+        if scores:
+            panels.append(("scores (%)", scores))
         for axis, (title, keys) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             for key in keys:
                 points = [(record["epoch"], record[key]) for record in records if record.get(key) is not None]
@@ -114,7 +114,7 @@ class RunFolder:
                     axis.plot(*zip(*points, strict=True), marker=".", label=key.replace("_", " "))
             axis.set(title=title, xlabel="epoch")
             axis.grid(alpha=0.3)
-            if len(keys) > 1 or "accuracy" in title:
+            if len(keys) > 1 or "%" in title:
                 axis.legend(fontsize=8)
         temporary = self / "curves.tmp.png"
         figure.savefig(temporary, dpi=120)

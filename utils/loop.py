@@ -1,0 +1,305 @@
+"""The loop that pretraining and fine-tuning share: epochs, logging, checkpoints, exact resume within an epoch."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from datasets.sampler import PairSampler
+from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.errors import CheckpointError, UserError
+from utils.tracking import RunFolder, WandbMirror
+from utils.training import (
+    git_commit,
+    grad_scaler,
+    random_states,
+    restore_random_states,
+    versions,
+)
+
+logger = logging.getLogger("crossnet")
+# Settings that may differ between a run and its continuation: they change nothing that is learned.
+FREE_ON_RESUME = {
+    *("data_root", "device", "workers", "json", "exp_name", "output_dir", "resume", "overwrite", "wandb", "log_every"),
+    *("save_every", "test_batch_size"),
+}
+SGD_FACTOR = 100  # the released scripts give SGD this many times Adam's rate
+
+
+def base_rate(args: argparse.Namespace) -> float:
+    """Highest learning rate: ``--lr``, or 100 times that with SGD, as released."""
+    return args.lr * (SGD_FACTOR if args.use_sgd else 1)
+
+
+def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
+    """Adam, or SGD with momentum, over all parameters of the model."""
+    if args.use_sgd:
+        return torch.optim.SGD(
+            model.parameters(), lr=base_rate(args), momentum=args.momentum, weight_decay=args.weight_decay
+        )
+    return torch.optim.Adam(model.parameters(), lr=base_rate(args), weight_decay=args.weight_decay)
+
+
+@dataclass
+class Progress:
+    """Where a run stands; everything that a checkpoint needs besides weights and optimiser."""
+
+    epoch: int = 0  # epochs finished
+    step: int = 0  # optimiser steps done
+    samples: int = 0  # samples consumed in the current epoch, over all processes
+    seconds: float = 0.0  # spent on the current epoch
+    waited: float = 0.0  # of which waiting for data
+    sums: list[float] = field(default_factory=list)  # each loss over the epoch's steps
+    best: float = -1.0  # best score on the selection set
+    best_epoch: int = 0  # and the epoch it is of; 0 = none yet
+    bad: int = 0  # unreadable samples met so far
+    read: int = 0  # samples read so far
+
+    @property
+    def speed(self) -> float:
+        """Samples per second in the current epoch."""
+        return self.samples / self.seconds
+
+    @property
+    def waiting(self) -> float:
+        """Share of the current epoch's time spent waiting for data."""
+        return self.waited / self.seconds
+
+    def next_epoch(self) -> None:
+        """Count an epoch and start the sums again."""
+        self.epoch += 1
+        self.samples, self.seconds, self.waited, self.sums = 0, 0.0, 0.0, []
+
+
+class TrainingLoop:
+    """One run. Subclasses set what is trained, on what, and say what a step is.
+
+    Args:
+        args: the parsed command line; see ``utils.cli.add_run_arguments`` and ``add_optimisation_arguments``.
+        folder: the run folder.
+        device: where to train.
+
+    Attributes:
+        kind: written into checkpoints; a run continues only from its own kind.
+        loss_names: what ``step`` returns, in order; the first is the one that is minimised.
+        free_on_resume: settings that may change between a run and its continuation.
+        collate: turns samples into a batch; None takes PyTorch's.
+        model, dataset, sampler, optimizer: set by the subclass before ``train``.
+    """
+
+    kind: str
+    loss_names: tuple[str, ...] = ("loss",)
+    free_on_resume: Collection[str] = FREE_ON_RESUME
+    collate: Callable | None = None
+    model: nn.Module
+    dataset: Dataset
+    sampler: PairSampler
+    optimizer: torch.optim.Optimizer
+
+    def __init__(self, args: argparse.Namespace, folder: RunFolder, device: torch.device) -> None:
+        self.args, self.folder, self.device = args, folder, device
+        self.scaler = grad_scaler(device, args.amp)
+        self.progress = Progress()
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.args.epochs * len(self.sampler)
+
+    # What subclasses say.
+
+    def step(self, batch: Any) -> torch.Tensor:
+        """One optimiser step; returns the losses, detached, on the device."""
+        raise NotImplementedError
+
+    def weights(self) -> dict[str, Any]:
+        """The checkpoint's part that is the model."""
+        raise NotImplementedError
+
+    def load_weights(self, payload: Mapping[str, Any], path: Path) -> None:
+        """Load what ``weights`` gave."""
+        raise NotImplementedError
+
+    def fingerprint(self) -> str:
+        """Which samples are trained on, in which order."""
+        raise NotImplementedError
+
+    def look_at(self, batch: Any) -> None:
+        """Called for every batch before its step."""
+
+    def evaluate(self) -> dict[str, float]:
+        """Scores after an epoch; saves ``best.pth`` where they are the best so far."""
+        return {}
+
+    # What is common.
+
+    def minimise(self, loss: torch.Tensor) -> None:
+        """Backward pass and optimiser step, with loss scaling where it is on."""
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def loader(self) -> DataLoader:
+        """Batches of the sampler's epoch, from its start on."""
+        workers = self.args.workers
+        return DataLoader(
+            self.dataset,
+            batch_sampler=self.sampler,
+            collate_fn=self.collate,
+            num_workers=workers,
+            pin_memory=self.device.type == "cuda",
+            persistent_workers=workers > 0,
+            prefetch_factor=4 if workers > 0 else None,
+        )
+
+    def train(self) -> dict[str, Any]:
+        """Train to the last epoch; returns its record."""
+        args, progress = self.args, self.progress
+        tracker = WandbMirror(args.wandb, name=args.exp_name, folder=self.folder.path, config=vars(args))
+        loader = self.loader()
+        record: dict[str, Any] = {}
+        bar = tqdm(total=self.total_steps, initial=progress.step, unit="step", disable=not sys.stderr.isatty())
+        while progress.epoch < args.epochs:
+            record = self.train_one_epoch(loader, bar)
+            if args.eval_every and (progress.epoch % args.eval_every == 0 or progress.epoch == args.epochs):
+                record.update(self.evaluate())
+            self.folder.append_metrics(record)
+            self.folder.draw_curves()
+            tracker.log(record, step=progress.step)
+            self.save("last.pth")
+            shown = "  ".join(f"{key} {value:.4g}" for key, value in record.items())
+            logger.info(shown)
+        bar.close()
+        tracker.finish()
+        return record or next(reversed(list(self.folder.metrics())), {})
+
+    def train_one_epoch(self, loader: DataLoader, bar: tqdm) -> dict[str, Any]:
+        """The rest of the current epoch; returns its record for ``metrics.jsonl``."""
+        args, progress, sampler = self.args, self.progress, self.sampler
+        self.model.train()
+        sampler.epoch, sampler.start = progress.epoch, progress.samples // sampler.global_batch
+        pending: list[torch.Tensor] = []
+        last = time.perf_counter()
+        for batch in loader:
+            progress.waited += time.perf_counter() - last
+            self.look_at(batch)
+            pending.append(self.step(batch))
+            progress.step += 1
+            progress.samples += sampler.global_batch
+            done = progress.samples // sampler.global_batch == len(sampler)
+            due = args.save_every and progress.step % args.save_every == 0
+            losses = self.settle(pending) if due or done or len(pending) == args.log_every else None
+            now = time.perf_counter()
+            progress.seconds += now - last
+            last = now
+            if losses:
+                self.show(bar, losses)
+            if due and not done:
+                self.save("last.pth")
+            bar.update()
+        record = {
+            "epoch": progress.epoch + 1,
+            "step": progress.step,
+            **{name: total / len(sampler) for name, total in zip(self.loss_names, progress.sums, strict=True)},
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "shapes_per_s": progress.speed,
+            "data_wait": progress.waiting,
+        }
+        progress.next_epoch()
+        return record
+
+    def settle(self, pending: list[torch.Tensor]) -> list[float]:
+        """Fetch the pending losses, the only wait for the device; stop if one is not finite.
+
+        Returns:
+            The mean of each.
+        """
+        losses = torch.stack(pending).cpu()
+        first = self.progress.step - len(pending)
+        pending.clear()
+        bad = (~losses.isfinite().all(1)).nonzero()
+        if len(bad):
+            raise UserError(
+                f"the loss is not finite at step {first + int(bad[0]) + 1} (epoch {self.progress.epoch + 1}); "
+                f"{self.folder / 'last.pth'} is from before it, if it exists. Try a lower --lr, --amp bf16 or off, "
+                "or look for broken clouds with python -m data.check_data"
+            )
+        sums = self.progress.sums or [0.0] * losses.shape[1]
+        self.progress.sums = [a + b for a, b in zip(sums, losses.double().sum(0).tolist(), strict=True)]
+        return losses.mean(0).tolist()
+
+    def show(self, bar: tqdm, losses: list[float]) -> None:
+        """Progress: on the bar where somebody looks, as lines elsewhere."""
+        progress = self.progress
+        rate = self.optimizer.param_groups[0]["lr"]
+        bar.set_description(f"epoch {progress.epoch + 1}/{self.args.epochs}")
+        bar.set_postfix_str(
+            f"loss {losses[0]:.3f}, lr {rate:.1e}, {progress.speed:.1f} shapes/s, "
+            f"{progress.waiting:.0%} waiting for data"
+        )
+        if bar.disable:
+            left = (self.total_steps - progress.step) * self.sampler.global_batch / progress.speed
+            shown = " ".join(f"{n.removeprefix('loss_')} {v:.4f}" for n, v in zip(self.loss_names, losses, strict=True))
+            logger.info(
+                "epoch %d/%d step %d/%d %s lr %.2e %.1f shapes/s data wait %.0f%% left %s",
+                *(progress.epoch + 1, self.args.epochs, progress.step, self.total_steps, shown, rate, progress.speed),
+                *(100 * progress.waiting, tqdm.format_interval(left)),
+            )
+
+    def save(self, name: str) -> None:
+        """Write a checkpoint into the run folder."""
+        save_checkpoint(
+            self.folder / name,
+            {
+                "kind": self.kind,
+                **self.weights(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "progress": asdict(self.progress),
+                "global_batch": self.sampler.global_batch,
+                "shapes": self.fingerprint(),
+                "random": random_states(),
+                **self.provenance(),
+            },
+        )
+
+    def provenance(self) -> dict[str, Any]:
+        """What a result depends on besides the data."""
+        return {"arguments": vars(self.args), "versions": versions(), "git_commit": git_commit()}
+
+    def resume(self, path: Path) -> None:
+        """Take up a run where its checkpoint stands.
+
+        Raises:
+            CheckpointError: a checkpoint of another kind, other settings, or other data.
+        """
+        payload = load_checkpoint(path)
+        if payload.get("kind") != self.kind or "optimizer" not in payload:
+            kind = self.kind.removeprefix("crossnet-")
+            raise CheckpointError(f"{path} is no {kind} checkpoint: --resume needs a last.pth of this script")
+        before, now = payload["arguments"], vars(self.args)
+        changed = sorted(key for key in now if key not in self.free_on_resume and before.get(key) != now[key])
+        if changed:
+            text = ", ".join(f"--{key} {before.get(key)} there, {now[key]} here" for key in changed)
+            raise CheckpointError(f"{path} was trained with other settings ({text}): repeat them, or start a new run")
+        if payload["shapes"] != self.fingerprint():
+            raise CheckpointError(f"{path} was trained on other shapes than {self.args.data_root} holds")
+        self.load_weights(payload, path)
+        self.optimizer.load_state_dict(payload["optimizer"])
+        self.scaler.load_state_dict(payload["scaler"])
+        restore_random_states(payload["random"])
+        self.progress = Progress(**payload["progress"])
+        self.folder.cut_metrics(self.progress.epoch)
+        logger.info("resumed %s: %d epochs and %d steps done", path, self.progress.epoch, self.progress.step)
