@@ -11,3 +11,12 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint that cannot be read or does not fit. The message names the file."""
+
+
+def plain_message(error: UserError) -> str:
+    """The error's own message, also where a data worker's error comes wrapped in the text of its traceback."""
+    kind = type(error)
+    text = str(error)
+    if text.startswith(f"Caught {kind.__name__} in DataLoader worker"):
+        text = text.rpartition(f"\n{kind.__module__}.{kind.__qualname__}: ")[2].strip()
+    return text

@@ -82,7 +82,7 @@ def versions() -> dict[str, str]:
     """Versions that a result depends on."""
     return {
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "torchvision": torchvision.__version__,
         "numpy": np.__version__,
         "platform": f"{sys.platform}-{platform.machine()}",

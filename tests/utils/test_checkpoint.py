@@ -1,0 +1,287 @@
+import errno
+import logging
+import os
+import pickle
+import zipfile
+
+import pytest
+import torch
+from torch import nn
+
+from models import ENCODERS, build_encoder
+from tests.pairs import contents
+from utils.checkpoint import (
+    check_writable,
+    describe_encoder,
+    encoder_from_checkpoint,
+    load_checkpoint,
+    load_strictly,
+    save_checkpoint,
+)
+from utils.errors import CheckpointError, UserError
+
+KWARGS = {
+    "dgcnn_cls": {"k": 5, "emb_dims": 24},
+    "dgcnn_partseg": {"k": 6, "emb_dims": 16},
+    "dgcnn_semseg": {"k": 4, "emb_dims": 16, "in_channels": 9},
+    "pointnet_cls": {"emb_dims": 24},
+    "pointnet_partseg": {"emb_dims": 16},
+}
+
+
+def make(name, **kwargs):
+    """An encoder whose batch norms have seen data."""
+    encoder = build_encoder(name, **(KWARGS[name] | kwargs))
+    for module in encoder.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            nn.init.uniform_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    return encoder
+
+
+def save(encoder, path, **more):
+    save_checkpoint(path, {"encoder": describe_encoder(encoder), "point_encoder": encoder.state_dict(), **more})
+    return path
+
+
+def same(a, b):
+    x = torch.randn(2, a.in_channels, 12)
+    a, b = a.eval(), b.eval()
+    states = a.state_dict(), b.state_dict()
+    return (
+        type(a) is type(b)
+        and states[0].keys() == states[1].keys()
+        and all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+        and torch.equal(a(x).pooled, b(x).pooled)
+    )
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_every_encoder_comes_back_without_any_flag(name, tmp_path):
+    encoder = make(name)
+    back = encoder_from_checkpoint(save(encoder, tmp_path / "new" / "a.pth", other=[1, "x", {"y": None}]))
+    assert describe_encoder(back) == {"name": name, "kwargs": KWARGS[name]}
+    assert back.training and same(encoder, back)
+    assert torch.load(tmp_path / "new" / "a.pth", weights_only=True)["other"] == [1, "x", {"y": None}]
+
+
+def block(prefix, conv, norm, *, bias=False):
+    """Names of a layer and its batch norm in a Sequential, as the field's heads have them."""
+    out = {f"{prefix}.0.weight": torch.randn(conv)} | ({f"{prefix}.0.bias": torch.randn(conv[0])} if bias else {})
+    return out | {f"{prefix}.1.{key}": value for key, value in nn.BatchNorm1d(norm).state_dict().items()}
+
+
+def norm(prefix, width):
+    return {f"{prefix}.{key}": value for key, value in nn.BatchNorm1d(width).state_dict().items()}
+
+
+def published(name):
+    """A state dict with the field's names: the encoder's, batch norms registered twice, heads."""
+    encoder = make(name)
+    state = dict(encoder.state_dict())
+    width = encoder.feature_dim
+    if name.startswith("dgcnn"):
+        for i in range(1, 6 if name == "dgcnn_cls" else 7):
+            state |= {f"bn{i}.{k.split('.')[-1]}": v for k, v in state.items() if k.startswith(f"conv{i}.1.")}
+    if name == "dgcnn_cls":  # WangYueFt/dgcnn, antao97/dgcnn.pytorch: classifier
+        state |= {"linear1.weight": torch.randn(512, width), "linear2.weight": torch.randn(256, 512)}
+        state |= {"linear2.bias": torch.randn(256), "linear3.weight": torch.randn(40, 256)}
+        state |= {"linear3.bias": torch.zeros(40)} | norm("bn6", 512) | norm("bn7", 256)
+    if name == "dgcnn_partseg":
+        for i in (1, 2):
+            state |= {
+                f"transform_net.bn{i}.{k.split('.')[-1]}": v
+                for k, v in state.items()
+                if k.startswith(f"transform_net.conv{i}.1.")
+            }
+        state |= block("conv7", (64, 16, 1), 64) | block("conv8", (256, width + 256, 1), 256)
+        state |= block("conv9", (256, 256, 1), 256) | block("conv10", (128, 256, 1), 128)
+        state |= {"conv11.weight": torch.randn(50, 128, 1)}
+        state |= norm("bn7", 64) | norm("bn8", 256) | norm("bn9", 256) | norm("bn10", 128)
+    if name == "dgcnn_semseg":
+        state |= block("conv7", (512, width + 192, 1), 512) | block("conv8", (256, 512, 1), 256)
+        state |= {"conv9.weight": torch.randn(13, 256, 1)} | norm("bn7", 512) | norm("bn8", 256)
+    if name == "pointnet_cls":
+        state |= {"linear1.weight": torch.randn(512, width), "linear2.weight": torch.randn(40, 512)}
+        state |= {"linear2.bias": torch.randn(40)} | norm("bn6", 512)
+    if name == "pointnet_partseg":
+        for i, (a, b) in enumerate(((256, 256), (256, 256), (128, 256), (50, 128)), 1):
+            state |= {f"convs{i}.weight": torch.randn(a, b, 1), f"convs{i}.bias": torch.randn(a)}
+        state |= norm("bns1", 256) | norm("bns2", 256) | norm("bns3", 128)
+    head = nn.Sequential(nn.Linear(width, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 8))
+    return encoder, state | {f"inv_head.{key}": value for key, value in head.state_dict().items()}
+
+
+@pytest.mark.parametrize("form", ["bare", "module.", "state_dict", "model_state_dict"])
+@pytest.mark.parametrize("name", ENCODERS)
+def test_published_weights_open_with_model_and_k(name, form, tmp_path, caplog):
+    encoder, state = published(name)
+    if form == "module.":
+        state = {f"module.{key}": value for key, value in state.items()}
+    elif form != "bare":
+        state = {form: state, "epoch": 3, "optimizer": {"lr": 0.1}}
+    torch.save(state, tmp_path / "published.pth")
+    k = KWARGS[name].get("k")
+    with caplog.at_level(logging.INFO, "crossnet"):
+        back = encoder_from_checkpoint(tmp_path / "published.pth", model=name, k=k)
+    assert same(encoder, back) and describe_encoder(back)["kwargs"] == KWARGS[name]
+    assert "of heads and aliases are left out" in caplog.text
+    if k:
+        assert encoder_from_checkpoint(tmp_path / "published.pth", model=name).k == 20
+        assert "--k 20 is used" in caplog.text
+    with pytest.raises(CheckpointError, match="published.pth holds bare weights.*--model"):
+        encoder_from_checkpoint(tmp_path / "published.pth")
+
+
+def test_released_names_of_encoders_open_too(tmp_path):
+    torch.save(published("dgcnn_partseg")[1], tmp_path / "a.pth")
+    back = encoder_from_checkpoint(tmp_path / "a.pth", model="dgcnn_seg", k=6)
+    assert describe_encoder(back)["name"] == "dgcnn_partseg"
+
+
+def refuse(path, message, **kwargs):
+    with pytest.raises(CheckpointError, match=message) as caught:
+        encoder_from_checkpoint(path, **kwargs)
+    text = str(caught.value)
+    assert str(path) in text and "\n" not in text and len(text) < 500
+    return text
+
+
+def test_another_model_is_an_error(tmp_path):
+    path = save(make("pointnet_cls"), tmp_path / "a.pth")
+    refuse(path, "holds a pointnet_cls, not the dgcnn_cls", model="dgcnn_cls")
+    torch.save(published("dgcnn_cls")[1], tmp_path / "b.pth")
+    refuse(tmp_path / "b.pth", "does not fit the encoder dgcnn_semseg: tensors .*conv6.0.weight", model="dgcnn_semseg")
+    refuse(tmp_path / "b.pth", "does not fit the encoder pointnet_cls: tensors .*conv1.weight", model="pointnet_cls")
+
+
+def test_tensors_that_do_not_fit_are_named(tmp_path):
+    state = published("dgcnn_cls")[1]
+    cases = {
+        "missing: conv3.1.running_mean": {k: v for k, v in state.items() if k != "conv3.1.running_mean"},
+        "unknown: surprise": state | {"surprise": torch.zeros(1)},
+        r"conv2.0.weight is \(64, 128, 1\), not \(64, 128, 1, 1\)": state
+        | {"conv2.0.weight": state["conv2.0.weight"].squeeze(3)},
+    }
+    for message, changed in cases.items():
+        torch.save(changed, tmp_path / "a.pth")
+        refuse(tmp_path / "a.pth", message, model="dgcnn_cls", k=5)
+    encoder = make("dgcnn_cls")
+    broken = {key: value for key, value in encoder.state_dict().items() if not key.startswith("conv5")}
+    save_checkpoint(tmp_path / "b.pth", {"encoder": describe_encoder(encoder), "point_encoder": broken})
+    refuse(tmp_path / "b.pth", r"tensors 6 missing: conv5.0.weight, conv5.1.weight, conv5.1.bias \.\.\.")
+    with pytest.raises(CheckpointError, match="x.pth does not fit a layer: tensors 1 missing: bias"):
+        load_strictly(nn.Linear(2, 2), {"weight": torch.zeros(2, 2)}, path="x.pth", what="a layer")
+
+
+def test_k_of_the_checkpoint_is_the_default_and_another_is_used_with_a_warning(tmp_path, caplog):
+    path = save(make("dgcnn_cls"), tmp_path / "a.pth")
+    assert encoder_from_checkpoint(path).k == encoder_from_checkpoint(path, k=5).k == 5
+    assert caplog.text == ""
+    assert encoder_from_checkpoint(path, k=9).k == 9
+    assert "was trained with k = 5; --k 9" in caplog.text
+    refuse(path, "embedding of 24, not --emb_dims 32", emb_dims=32)
+    assert encoder_from_checkpoint(path, emb_dims=24).emb_dims == 24
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"format": 2}, "checkpoint format 2; this version reads 1"),
+        ({"format": None}, "checkpoint format None"),
+        ({"encoder": {"name": "point_mamba", "kwargs": {}}}, "describes an encoder that this version does not have"),
+        ({"encoder": {"name": "pointnet_cls", "kwargs": {"depth": 3}}}, "describes an encoder .*depth"),
+    ],
+)
+def test_checkpoints_of_other_versions_are_refused(change, message, tmp_path):
+    encoder = make("dgcnn_cls")
+    payload = {"format": 1, "encoder": describe_encoder(encoder), "point_encoder": encoder.state_dict()}
+    torch.save(payload | change, tmp_path / "a.pth")
+    refuse(tmp_path / "a.pth", message)
+
+
+def truncated(data):
+    return data[: len(data) // 2]
+
+
+def flipped(data):
+    where = data.index(bytes(4000)) + 100
+    return data[:where] + b"\1" + data[where + 1 :]
+
+
+DAMAGE = {"truncated": truncated, "flipped": flipped, "empty": lambda data: b"", "text": lambda data: b"hello world\n"}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_damaged_files_are_refused(how, tmp_path):
+    path = tmp_path / "a.pth"
+    save(make("pointnet_cls"), path, zeros=torch.zeros(1000))
+    path.write_bytes(DAMAGE[how](path.read_bytes()))
+    refuse(path, "a.pth is damaged")
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path):
+    refuse(tmp_path / "absent.pth", "does not exist")
+    refuse(tmp_path, "does not exist")
+    torch.save([torch.zeros(1)], tmp_path / "list.pth")
+    refuse(tmp_path / "list.pth", "holds a list")
+    for content in ({}, {"a": 1}, {"state_dict": {"a": "b"}}):
+        torch.save(content, tmp_path / "dict.pth")
+        refuse(tmp_path / "dict.pth", "neither one of our checkpoints nor a state dict", model="dgcnn_cls")
+    with zipfile.ZipFile(tmp_path / "zip.pth", "w") as archive:
+        archive.writestr("data", "x")
+    refuse(tmp_path / "zip.pth", "is damaged or no checkpoint")
+
+
+class Bomb:
+    """Runs a command when it is unpickled without care."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
+def test_code_in_a_checkpoint_is_refused_and_never_run(form, tmp_path):
+    content = {"point_encoder": {}, "encoder": Bomb(tmp_path / "ran")}
+    if form == "pickle":
+        (tmp_path / "bomb.pth").write_bytes(pickle.dumps(content, protocol=2))
+    else:
+        torch.save(content, tmp_path / "bomb.pth", _use_new_zipfile_serialization=form == "zip")
+    refuse(tmp_path / "bomb.pth", "is refused.*could run code")
+    assert not (tmp_path / "ran").exists()
+    torch.save(make("pointnet_cls"), tmp_path / "module.pth")
+    refuse(tmp_path / "module.pth", "is refused", model="pointnet_cls")
+
+
+def full_disk(*args, **kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("fails", ["write", "fsync", "replace", "torch.save"])
+def test_a_failing_write_leaves_the_old_checkpoint(fails, tmp_path, monkeypatch):
+    path = save(make("pointnet_cls"), tmp_path / "a.pth")
+    before = contents(tmp_path)
+    if fails == "write":
+        (tmp_path / "a.pth.tmp").symlink_to("/dev/full")
+    elif fails == "torch.save":
+        monkeypatch.setattr(torch, "save", lambda *args: (_ for _ in ()).throw(RuntimeError("unexpected pos 64")))
+    else:
+        monkeypatch.setattr(os, fails, full_disk)
+    with pytest.raises(UserError, match="cannot write the checkpoint .*a.pth .*an earlier one is unchanged"):
+        save_checkpoint(path, {"x": torch.zeros(10)})
+    monkeypatch.undo()
+    assert contents(tmp_path) == before and load_checkpoint(path)["encoder"]["name"] == "pointnet_cls"
+
+
+def test_unwritable_folders_are_one_clear_error(tmp_path):
+    (tmp_path / "file").write_text("a file, no folder")
+    for folder in (tmp_path / "file", tmp_path / "file" / "deeper"):
+        with pytest.raises(UserError, match="cannot write the checkpoint"):
+            save_checkpoint(folder / "a.pth", {})
+        with pytest.raises(UserError, match=f"cannot write to {folder}"):
+            check_writable(folder)
+    check_writable(tmp_path / "new" / "folder")
+    assert contents(tmp_path / "new") == {"folder": None}

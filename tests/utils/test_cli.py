@@ -1,0 +1,123 @@
+import argparse
+import json
+import math
+
+import pytest
+import torch
+
+from utils.cli import (
+    HelpFormatter,
+    add_common_arguments,
+    non_negative_float,
+    non_negative_int,
+    positive_float,
+    positive_int,
+    resolve_device,
+    run,
+    seed_number,
+    write_json,
+)
+from utils.errors import CheckpointError, DataError, UserError
+
+
+@pytest.mark.parametrize("kind", [UserError, DataError, CheckpointError])
+def test_a_users_mistake_is_one_message_and_exit_code_2(kind, capsys):
+    def main():
+        raise kind("data/x.ply is gone")
+
+    with pytest.raises(SystemExit) as caught:
+        run(main)
+    out, err = capsys.readouterr()
+    assert (caught.value.code, out, err) == (2, "", "error: data/x.ply is gone\n")
+
+
+def test_an_error_of_a_data_worker_is_shown_without_the_traceback_around_it(capsys):
+    loader = torch.utils.data.DataLoader(Failing(), num_workers=1)
+    with pytest.raises(SystemExit) as caught:
+        run(lambda: next(iter(loader)))
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "error: cloud 0 is broken: (DataError: 3)\n"
+
+
+class Failing(torch.utils.data.Dataset):
+    """A data set whose samples cannot be read."""
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        try:
+            raise ValueError("inner")
+        except ValueError as error:
+            raise DataError(f"cloud {index} is broken: (DataError: 3)") from error
+
+
+def test_other_ends_keep_their_exit_code(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    for main, code in ((lambda: {}, 0), (interrupted, 130), (lambda: exit(7), 7)):
+        with pytest.raises(SystemExit) as caught:
+            run(main)
+        assert caught.value.code == code
+    assert capsys.readouterr().err == "interrupted\n"
+    with pytest.raises(ZeroDivisionError):  # a defect of ours shows where it is
+        run(lambda: 1 / 0)
+
+
+def test_help_shows_defaults_and_line_breaks():
+    parser = argparse.ArgumentParser(prog="x", description="first\n  second", formatter_class=HelpFormatter)
+    add_common_arguments(parser)
+    parser.add_argument("--zero", type=int, default=0, help="a number")
+    parser.add_argument("--flag", action="store_true", help="a switch")
+    text = parser.format_help()
+    assert "first\n  second" in text
+    for shown in ("(default: data)", "(default: auto)", "(default: 4)", "(default: 1)", "a number (default: 0)"):
+        assert shown in text
+    assert "False" not in text and "None" not in text
+
+
+@pytest.mark.parametrize(
+    "kind, good, bad",
+    [
+        (positive_int, {"1": 1, "20": 20}, ("0", "-1", "1.5", "x", "")),
+        (non_negative_int, {"0": 0, "20": 20}, ("-1", "1.5", "x")),
+        (seed_number, {"0": 0, "4294967295": 2**32 - 1}, ("-1", "4294967296", "x")),
+        (positive_float, {"1e-3": 1e-3, "1e30": 1e30}, ("0", "-1", "nan", "inf", "x")),
+        (non_negative_float, {"0": 0.0, "2.5": 2.5}, ("-0.1", "nan", "inf", "x")),
+    ],
+)
+def test_numbers_on_the_command_line(kind, good, bad, capsys):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--n", type=kind)
+    for text, value in good.items():
+        assert parser.parse_args(["--n", text]).n == value
+    for text in bad:
+        with pytest.raises(SystemExit) as caught:
+            parser.parse_args([f"--n={text}"])
+        assert caught.value.code == 2 and "argument --n: " in capsys.readouterr().err
+
+
+def test_device_names():
+    assert resolve_device("cpu") == torch.device("cpu")
+    assert resolve_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
+    names = ["foo", "", "0", "meta", "hpu", "xla", "cuda:99", "cpu:x"]
+    for name in names if torch.cuda.is_available() else [*names, "cuda"]:
+        with pytest.raises(UserError, match=f"--device {name} cannot be used here .*--device cpu") as caught:
+            resolve_device(name)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_write_json_replaces_the_file_in_one_step(tmp_path, monkeypatch):
+    path = tmp_path / "new" / "a.json"
+    write_json(path, {"a": 1, "b": [1.5, None]})
+    assert json.loads(path.read_text()) == {"a": 1, "b": [1.5, None]}
+    (tmp_path / "new" / "a.json.tmp").symlink_to("/dev/full")
+    with pytest.raises(UserError, match="cannot write .*a.json: No space left"):
+        write_json(path, {"a": math.pi})
+    assert json.loads(path.read_text())["a"] == 1 and [p.name for p in path.parent.iterdir()] == ["a.json"]
+    for unwritable in (path / "x.json", tmp_path / "new"):
+        with pytest.raises(UserError, match="cannot write"):
+            write_json(unwritable, {})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["new"]
+    write_json(None, {"a": object()})

@@ -1,0 +1,112 @@
+import json
+import logging
+import sys
+import types
+
+import pytest
+from PIL import Image
+
+from tests.pairs import contents
+from utils.errors import UserError
+from utils.tracking import RUN_FILES, RunFolder, WandbMirror
+
+
+def record(epoch, **more):
+    return {"epoch": epoch, "loss": 1 / epoch, "lr": 0.1, **more}
+
+
+def test_an_earlier_run_is_kept_unless_asked(tmp_path):
+    for name in RUN_FILES:
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).write_text("precious")
+        with pytest.raises(UserError, match=f"{folder} holds an earlier run.*--resume.*--overwrite"):
+            RunFolder(folder)
+        RunFolder(folder, resume=True)
+        assert contents(folder) == {name: b"precious"}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    RunFolder(tmp_path / "other")
+    assert contents(tmp_path / "other") == {"notes.txt": b"mine"}
+
+
+def test_metrics_are_cut_back_and_a_torn_last_line_is_left_out(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    for epoch in (1, 2, 3):
+        folder.append_metrics(record(epoch))
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"epoch": 4, "lo')
+    assert [r["epoch"] for r in folder.metrics()] == [1, 2, 3]
+    folder.cut_metrics(2)
+    assert (folder / "metrics.jsonl").read_text() == "".join(json.dumps(record(e)) + "\n" for e in (1, 2))
+    folder.append_metrics(record(3))
+    assert [r["epoch"] for r in folder.metrics()] == [1, 2, 3]
+    folder.cut_metrics(0)
+    assert (folder / "metrics.jsonl").read_text() == ""
+
+
+def test_metrics_that_cannot_be_written_are_one_clear_error(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    (folder / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(UserError, match="cannot write .*metrics.jsonl: No space left"):
+        folder.append_metrics(record(1))
+
+
+def test_curves_are_a_picture_of_the_metrics(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.draw_curves()
+    assert contents(folder.path) == {}
+    sizes = []
+    for epoch in (1, 2):
+        scores = {"demo_test_accuracy": 50.0} if epoch == 2 else {}
+        folder.append_metrics(record(epoch, loss_intra=0.5, loss_cross=0.5, **scores))
+        folder.draw_curves()
+        with Image.open(folder / "curves.png") as image:
+            sizes.append(image.size)
+    assert sizes[1][0] > sizes[0][0] > 500  # a panel more when there are scores
+    assert set(contents(folder.path)) == {"metrics.jsonl", "curves.png"}
+
+
+def test_the_log_of_a_second_run_does_not_go_into_the_firsts_file(tmp_path, caplog):
+    first, second = RunFolder(tmp_path / "a"), RunFolder(tmp_path / "b")
+    logger = logging.getLogger("crossnet")
+    first.start_log()
+    logger.info("to the first")
+    second.start_log()
+    logger.info("to the second")
+    assert (first / "run.log").read_text().endswith("to the first\n")
+    assert (second / "run.log").read_text().endswith("to the second\n")
+    assert "second" not in (first / "run.log").read_text()
+
+
+def test_wandb_gets_every_record(monkeypatch, tmp_path):
+    calls = []
+
+    class Run:
+        def log(self, record, step):
+            calls.append((record, step))
+
+        def finish(self):
+            calls.append("finish")
+
+    def init(**kwargs):
+        calls.append(kwargs)
+        return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    mirror = WandbMirror("offline", name="x", folder=tmp_path, config={"lr": 1})
+    mirror.log(record(1), step=3)
+    mirror.finish()
+    expected = {"project": "crossnet", "name": "x", "dir": str(tmp_path), "config": {"lr": 1}, "mode": "offline"}
+    assert calls == [expected, (record(1), 3), "finish"]
+    calls.clear()
+    mirror = WandbMirror("disabled", name="x", folder=tmp_path, config={})
+    mirror.log(record(1), step=3)
+    mirror.finish()
+    assert calls == []
+
+
+def test_wandb_that_cannot_start_is_one_clear_error(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="wandb cannot start"):
+        WandbMirror("offline", name="x", folder=tmp_path, config={})
