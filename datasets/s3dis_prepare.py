@@ -1,0 +1,598 @@
+"""Cut the raw rooms of S3DIS into blocks for training and for the scores of whole rooms.
+
+The raw rooms are the folder Stanford3dDataset_v1.2_Aligned_Version: Area_1/office_3/Annotations/chair_1.txt and so on,
+one file an object, "x y z red green blue" a line. Written are, with 4,096 points to a block:
+
+  OUT/indoor3d_sem_seg_hdf5_data        training: blocks of 1 m every 0.5 m, points drawn at random; what
+                                        main_semseg.py trains on and scores by the released protocol
+  OUT/indoor3d_sem_seg_hdf5_data_test   whole rooms: blocks of 1 m side by side, every point of a room in at least one,
+                                        with its number; what main_semseg.py scores rooms on
+
+Every room is one file, which appears when it is complete: start the same command again after an interruption, and only
+the rooms that are missing are made. The lists all_files.txt and room_filelist.txt are written last.
+
+commands:
+  python -m datasets.s3dis_prepare --raw Stanford3dDataset_v1.2_Aligned_Version --out data --workers 8
+  python -m datasets.s3dis_prepare --raw Stanford3dDataset_v1.2_Aligned_Version --out data --areas 5 --only test
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+import sys
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from tqdm import tqdm
+
+from datasets.s3dis import AREAS, BLOCK_FOLDER, CHANNELS, CLASS_NAMES, FILE_LIST, ROOM_FOLDER, ROOM_LIST, area_of
+from datasets.shapenet_part import draw_rows
+from utils.cli import HelpFormatter, positive_int, run, write_json
+from utils.errors import DataError, UserError
+
+BLOCK_FORMAT, BLOCK_VERSION = "crossnet-s3dis", 1
+KINDS = {"train": BLOCK_FOLDER, "test": ROOM_FOLDER}
+RAW_NAME = "Stanford3dDataset_v1.2_Aligned_Version"
+_STRAY = re.compile(r"[^\x20-\x7e\t\r]+")  # what no text file of numbers holds: control and non-ASCII characters
+_LINE = 'six numbers, "x y z red green blue", colours in 0..255'
+
+
+@dataclass(frozen=True)
+class BlockSettings:
+    """How rooms are cut.
+
+    Attributes:
+        num_points: points of a block.
+        block: side of a block in metres.
+        stride: distance between training blocks in metres.
+        min_points: a training block with fewer points is dropped.
+        seed: of the draws; what a room gives depends on it and the room's name alone.
+        dtype: of the stored values; float16 halves the files and keeps 3 digits.
+    """
+
+    num_points: int = 4096
+    block: float = 1.0
+    stride: float = 0.5
+    min_points: int = 100
+    seed: int = 1
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class Room:
+    """One room.
+
+    Attributes:
+        name: such as ``Area_1_office_3``.
+        xyz: (M, 3) float64 metres, as in the raw files.
+        rgb: (M, 3) float32 in 0..255.
+        labels: (M,) uint8 classes.
+        notes: what was odd in the files but could be read.
+    """
+
+    name: str
+    xyz: np.ndarray
+    rgb: np.ndarray
+    labels: np.ndarray
+    notes: tuple[str, ...] = ()
+
+
+# --- reading the raw rooms ---
+
+
+def _numbers(line: str) -> list[float] | None:
+    """Six finite numbers with colours in range, or None."""
+    try:
+        values = [float(word) for word in line.split()]
+    except ValueError:
+        return None
+    good = len(values) == 6 and all(map(math.isfinite, values)) and all(0 <= v <= 255 for v in values[3:])
+    return values if good else None
+
+
+def _repair(line: str) -> tuple[list[float] | None, str]:
+    """Read a line with a stray character in the place of a space or between the digits of a number."""
+    for replacement, reading in ((" ", "a space"), ("", "nothing")):
+        if values := _numbers(_STRAY.sub(replacement, line)):
+            return values, reading
+    return None, ""
+
+
+def read_annotation(path: Path) -> tuple[np.ndarray, list[str]]:
+    """Read the points of one object.
+
+    A published file has a control character in one line. Such a character, or one that is not ASCII, is read as a space
+    or as nothing, whichever gives six numbers, and noted. Nothing else is forgiven.
+
+    Returns:
+        (M, 6) float64, x, y, z and red, green, blue in 0..255; and the notes.
+
+    Raises:
+        DataError: the file cannot be read, or a line is not as expected; the message names the line.
+    """
+    try:
+        text = path.read_bytes().decode("latin-1")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror or error})") from error
+    try:
+        if _STRAY.search(text.replace("\n", " ")) is None and text.strip():
+            values = np.loadtxt(StringIO(text), dtype=np.float64, comments=None, ndmin=2)
+            if values.shape[1] == 6 and np.isfinite(values).all() and _in_range(values[:, 3:]):
+                return values, []
+    except ValueError:
+        pass  # the loop below finds the line
+    rows, notes = [], []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        values = _numbers(line)
+        if values is None or _STRAY.search(line):
+            values, reading = _repair(line) if _STRAY.search(line) else (None, "")
+            if values is None:
+                raise DataError(
+                    f"{path}, line {number} is {line[:80]!r}; expected {_LINE}. Unpack the raw data set again"
+                )
+            notes.append(f"{path}, line {number}: stray {_STRAY.search(line).group()!r} read as {reading}")
+        rows.append(values)
+    return np.array(rows, dtype=np.float64).reshape(-1, 6), notes
+
+
+def _in_range(colours: np.ndarray) -> bool:
+    return bool(colours.min() >= 0 and colours.max() <= 255)
+
+
+def annotation_files(folder: Path) -> list[Path]:
+    """Files of a room's objects, sorted.
+
+    Raises:
+        DataError: there is none.
+    """
+    files = sorted(f for f in (folder / "Annotations").glob("*.txt") if not f.name.startswith("."))
+    if not files:
+        raise DataError(
+            f"{folder}/Annotations holds no object (expected chair_1.txt and so on). Unpack the raw data set again"
+        )
+    return files
+
+
+def class_of(path: Path) -> int:
+    """Class of an object from its file's name, such as ``chair_1.txt``; what is no class is clutter."""
+    name = path.stem.split("_")[0].lower()
+    return CLASS_NAMES.index(name if name in CLASS_NAMES else "clutter")
+
+
+def read_room(folder: Path, name: str) -> Room:
+    """Read one room, object by object.
+
+    Raises:
+        DataError: a file is damaged, or the room has no points.
+    """
+    parts, labels, notes = [], [], []
+    for file in annotation_files(folder):
+        values, odd = read_annotation(file)
+        parts.append(values)
+        labels.append(np.full(len(values), class_of(file), dtype=np.uint8))
+        notes += odd
+    values = np.concatenate(parts)
+    if not len(values):
+        raise DataError(f"{folder} has no points. Unpack the raw data set again")
+    return Room(name, values[:, :3], values[:, 3:].astype(np.float32), np.concatenate(labels), tuple(notes))
+
+
+def find_rooms(raw: Path, areas: tuple[int, ...]) -> dict[str, Path]:
+    """Folder of every room by its name, such as ``Area_1_office_3``, sorted.
+
+    Args:
+        raw: the folder that holds ``Area_1`` and so on, or the one above it.
+        areas: areas wanted.
+
+    Raises:
+        DataError: an area is not there or has no room.
+    """
+    root = raw if any(raw.glob("Area_*")) or not (raw / RAW_NAME).is_dir() else raw / RAW_NAME
+    rooms: dict[str, Path] = {}
+    for area in sorted(areas):
+        folder = root / f"Area_{area}"
+        found = sorted(f for f in folder.glob("*") if f.is_dir() and not f.name.startswith("."))
+        if not found:
+            raise DataError(
+                f"no room in {folder}; --raw must be the unpacked {RAW_NAME} (Area_{area}/office_1/Annotations/*.txt "
+                "and so on). The form for it: http://buildingparser.stanford.edu/dataset.html"
+            )
+        rooms |= {f"Area_{area}_{f.name}": f for f in found}
+    return rooms
+
+
+# --- cutting ---
+
+
+def block_starts(extent: float, *, block: float, stride: float) -> list[float]:
+    """Lower ends of blocks that cover 0..extent, every ``stride``, as the published blocks lie; at least one."""
+    return [i * stride for i in range(max(1, math.ceil((extent - block) / stride) + 1))]
+
+
+def cut(xyz: np.ndarray, starts: tuple[list[float], list[float]], block: float) -> Iterator[np.ndarray]:
+    """Yield the numbers of the points of each block, x by x and then y by y; both ends of a block belong to it.
+
+    Args:
+        xyz: (M, 3) metres from the room's lower corner.
+        starts: lower ends of the blocks in x and in y.
+        block: side of a block.
+    """
+    side = block + 1e-9  # so that rounding leaves no point between the last block and the wall
+    order = np.argsort(xyz[:, 0], kind="stable")
+    sorted_x = xyz[order, 0]
+    for x in starts[0]:
+        begin, end = np.searchsorted(sorted_x, x, side="left"), np.searchsorted(sorted_x, x + side, side="right")
+        strip = order[begin:end]
+        strip = strip[np.argsort(xyz[strip, 1], kind="stable")]
+        sorted_y = xyz[strip, 1]
+        for y in starts[1]:
+            begin, end = np.searchsorted(sorted_y, y, side="left"), np.searchsorted(sorted_y, y + side, side="right")
+            yield np.sort(strip[begin:end])
+
+
+def block_values(xyz: np.ndarray, rgb: np.ndarray, extent: np.ndarray, block: float) -> np.ndarray:
+    """Nine values of the points of a block.
+
+    Args:
+        xyz: (N, 3) metres from the room's lower corner.
+        rgb: (N, 3) in 0..255.
+        extent: (3,) metres, the room's.
+        block: side of a block in metres.
+
+    Returns:
+        (N, 9) float64: x and y from the block's middle and z; red, green, blue in 0..1; x, y, z over the extent. The
+        block's middle is half a side from the lowest x and y of these points, as in the published blocks.
+    """
+    local = xyz.copy()
+    local[:, :2] -= local[:, :2].min(axis=0) + block / 2
+    # A flat room has extent 0 along an axis; its points are at 0 then, not at NaN.
+    return np.concatenate([local, rgb / 255.0, xyz / np.maximum(extent, np.finfo(np.float32).tiny)], axis=1)
+
+
+def choose_points(room: Room, kind: str, settings: BlockSettings) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Choose the points of every block of a room.
+
+    Training blocks lie every ``stride`` and hold ``num_points`` drawn of their points, some repeatedly where they are
+    fewer. Test blocks lie side by side (the last of a row is moved back into the room, so that it is no thin strip);
+    the points of each are dealt at random to as many blocks as it takes, and the last of these is filled up with
+    repetitions.
+
+    Args:
+        room: the room.
+        kind: ``"train"`` or ``"test"``.
+        settings: how to cut.
+
+    Returns:
+        (M, 3) float64 points in metres from the room's lower corner, and for every block (num_points,) point numbers.
+    """
+    generator = np.random.default_rng([settings.seed, zlib.crc32(f"{kind} {room.name}".encode())])
+    xyz = room.xyz - room.xyz.min(axis=0)
+    extent = xyz[:, :2].max(axis=0)
+    size, side = settings.num_points, settings.block
+    chosen = []
+    if kind == "train":
+        starts = tuple(block_starts(length, block=side, stride=settings.stride) for length in extent)
+        for members in cut(xyz, starts, side):
+            if len(members) >= settings.min_points:
+                chosen.append(members[draw_rows(len(members), size, generator)])
+        return xyz, chosen
+    starts = tuple(
+        [min(start, max(0.0, length - side)) for start in block_starts(length, block=side, stride=side)]
+        for length in extent
+    )
+    for members in cut(xyz, starts, side):
+        if len(members):
+            dealt = members[draw_rows(len(members), len(members), generator)]
+            filled = np.concatenate([dealt, generator.choice(members, -len(members) % size)])
+            chosen += list(filled.reshape(-1, size))
+    return xyz, chosen
+
+
+# --- writing ---
+
+
+def room_file(out: str | Path, kind: str, room: str) -> Path:
+    """File of a room's blocks."""
+    return Path(out) / KINDS[kind] / f"ply_data_all_{room}.h5"
+
+
+def _marks(kind: str, settings: BlockSettings, source: str) -> dict[str, Any]:
+    """What a finished file must say to be taken as the one wanted."""
+    used = asdict(settings)
+    if kind == "test":
+        del used["stride"], used["min_points"]  # test blocks do not depend on them
+    return {"format": BLOCK_FORMAT, "version": BLOCK_VERSION, "kind": kind, "source": source, **used}
+
+
+def write_room(out: str | Path, room: Room, kind: str, settings: BlockSettings, *, source: str = "") -> Path:
+    """Cut a room and write its blocks into one file, which appears when it is complete.
+
+    The arrays are ``data`` (n, N, 9), ``label`` (n, N) uint8 and, for ``kind`` ``"test"``, ``index`` (n, N) int32, the
+    point's number in the room. Each block is a chunk of its own, so that it is read alone. Attributes: ``room``,
+    ``room_points``, ``room_low`` and ``room_high`` (corners of its box in metres), ``notes`` and the settings.
+
+    Args:
+        out: the data root.
+        room: the room.
+        kind: ``"train"`` or ``"test"``.
+        settings: how to cut.
+        source: describes what the room was read from; another source means that the file is made again.
+
+    Returns:
+        The file.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    xyz, chosen = choose_points(room, kind, settings)
+    low, high = room.xyz.min(axis=0), room.xyz.max(axis=0)
+    path = room_file(out, kind, room.name)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    count, size = len(chosen), settings.num_points
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with h5py.File(temporary, "w") as file:
+            kept: dict[str, Any] = {"chunks": (1, size), "compression": "gzip", "compression_opts": 1}
+            data = file.create_dataset(
+                "data",
+                (count, size, CHANNELS),
+                settings.dtype,
+                **{**kept, "chunks": (1, size, CHANNELS), "shuffle": True},
+            )
+            label = file.create_dataset("label", (count, size), np.uint8, **kept)
+            index = (
+                file.create_dataset("index", (count, size), np.int32, shuffle=True, **kept) if kind == "test" else None
+            )
+            for i, members in enumerate(chosen):
+                data[i] = block_values(xyz[members], room.rgb[members], high - low, settings.block)
+                label[i] = room.labels[members]
+                if index is not None:
+                    index[i] = members
+            file.attrs.update(_marks(kind, settings, source))
+            file.attrs.update({"room": room.name, "room_points": len(xyz), "room_low": low, "room_high": high})
+            file.attrs["notes"] = "\n".join(room.notes)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def finished(path: Path, marks: dict[str, Any]) -> dict[str, Any] | None:
+    """What a room's file says of itself, or None where it is missing, damaged or made with other settings."""
+    if not path.is_file():
+        return None
+    try:
+        with h5py.File(path, "r") as file:
+            if any(file.attrs.get(name) != value for name, value in marks.items()):
+                return None
+            blocks, notes = file["data"].shape[0], str(file.attrs["notes"])
+            return {
+                "points": int(file.attrs["room_points"]),
+                "blocks": blocks,
+                "notes": notes.split("\n") if notes else [],
+            }
+    except (OSError, KeyError):
+        return None
+
+
+def _foreign_files(folder: Path) -> list[Path]:
+    """Block files in a folder that this module did not write."""
+    foreign = []
+    for path in sorted(folder.glob("ply_data_all_*.h5")):
+        try:
+            with h5py.File(path, "r") as file:
+                if file.attrs.get("format") == BLOCK_FORMAT:
+                    continue
+        except OSError:
+            if _is_room_file(path):
+                continue  # our own, damaged: it is made again
+        foreign.append(path)
+    return foreign
+
+
+def _is_room_file(path: Path) -> bool:
+    return re.fullmatch(r"ply_data_all_Area_\d+_\S+\.h5", path.name) is not None
+
+
+def write_lists(folder: str | Path) -> dict[str, int]:
+    """Write ``all_files.txt`` and ``room_filelist.txt`` for all rooms in a folder, in the published form.
+
+    Returns:
+        Blocks of every room that has any, in the order of the lists.
+
+    Raises:
+        DataError: a room's file is damaged.
+        UserError: the lists cannot be written.
+    """
+    folder = Path(folder)
+    blocks: dict[str, int] = {}
+    for path in sorted(folder.glob("ply_data_all_Area_*.h5")):
+        try:
+            with h5py.File(path, "r") as file:
+                blocks[str(file.attrs["room"])] = file["data"].shape[0]
+        except (OSError, KeyError) as error:
+            raise DataError(f"{path} is damaged ({error}); delete it and make its room again") from error
+    blocks = {room: blocks[room] for room in sorted(blocks, key=lambda r: (area_of(r), r)) if blocks[room]}
+    lists = {
+        ROOM_LIST: [room for room, count in blocks.items() for _ in range(count)],
+        FILE_LIST: [f"{folder.name}/ply_data_all_{room}.h5" for room in blocks],
+    }
+    for name, lines in lists.items():
+        temporary = folder / f"{name}.tmp"
+        try:
+            temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            os.replace(temporary, folder / name)
+        except OSError as error:
+            raise UserError(f"cannot write {folder / name}: {error.strerror or error}") from error
+    return blocks
+
+
+# --- the command ---
+
+
+def prepare_room(name: str, folder: Path, out: Path, kinds: tuple[str, ...], settings: BlockSettings) -> dict[str, Any]:
+    """Make the files of one room that are missing.
+
+    Returns:
+        ``name``, ``points``, ``notes``, ``made`` (whether anything had to be done) and the blocks of each kind.
+    """
+    files = annotation_files(folder)
+    source = f"{len(files)} objects of {sum(f.stat().st_size for f in files)} bytes"
+    result: dict[str, Any] = {"name": name, "made": False}
+    room = None
+    for kind in kinds:
+        marks = _marks(kind, settings, source)
+        path = room_file(out, kind, name)
+        state = finished(path, marks)
+        if state is None:
+            room = room or read_room(folder, name)
+            write_room(out, room, kind, settings, source=source)
+            state = finished(path, marks)
+            result["made"] = True
+            if state is None:
+                raise UserError(f"{path} cannot be read back after it was written; is the disk sound?")
+        result |= {"points": state["points"], "notes": state["notes"], kind: state["blocks"]}
+    return result
+
+
+def prepare(
+    raw: Path, out: Path, *, areas: tuple[int, ...], kinds: tuple[str, ...], settings: BlockSettings, workers: int
+) -> dict[str, Any]:
+    """Make all files that are missing, then the lists.
+
+    Returns:
+        ``rooms``, ``points``, ``made``, the blocks of each kind, ``areas`` (the same by area) and ``notes``.
+
+    Raises:
+        DataError: something in the raw rooms is missing or damaged.
+        UserError: a folder to write to holds blocks of another origin, or cannot be written.
+    """
+    rooms = find_rooms(raw, areas)
+    for kind in kinds:
+        if foreign := _foreign_files(out / KINDS[kind]):
+            raise UserError(
+                f"{foreign[0]} was not made by this command, and the two cannot be mixed; for the blocks of whole "
+                "rooms alone use --only test, or choose another --out"
+            )
+    results: dict[str, dict[str, Any]] = {}
+    with tqdm(total=len(rooms), desc="cutting rooms", unit="room", disable=not sys.stderr.isatty()) as bar:
+
+        def done(result: dict[str, Any]) -> None:
+            for note in result["notes"]:
+                tqdm.write(f"note: {note}", file=sys.stderr)
+            results[result["name"]] = result
+            bar.update()
+
+        if workers <= 1:
+            for name, folder in rooms.items():
+                done(prepare_room(name, folder, out, kinds, settings))
+        else:
+            with ProcessPoolExecutor(workers) as pool:
+                futures = [
+                    pool.submit(prepare_room, name, folder, out, kinds, settings) for name, folder in rooms.items()
+                ]
+                try:
+                    for future in as_completed(futures):
+                        done(future.result())
+                except BrokenProcessPool as error:
+                    raise UserError(
+                        "a process was ended from outside, most likely for want of memory: start again with fewer "
+                        "--workers; the rooms that are finished are kept"
+                    ) from error
+                finally:
+                    pool.shutdown(wait=True, cancel_futures=True)
+    for kind in kinds:
+        write_lists(out / KINDS[kind])
+    return summarise([results[name] for name in rooms], kinds)
+
+
+def summarise(results: list[dict[str, Any]], kinds: tuple[str, ...]) -> dict[str, Any]:
+    """Add up the rooms; see :func:`prepare`."""
+
+    def total(some: list[dict[str, Any]]) -> dict[str, int]:
+        counts = {"rooms": len(some), "made": sum(r["made"] for r in some), "points": sum(r["points"] for r in some)}
+        return counts | {f"{kind}_blocks": sum(r[kind] for r in some) for kind in kinds}
+
+    areas = sorted({area_of(result["name"]) for result in results})
+    by_area = {str(area): total([r for r in results if area_of(r["name"]) == area]) for area in areas}
+    return {**total(results), "areas": by_area, "notes": [note for result in results for note in result["notes"]]}
+
+
+def summary_table(summary: dict[str, Any]) -> str:
+    """The summary as people read it."""
+    columns = [name for name in summary if name not in ("areas", "notes")]
+    rows = [["area", *(name.replace("_", " ") for name in columns)]]
+    rows += [[area, *(f"{counts[name]:,}" for name in columns)] for area, counts in summary["areas"].items()]
+    rows.append(["all", *(f"{summary[name]:,}" for name in columns)])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Command line of this script."""
+    parser = argparse.ArgumentParser(
+        prog="python -m datasets.s3dis_prepare", description=__doc__, formatter_class=HelpFormatter
+    )
+    parser.add_argument("--raw", required=True, type=Path, metavar="DIR", help=f"the unpacked {RAW_NAME}")
+    parser.add_argument(
+        "--out", type=Path, default=Path("data"), metavar="DIR", help="data root to write the folders into"
+    )
+    parser.add_argument(
+        "--areas", type=int, nargs="+", choices=AREAS, default=list(AREAS), metavar="N", help="areas to cut, of 1 to 6"
+    )
+    parser.add_argument(
+        "--only", choices=sorted(KINDS), help="make only the blocks for training or only the whole rooms"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=1, metavar="W", help="rooms cut at once; a large room takes about 2 GB of memory"
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write the counts to FILE as one JSON object")
+    group = parser.add_argument_group("blocks (the defaults are those of the published blocks)")
+    default = BlockSettings()
+    group.add_argument(
+        "--num_points", type=positive_int, default=default.num_points, metavar="N", help="points of a block"
+    )
+    group.add_argument(
+        "--stride", type=float, default=default.stride, metavar="M", help="metres between training blocks"
+    )
+    group.add_argument(
+        "--min_points", type=int, default=default.min_points, metavar="N", help="drop training blocks with fewer points"
+    )
+    group.add_argument("--seed", type=int, default=default.seed, metavar="S", help="seed of the draws")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Cut the rooms; return the counts."""
+    args = build_parser().parse_args(argv)
+    if not args.stride > 0 or args.min_points < 1 or args.workers < 0 or args.seed < 0:
+        raise UserError("--stride must be above 0, --min_points at least 1, --workers and --seed at least 0")
+    settings = BlockSettings(num_points=args.num_points, stride=args.stride, min_points=args.min_points, seed=args.seed)
+    kinds = (args.only,) if args.only else tuple(KINDS)
+    summary = prepare(
+        args.raw, args.out, areas=tuple(sorted(set(args.areas))), kinds=kinds, settings=settings, workers=args.workers
+    )
+    print(summary_table(summary))
+    for kind in kinds:
+        print(f"{kind}: {args.out / KINDS[kind]}")
+    write_json(args.json, summary)
+    return summary
+
+
+if __name__ == "__main__":
+    run(main)
