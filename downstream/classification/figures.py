@@ -109,7 +109,7 @@ def draw_retrieval(
     class_names: Sequence[str],
     path: str | os.PathLike[str],
     *,
-    rows: int = 8,
+    rows: int = 10,
     top: int = 6,
 ) -> None:
     """Draw a sheet of queries, one per class, each beside its nearest neighbours (cosine of centred features).
