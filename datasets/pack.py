@@ -25,6 +25,7 @@ from datasets.shapenet_render import (
     FolderSource,
     PackedSource,
     PairSource,
+    choose_shapes,
     decode_image,
     open_source,
     read_shape_list,
@@ -126,7 +127,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="folder with ShapeNet/ and ShapeNetRendering/, or a packed file",
     )
     parser.add_argument("--out", required=True, metavar="F.h5", help="file to write")
-    parser.add_argument("--list", metavar="FILE", help="pack only these shapes: one <synset>/<model_id> a line")
+    parser.add_argument(
+        "--list", metavar="FILE", help="pack only these shapes: one <synset>/<model_id>, or <model_id>, a line"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     parser.add_argument("--json", metavar="FILE", help="also write the counts to FILE")
     return parser
@@ -142,14 +145,7 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
     source = FolderSource(args.data_root) if folders else open_source(args.data_root)
     chosen = list(range(len(source.ids)))
     if args.list:
-        number = {name: i for i, name in enumerate(source.ids)}
-        wanted = read_shape_list(args.list)
-        missing = [name for name in wanted if name not in number]
-        if missing:
-            raise DataError(
-                f"{len(missing)} of the shapes in {args.list} are not in {args.data_root}, {missing[0]} for one"
-            )
-        chosen = sorted({number[name] for name in wanted})
+        chosen = choose_shapes(source.ids, read_shape_list(args.list), where=args.data_root)
     counts = pack(source, args.out, chosen=chosen, name=Path(args.data_root).name)
     counts["skipped"] = len(source.skipped)
     print(

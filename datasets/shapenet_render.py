@@ -266,7 +266,7 @@ def open_source(root: str | os.PathLike[str]) -> PairSource:
 
 
 def read_shape_list(path: str | os.PathLike[str]) -> list[str]:
-    """Shape ids of a text file, one ``<synset>/<model_id>`` a line; empty lines and ``#`` comments are left out.
+    """Shape ids of a text file, one a line (see ``choose_shapes``); empty lines and ``#`` comments do not count.
 
     Raises:
         DataError: the file is not there or holds no id.
@@ -279,6 +279,29 @@ def read_shape_list(path: str | os.PathLike[str]) -> list[str]:
     if not ids:
         raise DataError(f"{path} names no shapes: expected one <synset>/<model_id> a line")
     return ids
+
+
+def choose_shapes(ids: Sequence[str], wanted: Iterable[str], *, where: str) -> list[int]:
+    """Numbers of the wanted shapes, in the order of ``ids``.
+
+    Args:
+        ids: ``<synset>/<model_id>`` of every shape.
+        wanted: ids of the same form, or bare model ids, which match under any synset.
+        where: what ``ids`` are of, for the message.
+
+    Raises:
+        DataError: a wanted shape is not there, or none is wanted.
+    """
+    wanted = set(wanted)
+    if not wanted:
+        raise DataError(f"no shapes of {where} were chosen")
+    missing = sorted(wanted - set(ids) - {name.split("/")[-1] for name in ids})
+    if missing:
+        raise DataError(
+            f"{len(missing)} of the {len(wanted)} listed shapes are not in {where} with a rendering, "
+            f"{missing[0]} for one"
+        )
+    return [i for i, name in enumerate(ids) if name in wanted or name.split("/")[-1] in wanted]
 
 
 def decode_image(data: bytes, name: str) -> Image.Image:
@@ -303,7 +326,7 @@ class ShapeNetRender(Dataset):
         root: folder in the released layout, a packed file, or a folder that holds ``shapenet_render.h5``.
         seed: a sample's view, subset and image augmentation are functions of (seed, epoch, index).
         transform: rendering and seed -> named tensors, see ``datasets.transforms.RenderTransform``; None: no image.
-        only: ids of the shapes to use; None uses all that have a rendering.
+        only: ids of the shapes to use, see ``choose_shapes``; None uses all that have a rendering.
         strict: raise at a sample that cannot be read. Otherwise the next readable one stands in for it, and the
             sample's ``bad`` says what happened.
 
@@ -332,16 +355,7 @@ class ShapeNetRender(Dataset):
         self.seed, self.transform, self.strict = seed, transform, strict
         self._chosen = list(range(len(self.source.ids)))
         if only is not None:
-            only = set(only)
-            missing = sorted(only - set(self.source.ids))
-            if missing:
-                raise DataError(
-                    f"{len(missing)} of the {len(only)} listed shapes are not in {root} with a rendering, "
-                    f"{missing[0]} for one"
-                )
-            self._chosen = [i for i in self._chosen if self.source.ids[i] in only]
-            if not only:
-                raise DataError(f"no shapes of {root} were chosen")
+            self._chosen = choose_shapes(self.source.ids, only, where=str(root))
         self.ids = [self.source.ids[i] for i in self._chosen]
         self.skipped = self.source.skipped
         self.cloud_size = self._first_size()

@@ -58,7 +58,7 @@ def test_packs_the_listed_shapes(root, tmp_path):
     assert PackedSource(tmp_path / "a.h5").ids == [ids[2], ids[4]]
     np.testing.assert_array_equal(PackedSource(tmp_path / "a.h5").points(1), cloud(int(ids[4][-2:]), 20))
     (tmp_path / "list.txt").write_text("1/unknown\n")
-    with pytest.raises(DataError, match="1 of the shapes in .* 1/unknown"):
+    with pytest.raises(DataError, match="1 of the 1 listed shapes are not in .* 1/unknown"):
         main("--data_root", root, "--out", tmp_path / "b.h5", "--list", tmp_path / "list.txt")
     assert not (tmp_path / "b.h5").exists()
 

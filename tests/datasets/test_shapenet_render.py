@@ -15,6 +15,7 @@ from datasets.shapenet_render import (
     PackedSource,
     SampleKey,
     ShapeNetRender,
+    choose_shapes,
     collate_pairs,
     decode_image,
     open_source,
@@ -49,6 +50,14 @@ def pairs(tmp_path_factory):
     root = tmp_path_factory.mktemp("pairs")
     ids = write_pairs(root, 8, points=30, unpaired=2)
     return root, packed_copy(root, tmp_path_factory.mktemp("packed") / "pairs.h5"), ids
+
+
+def test_bare_model_ids_match_under_any_synset():
+    ids = ["1/a", "1/b", "2/a", "2/c"]
+    assert choose_shapes(ids, ["a", "2/c"], where="data") == [0, 2, 3]
+    assert choose_shapes(ids, ["1/a"], where="data") == [0]
+    with pytest.raises(DataError, match="1 of the 2 listed shapes are not in data with a rendering, 3/a"):
+        choose_shapes(ids, ["1/a", "3/a"], where="data")
 
 
 def test_folder_and_packed_file_give_equal_samples(pairs):
