@@ -52,6 +52,8 @@ PACK_NAME = "shapenet_render.h5"
 PACK_SOURCE = "Sweet Home 3D furniture libraries 1.8"
 CATALOGUE = "PluginFurnitureCatalog.properties"
 MAX_FILE_BYTES = 4_000_000
+# What the committed set was made with: the defaults of the flags of these names.
+CONTENT = {"points": 1024, "views": 2, "size": 96, "colours": 64, "test_fraction": 0.35}
 
 # Coordinates in [-1, 1] as 13-bit whole numbers: the rounding (1.2e-4) is far below the jitter of the augmentation
 # (0.01), and the three spare bits compress away.
@@ -1100,14 +1102,28 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--out", type=Path, default=Path("data/demo"), metavar="DIR", help="folder to write; replaces a set there"
     )
     content = parser.add_argument_group("content")
-    content.add_argument("--points", type=cli.positive_int, default=1024, metavar="N", help="points per cloud")
-    content.add_argument("--views", type=cli.positive_int, default=2, metavar="V", help="pictures per model")
-    content.add_argument("--size", type=cli.positive_int, default=96, metavar="PX", help="side of a picture in pixels")
     content.add_argument(
-        "--colours", type=cli.positive_int, default=64, metavar="C", help="palette of a picture, at most 256"
+        "--points", type=cli.positive_int, default=CONTENT["points"], metavar="N", help="points per cloud"
     )
     content.add_argument(
-        "--test_fraction", type=float, default=0.35, metavar="F", help="part of each class that is for testing"
+        "--views", type=cli.positive_int, default=CONTENT["views"], metavar="V", help="pictures per model"
+    )
+    content.add_argument(
+        "--size", type=cli.positive_int, default=CONTENT["size"], metavar="PX", help="side of a picture in pixels"
+    )
+    content.add_argument(
+        "--colours",
+        type=cli.positive_int,
+        default=CONTENT["colours"],
+        metavar="C",
+        help="palette of a picture, at most 256",
+    )
+    content.add_argument(
+        "--test_fraction",
+        type=float,
+        default=CONTENT["test_fraction"],
+        metavar="F",
+        help="part of each class that is for testing",
     )
     run = parser.add_argument_group("run")
     run.add_argument("--seed", type=int, default=1, metavar="S", help="seed of points, views and split")
@@ -1181,6 +1197,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     sizes = write_svm(args.out, models, shapes, test_fraction=args.test_fraction, seed=args.seed)
     write_attribution(args.out, models)
     command = f"python data/make_demo.py --source /usr/share/sweethome3d/furniture --out data/demo --seed {args.seed}"
+    changed = {name: getattr(args, name) for name, usual in CONTENT.items() if getattr(args, name) != usual}
+    command += "".join(f" --{name} {value}" for name, value in changed.items())
     write_readme(args.out, shapes, skipped, sizes, args.size, command)
     total = check_sizes(args.out)
     counts = f"{len(models)} of {len(built)} models, {skipped.total()} left out, {len(sizes)} classes"
