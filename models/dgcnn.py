@@ -12,6 +12,7 @@ from models.features import PointFeatures
 from models.layers import (
     TransformNet,
     apply_to_rows,
+    at_least_float32,
     edge_block,
     edge_conv,
     edge_conv_two_layers,
@@ -120,7 +121,10 @@ class DGCNNPartSeg(_DGCNNSeg):
     def forward(self, x: Tensor) -> PointFeatures:
         """See the class for shapes."""
         points = self.to_points(x)
-        aligned = points @ self.transform_net(points, self.neighbours(points)).to(points.dtype)
+        matrices = self.transform_net(points, self.neighbours(points))
+        with torch.autocast(points.device.type, enabled=False):  # rounded coordinates would have other neighbours
+            points = at_least_float32(points)
+            aligned = points @ matrices.to(points.dtype)
         return self.edge_convs(aligned, self.neighbours(aligned))
 
 

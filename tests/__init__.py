@@ -1,0 +1,1 @@
+"""Tests. A package, so that the benchmarks and spawned processes can import the textbook formulation."""
