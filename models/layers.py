@@ -194,7 +194,7 @@ def edge_conv(x: Tensor, neighbours: Tensor, block: nn.Sequential) -> Tensor:
     """
     with torch.autocast(x.device.type, enabled=False):
         a, c, scale, shift = first_edge_layer(at_least_float32(x), neighbours, block)
-        sign = sign_of_gain(block[1])
+        sign = sign_of_gain(scale)
         extreme = neighbour_max(a * sign, neighbours) * sign
         return block[2](torch.addcmul(shift, extreme + c, scale))
 
@@ -241,7 +241,6 @@ def edge_conv_two_layers(x: Tensor, neighbours: Tensor, first: nn.Sequential, se
         def recomputed(function, *inputs):
             return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
-        sign = sign_of_gain(norm)
         if uses_batch_statistics(norm):
             parts = [recomputed(block_moments, centre, index) for centre, index in blocks]
             counts = a.new_tensor([float(index.numel()) for _, index in blocks])
@@ -253,6 +252,7 @@ def edge_conv_two_layers(x: Tensor, neighbours: Tensor, first: nn.Sequential, se
         else:
             mean, variance = norm.running_mean, norm.running_var
         scale, shift = scale_and_shift(norm, mean, variance)
+        sign = sign_of_gain(scale)
         extreme = torch.cat([recomputed(block_extreme, centre, index) for centre, index in blocks]) * sign
         return second[2](torch.addcmul(shift, extreme, scale))
 

@@ -90,11 +90,9 @@ def scale_and_shift(norm: _BatchNorm, mean: Tensor, variance: Tensor) -> tuple[T
     return scale, shift
 
 
-def sign_of_gain(norm: _BatchNorm) -> Tensor:
-    """+1 where the layer is non-decreasing in its input, -1 where it decreases; +1 for a gain of zero."""
-    if norm.weight is None:
-        return torch.ones(norm.num_features, device=norm.running_mean.device)
-    return torch.where(norm.weight.detach() < 0, -1.0, 1.0).to(norm.weight.dtype)
+def sign_of_gain(scale: Tensor) -> Tensor:
+    """+1 where ``x * scale + shift`` is non-decreasing in x, also for a scale of zero, and -1 where it decreases."""
+    return torch.where(scale.detach() < 0, -1.0, 1.0).to(scale.dtype)
 
 
 class SyncBatchNorm(_BatchNorm):

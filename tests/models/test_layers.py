@@ -1,0 +1,356 @@
+"""kNN and EdgeConv without edges against the textbook formulation, which builds every edge."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from models import layers
+from models.layers import (
+    TransformNet,
+    apply_to_rows,
+    edge_block,
+    edge_conv,
+    edge_conv_two_layers,
+    flatten_neighbours,
+    knn,
+    max_over_points,
+    neighbour_max,
+    neighbour_sum,
+    point_block,
+)
+from tests.textbook import TextbookTransformNet, textbook_edge_conv, textbook_knn
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4}
+EVERY_GAMMA = "both signs and zero"
+
+
+def exact_nearest(points, k):
+    """Sets of the k nearest by differences in float64: (B, N, C) -> (B, N, k), sorted indices."""
+    difference = points.double()[:, :, None] - points.double()[:, None]
+    return difference.square().sum(3).topk(k, dim=2, largest=False).indices.sort(dim=2).values
+
+
+def blocks_of(widths, *, dtype=torch.float64, gammas="positive", momentum=0.1):
+    """EdgeConv layers with batch norms that are not in their initial state."""
+    blocks = []
+    for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False)):
+        block = edge_block(2 * a if i == 0 else a, b)
+        norm = block[1]
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.normal_(norm.bias)
+        nn.init.normal_(norm.running_mean)
+        nn.init.uniform_(norm.running_var, 0.5, 2.0)
+        norm.momentum = momentum
+        if gammas == EVERY_GAMMA:
+            with torch.no_grad():
+                norm.weight[::2] *= -1
+                norm.weight[-1] = 0
+        blocks.append(block.to(dtype))
+    return blocks
+
+
+def ours(x, index, blocks):
+    """(B, C, N), (B, N, k) -> (B, C_out, N) by the layers under test."""
+    b, _, n = x.shape
+    function = {1: edge_conv, 2: edge_conv_two_layers}[len(blocks)]
+    rows = function(x.transpose(1, 2).reshape(b * n, -1), flatten_neighbours(index), *blocks)
+    return rows.unflatten(0, (b, n)).transpose(1, 2)
+
+
+def outcome(function, x, index, blocks, *, train=True, steps=1):
+    """Everything that one formulation computes: output, gradients and batch-norm buffers, by name."""
+    blocks = copy.deepcopy(nn.ModuleList(blocks)).train(train)
+    x = x.clone().requires_grad_()
+    generator = torch.Generator().manual_seed(7)
+    for _ in range(steps):
+        out = function(x, index, blocks)
+        (out * torch.randn(out.shape, generator=generator, dtype=out.dtype)).sum().backward()
+    parameters = {f"grad of {name}": p.grad for name, p in blocks.named_parameters()}
+    return {"output": out.detach(), "grad of x": x.grad, **parameters, **dict(blocks.named_buffers())}
+
+
+def textbook(x, index, blocks):
+    return textbook_edge_conv(x, index, *blocks)
+
+
+def assert_same(actual, expected, *, tolerance, without=()):
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        if name not in without:
+            scale = max(1.0, value.abs().max().item())
+            torch.testing.assert_close(
+                actual[name], value, rtol=0, atol=tolerance * scale, msg=lambda text, name=name: f"{name}: {text}"
+            )
+
+
+def without_undefined(gammas, widths):
+    """At a gain of zero all edges tie, so the gain's own gradient is not unique; everything else is."""
+    return (f"grad of {len(widths) - 2}.1.weight",) if gammas == EVERY_GAMMA else ()
+
+
+# ---------------------------------------------------------------------------------------------- nearest neighbours
+
+
+@pytest.mark.parametrize("k", [1, 5, 17])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_knn_finds_the_nearest_points(k, dtype):
+    points = torch.randn(3, 17, 3, dtype=dtype)
+    assert torch.equal(knn(points, k).sort(dim=2).values, exact_nearest(points, k))
+
+
+def test_knn_in_feature_space_and_for_strided_input():
+    points = torch.randn(2, 40, 30)
+    assert torch.equal(knn(points[..., ::2], 6).sort(dim=2).values, exact_nearest(points[..., ::2], 6))
+
+
+def test_a_far_away_cloud_keeps_its_neighbours():
+    far = torch.randn(2, 64, 3) + 1000
+    assert torch.equal(knn(far, 5).sort(dim=2).values, exact_nearest(far, 5))
+    # Without centring the float32 distances are noise: this is what the field's formula returns.
+    assert not torch.equal(textbook_knn(far.mT, 5).sort(dim=2).values, exact_nearest(far, 5))
+
+
+@pytest.mark.parametrize("budget", [1, 50, 21 * 21, 2 * 21 * 21 + 5])
+def test_knn_in_blocks_of_any_size(monkeypatch, budget):
+    points = torch.randn(5, 21, 3)
+    monkeypatch.setitem(layers._KNN_BLOCK, "cpu", budget)
+    assert torch.equal(knn(points, 4).sort(dim=2).values, exact_nearest(points, 4))
+
+
+def test_a_point_with_duplicates_finds_them_first():
+    points = torch.randn(1, 12, 3)
+    points[:, 8:] = points[:, :1]  # five points in one place
+    same = set(knn(points, 5)[0, 0].tolist())
+    assert same == {0, 8, 9, 10, 11}
+
+
+@pytest.mark.parametrize("k", [0, 9])
+def test_impossible_k_is_an_error_that_names_both_numbers(k):
+    with pytest.raises(ValueError, match=rf"k = {k} .*8 points"):
+        knn(torch.randn(1, 8, 3), k)
+
+
+def test_neighbours_under_autocast_are_those_of_float32():
+    points = torch.randn(2, 200, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = knn(points, 10)
+    assert torch.equal(mixed, knn(points, 10))
+
+
+def test_knn_has_no_gradient():
+    assert not knn(torch.randn(1, 6, 3, requires_grad=True), 2).requires_grad
+
+
+def test_neighbour_sums_and_maxima_by_hand():
+    table = torch.tensor([[1.0, -1.0], [2.0, -2.0], [4.0, -4.0]], requires_grad=True)
+    neighbours = torch.tensor([[0, 1], [1, 2], [1, 1]])
+    assert neighbour_sum(table, neighbours).tolist() == [[3, -3], [6, -6], [4, -4]]
+    assert neighbour_max(table, neighbours).tolist() == [[2, -1], [4, -2], [2, -2]]
+    (grad,) = torch.autograd.grad(neighbour_sum(table, neighbours)[:, 0].sum(), table)
+    assert grad.tolist() == [[1, 0], [4, 0], [1, 0]]
+    (grad,) = torch.autograd.grad(neighbour_max(table, neighbours).sum(), table)
+    assert grad.tolist() == [[0, 1], [2, 2], [1, 0]]
+
+
+def test_gradients_of_neighbour_sums_and_maxima_by_finite_differences():
+    table = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
+    neighbours = torch.randint(7, (7, 4))
+    assert torch.autograd.gradcheck(lambda t: neighbour_sum(t, neighbours), table)
+    assert torch.autograd.gradcheck(lambda t: neighbour_max(t, neighbours), table)
+
+
+# ------------------------------------------------------------------------------------------------------- EdgeConv
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("gammas", ["positive", EVERY_GAMMA])
+@pytest.mark.parametrize("widths", [(3, 8), (3, 8, 10)], ids=["one layer", "two layers"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_edge_conv_equals_the_textbook(widths, gammas, train, dtype):
+    x = torch.randn(3, 3, 20, dtype=dtype)
+    blocks = blocks_of(widths, dtype=dtype, gammas=gammas)
+    index = knn(x.mT, 6)
+    actual, expected = (outcome(f, x, index, blocks, train=train) for f in (ours, textbook))
+    assert actual["output"].dtype == dtype
+    assert_same(actual, expected, tolerance=TOLERANCE[dtype], without=without_undefined(gammas, widths))
+
+
+@pytest.mark.parametrize("k", [1, 2, 8, 9])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("widths", [(4, 5), (4, 6, 5)], ids=["one layer", "two layers"])
+def test_every_k_from_one_to_all_points_and_a_batch_of_one(widths, batch, k):
+    x = torch.randn(batch, 4, 9, dtype=torch.float64)
+    blocks = blocks_of(widths, gammas=EVERY_GAMMA)
+    index = knn(x.mT, k)
+    actual, expected = (outcome(f, x, index, blocks) for f in (ours, textbook))
+    assert_same(actual, expected, tolerance=1e-10, without=without_undefined(EVERY_GAMMA, widths))
+
+
+def test_a_gain_of_zero_has_a_subgradient():
+    x = torch.randn(1, 3, 10, dtype=torch.float64)
+    (block,) = blocks_of((3, 2))
+    index = knn(x.mT, 4)
+    tiny = []
+    for gain in (0.0, 1e-9):  # the gradient at zero is that from the right: the maximum, as everywhere else
+        nn.init.constant_(block[1].weight, gain)
+        tiny.append(outcome(ours, x, index, [block])["grad of 0.1.weight"])
+    torch.testing.assert_close(tiny[0], tiny[1])
+
+
+@pytest.mark.parametrize("widths", [(3, 6), (3, 6, 5)], ids=["one layer", "two layers"])
+@pytest.mark.parametrize("momentum", [0.1, 0.9, None])
+def test_running_statistics_over_several_steps(widths, momentum):
+    x = torch.randn(2, 3, 12, dtype=torch.float64)
+    blocks = blocks_of(widths, momentum=momentum)
+    index = knn(x.mT, 5)
+    actual, expected = (outcome(f, x, index, blocks, steps=3) for f in (ours, textbook))
+    assert_same(actual, expected, tolerance=1e-10)
+    assert actual["0.1.num_batches_tracked"] == 3  # the backward computes blocks again, and does not count them again
+
+
+@pytest.mark.parametrize("widths", [(3, 6), (3, 6, 5)], ids=["one layer", "two layers"])
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_batch_norm_without_running_statistics_or_parameters(widths, train):
+    blocks = blocks_of(widths)
+    for block in blocks:
+        block[1] = nn.BatchNorm2d(
+            block[1].num_features, affine=False, track_running_stats=block is blocks[0], dtype=torch.float64
+        )
+    x = torch.randn(2, 3, 12, dtype=torch.float64)
+    index = knn(x.mT, 5)
+    actual, expected = (outcome(f, x, index, blocks, train=train) for f in (ours, textbook))
+    assert_same(actual, expected, tolerance=1e-10)
+
+
+def test_batch_norm_with_neither_parameters_nor_buffers():
+    (block,) = blocks_of((3, 6))
+    block[1] = nn.BatchNorm2d(6, affine=False, track_running_stats=False)
+    x = torch.randn(2, 3, 12, dtype=torch.float64)
+    index = knn(x.mT, 5)
+    actual, expected = (outcome(f, x, index, [block]) for f in (ours, textbook))
+    assert_same(actual, expected, tolerance=1e-10)
+
+
+@pytest.mark.parametrize("widths", [(3, 6), (3, 6, 5)], ids=["one layer", "two layers"])
+def test_duplicated_points(widths):
+    """Ties: which of several identical points gets the gradient is open, their sum and all else is not."""
+    x = torch.randn(2, 3, 16, dtype=torch.float64)
+    x[..., 10:] = x[..., :1]  # what random input dropout does
+    blocks = blocks_of(widths, gammas="positive")
+    index, other = knn(x.mT, 8), textbook_knn(x, 8)
+    actual, expected = outcome(ours, x, index, blocks), outcome(textbook, x, other, blocks)
+    for result in (actual, expected):
+        gradient = result["grad of x"]
+        gradient[..., 0] += gradient[..., 10:].sum(2)
+        result["grad of x"] = gradient[..., :10]
+    assert_same(actual, expected, tolerance=1e-10)
+
+
+@pytest.mark.parametrize("widths", [(3, 6), (3, 6, 5)], ids=["one layer", "two layers"])
+def test_a_cloud_of_one_repeated_point_stays_finite(widths):
+    x = torch.randn(1, 3, 1).expand(1, 3, 10).contiguous()
+    actual = outcome(ours, x, knn(x.mT, 4), blocks_of(widths, dtype=torch.float32))
+    assert all(value.isfinite().all() for value in actual.values())
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("budget", [1, 150, 1000])
+def test_two_layers_in_blocks_of_any_size(monkeypatch, budget, train):
+    """20 points x 5 neighbours x 7 channels: one point, 4 points (the last block is full) or 28 points (it is not)."""
+    monkeypatch.setitem(layers._EDGE_BLOCK, "cpu", budget)
+    x = torch.randn(2, 3, 20, dtype=torch.float64)
+    blocks = blocks_of((3, 7, 6), gammas=EVERY_GAMMA)
+    index = knn(x.mT, 5)
+    actual, expected = (outcome(f, x, index, blocks, train=train) for f in (ours, textbook))
+    assert_same(actual, expected, tolerance=1e-10, without=without_undefined(EVERY_GAMMA, (3, 7, 6)))
+
+
+@pytest.mark.parametrize("widths", [(3, 6), (3, 6, 5)], ids=["one layer", "two layers"])
+def test_a_large_common_offset_does_not_cancel_the_variance(widths):
+    """A naive E[h^2] - E[h]^2 in float32 would lose all digits here."""
+    x = torch.randn(2, 3, 32) + 300
+    blocks = blocks_of(widths, dtype=torch.float32)
+    index = knn(x.mT, 6)
+    single = outcome(ours, x, index, blocks)
+    double = outcome(textbook, x.double(), index, [block.double() for block in blocks])
+    torch.testing.assert_close(single["output"].double(), double["output"], rtol=0, atol=5e-3)
+    torch.testing.assert_close(single["0.1.running_var"].double(), double["0.1.running_var"], rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("widths", [(3, 6), (3, 6, 5)], ids=["one layer", "two layers"])
+def test_edge_conv_under_autocast_is_that_of_float32(widths):
+    x = torch.randn(2, 3, 24)
+    blocks = blocks_of(widths, dtype=torch.float32)
+    index = knn(x.mT, 6)
+
+    def mixed(*inputs):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return ours(*inputs)
+
+    assert_same(outcome(mixed, x, index, blocks), outcome(ours, x, index, blocks), tolerance=0)
+
+
+@pytest.mark.parametrize("widths", [(3, 6), (3, 6, 5)], ids=["one layer", "two layers"])
+def test_strided_rows(widths):
+    blocks = nn.ModuleList(blocks_of(widths))
+    rows = torch.randn(20, 6, dtype=torch.float64)[:, ::2]
+    neighbours = torch.randint(20, (20, 8))[:, ::2]
+    function = {1: edge_conv, 2: edge_conv_two_layers}[len(blocks)]
+    torch.testing.assert_close(
+        function(rows, neighbours, *blocks), function(rows.contiguous(), neighbours.contiguous(), *blocks)
+    )
+
+
+@pytest.mark.parametrize("widths", [(3, 8), (3, 8, 8)], ids=["one layer", "two layers"])
+def test_no_tensor_of_all_edges_is_kept(monkeypatch, widths):
+    """The point of the formulation: between forward and backward nothing of N x k x C elements is alive."""
+    monkeypatch.setitem(layers._EDGE_BLOCK, "cpu", 1)
+    x = torch.randn(2, 3, 40)
+    index = knn(x.mT, 10)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        ours(x.requires_grad_(), index, blocks_of(widths, dtype=torch.float32))
+    assert 0 < max(saved) <= 2 * 40 * 10  # the neighbour lists themselves: one number per edge, no channels
+
+
+# --------------------------------------------------------------------------------------------------- other layers
+
+
+def test_pointwise_block_on_rows_equals_the_module():
+    block = point_block(5, 7).double()
+    x = torch.randn(3, 5, 11, dtype=torch.float64)
+    reference = copy.deepcopy(block)
+    rows = apply_to_rows(x.transpose(1, 2).flatten(0, 1), *block)
+    torch.testing.assert_close(rows.unflatten(0, (3, 11)).transpose(1, 2), reference(x))
+    torch.testing.assert_close(block[1].running_var, reference[1].running_var)
+
+
+def test_pointwise_layer_with_bias_on_rows_equals_the_module():
+    conv = nn.Conv1d(4, 6, 1)
+    x = torch.randn(2, 4, 9)
+    torch.testing.assert_close(apply_to_rows(x.mT.flatten(0, 1), conv).unflatten(0, (2, 9)).mT, conv(x))
+
+
+def test_maximum_over_points_sends_the_gradient_to_one_point():
+    x = torch.tensor([[[1.0], [3.0], [3.0]]], requires_grad=True)
+    max_over_points(x).sum().backward()
+    assert sorted(x.grad.flatten().tolist()) == [0, 0, 1]
+
+
+def test_transform_net_starts_at_the_identity():
+    points = torch.randn(3, 30, 3)
+    matrices = TransformNet()(points, flatten_neighbours(knn(points, 5)))
+    assert torch.equal(matrices, torch.eye(3).expand(3, 3, 3))
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_transform_net_equals_the_textbook(train):
+    net = TransformNet().double()
+    nn.init.normal_(net.transform.weight, std=0.1)
+    reference = TextbookTransformNet(5).double()
+    reference.load_state_dict(net.state_dict())
+    points = torch.randn(3, 16, 3, dtype=torch.float64)
+    matrices = net.train(train)(points, flatten_neighbours(knn(points, 5)))
+    torch.testing.assert_close(matrices, reference.train(train)(points.mT), rtol=0, atol=1e-10)
