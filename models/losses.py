@@ -101,6 +101,6 @@ def crossnet_objective(
         objects = (torch.arange(batch, device=views[0].device) + rank() * batch).repeat(2) if mask_same_object else None
         cross = nt_xent(torch.cat(views), torch.cat(images), temperature=temperature, objects=objects)
     else:
-        mean = (views[0] + views[1]) / 2
+        mean = (at_least_float32(views[0]) + at_least_float32(views[1])) / 2
         cross = sum(nt_xent(mean, image, temperature=temperature) for image in images)
     return Losses(intra + alpha * cross, intra, cross)
