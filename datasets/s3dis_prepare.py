@@ -92,12 +92,17 @@ class Room:
 
 
 def _numbers(line: str) -> list[float] | None:
-    """Six finite numbers with colours in range, or None."""
+    """Six finite numbers with colours in range, or None (``float`` would take ``1_0`` as well)."""
     try:
         values = [float(word) for word in line.split()]
     except ValueError:
         return None
-    good = len(values) == 6 and all(map(math.isfinite, values)) and all(0 <= v <= 255 for v in values[3:])
+    good = (
+        "_" not in line
+        and len(values) == 6
+        and all(map(math.isfinite, values))
+        and all(0 <= v <= 255 for v in values[3:])
+    )
     return values if good else None
 
 
