@@ -45,7 +45,17 @@ from downstream.features import (
 )
 from models import ENCODER_ALIASES, ENCODERS, build_encoder, encoder_arguments, resolve_encoder_name
 from utils.checkpoint import describe_encoder, encoder_from_checkpoint
-from utils.cli import HelpFormatter, add_common_arguments, log_to_screen, positive_int, resolve_device, run, write_json
+from utils.cli import (
+    HelpFormatter,
+    add_common_arguments,
+    log_to_screen,
+    positive_float,
+    positive_int,
+    resolve_device,
+    run,
+    seed_number,
+    write_json,
+)
 from utils.errors import DataError, UserError
 from utils.training import git_commit, seed_everything, versions
 
@@ -68,14 +78,6 @@ class Scores(NamedTuple):
     test_features: np.ndarray  # (n_test, D)
 
 
-def positive_float(text: str) -> float:
-    """Argparse type: a finite number above 0."""
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-    return value
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
@@ -88,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--seeds",
-        type=int,
+        type=seed_number,
         nargs="+",
         metavar="S",
         help="--random_init: one run per seed of the weights (default: --seed)",
@@ -192,8 +194,6 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError("--seeds chooses the weights of --random_init; a checkpoint has its own (draws follow --seed)")
     if args.cv_folds < 2:
         raise UserError(f"--cv_folds {args.cv_folds}: cross-validation needs at least 2 folds")
-    if args.seed < 0 or min(args.seeds or [0]) < 0:
-        raise UserError("seeds must not be negative")
     if args.dataset == "scanobjectnn":
         args.variant = resolve_variant(args.variant)
     for path in (args.confusion_matrix, args.retrieval_sheet):
