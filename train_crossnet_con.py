@@ -37,11 +37,14 @@ from models import ENCODER_ALIASES, ENCODERS, CrossNet, build_encoder, encoder_a
 from models.crossnet import MODALITIES
 from models.image import IMAGE_ENCODERS
 from models.losses import OBJECTIVES
-from utils.checkpoint import describe_encoder, encoder_from_checkpoint, load_strictly
+from utils.checkpoint import check_writable, describe_encoder, encoder_from_checkpoint, load_strictly
 from utils.cli import (
     HelpFormatter,
     add_common_arguments,
     add_run_arguments,
+    non_negative_float,
+    non_negative_int,
+    positive_float,
     positive_int,
     resolve_device,
     run,
@@ -63,7 +66,7 @@ logger = logging.getLogger("crossnet")
 # Streams of what happens to a batch on the device, apart from those of reading a sample.
 AUGMENTATION_PURPOSE = 1
 # Settings of the probe change nothing that is learned; which shapes are listed is checked by their names.
-PROBE_SETTINGS = {"eval_every", "eval_dataset", "eval_points", "svm_c", "select_on", "list"}
+PROBE_SETTINGS = {"eval_every", "eval_dataset", "eval_root", "eval_points", "svm_c", "select_on", "list"}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -89,9 +92,17 @@ def build_parser() -> argparse.ArgumentParser:
     g = parser.add_argument_group("point encoder")
     g.add_argument("--model", choices=[*ENCODERS, *ENCODER_ALIASES], default="dgcnn_cls", help="encoder to pretrain")
     g.add_argument(
-        "--k", type=positive_int, default=20, metavar="K", help="neighbours per point, itself included (DGCNN)"
+        "--k",
+        type=positive_int,
+        metavar="K",
+        help="neighbours per point, itself included, of DGCNN (default: 20, or that of --model_path)",
     )
-    g.add_argument("--emb_dims", type=positive_int, default=1024, metavar="E", help="width of the embedding")
+    g.add_argument(
+        "--emb_dims",
+        type=positive_int,
+        metavar="E",
+        help="width of the embedding (default: 1024, or that of --model_path)",
+    )
     g.add_argument(
         "--dropout", type=float, default=0.5, metavar="P", help="kept for the heads of fine-tuning; no effect here"
     )
@@ -109,8 +120,8 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument(
         "--image_model", choices=list(IMAGE_ENCODERS), default="resnet50", help="image encoders, random start"
     )
-    g.add_argument("--alpha", type=float, default=1.0, metavar="A", help="weight of the cross-modal term")
-    g.add_argument("--temperature", type=float, default=0.2, metavar="T", help="of NT-Xent")
+    g.add_argument("--alpha", type=non_negative_float, default=1.0, metavar="A", help="weight of the cross-modal term")
+    g.add_argument("--temperature", type=positive_float, default=0.2, metavar="T", help="of NT-Xent")
     g.add_argument(
         "--mask_same_object",
         action="store_true",
@@ -120,11 +131,15 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--batch_size", type=positive_int, default=32, metavar="B", help="objects per process and step")
     g.add_argument("--epochs", type=positive_int, default=250, metavar="E", help="passes over the data")
     g.add_argument(
-        "--lr", type=float, default=1e-3, metavar="LR", help="highest learning rate of Adam; SGD takes 100 x this"
+        "--lr",
+        type=positive_float,
+        default=1e-3,
+        metavar="LR",
+        help="highest learning rate of Adam; SGD takes 100 x this",
     )
-    g.add_argument("--weight_decay", type=float, default=1e-5, metavar="WD", help="L2 penalty")
+    g.add_argument("--weight_decay", type=non_negative_float, default=1e-5, metavar="WD", help="L2 penalty")
     g.add_argument("--use_sgd", action="store_true", help="SGD with momentum instead of Adam, for all encoders")
-    g.add_argument("--momentum", type=float, default=0.9, metavar="M", help="of SGD")
+    g.add_argument("--momentum", type=non_negative_float, default=0.9, metavar="M", help="of SGD")
     g.add_argument(
         "--lr_schedule",
         choices=LR_SCHEDULES,
@@ -141,7 +156,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     g.add_argument("--compile", action="store_true", help="torch.compile the image encoders and heads")
     g = parser.add_argument_group("linear-SVM probe")
-    g.add_argument("--eval_every", type=int, default=1, metavar="EPOCHS", help="epochs between probes; 0 = never")
+    g.add_argument(
+        "--eval_every", type=non_negative_int, default=1, metavar="EPOCHS", help="epochs between probes; 0 = never"
+    )
     g.add_argument(
         "--eval_dataset",
         nargs="+",
@@ -152,7 +169,7 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--eval_root", metavar="DIR", help="folder of the probe's sets (default: --data_root)")
     g.add_argument("--eval_points", type=positive_int, default=1024, metavar="N", help="points per cloud")
     g.add_argument("--test_batch_size", type=positive_int, default=32, metavar="B", help="clouds per forward pass")
-    g.add_argument("--svm_c", type=float, default=0.01, metavar="C", help="of the linear SVM")
+    g.add_argument("--svm_c", type=positive_float, default=0.01, metavar="C", help="of the linear SVM")
     g.add_argument(
         "--select_on",
         choices=("val", "test"),
@@ -185,11 +202,12 @@ class Pretraining(TrainingLoop):
             only=read_shape_list(args.list) if args.list else None,
             strict=args.strict_data,
         )
+        encoder = self.build_point_encoder()
         self.check_sizes()
         self.sampler = PairSampler(len(self.dataset), global_batch=args.batch_size, seed=args.seed)
         self.augmentation: PointAugmentation = pretraining_augmentation(args.num_points)
         self.model = CrossNet(
-            self.build_point_encoder(),
+            encoder,
             image_model=args.image_model,
             image_modality=args.image_modality,
             objective=args.objective,
@@ -221,7 +239,7 @@ class Pretraining(TrainingLoop):
                 f"{self.dataset.cloud_size}"
             )
         points = args.num_points or self.dataset.cloud_size
-        if "k" in encoder_arguments(args.model) and args.k > points:
+        if args.k is not None and args.k > points:
             raise UserError(f"--k {args.k} neighbours of clouds of {points} points: choose a k of at most {points}")
 
     def build_point_encoder(self) -> nn.Module:
@@ -229,8 +247,14 @@ class Pretraining(TrainingLoop):
         args = self.args
         wanted = {"k": args.k, "emb_dims": args.emb_dims}
         if args.model_path:
-            return encoder_from_checkpoint(args.model_path, model=args.model, **wanted)
-        return build_encoder(args.model, **{key: wanted[key] for key in encoder_arguments(args.model) if key in wanted})
+            encoder = encoder_from_checkpoint(args.model_path, model=args.model, **wanted)
+        else:
+            known = encoder_arguments(args.model)
+            given = {key: value for key, value in wanted.items() if key in known and value is not None}
+            encoder = build_encoder(args.model, **given)
+        # From here on, and in checkpoints, the settings are those in use.
+        args.k, args.emb_dims = getattr(encoder, "k", None), encoder.emb_dims
+        return encoder
 
     def build_probes(self) -> list[LinearProbe]:
         """The probes that ``--eval_dataset`` asks for; none where nothing is found."""
@@ -327,7 +351,9 @@ class Pretraining(TrainingLoop):
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Pretrain; returns the last epoch's record."""
     args = build_parser().parse_args(argv)
-    folder = RunFolder(Path(args.output_dir) / args.exp_name, overwrite=args.overwrite, resume=args.resume is not None)
+    folder = RunFolder(Path(args.output_dir) / args.exp_name, overwrite=args.overwrite, resume=args.resume)
+    if args.json:
+        check_writable(Path(args.json).absolute().parent)
     folder.start_log()
     training = Pretraining(args, folder)
     checkpoint = folder.to_resume(args.resume)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from tqdm import tqdm
 
 from datasets.sampler import PairSampler
 from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.cli import EXIT_TERMINATED
 from utils.errors import CheckpointError, UserError
 from utils.tracking import RunFolder, WandbMirror
 from utils.training import (
@@ -35,6 +39,12 @@ FREE_ON_RESUME = {
     *("save_every", "test_batch_size"),
 }
 SGD_FACTOR = 100  # the released scripts give SGD this many times Adam's rate
+
+
+def leave_signals_to_the_main_process(worker: int) -> None:
+    """For data workers: Ctrl-C and SIGTERM reach the whole group, but the main process ends its workers itself."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def base_rate(args: argparse.Namespace) -> float:
@@ -111,6 +121,7 @@ class TrainingLoop:
         self.args, self.folder, self.device = args, folder, device
         self.scaler = grad_scaler(device, args.amp)
         self.progress = Progress()
+        self.stopping = False  # SIGTERM has come
 
     @property
     def total_steps(self) -> int:
@@ -159,13 +170,53 @@ class TrainingLoop:
             batch_sampler=self.sampler,
             collate_fn=self.collate,
             num_workers=workers,
+            worker_init_fn=leave_signals_to_the_main_process,
             pin_memory=self.device.type == "cuda",
             persistent_workers=workers > 0,
             prefetch_factor=4 if workers > 0 else None,
         )
 
+    @contextlib.contextmanager
+    def signals(self) -> Iterator[None]:
+        """Inside, SIGTERM ends the run after the step at hand; a killed data worker is an error that says so."""
+
+        def stop(*_: object) -> None:
+            self.stopping = True
+
+        listens = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGTERM, stop) if listens else None
+        try:
+            yield
+        except RuntimeError as error:
+            # PyTorch raises this at any moment, from its handler of SIGCHLD.
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise UserError(
+                f"a process that reads data is gone ({str(error).splitlines()[0].strip()}), perhaps for want of memory "
+                "or /dev/shm: go on with --resume and fewer --workers"
+            ) from error
+        finally:
+            if listens:
+                signal.signal(signal.SIGTERM, before)
+
+    def exit_if_stopped(self) -> None:
+        """End the process when SIGTERM has come and everything is saved.
+
+        Raises:
+            SystemExit: with the exit code of a process that SIGTERM ended.
+        """
+        if self.stopping:
+            last = self.folder / "last.pth"
+            logger.warning("stopped by SIGTERM at step %d; go on from %s with --resume", self.progress.step, last)
+            raise SystemExit(EXIT_TERMINATED)
+
     def train(self) -> dict[str, Any]:
         """Train to the last epoch; returns its record."""
+        with self.signals():
+            return self.train_all_epochs()
+
+    def train_all_epochs(self) -> dict[str, Any]:
+        """See ``train``."""
         args, progress = self.args, self.progress
         tracker = WandbMirror(args.wandb, name=args.exp_name, folder=self.folder.path, config=vars(args))
         loader = self.loader()
@@ -176,11 +227,13 @@ class TrainingLoop:
             if args.eval_every and (progress.epoch % args.eval_every == 0 or progress.epoch == args.epochs):
                 record.update(self.evaluate())
             self.folder.append_metrics(record)
-            self.folder.draw_curves()
-            tracker.log(record, step=progress.step)
             self.save("last.pth")
             shown = "  ".join(f"{key} {value:.4g}" for key, value in record.items())
             logger.info(shown)
+            self.folder.draw_curves()
+            tracker.log(record, step=progress.step)
+            if progress.epoch < args.epochs:
+                self.exit_if_stopped()
         bar.close()
         tracker.finish()
         return record or next(reversed(list(self.folder.metrics())), {})
@@ -200,15 +253,17 @@ class TrainingLoop:
             progress.samples += sampler.global_batch
             done = progress.samples // sampler.global_batch == len(sampler)
             due = args.save_every and progress.step % args.save_every == 0
-            losses = self.settle(pending) if due or done or len(pending) == args.log_every else None
-            now = time.perf_counter()
-            progress.seconds += now - last
-            last = now
+            stop = self.stopping
+            losses = self.settle(pending) if due or done or stop or len(pending) == args.log_every else None
+            progress.seconds += time.perf_counter() - last
             if losses:
                 self.show(bar, losses)
-            if due and not done:
+            if stop or (due and not done):
                 self.save("last.pth")
+            if stop:
+                self.exit_if_stopped()
             bar.update()
+            last = time.perf_counter()  # saving is no training and no waiting for data
         record = {
             "epoch": progress.epoch + 1,
             "step": progress.step,
@@ -231,14 +286,20 @@ class TrainingLoop:
         pending.clear()
         bad = (~losses.isfinite().all(1)).nonzero()
         if len(bad):
-            raise UserError(
-                f"the loss is not finite at step {first + int(bad[0]) + 1} (epoch {self.progress.epoch + 1}); "
-                f"{self.folder / 'last.pth'} is from before it, if it exists. Try a lower --lr, --amp bf16 or off, "
-                "or look for broken clouds with python -m data.check_data"
-            )
-        sums = self.progress.sums or [0.0] * losses.shape[1]
-        self.progress.sums = [a + b for a, b in zip(sums, losses.double().sum(0).tolist(), strict=True)]
+            raise self.not_finite("the loss is", first + int(bad[0]) + 1)
+        # One after another, so that the sum does not depend on how often the losses are looked at.
+        for step in losses.double().tolist():
+            sums = self.progress.sums or [0.0] * len(step)
+            self.progress.sums = [a + b for a, b in zip(sums, step, strict=True)]
         return losses.mean(0).tolist()
+
+    def not_finite(self, what: str, step: int) -> UserError:
+        """The error for a run that went astray."""
+        return UserError(
+            f"{what} not finite at step {step} (epoch {self.progress.epoch + 1}); {self.folder / 'last.pth'} is from "
+            "before it, if it exists. Try a lower --lr, --amp bf16 or off, or look for broken clouds with "
+            "python -m data.check_data"
+        )
 
     def show(self, bar: tqdm, losses: list[float]) -> None:
         """Progress: on the bar where somebody looks, as lines elsewhere."""
@@ -259,7 +320,10 @@ class TrainingLoop:
             )
 
     def save(self, name: str) -> None:
-        """Write a checkpoint into the run folder."""
+        """Write a checkpoint into the run folder; never one with weights that are not finite."""
+        floats = [value for value in self.model.state_dict().values() if value.is_floating_point()]
+        if not torch.stack([value.isfinite().all() for value in floats]).all():
+            raise self.not_finite("some weights are", self.progress.step)
         save_checkpoint(
             self.folder / name,
             {
@@ -285,7 +349,12 @@ class TrainingLoop:
         Raises:
             CheckpointError: a checkpoint of another kind, other settings, or other data.
         """
-        payload = load_checkpoint(path)
+        best = self.folder / "best.pth"
+        try:
+            payload = load_checkpoint(path)
+        except CheckpointError as error:
+            other = f"go on from another one, as with --resume {best}, or " if best.exists() and path != best else ""
+            raise CheckpointError(f"{error}; {other}start again with --overwrite") from error
         if payload.get("kind") != self.kind or "optimizer" not in payload:
             kind = self.kind.removeprefix("crossnet-")
             raise CheckpointError(f"{path} is no {kind} checkpoint: --resume needs a last.pth of this script")
@@ -301,5 +370,7 @@ class TrainingLoop:
         self.scaler.load_state_dict(payload["scaler"])
         restore_random_states(payload["random"])
         self.progress = Progress(**payload["progress"])
+        if not best.exists():  # a new folder, or a lost file: the next score is the best there is
+            self.progress.best, self.progress.best_epoch = Progress.best, Progress.best_epoch
         self.folder.cut_metrics(self.progress.epoch)
         logger.info("resumed %s: %d epochs and %d steps done", path, self.progress.epoch, self.progress.step)

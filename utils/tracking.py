@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import logging.handlers
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,56 +19,67 @@ RUN_FILES = ("last.pth", "best.pth", "config.json", "metrics.jsonl", "run.log", 
 
 
 class RunFolder:
-    """Folder ``<output_dir>/<exp_name>`` of one run.
+    """Folder ``<output_dir>/<exp_name>`` of one run. What an earlier run left stays as it is until ``write_config``.
 
     Args:
         path: the folder.
-        overwrite: remove an earlier run's files from it.
-        resume: go on in it.
+        overwrite: let this run take an earlier one's place.
+        resume: go on from ``auto``, this folder's checkpoint, or from the checkpoint of that path.
 
     Raises:
-        UserError: it holds a run and neither ``resume`` nor ``overwrite`` is given, or it cannot be written.
+        UserError: it holds a run that is neither to be overwritten nor the one to go on with, or it cannot be written.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = False, resume: bool = False) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = False, resume: str | None = None) -> None:
         self.path = Path(path)
         there = [name for name in RUN_FILES if (self.path / name).exists()]
-        if there and not (overwrite or resume):
+        goes_on = resume == "auto" or (resume is not None and Path(resume).resolve().parent == self.path.resolve())
+        self._replaced = () if goes_on else there
+        if there and not (overwrite or goes_on):
             raise UserError(
                 f"{self.path} holds an earlier run ({', '.join(there)}): go on with --resume, replace it with "
                 "--overwrite, or choose another --exp_name"
             )
         check_writable(self.path)
-        if overwrite and not resume:
-            for name in there:
-                (self.path / name).unlink()
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
 
     def to_resume(self, resume: str | None) -> Path | None:
-        """Checkpoint that ``--resume`` means: None, ``auto`` (this run's last one, if there is one) or a path."""
+        """Checkpoint that ``--resume`` means: None, ``auto`` (this run's newest one, if there is one) or a path."""
         if resume != "auto":
             return Path(resume) if resume else None
-        path = self / "last.pth"
-        if path.exists():
-            return path
-        logger.info("%s does not exist yet: starting from the beginning", path)
+        for name in ("last.pth", "best.pth"):
+            if (self / name).exists():
+                return self / name
+        logger.info("%s does not exist yet: starting from the beginning", self / "last.pth")
+        if (self / "metrics.jsonl").exists():
+            self.cut_metrics(0)
         return None
 
     def start_log(self) -> None:
-        """Send the log to ``run.log`` as well as to the screen; an earlier run's file is closed."""
+        """Send the log to the screen and, from ``write_config`` on, to ``run.log``; an earlier run's file is closed."""
         log_to_screen()
         for handler in list(logger.handlers):
             logger.removeHandler(handler)
             handler.close()
-        to_file = logging.FileHandler(self / "run.log", encoding="utf-8")
-        to_file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-        logger.addHandler(to_file)
+        logger.addHandler(logging.handlers.MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL + 1))
 
     def write_config(self, config: Mapping[str, Any]) -> None:
-        """Write ``config.json``."""
+        """Take the folder over: remove what is to be overwritten, write ``config.json``, open ``run.log``.
+
+        Called when nothing in the settings or the data can stop the run any more.
+        """
+        for name in self._replaced:
+            (self.path / name).unlink()
         write_json(self / "config.json", config)
+        to_file = logging.FileHandler(self / "run.log", encoding="utf-8")
+        to_file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        for early in [handler for handler in logger.handlers if isinstance(handler, logging.handlers.MemoryHandler)]:
+            early.setTarget(to_file)
+            early.close()  # hands on what was logged so far
+            logger.removeHandler(early)
+        logger.addHandler(to_file)
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Add one line to ``metrics.jsonl``."""
@@ -101,7 +113,7 @@ class RunFolder:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-        scores = sorted({key for record in records for key in record if key.endswith(("accuracy", "miou"))})
+        scores = sorted({key for record in records for key in record if key.endswith(("accuracy", "iou"))})
         figure = Figure(figsize=(4.5 * (3 if scores else 2), 3.4), layout="constrained")
         FigureCanvasAgg(figure)
         panels = [("loss", ["loss", "loss_intra", "loss_cross"]), ("learning rate", ["lr"])]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import platform
 import random
@@ -89,8 +90,9 @@ def versions() -> dict[str, str]:
     }
 
 
+@functools.cache
 def git_commit() -> str:
-    """Commit of the code, with ``-dirty`` after it when files are changed; ``unknown`` outside a checkout."""
+    """Commit of the code at the first call, ``-dirty`` after it when files are changed; ``unknown`` without git."""
     root = Path(__file__).resolve().parent.parent
     try:
         commit = subprocess.run(

@@ -2,6 +2,7 @@ import json
 import logging
 import sys
 import types
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -22,12 +23,55 @@ def test_an_earlier_run_is_kept_unless_asked(tmp_path):
         (folder / name).write_text("precious")
         with pytest.raises(UserError, match=f"{folder} holds an earlier run.*--resume.*--overwrite"):
             RunFolder(folder)
-        RunFolder(folder, resume=True)
+        with pytest.raises(UserError, match="holds an earlier run"):
+            RunFolder(folder, resume=str(tmp_path / "elsewhere" / "last.pth"))
+        RunFolder(folder, resume="auto")
+        RunFolder(folder, resume=str(folder / "best.pth"))
+        RunFolder(folder, overwrite=True)
         assert contents(folder) == {name: b"precious"}
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
     RunFolder(tmp_path / "other")
     assert contents(tmp_path / "other") == {"notes.txt": b"mine"}
+
+
+def test_an_earlier_run_is_removed_when_the_new_one_begins(tmp_path):
+    names = [*RUN_FILES, "notes.txt"]
+    for name in names:
+        (tmp_path / name).write_text("old")
+    folder = RunFolder(tmp_path, overwrite=True)
+    folder.start_log()
+    logging.getLogger("crossnet").info("before it begins")
+    assert set(contents(tmp_path)) == set(names) and (folder / "run.log").read_text() == "old"
+    folder.write_config({"arguments": {"lr": 1}})
+    logging.getLogger("crossnet").info("after")
+    assert set(contents(tmp_path)) == {"config.json", "run.log", "notes.txt"}
+    assert json.loads((folder / "config.json").read_text()) == {"arguments": {"lr": 1}}
+    lines = (folder / "run.log").read_text().splitlines()
+    assert [line.split(" ", 2)[2] for line in lines] == ["before it begins", "after"]
+
+
+def test_a_continued_run_keeps_its_files_and_log(tmp_path):
+    for name in RUN_FILES:
+        (tmp_path / name).write_text("old\n")
+    folder = RunFolder(tmp_path, resume="auto", overwrite=True)
+    folder.start_log()
+    folder.write_config({})
+    logging.getLogger("crossnet").info("new")
+    assert all((folder / name).read_text().startswith("old") for name in RUN_FILES if name != "config.json")
+    assert (folder / "run.log").read_text().endswith("new\n")
+
+
+def test_resume_takes_the_newest_checkpoint_there_is(tmp_path):
+    folder = RunFolder(tmp_path)
+    assert folder.to_resume(None) is None and folder.to_resume("auto") is None
+    assert folder.to_resume("a/b.pth") == Path("a/b.pth")
+    folder.append_metrics(record(1))
+    assert folder.to_resume("auto") is None and list(folder.metrics()) == []  # starts again: no line twice
+    (tmp_path / "best.pth").write_text("")
+    assert folder.to_resume("auto") == tmp_path / "best.pth"
+    (tmp_path / "last.pth").write_text("")
+    assert folder.to_resume("auto") == tmp_path / "last.pth"
 
 
 def test_metrics_are_cut_back_and_a_torn_last_line_is_left_out(tmp_path):
@@ -71,8 +115,10 @@ def test_the_log_of_a_second_run_does_not_go_into_the_firsts_file(tmp_path, capl
     first, second = RunFolder(tmp_path / "a"), RunFolder(tmp_path / "b")
     logger = logging.getLogger("crossnet")
     first.start_log()
+    first.write_config({})
     logger.info("to the first")
     second.start_log()
+    second.write_config({})
     logger.info("to the second")
     assert (first / "run.log").read_text().endswith("to the first\n")
     assert (second / "run.log").read_text().endswith("to the second\n")
