@@ -34,6 +34,7 @@ from datasets.modelnet import (
     find_hdf5_folder,
     listed_files,
 )
+from datasets.s3dis import BLOCK_FOLDER, CHANNELS, FILE_LIST, PREPARE_COMMAND, ROOM_FOLDER, ROOM_LIST
 from datasets.scanobjectnn import CLASSES as SCANOBJECTNN_CLASSES
 from datasets.scanobjectnn import VARIANTS, candidate_files
 from datasets.shapenet_render import PACKED_NAME, FolderSource, PackedSource, PairSource, decode_image
@@ -242,17 +243,17 @@ class _Checker:
         self.compare_md5("shapenetpart", sorted(folder.glob("*.h5")), finding)
         return finding.settle()
 
-    def s3dis(self, folder_name: str, *, expected: Mapping[str, int]) -> Finding:
+    def s3dis(self, folder_name: str, arrays: Mapping[str, tuple[int | None, ...]], **fields: Any) -> Finding:
         """S3DIS as blocks of points."""
-        finding = Finding(expected=dict(expected))
+        finding = Finding(**fields)
         folder = self.root / folder_name
-        files = _list_or_glob(folder, "all_files.txt", "ply_data_all_*.h5")
+        files = _list_or_glob(folder, FILE_LIST, "*.h5")
         if not files:
             return finding
         finding.where = str(folder)
-        rows = [self.attempt(finding, lambda f=file: _check_arrays(f, _ROOM_ARRAYS)) for file in files]
+        rows = [self.attempt(finding, lambda f=file: _check_arrays(f, arrays)) for file in files]
         finding.found["blocks"] = sum(count or 0 for count in rows)
-        rooms = folder / "room_filelist.txt"
+        rooms = folder / ROOM_LIST
         if not rooms.is_file():
             finding.problems.append(f"{rooms} is missing; it names the room of every block, one a line")
         elif None not in rows:
@@ -290,10 +291,11 @@ class _Checker:
             if finding.state != MISSING or variant in ("OBJ_BG", "OBJ_ONLY", "PB_T50_RS"):
                 rows[f"ScanObjectNN {variant}"] = finding
         rows["ShapeNetPart"] = self.shapenetpart()
-        rows["S3DIS blocks"] = blocks = self.s3dis("indoor3d_sem_seg_hdf5_data", expected={"blocks": S3DIS_BLOCKS})
-        blocks.get = self.command("s3dis") if blocks.state != OK else ""
-        rows["S3DIS test rooms"] = rooms = self.s3dis("indoor3d_sem_seg_hdf5_data_test", expected={})
-        rooms.notes += ["made from the raw rooms, see docs/datasets.md"] if rooms.state == MISSING else []
+        rows["S3DIS blocks"] = self.s3dis(
+            BLOCK_FOLDER, _BLOCK_ARRAYS, expected={"blocks": S3DIS_BLOCKS}, get=self.command("s3dis")
+        )
+        prepare = PREPARE_COMMAND.format(root=shlex.quote(str(self.root)))
+        rows["S3DIS whole rooms"] = self.s3dis(ROOM_FOLDER, _ROOM_ARRAYS, get=prepare)
         packed, labelled = demo / PACKED_NAME, demo / DEMO_FOLDER
         own = self.root.resolve() == _OWN_FOLDER  # the demo set comes with the repository, no other root needs one
         if own or packed.is_file():
@@ -307,7 +309,8 @@ class _Checker:
 
 
 _PART_ARRAYS = {"data": (None, None, 3), "label": (None,), "pid": (None, None)}
-_ROOM_ARRAYS = {"data": (None, None, 9), "label": (None, None)}
+_BLOCK_ARRAYS = {"data": (None, None, CHANNELS), "label": (None, None)}
+_ROOM_ARRAYS = {**_BLOCK_ARRAYS, "index": (None, None)}
 
 
 def _check_arrays(path: Path, wanted: Mapping[str, tuple[int | None, ...]]) -> int:

@@ -82,7 +82,8 @@ by_hand() {  # what to do where no address works
       echo "    $dir/ScanObjectNN/main_split/{training,test}_objectdataset_augmentedrot_scale75.h5           (PB_T50_RS)" ;;
     s3dis)
       echo "  By hand: fill in the form at http://buildingparser.stanford.edu/dataset.html and take"
-      echo "    Stanford3dDataset_v1.2_Aligned_Version, the raw rooms; docs/datasets.md says how blocks are laid out." ;;
+      echo "    Stanford3dDataset_v1.2_Aligned_Version, the raw rooms; this cuts them into blocks:"
+      echo "    python -m datasets.s3dis_prepare --raw Stanford3dDataset_v1.2_Aligned_Version --out $dir" ;;
     shapenet | shapenet_render)
       echo "  By hand: the Drive folder in a browser, $drive_folder"
       echo "    then: bash data/download_data.sh --archive FILE" ;;

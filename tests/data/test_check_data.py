@@ -64,7 +64,8 @@ def add_part(root):
 
 def add_rooms(root, name=ROOMS, blocks=(3, 2)):
     for number, count in enumerate(blocks):
-        h5(root / name / f"ply_data_all_{number}.h5", data=clouds(count, 4, 9), label=np.zeros((count, 4), "u1"))
+        labels = {key: np.zeros((count, 4), "u1") for key in ("label", "index")}
+        h5(root / name / f"ply_data_all_{number}.h5", data=clouds(count, 4, 9), **labels)
     listed = [f"{ROOMS}/ply_data_all_{number}.h5\n" for number in range(len(blocks))]
     (root / name / "all_files.txt").write_text("".join(listed))
     (root / name / "room_filelist.txt").write_text("Area_1_office_1\n" * sum(blocks))
@@ -100,11 +101,11 @@ def test_small_sound_sets_are_partial_with_their_counts(root):
         "ScanObjectNN PB_T50_RS": ("missing", {}),
         "ShapeNetPart": ("partial", {"train": 5, "val": 2, "test": 3}),
         "S3DIS blocks": ("partial", {"blocks": 5}),
-        "S3DIS test rooms": ("ok", {"blocks": 1}),
+        "S3DIS whole rooms": ("ok", {"blocks": 1}),
     }
     assert rows["ModelNet40"].get == f"bash data/download_data.sh --dir {root} modelnet40"
     assert "clouds of 16 points" in rows["ShapeNet pairs"].notes
-    assert rows["S3DIS test rooms"].get == ""
+    assert rows["S3DIS whole rooms"].get == ""
 
 
 def test_published_counts_are_ok_and_need_no_command(root, monkeypatch):
@@ -132,6 +133,7 @@ def test_an_empty_root_lists_every_set_with_the_command_that_gets_it(tmp_path, c
     for names in ("shapenet shapenet_render", "modelnet40", "scanobjectnn", "shapenetpart", "s3dis"):
         assert f"bash data/download_data.sh --dir {tmp_path} {names} " in printed
     assert "ModelNet40, ModelNet10" in printed
+    assert f"python -m datasets.s3dis_prepare --raw Stanford3dDataset_v1.2_Aligned_Version --out {tmp_path} " in printed
     # Commands without a target are shell lines that can be pasted.
     assert "bash data/download_data.sh --list  " in printed
 
@@ -192,11 +194,16 @@ DAMAGE = {
         lambda path: h5(path, data=clouds(2, 4, 6), label=np.zeros((2, 4))),
         {"S3DIS blocks"},
     ),
+    "no point numbers": (
+        f"{ROOMS}_test/ply_data_all_0.h5",
+        lambda path: h5(path, data=clouds(1, 4, 9), label=np.zeros((1, 4))),
+        {"S3DIS whole rooms"},
+    ),
     "empty h5": (f"{ROOMS}/ply_data_all_0.h5", lambda path: path.write_bytes(b""), {"S3DIS blocks"}),
     "rooms cut": (
         f"{ROOMS}_test/room_filelist.txt",
         lambda path: path.write_text(""),
-        {"S3DIS test rooms"},
+        {"S3DIS whole rooms"},
     ),
 }
 
