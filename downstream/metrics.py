@@ -20,7 +20,8 @@ def _labels(values: np.ndarray, name: str, limit: int) -> np.ndarray:
     values = np.asarray(values)
     if values.dtype.kind not in "iu":
         raise ValueError(f"{name} must be whole numbers, they are {values.dtype}")
-    if values.size and not (values.min() >= 0 and values.max() < limit):
+    # Seen as unsigned, a negative number is a large one, so that one pass checks both ends.
+    if values.size and values.view(f"u{values.itemsize}").max() >= limit:
         raise ValueError(f"{name} must be in 0..{limit - 1}, they are in {values.min()}..{values.max()}")
     return values
 
@@ -190,21 +191,24 @@ def _part_histogram(truth: np.ndarray, predicted: np.ndarray, starts: np.ndarray
     # Bytes hold a local part number and a pair of them for all data sets in use; what wraps below 0 becomes large.
     small = np.uint8 if 2 * limit <= 256 and width**2 <= 256 else np.uint32
     first = starts.astype(small)[:, None]
-    step = max(1, _CHUNK_LABELS // max(1, size))
+    step = max(1, _CHUNK_LABELS // size)
     row = np.arange(step)[:, None] * width**2
+    index = np.empty((step, size), dtype=np.int64)
+    other = np.full((step, size), parts, dtype=small)  # an array: NumPy's minimum with one number is far slower
     histogram = np.empty((count, width**2), dtype=np.int64)
     for begin in range(0, count, step):
         chunk = slice(begin, min(begin + step, count))
+        rows = chunk.stop - begin
         local = []
         for labels, name in ((truth[chunk], "true parts"), (predicted[chunk], "predicted parts")):
             number = _labels(labels, name, limit).astype(small)
             number -= first[chunk]
-            local.append(np.minimum(number, small(parts), out=number))
+            local.append(np.minimum(number, other[:rows], out=number))
         pair = local[0]
         pair *= small(width)
         pair += local[1]
-        rows = len(pair)
-        bins = np.bincount((pair + row[:rows]).ravel(), minlength=rows * width**2)
+        np.add(pair, row[:rows], out=index[:rows])
+        bins = np.bincount(index[:rows].ravel(), minlength=rows * width**2)
         histogram[chunk] = bins.reshape(rows, width**2)
     return histogram.reshape(count, width, width)
 

@@ -1,9 +1,12 @@
+import json
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import metrics as benchmark
 from datasets.shapenet_part import PartTaxonomy, official_taxonomy
 from downstream.metrics import confusion_matrix, part_scores, semantic_scores
 from tests import literal_metrics
@@ -171,3 +174,11 @@ def test_labels_may_be_bytes_or_tensors_and_stay_untouched():
     assert scores.as_dict() == expected.as_dict()
     tensors = (torch.tensor(array) for array in (truth, predicted, categories))
     assert part_scores(*tensors, taxonomy).as_dict() == expected.as_dict()
+
+
+def test_the_benchmark_compares_with_the_loops_before_it_reports(tmp_path, monkeypatch):
+    small = ["--shapes", "6", "--points", "30", "--json", str(tmp_path / "times.json")]
+    assert set(benchmark.main(small)) == set(json.loads((tmp_path / "times.json").read_text()))
+    monkeypatch.setattr(benchmark, "shape_ious_by_mask", lambda truth, *_: np.zeros(len(truth)))
+    with pytest.raises(AssertionError):
+        benchmark.main(small)
