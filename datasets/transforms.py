@@ -74,6 +74,34 @@ class RandomScale:
         return f"RandomScale({self.low}, {self.high})"
 
 
+class RandomScaleAxes:
+    """Scale each axis by a factor of its own, uniform in [low, high)."""
+
+    def __init__(self, low: float = 2 / 3, high: float = 3 / 2) -> None:
+        self.low, self.high = low, high
+
+    def __call__(self, points: Tensor, streams: SampleStreams) -> Tensor:
+        """(B, N, 3) -> (B, N, 3)."""
+        return points * streams.uniform(1, 3, low=self.low, high=self.high)
+
+    def __repr__(self) -> str:
+        return f"RandomScaleAxes({self.low:.4g}, {self.high:.4g})"
+
+
+class RandomShift:
+    """Shift along each axis by up to ``distance`` either way, whatever the cloud's size."""
+
+    def __init__(self, distance: float = 0.2) -> None:
+        self.distance = distance
+
+    def __call__(self, points: Tensor, streams: SampleStreams) -> Tensor:
+        """(B, N, 3) -> (B, N, 3)."""
+        return points + streams.uniform(1, 3, low=-self.distance, high=self.distance)
+
+    def __repr__(self) -> str:
+        return f"RandomShift({self.distance})"
+
+
 class RandomRotateY:
     """Rotate about the y axis (up) by an angle uniform in [0, 2 pi)."""
 
@@ -172,6 +200,11 @@ def pretraining_augmentation(num_points: int | None = None) -> PointAugmentation
             RandomInputDropout(),
         ]
     )
+
+
+def fine_tuning_augmentation() -> PointAugmentation:
+    """The released augmentation of supervised classification: scale each axis, then shift."""
+    return PointAugmentation([RandomScaleAxes(), RandomShift()])
 
 
 class RenderTransform:

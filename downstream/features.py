@@ -86,7 +86,7 @@ def find_datasets(data_root: str | Path) -> list[str]:
 
 
 @contextmanager
-def _frozen(encoder: nn.Module) -> Iterator[None]:
+def frozen(encoder: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; every module's own mode comes back afterwards."""
     modes = {module: module.training for module in encoder.modules()}
     encoder.eval()
@@ -158,7 +158,7 @@ def extract_features(
     """
     device, dtype = _place(encoder, points, device)
     features = []
-    with _frozen(encoder), _bar(len(points), progress, text) as bar:
+    with frozen(encoder), _bar(len(points), progress, text) as bar:
         for batch in _batches(points, batch_size, device, dtype):
             features.append(encoder(batch).pooled.float().cpu().numpy())
             bar.update(len(batch))
@@ -211,7 +211,7 @@ def calibrate_batch_norm(
     device, dtype = _place(encoder, points, device)
     momenta = [norm.momentum for norm in norms]
     try:
-        with _frozen(encoder), _bar(len(chosen), progress, "batch-norm statistics") as bar:
+        with frozen(encoder), _bar(len(chosen), progress, "batch-norm statistics") as bar:
             for norm in norms:
                 norm.reset_running_stats()
                 norm.momentum = None  # cumulative average

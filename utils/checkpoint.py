@@ -237,8 +237,8 @@ def fine_tuned_from_checkpoint(
 ) -> tuple[FineTuned, dict[str, Any]]:
     """Rebuild an encoder with its head and load both strictly.
 
-    Published state dicts (names without or with ``module.``, batch norms registered twice) open too; they need
-    ``model``, their sizes follow from their tensors, and k falls back to the released 20 with a notice.
+    Published state dicts (names without or with ``module.``, batch norms registered twice) open too: their sizes follow
+    from their tensors; the encoder falls back to the task's first one and k to the released 20, each with a notice.
 
     Args:
         path: checkpoint of a fine-tuning run, or state dict.
@@ -257,6 +257,9 @@ def fine_tuned_from_checkpoint(
     if isinstance(kind, str) and kind != task.kind:
         holds = f"a model for {kind}" if kind in TASKS else "an encoder without a head (--pretrain_path takes that)"
         raise CheckpointError(f"{path} holds {holds}; expected a model for {task.kind}")
+    if kind is None and model is None:
+        model = next(name for name, encoder in ENCODERS.items() if encoder in task.heads)
+        logger.warning("%s does not say which encoder it is of; %s is taken (--model)", path, model)
     encoder = _encoder_from_payload(payload, path, model=model, k=k)
     head_kind = task.heads.get(type(encoder))
     if head_kind is None:

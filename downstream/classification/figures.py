@@ -39,7 +39,12 @@ def check_output_path(path: str | os.PathLike[str], endings: Sequence[str] | Non
         raise UserError(f"cannot write {path}: it is a folder, or its folder is not writable")
 
 
-def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write a figure.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     FigureCanvasAgg(figure)
     try:
         figure.savefig(path, dpi=150)
@@ -59,9 +64,30 @@ def draw_confusion_matrix(
         path: picture to write.
         title: heading.
     """
-    present = np.union1d(truth, predicted)
-    index = np.searchsorted(present, truth) * len(present) + np.searchsorted(present, predicted)
-    counts = np.bincount(index, minlength=len(present) ** 2).reshape(len(present), len(present))
+    size = len(class_names)
+    counts = np.bincount(np.asarray(truth) * size + predicted, minlength=size**2).reshape(size, size)
+    draw_confusion_counts(counts, class_names, path, title=title)
+
+
+def draw_confusion_counts(
+    counts: np.ndarray,
+    class_names: Sequence[str],
+    path: str | os.PathLike[str],
+    *,
+    title: str,
+    unit: str = "clouds",
+) -> None:
+    """Draw a confusion matrix that is counted already.
+
+    Args:
+        counts: (C, C); entry [t, p] counts what is t and was taken for p. Only classes that occur are drawn.
+        class_names: (C,) names.
+        path: picture to write.
+        title: heading.
+        unit: what is counted.
+    """
+    present = np.flatnonzero(counts.sum(0) + counts.sum(1))
+    counts = counts[np.ix_(present, present)]
     totals = counts.sum(1)
     percent = 100 * counts / np.maximum(totals, 1)[:, None]
     size = len(present)
@@ -71,9 +97,9 @@ def draw_confusion_matrix(
     image = axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
     names = [class_names[label] for label in present]
     axes.set_xticks(range(size), names, rotation=60, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(size), [f"{name} ({total})" for name, total in zip(names, totals, strict=True)])
+    axes.set_yticks(range(size), [f"{name} ({total:,})" for name, total in zip(names, totals, strict=True)])
     axes.set_xlabel("predicted class")
-    axes.set_ylabel("true class (number of clouds)")
+    axes.set_ylabel(f"true class (number of {unit})")
     axes.set_title(title)
     for row, column in zip(*np.nonzero(counts), strict=True):
         value = percent[row, column]
@@ -81,19 +107,41 @@ def draw_confusion_matrix(
         colour = "white" if value > 55 else "black"
         axes.text(column, row, text, ha="center", va="center", fontsize=8 if size <= 20 else 6, color=colour)
     figure.colorbar(image, ax=axes, shrink=0.7, label="percent of the true class")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _draw_cloud(axes: Axes, points: np.ndarray, *, title: str, colour: str) -> None:
-    """Draw a cloud (y up) from the front, 35 degrees to the side and 20 from above; darker is farther."""
+def draw_cloud(
+    axes: Axes,
+    points: np.ndarray,
+    *,
+    title: str,
+    colour: str,
+    point_colours: np.ndarray | None = None,
+    up: str = "y",
+    size: float = 2,
+) -> None:
+    """Draw a cloud from the front, 35 degrees to the side and 20 from above, near points over far ones.
+
+    Args:
+        axes: to draw on.
+        points: (N, 3).
+        title: above it.
+        colour: of title and frame.
+        point_colours: (N, 3) in 0..1; None shows the distance, darker is farther.
+        up: the upward axis, ``"y"`` (objects) or ``"z"`` (rooms).
+        size: of a point, in square points of print.
+    """
     points = points - points.mean(0)
+    if up == "z":
+        points = np.stack([points[:, 0], points[:, 2], -points[:, 1]], axis=1)
     side, above = np.radians([35, 20])
     across = points[:, 0] * np.cos(side) + points[:, 2] * np.sin(side)
     towards = points[:, 2] * np.cos(side) - points[:, 0] * np.sin(side)
     height = points[:, 1] * np.cos(above) - towards * np.sin(above)
     depth = towards * np.cos(above) + points[:, 1] * np.sin(above)
     order = np.argsort(depth)
-    axes.scatter(across[order], height[order], c=depth[order], cmap="viridis", s=2, linewidths=0)
+    colours = depth[order] if point_colours is None else point_colours[order]
+    axes.scatter(across[order], height[order], c=colours, cmap="viridis", s=size, linewidths=0)
     radius = 1.05 * max(np.abs(across).max(), np.abs(height).max(), 1e-9)
     axes.set(xlim=(-radius, radius), ylim=(-radius, radius), aspect="equal", xticks=[], yticks=[])
     axes.set_title(title, fontsize=8, color=colour)
@@ -132,9 +180,9 @@ def draw_retrieval(
     grid = figure.subplots(len(queries), columns, squeeze=False)
     for row, query in zip(grid, queries, strict=True):
         name = class_names[labels[query]]
-        _draw_cloud(row[0], points[query], title=f"query: {name}", colour=NEUTRAL)
+        draw_cloud(row[0], points[query], title=f"query: {name}", colour=NEUTRAL)
     for row, query, neighbours in zip(grid, queries, found, strict=True):
         for axes, item in zip(row[1:], neighbours, strict=True):
             colour = RIGHT if labels[item] == labels[query] else WRONG
-            _draw_cloud(axes, points[item], title=class_names[labels[item]], colour=colour)
-    _save(figure, path)
+            draw_cloud(axes, points[item], title=class_names[labels[item]], colour=colour)
+    save_figure(figure, path)

@@ -185,7 +185,7 @@ def test_confusion_matrix_shows_shares_of_the_true_class(tmp_path, monkeypatch):
         drawn["cells"] = {tuple(map(int, text.get_position()[::-1])): text.get_text() for text in axes.texts}
         drawn["rows"] = [label.get_text() for label in axes.get_yticklabels()]
 
-    monkeypatch.setattr("downstream.classification.figures._save", keep)
+    monkeypatch.setattr("downstream.classification.figures.save_figure", keep)
     truth, predicted = np.array([5, 5, 5, 5, 1, 1]), np.array([5, 5, 5, 1, 1, 7])
     names = [f"name {i}" for i in range(8)]
     draw_confusion_matrix(truth, predicted, names, tmp_path / "x.png", title="t")

@@ -1,0 +1,1 @@
+"""Part and semantic segmentation: the fine-tuning loop, the scripts, pictures."""

@@ -1,0 +1,389 @@
+"""Fine-tune and score part segmentation on ShapeNetPart, or on a part data set of your own in its layout.
+
+The encoder comes from pretraining (--pretrain_path) or starts from scratch; the head starts fresh. The best epoch is
+chosen on the validation split, and it and the last one are scored on the test split:
+  instance mIoU  mean over shapes of the mean IoU over the parts of the shape's category
+  class mIoU     mean over categories of that
+  accuracy       points predicted right
+
+Examples:
+  python downstream/segmentation/main_partseg.py --pretrain_path checkpoints/crossnet_part/last.pth --exp_name part
+  python downstream/segmentation/main_partseg.py --exp_name part_scratch --model pointnet_partseg
+  python downstream/segmentation/main_partseg.py --pretrain_path pre.pth --exp_name few --label_fraction 0.01 0.05
+  python downstream/segmentation/main_partseg.py --eval --model_path checkpoints/part/best.pth --votes 10
+  python downstream/segmentation/main_partseg.py --class_choice airplane --exp_name airplane
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from datasets.shapenet_part import ShapeNetPart
+from datasets.streams import SampleStreams
+from datasets.transforms import RandomScaleAxes
+from downstream.metrics import part_scores
+from downstream.segmentation.engine import (
+    FineTuning,
+    Scores,
+    add_training_arguments,
+    check_neighbours,
+    check_training_arguments,
+    choose_labelled,
+    headline,
+    hold_out,
+    run_folders,
+    scores_of,
+    start_model,
+)
+from models.segmentation import PartSegmentation
+from utils.checkpoint import fine_tuned_from_checkpoint
+from utils.cli import HelpFormatter, log_to_screen, positive_int, resolve_device, run, write_json
+from utils.errors import CheckpointError, UserError
+from utils.training import git_commit, versions
+
+RELEASED_K = 20
+VOTE_SCALES = (0.8, 1.25)
+VOTE_PURPOSE = 3
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Command line of this script; defaults are the released settings."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add_training_arguments(parser, task=PartSegmentation, exp_name="partseg", k=RELEASED_K)
+    g = parser.add_argument_group("data")
+    g.add_argument(
+        "--num_points", type=positive_int, metavar="N", help="points per shape, the first N rows (default: all; 2,048)"
+    )
+    g.add_argument("--class_choice", metavar="NAME", help="train and test a model of this category alone")
+    g.add_argument("--class_test", nargs="+", metavar="NAME", help="score the test shapes of these categories only")
+    g.add_argument(
+        "--label_fraction",
+        type=float,
+        nargs="+",
+        default=[1.0],
+        metavar="F",
+        help="share of the labelled shapes, at least one per category, of training and of validation; several values "
+        "are one run each, in sub-folders of the run folder",
+    )
+    g = parser.add_argument_group("testing")
+    g.add_argument(
+        "--votes",
+        type=positive_int,
+        default=1,
+        metavar="V",
+        help=f"predictions averaged per shape: of the shape itself and of V - 1 copies whose axes are scaled by "
+        f"{VOTE_SCALES[0]} to {VOTE_SCALES[1]}",
+    )
+    g.add_argument(
+        "--within_category",
+        action="store_true",
+        help="choose among the parts of the shape's own category only (default: among all parts, as released)",
+    )
+    return parser
+
+
+class Parts(Dataset):
+    """Shapes with parts numbered as the model numbers them: from 0 within a chosen category, over all otherwise."""
+
+    def __init__(self, shapes: ShapeNetPart) -> None:
+        self.shapes = shapes
+        taxonomy = shapes.taxonomy
+        whole = range(taxonomy.num_parts)
+        self.numbers = whole if shapes.category is None else taxonomy.parts_of(shapes.category)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, Tensor]:
+        points, category, parts = self.shapes[index]
+        return points, category, parts - self.numbers.start
+
+    def table(self) -> dict[str, Any]:
+        """Categories and parts, in plain types for a checkpoint."""
+        taxonomy = self.shapes.taxonomy
+        return {
+            "category_names": list(taxonomy.category_names),
+            "part_counts": list(taxonomy.part_counts),
+            "part_names": list(taxonomy.part_names),
+            "class_choice": None if self.shapes.category is None else taxonomy.category_names[self.shapes.category],
+        }
+
+    def sizes(self) -> dict[str, int]:
+        """Sizes of the head."""
+        return {"num_categories": len(self.shapes.taxonomy.category_names), "num_parts": len(self.numbers)}
+
+
+def predict_parts(
+    model: nn.Module,
+    parts: Parts,
+    *,
+    device: torch.device,
+    batch_size: int,
+    chosen: np.ndarray | None = None,
+    workers: int = 0,
+    votes: int = 1,
+    within_category: bool = False,
+    seed: int = 1,
+) -> np.ndarray:
+    """Predict the part of every point.
+
+    Args:
+        model: a part segmentation model.
+        parts: the shapes.
+        device: where the model is.
+        batch_size: shapes per pass.
+        chosen: shapes to predict; None takes all.
+        workers: processes that read.
+        votes: see ``--votes``.
+        within_category: see ``--within_category``.
+        seed: of the scaled copies.
+
+    Returns:
+        (n, N) int64 part numbers over all categories.
+    """
+    taxonomy, scale = parts.shapes.taxonomy, RandomScaleAxes(*VOTE_SCALES)
+    owner = np.repeat(np.arange(len(taxonomy.part_counts)), taxonomy.part_counts)
+    owner = torch.from_numpy(owner[parts.numbers.start : parts.numbers.stop]).to(device)
+
+    def scaled(points: Tensor, index: Tensor, vote: int) -> Tensor:
+        return scale(points, SampleStreams(seed=seed, epoch=vote, index=index, purpose=VOTE_PURPOSE))
+
+    predicted = []
+    for scores, batch in scores_of(
+        model,
+        parts,
+        batch_size=batch_size,
+        device=device,
+        workers=workers,
+        chosen=chosen,
+        copies=[partial(scaled, vote=vote) for vote in range(1, votes)],
+        inputs=2,
+    ):
+        if within_category:
+            foreign = owner[None] != batch[1].to(device)[:, None]
+            scores = scores.masked_fill(foreign[:, :, None], float("-inf"))
+        predicted.append(scores.argmax(1).cpu())
+    return parts.numbers.start + torch.cat(predicted).numpy()
+
+
+class PartTask:
+    """The data of one call and what is scored on it.
+
+    Args:
+        args: the parsed command line.
+        class_choice: category of the model; None for all.
+    """
+
+    def __init__(self, args: argparse.Namespace, class_choice: str | None) -> None:
+        self.args, self.device = args, resolve_device(args.device)
+        if class_choice is not None and not class_choice.strip():
+            raise UserError("--class_choice is empty: name a category, or leave the flag out for all of them")
+        self.class_choice = class_choice
+        self.test = self.open("test")
+        names = args.class_test or []
+        numbers = [self.test.shapes.taxonomy.category_number(name) for name in names]
+        self.tested = np.arange(len(self.test))
+        if numbers:
+            self.tested = np.flatnonzero(np.isin(self.test.shapes.categories, numbers))
+        if not len(self.tested):
+            raise UserError(f"--class_test {' '.join(names)}: the test shapes have none of these categories")
+
+    def open(self, split: str) -> Parts:
+        """Read one split."""
+        args = self.args
+        shapes = ShapeNetPart(args.data_root, split, num_points=args.num_points, class_choice=self.class_choice)
+        return Parts(shapes)
+
+    def score(self, model: nn.Module, parts: Parts, chosen: np.ndarray, **test_settings: Any) -> Scores:
+        """Scores of a model on some shapes."""
+        args, shapes = self.args, parts.shapes
+        predicted = predict_parts(
+            model,
+            parts,
+            device=self.device,
+            batch_size=args.test_batch_size,
+            chosen=chosen,
+            workers=args.workers,
+            within_category=args.within_category,
+            seed=args.seed,
+            **test_settings,
+        )
+        return part_scores(shapes.parts[chosen], predicted, shapes.categories[chosen], shapes.taxonomy).as_dict()
+
+    def score_test(self, model: nn.Module) -> Scores:
+        """Scores on the test shapes, by the settings of the command line."""
+        return self.score(model, self.test, self.tested, votes=self.args.votes)
+
+    def splits(self) -> tuple[Parts, np.ndarray, Parts | None, np.ndarray]:
+        """Training shapes, which of them to use, shapes to choose the best epoch by, and which of those."""
+        if self.args.select_on == "test":
+            train = self.open("trainval")
+            return train, np.arange(len(train)), self.test, np.arange(len(self.test))
+        train = self.open("train")
+        folder = train.shapes.folder
+        if any(folder.glob("*val*")) or any((folder / "train_test_split").glob("*val*")):
+            val = self.open("val")
+            return train, np.arange(len(train)), val, np.arange(len(val))
+        fit, held = hold_out(train.shapes.categories, 0.1, seed=self.args.seed)
+        return train, fit, train, held
+
+
+def limited(parts: Parts, chosen: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """The chosen shapes whose labels a run may use."""
+    if fraction == 1:
+        return chosen
+    return chosen[choose_labelled(parts.shapes.categories[chosen], fraction, seed=seed)]
+
+
+def train(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Run the trainings of one call; returns a record for each."""
+    task = PartTask(args, args.class_choice)
+    parts, fit, held_parts, held = task.splits()
+    fractions = list(dict.fromkeys(args.label_fraction))
+    chosen = [limited(parts, fit, fraction, args.seed) for fraction in fractions]
+    if args.select_on == "val":
+        validated = [limited(held_parts, held, f, args.seed) if len(held) else held for f in fractions]
+    else:
+        validated = [held] * len(fractions)
+    check_neighbours(start_model(args, PartSegmentation, k=RELEASED_K, sizes=parts.sizes())[0], points_of(parts))
+    folders = run_folders(args, [f"label_{fraction:g}" for fraction in fractions])
+    records = []
+    for fraction, rows, val_rows, folder in zip(fractions, chosen, validated, folders, strict=True):
+        model, report = start_model(args, PartSegmentation, k=RELEASED_K, sizes=parts.sizes())
+
+        def validate(net: nn.Module, rows: np.ndarray = val_rows) -> Scores:
+            return task.score(net, held_parts, rows)
+
+        tuning = FineTuning(
+            args,
+            folder,
+            task.device,
+            model=model,
+            dataset=parts,
+            chosen=rows,
+            validate=validate if len(val_rows) and args.eval_every else None,
+            score="instance_miou",
+            table=parts.table(),
+            identity=f"{len(parts)} shapes, labels {int(parts.shapes.parts.sum())}, {points_of(parts)} points",
+        )
+        result = tuning.run(task.score_test, [repr(parts.shapes), *report])
+        records.append(
+            {
+                "label_fraction": fraction,
+                "folder": str(folder.path),
+                "validation_samples": len(val_rows),
+                "pretrain_path": args.pretrain_path,
+                **result,
+            }
+        )
+    return records
+
+
+def points_of(parts: Parts) -> int:
+    """Points per shape."""
+    return parts.shapes.points.shape[1]
+
+
+def score_checkpoint(args: argparse.Namespace) -> dict[str, Any]:
+    """Score a finished model; returns its record.
+
+    Raises:
+        CheckpointError: the model is of other categories or parts than the data.
+    """
+    model, payload = fine_tuned_from_checkpoint(args.model_path, PartSegmentation, model=args.model, k=args.k)
+    table = payload.get("table", {})
+    choice = args.class_choice or table.get("class_choice")
+    if payload and table["class_choice"] != choice:
+        raise CheckpointError(
+            f"{args.model_path} is a model of all categories; --class_choice {choice} needs one of its own "
+            f"(--class_test {choice} scores this one on that category)"
+            if table["class_choice"] is None
+            else f"{args.model_path} is a model of the category {table['class_choice']}, not of {choice}"
+        )
+    task = PartTask(args, choice)
+    own, sizes = task.test.sizes(), {key: model.sizes[key] for key in ("num_categories", "num_parts")}
+    if own != sizes or (payload and table != task.test.table() | {"part_names": table["part_names"]}):
+        raise CheckpointError(
+            f"{args.model_path} knows {sizes['num_parts']} parts of {sizes['num_categories']} categories, the data set "
+            f"in {task.test.shapes.folder} has {own['num_parts']} parts of {own['num_categories']}"
+            + ("" if own != sizes else ", and their names or counts differ")
+        )
+    check_neighbours(model, points_of(task.test))
+    return {
+        "model_path": args.model_path,
+        "encoder": payload["encoder"] if payload else None,
+        "test": task.score_test(model.to(task.device)),
+    }
+
+
+def result_table(scores: Scores) -> str:
+    """The scores as text, a line per category."""
+    rows = [("", "shapes", "mIoU")]
+    for name, value in scores["category_miou"].items():
+        rows.append((name, str(scores["category_shapes"][name]), f"{value:.1f}"))
+    width = max(len(row[0]) for row in rows)
+    lines = [f"  {name.ljust(width)}  {shapes.rjust(6)}  {value.rjust(5)}" for name, shapes, value in rows]
+    if scores["absent_categories"]:
+        lines.append(f"  without test shape, in no mean: {', '.join(scores['absent_categories'])}")
+    means = ", ".join(
+        f"{text} {scores[key]:.2f}"
+        for key, text in (
+            ("instance_miou", "instance mIoU"),
+            ("class_miou", "class mIoU"),
+            ("accuracy", "accuracy"),
+            ("mean_part_accuracy", "mean accuracy of parts"),
+        )
+    )
+    return "\n".join([*lines, f"  {means}"])
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Train and score, or only score; returns what ``--json`` writes.
+
+    Raises:
+        UserError: a wrong setting, file or checkpoint.
+    """
+    args = build_parser().parse_args(argv)
+    log_to_screen()
+    check_training_arguments(args)
+    rule = "parts of the shape's own category" if args.within_category else "all parts of the model"
+    protocol = f"test split; the prediction is among {rule}; {args.votes} vote{'s' if args.votes > 1 else ''}"
+    if args.eval:
+        records = [score_checkpoint(args)]
+        print(f"\n{args.model_path} ({protocol})\n{result_table(records[0]['test'])}")
+    else:
+        records = train(args)
+        for record in records:
+            how, entry = headline(record)
+            print(
+                f"\nlabels {record['label_fraction']:.0%}: {how} (epoch {entry['epoch']}; {protocol})\n"
+                f"{result_table(entry['test'])}"
+            )
+            last = record["last"]
+            print(f"  last (epoch {last['epoch']}): instance mIoU {last['test']['instance_miou']:.2f}")
+    metrics = {
+        "task": PartSegmentation.kind,
+        "protocol": protocol,
+        "seed": args.seed,
+        "runs": records,
+        "versions": versions(),
+        "commit": git_commit(),
+    }
+    write_json(args.json, metrics)
+    return metrics
+
+
+if __name__ == "__main__":
+    run(main)

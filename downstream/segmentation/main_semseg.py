@@ -1,0 +1,400 @@
+"""Fine-tune and score semantic segmentation on S3DIS.
+
+The encoder comes from pretraining (--pretrain_path) or starts from scratch; the head starts fresh. One area is tested,
+the others train; some of their rooms are held out to choose the best epoch. Two protocols, named in every number:
+  blocks  the training-style blocks of the tested area, overlapping and drawn at random, as the released code scores
+  rooms   every point of every room, each predicted at least once: what other methods report. It needs the room-wise
+          test blocks that python -m datasets.s3dis_prepare makes.
+--test_area all is the six-fold cross-validation in one call; with --resume it goes on where it stopped.
+
+Examples:
+  python downstream/segmentation/main_semseg.py --pretrain_path pre.pth --test_area 5 --exp_name area5
+  python downstream/segmentation/main_semseg.py --pretrain_path pre.pth --test_area all --exp_name six --protocol both
+  python downstream/segmentation/main_semseg.py --pretrain_path pre.pth --test_area 5 --train_area 1 --exp_name one_area
+  python downstream/segmentation/main_semseg.py --eval --model_path checkpoints/area5/best.pth --protocol rooms
+  python downstream/segmentation/main_semseg.py --eval --in_channels 9 --model_path published.pth --test_area 6
+  python downstream/segmentation/main_semseg.py --eval --test_area all --model_path checkpoints/six
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+import torch
+from torch import nn
+
+from datasets.s3dis import AREAS, CLASS_NAMES, S3DIS, S3DISRooms, split_rooms
+from downstream.classification.figures import PICTURE_TYPES, check_output_path, draw_confusion_counts
+from downstream.metrics import confusion_matrix, semantic_scores
+from downstream.segmentation.engine import (
+    FineTuning,
+    Scores,
+    add_training_arguments,
+    check_neighbours,
+    check_training_arguments,
+    headline,
+    run_folders,
+    scores_of,
+    start_model,
+)
+from models.segmentation import SemanticSegmentation
+from utils.checkpoint import fine_tuned_from_checkpoint
+from utils.cli import HelpFormatter, log_to_screen, positive_int, resolve_device, run, write_json
+from utils.errors import CheckpointError, DataError, UserError
+from utils.training import git_commit, versions
+
+RELEASED_K = 20
+PROTOCOLS = ("blocks", "rooms")
+SIZES = {"num_classes": len(CLASS_NAMES)}
+ALL = "all"
+# Fixed: every run and every seed holds out the same rooms.
+HOLD_OUT = {"fraction": 0.1, "seed": 1}
+
+
+def area_list(text: str) -> list[int]:
+    """Argparse type: areas such as ``1`` or ``1,2,3``."""
+    areas = [int(part) for part in text.split(",") if part.strip()]
+    for area in areas:
+        if area not in AREAS:
+            raise argparse.ArgumentTypeError(f"{area} is no area of S3DIS; it has the areas 1 to 6")
+    return areas
+
+
+def test_areas(text: str) -> list[int]:
+    """Argparse type: one area, or ``all``."""
+    areas = list(AREAS) if text == ALL else area_list(text)
+    if len(areas) not in (1, len(AREAS)):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected one area, 1 to 6, or all")
+    return areas
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Command line of this script; defaults are the released settings."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add_training_arguments(parser, task=SemanticSegmentation, exp_name="semseg", k=RELEASED_K)
+    g = parser.add_argument_group("data")
+    g.add_argument(
+        "--test_area", type=test_areas, default=[5], metavar="1..6|all", help="area to test on; all: each in turn (5)"
+    )
+    g.add_argument(
+        "--train_area",
+        type=area_list,
+        nargs="+",
+        metavar="A",
+        help="areas to train on, such as 1,2,3 (default: all but the tested one)",
+    )
+    g.add_argument(
+        "--in_channels",
+        type=int,
+        choices=(3, 9),
+        help="3: xyz, as released; 9: also colour and the place in the room, where the first graph is of the latter "
+        "(default: the checkpoint's; 3 from scratch)",
+    )
+    g.add_argument(
+        "--num_points", type=positive_int, metavar="N", help="points per block, the first N rows (default: all; 4,096)"
+    )
+    g = parser.add_argument_group("testing")
+    g.add_argument(
+        "--protocol", choices=(*PROTOCOLS, "both"), default="blocks", help="what is scored, see above; both: each"
+    )
+    g.add_argument(
+        "--confusion_matrix",
+        metavar="FILE",
+        help="draw the confusion matrix of each protocol (.png, .pdf; default: confusion_<protocol>.png in the run "
+        "folder, none with --eval)",
+    )
+    return parser
+
+
+def protocols_of(args: argparse.Namespace) -> list[str]:
+    """The protocols that ``--protocol`` asks for."""
+    return list(PROTOCOLS) if args.protocol == "both" else [args.protocol]
+
+
+class AreaTest:
+    """One tested area.
+
+    Args:
+        args: the parsed command line.
+        area: to test on.
+        in_channels: values per point that the model takes.
+
+    Raises:
+        DataError: a protocol's blocks are missing or wrong, or the area has no room.
+    """
+
+    def __init__(self, args: argparse.Namespace, area: int, in_channels: int) -> None:
+        self.args, self.area, self.device = args, area, resolve_device(args.device)
+        wanted = protocols_of(args)
+        self.blocks = self.rooms = None
+        if "blocks" in wanted or args.select_on == "test":
+            self.blocks = S3DIS(args.data_root, [area], in_channels=in_channels, num_points=args.num_points)
+        if "rooms" in wanted:
+            self.rooms = S3DISRooms(args.data_root, area, in_channels=in_channels)
+
+    def __call__(self, model: nn.Module) -> dict[str, Scores]:
+        """Scores by protocol, each with its confusion matrix."""
+        counts = {}
+        for protocol in protocols_of(self.args):
+            counts[protocol] = self.count_blocks(model) if protocol == "blocks" else self.count_rooms(model)
+        return {protocol: scores_from(matrix) for protocol, matrix in counts.items()}
+
+    def count_blocks(self, model: nn.Module, blocks: S3DIS | None = None) -> np.ndarray:
+        """Confusion matrix over blocks; ``None`` takes those of the tested area."""
+        total = np.zeros((len(CLASS_NAMES), len(CLASS_NAMES)), dtype=np.int64)
+        for scores, (_, truth) in self.passes(model, self.blocks if blocks is None else blocks):
+            total += confusion_matrix(truth.numpy(), scores.argmax(1).cpu().numpy(), len(CLASS_NAMES))
+        return total
+
+    def count_rooms(self, model: nn.Module) -> np.ndarray:
+        """Confusion matrix over all points of all rooms; what is predicted in several blocks is averaged."""
+        rooms = self.rooms
+        total = np.zeros((len(CLASS_NAMES), len(CLASS_NAMES)), dtype=np.int64)
+        for room, name in enumerate(rooms.rooms):
+            truth, predicted = predict_room(
+                self.passes(model, rooms, rooms.blocks_of(room)), rooms.room_size(room), name
+            )
+            total += confusion_matrix(truth, predicted, len(CLASS_NAMES))
+        return total
+
+    def passes(self, model: nn.Module, dataset: Any, chosen: np.ndarray | None = None) -> Iterable[Any]:
+        """See ``engine.scores_of``."""
+        args = self.args
+        return scores_of(
+            model, dataset, batch_size=args.test_batch_size, device=self.device, workers=args.workers, chosen=chosen
+        )
+
+
+def predict_room(passes: Iterable[Any], size: int, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Put a room's predictions together: the mean of each point's class probabilities over its blocks.
+
+    Args:
+        passes: scores and batches of the room's blocks.
+        size: points of the room.
+        name: of the room, for messages.
+
+    Returns:
+        (size,) true and predicted classes.
+
+    Raises:
+        DataError: a point is in no block.
+    """
+    shares = torch.zeros(size, len(CLASS_NAMES))
+    truth = torch.full((size,), -1)
+    for scores, (_, labels, index, _) in passes:
+        shares.index_add_(0, index.flatten(), scores.softmax(1).mT.flatten(0, 1).cpu())
+        truth[index.flatten()] = labels.flatten()
+    if (truth < 0).any():
+        raise DataError(
+            f"{int((truth < 0).sum())} of the {size} points of {name} are in no test block; make them again"
+        )
+    return truth.numpy(), shares.argmax(1).numpy()
+
+
+def scores_from(confusion: np.ndarray) -> Scores:
+    """Scores of a confusion matrix, with the matrix."""
+    return {**semantic_scores(confusion, CLASS_NAMES).as_dict(), "confusion": confusion.tolist()}
+
+
+def pooled(entries: Sequence[dict[str, Scores]]) -> dict[str, Scores]:
+    """Scores of several areas together, by protocol: their confusion matrices are added up."""
+    return {
+        protocol: scores_from(np.sum([np.array(entry[protocol]["confusion"]) for entry in entries], axis=0))
+        for protocol in entries[0]
+    }
+
+
+def training_areas(args: argparse.Namespace, test_area: int) -> list[int]:
+    """Areas to train on.
+
+    Raises:
+        UserError: none, or the tested area is among them.
+    """
+    given = sorted({area for part in args.train_area or [] for area in part})
+    if args.train_area is not None and not given:
+        raise UserError("--train_area names no area; S3DIS has the areas 1 to 6")
+    if len(args.test_area) > 1:
+        given = [area for area in given if area != test_area]  # each fold leaves its own area out
+    areas = given or [area for area in AREAS if area != test_area]
+    if test_area in areas:
+        raise UserError(f"area {test_area} is both trained on (--train_area) and tested on (--test_area)")
+    return areas
+
+
+def train(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Train the folds of one call; returns a record for each."""
+    device = resolve_device(args.device)
+    probe, _ = start_model(args, SemanticSegmentation, k=RELEASED_K, sizes=SIZES, in_channels=args.in_channels)
+    channels = probe.encoder.in_channels
+    plans = []
+    for area in args.test_area:  # all data are looked at before the first run starts
+        areas = training_areas(args, area)
+        test = AreaTest(args, area, channels)
+        rooms = S3DIS(args.data_root, areas, in_channels=channels).rooms
+        held: list[str] = []
+        if args.select_on == "val" and args.eval_every:
+            rooms, held = split_rooms(rooms, **HOLD_OUT)
+        sets = [
+            S3DIS(args.data_root, areas, in_channels=channels, num_points=args.num_points, rooms=names)
+            for names in (rooms, held)
+            if names
+        ]
+        check_neighbours(probe, sets[0].num_points)
+        plans.append((area, areas, test, sets))
+    records = []
+    folders = run_folders(args, [f"area_{area}" for area in args.test_area])
+    for (area, areas, test, sets), folder in zip(plans, folders, strict=True):
+        model, report = start_model(args, SemanticSegmentation, k=RELEASED_K, sizes=SIZES, in_channels=args.in_channels)
+        blocks = test.blocks if args.select_on == "test" else sets[-1]
+
+        def validate(net: nn.Module, test: AreaTest = test, blocks: S3DIS = blocks) -> Scores:
+            return semantic_scores(test.count_blocks(net, blocks), CLASS_NAMES).as_dict()
+
+        tuning = FineTuning(
+            args,
+            folder,
+            device,
+            model=model,
+            dataset=sets[0],
+            chosen=np.arange(len(sets[0])),
+            validate=validate if args.eval_every else None,
+            score="mean_iou",
+            table={"class_names": list(CLASS_NAMES), "train_areas": areas},
+            identity=f"areas {areas}, rooms {sets[0].rooms}, {sets[0].num_points} points",
+        )
+        held = len(sets[1].rooms) if len(sets) > 1 else 0
+        lines = [f"test area {area}; {sets[0]!r}; {held} rooms held out", *report]
+        result = tuning.run(test, lines)
+        records.append({"test_area": area, "train_areas": areas, "folder": str(folder.path), "held_out_rooms": held})
+        records[-1] |= {"pretrain_path": args.pretrain_path, **result}
+        draw(args, headline(result)[1]["test"], f"test area {area}", folder.path)
+    return records
+
+
+def fold_checkpoint(folder: Path, area: int) -> Path:
+    """The finished checkpoint of one fold of a six-fold run.
+
+    Raises:
+        UserError: the fold is not finished.
+    """
+    fold = folder / f"area_{area}"
+    if not (fold / "result.json").is_file():
+        raise UserError(
+            f"{fold} is not finished ({'it was started' if (fold / 'last.pth').is_file() else 'it was not started'}); "
+            "the six-fold score needs all areas: go on with the command that trained it and --resume"
+        )
+    return fold / ("best.pth" if (fold / "best.pth").is_file() else "last.pth")
+
+
+def score_checkpoints(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Score finished models, one per tested area; returns a record for each."""
+    path = Path(args.model_path)
+    if len(args.test_area) > 1:
+        if not path.is_dir():
+            raise UserError(
+                f"--test_area all scores one model per area: --model_path must be the run folder, not {path}"
+            )
+        paths = [fold_checkpoint(path, area) for area in args.test_area]
+    else:
+        paths = [path]
+    records = []
+    for area, path in zip(args.test_area, paths, strict=True):
+        model, payload = fine_tuned_from_checkpoint(path, SemanticSegmentation, model=args.model, k=args.k)
+        channels = model.encoder.in_channels
+        if args.in_channels not in (None, channels):
+            raise CheckpointError(f"{path} takes {channels} values per point, not --in_channels {args.in_channels}")
+        if model.sizes["num_classes"] != len(CLASS_NAMES):
+            raise CheckpointError(f"{path} knows {model.sizes['num_classes']} classes, S3DIS has {len(CLASS_NAMES)}")
+        trained = payload.get("table", {}).get("train_areas")
+        if trained and area in trained:
+            print(f"warning: {path} was trained on area {area}; its score there says nothing about new rooms")
+        test = AreaTest(args, area, channels)
+        if test.blocks is not None:
+            check_neighbours(model, test.blocks.num_points)
+        scores = test(model.to(test.device))
+        records.append({"test_area": area, "train_areas": trained, "model_path": str(path), "test": scores})
+        if args.confusion_matrix:
+            draw(args, scores, f"test area {area}", None)
+    return records
+
+
+def draw(args: argparse.Namespace, scores: dict[str, Scores], what: str, folder: Path | None) -> None:
+    """Draw the confusion matrix of each protocol, to ``--confusion_matrix`` or into the run folder."""
+    for protocol, values in scores.items():
+        if args.confusion_matrix:
+            path = Path(args.confusion_matrix)
+            path = path.with_stem(f"{path.stem}_{protocol}") if len(scores) > 1 else path
+        else:
+            path = folder / f"confusion_{protocol}.png"
+        title = f"S3DIS, {what}, protocol {protocol}: mIoU {values['mean_iou']:.1f}"
+        draw_confusion_counts(np.array(values["confusion"]), CLASS_NAMES, path, title=title, unit="points")
+
+
+def result_table(scores: dict[str, Scores]) -> str:
+    """The scores as text, one block of lines per protocol."""
+    width = max(map(len, CLASS_NAMES))
+    lines = []
+    for protocol, values in scores.items():
+        lines.append(
+            f"  protocol {protocol}: OA {values['overall_accuracy']:.2f}, mAcc {values['mean_accuracy']:.2f}, "
+            f"mIoU {values['mean_iou']:.2f}"
+        )
+        for name, iou in values["class_iou"].items():
+            lines.append(f"    {name.ljust(width)}  IoU {'-' if iou is None else f'{iou:.1f}':>5}")
+        if values["absent_classes"]:
+            lines.append(f"    neither there nor predicted, not in mIoU: {', '.join(values['absent_classes'])}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Train and score, or only score; returns what ``--json`` writes.
+
+    Raises:
+        UserError: a wrong setting, file or checkpoint.
+    """
+    args = build_parser().parse_args(argv)
+    log_to_screen()
+    check_training_arguments(args)
+    if args.confusion_matrix:
+        check_output_path(args.confusion_matrix, PICTURE_TYPES)
+    metrics: dict[str, Any] = {
+        "task": SemanticSegmentation.kind,
+        "protocols": list(protocols_of(args)),
+        "seed": args.seed,
+    }
+    if args.eval:
+        records = score_checkpoints(args)
+        entries = [record["test"] for record in records]
+        how = [record["model_path"] for record in records]
+    else:
+        records = train(args)
+        found = [headline(record) for record in records]
+        entries = [entry["test"] for _, entry in found]
+        how = [f"{name}, epoch {entry['epoch']}" for name, entry in found]
+    for record, entry, text in zip(records, entries, how, strict=True):
+        print(f"\ntest area {record['test_area']} ({text})\n{result_table(entry)}")
+        if "last" in record:
+            last = ", ".join(f"{name} mIoU {s['mean_iou']:.2f}" for name, s in record["last"]["test"].items())
+            print(f"  last, epoch {record['last']['epoch']}: {last}")
+    metrics["runs"] = records
+    if len(records) > 1:
+        metrics["six_fold"] = pooled(entries)
+        print(f"\nsix-fold: the confusion matrices of all areas added up\n{result_table(metrics['six_fold'])}")
+        folder = None if args.eval else Path(args.output_dir) / args.exp_name
+        if folder or args.confusion_matrix:
+            draw(args, metrics["six_fold"], "six-fold", folder)
+    metrics |= {"versions": versions(), "commit": git_commit()}
+    write_json(args.json, metrics)
+    return metrics
+
+
+if __name__ == "__main__":
+    run(main)

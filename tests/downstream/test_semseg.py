@@ -1,0 +1,181 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from datasets.s3dis import CLASS_NAMES, S3DIS
+from downstream.segmentation import main_semseg as script
+from models import build_encoder
+from models.segmentation import PartSegmentation, SemanticSegmentation
+from tests.segmentation_sets import write_rooms
+from utils.checkpoint import describe_encoder, describe_fine_tuned, fine_tuned_from_checkpoint, save_checkpoint
+from utils.errors import CheckpointError, DataError, UserError
+
+SMALL = ["--k", "4", "--emb_dims", "16", "--batch_size", "4", "--epochs", "1"]
+ROOMS = [f"Area_{area}_{kind}_1" for area in range(1, 7) for kind in ("hall", "office")]
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    monkeypatch.setattr("utils.tracking.RunFolder.draw_curves", lambda folder: None)  # a second per epoch
+    write_rooms(tmp_path / "data", ROOMS, blocks=1)
+    return tmp_path / "data"
+
+
+def run(root, *arguments, small=SMALL):
+    runs = ["--data_root", root, "--output_dir", root.parent / "runs", "--exp_name", "a", "--workers", 0]
+    return script.main([str(a) for a in (*runs, "--device", "cpu", *small, *arguments)])
+
+
+def evaluate(root, path, *arguments):
+    return run(root, "--eval", "--model_path", path, *arguments, small=[])
+
+
+def build(in_channels=3, k=4, emb_dims=16, classes=13):
+    torch.manual_seed(0)
+    encoder = build_encoder("dgcnn_semseg", k=k, emb_dims=emb_dims, in_channels=in_channels)
+    return SemanticSegmentation(encoder, num_classes=classes)
+
+
+def save_model(path, **kwargs):
+    model = build(**kwargs)
+    save_checkpoint(path, {**describe_fine_tuned(model), "table": {"class_names": CLASS_NAMES, "train_areas": [1]}})
+    return model
+
+
+def published_names(state):
+    """The 9-channel DGCNN repository's names: DataParallel's prefix, and each batch norm a second time as bnN."""
+    published = {}
+    for key, value in state.items():
+        published[f"module.{key}"] = value
+        block, place, *rest = key.split(".")
+        if place == "1":
+            published[f"module.bn{block.removeprefix('conv')}.{rest[0]}"] = value
+    return published
+
+
+def test_one_area_trains_and_both_protocols_are_scored_by_name(root, tmp_path, capsys):
+    report = tmp_path / "m.json"
+    metrics = run(root, "--protocol", "both", "--epochs", 15, "--lr", 0.01, "--in_channels", 9, "--json", report)
+    assert json.loads(report.read_text()) == metrics
+    (record,) = metrics["runs"]
+    assert record["test_area"] == 5 and record["train_areas"] == [1, 2, 3, 4, 6]
+    assert record["held_out_rooms"] == 5 and record["training_samples"] == 5
+    assert metrics["protocols"] == ["blocks", "rooms"] == list(record["best"]["test"])
+    for scores in record["best"]["test"].values():
+        assert np.sum(scores["confusion"]) == 2 * 64  # every point of the room counts once, however often it is seen
+        assert scores["overall_accuracy"] > 60 and len(scores["absent_classes"]) <= 10
+    folder = tmp_path / "runs" / "a"
+    assert (folder / "confusion_blocks.png").stat().st_size and (folder / "confusion_rooms.png").stat().st_size
+    output = capsys.readouterr().out
+    assert "protocol blocks: OA" in output and "protocol rooms: OA" in output and "not in mIoU: beam" in output
+    again = evaluate(root, folder / "best.pth", "--protocol", "both")["runs"][0]
+    assert again["test"] == record["best"]["test"]
+
+
+def test_six_folds_in_one_call_go_on_where_they_stopped(root, tmp_path, monkeypatch):
+    trained, start = [], script.FineTuning.train
+
+    def train(self):
+        trained.append(self.folder.path.name)
+        if len(trained) == 3:
+            raise KeyboardInterrupt
+        return start(self)
+
+    monkeypatch.setattr(script.FineTuning, "train", train)
+    with pytest.raises(KeyboardInterrupt):
+        run(root, "--test_area", "all")
+    with pytest.raises(UserError, match=r"area_3 is not finished \(it was not started\).*--resume"):
+        evaluate(root, tmp_path / "runs" / "a", "--test_area", "all")
+    with pytest.raises(UserError, match="holds an earlier run"):
+        run(root, "--test_area", "all")
+    metrics = run(root, "--test_area", "all", "--resume")
+    assert trained == ["area_1", "area_2", "area_3", "area_3", "area_4", "area_5", "area_6"]
+    assert [record["test_area"] for record in metrics["runs"]] == [1, 2, 3, 4, 5, 6]
+    matrices = [np.array(record["best"]["test"]["blocks"]["confusion"]) for record in metrics["runs"]]
+    assert metrics["six_fold"]["blocks"]["confusion"] == sum(matrices).tolist() and np.sum(matrices) == 12 * 64
+    again = evaluate(root, tmp_path / "runs" / "a", "--test_area", "all")
+    assert again["six_fold"] == metrics["six_fold"]
+
+
+def test_train_area_trains_on_those_alone_and_never_on_the_tested_one(root):
+    record = run(root, "--test_area", 6, "--train_area", "1,2", 4)["runs"][0]
+    assert record["train_areas"] == [1, 2, 4] and record["training_samples"] == 3
+    with pytest.raises(UserError, match="area 5 is both trained on"):
+        run(root, "--test_area", 5, "--train_area", "5", "--overwrite")
+
+
+def test_published_weights_of_nine_channels_are_scored(root, tmp_path):
+    model = build(in_channels=9, k=20)
+    state = published_names(model.published_state_dict())
+    assert {"module.conv1.0.weight", "module.bn1.running_var", "module.conv9.weight"} <= state.keys()
+    assert state["module.conv1.0.weight"].shape == (64, 18, 1, 1)
+    torch.save(state, tmp_path / "model_6.t7")
+    path = tmp_path / "model_6.t7"
+    metrics = evaluate(root, path, "--in_channels", 9, "--test_area", 6)
+    loaded = fine_tuned_from_checkpoint(path, SemanticSegmentation)[0].eval()
+    block, labels = S3DIS(root, [6], in_channels=9)[0]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(block.T[None]), model.eval()(block.T[None]), rtol=0, atol=0)
+    assert np.sum(metrics["runs"][0]["test"]["blocks"]["confusion"]) == 2 * 64
+    with pytest.raises(CheckpointError, match="takes 9 values per point, not --in_channels 3"):
+        evaluate(root, path, "--in_channels", 3)
+    del state["module.conv8.0.weight"]
+    torch.save(state, path)
+    with pytest.raises(CheckpointError, match=r"model_6\.t7 does not fit the head .* 1 missing: conv8\.0\.weight"):
+        evaluate(root, path)
+
+
+def test_a_room_is_put_together_from_the_mean_over_its_blocks():
+    sure, unsure = torch.zeros(1, 13, 2), torch.zeros(1, 13, 2)
+    sure[0, 4], unsure[0, 7] = 9.0, 1.0
+    labels, index = torch.tensor([[4, 7]]), torch.tensor([[0, 1]])
+    passes = [(sure, (None, labels, index, 0)), (unsure, (None, labels, index, 0))]
+    truth, predicted = script.predict_room(passes, 2, "a")
+    assert truth.tolist() == [4, 7] and predicted.tolist() == [4, 4]
+    with pytest.raises(DataError, match="1 of the 3 points of a are in no test block"):
+        script.predict_room(passes, 3, "a")
+
+
+def test_a_pretrained_encoder_of_three_channels_starts_the_run_and_nine_are_refused(root, tmp_path):
+    encoder = build().encoder
+    save_checkpoint(tmp_path / "pre.pth", {"encoder": describe_encoder(encoder), "point_encoder": encoder.state_dict()})
+    few = ["--batch_size", 4, "--epochs", 1]
+    record = run(root, "--pretrain_path", tmp_path / "pre.pth", small=few)["runs"][0]
+    assert record["pretrain_path"] == str(tmp_path / "pre.pth")
+    with pytest.raises(CheckpointError, match="an encoder of 3 values per point, --in_channels 9 was asked for"):
+        run(root, "--pretrain_path", tmp_path / "pre.pth", "--in_channels", 9, "--overwrite", small=few)
+    assert (tmp_path / "runs/a/last.pth").exists()
+
+
+def test_whole_rooms_need_their_blocks_and_the_command_is_named_before_training(tmp_path):
+    write_rooms(tmp_path / "data", ROOMS, blocks=1, whole=False)
+    with pytest.raises(DataError, match="Make them from the raw rooms: python -m datasets.s3dis_prepare"):
+        run(tmp_path / "data", "--protocol", "rooms")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_bad_input_is_named(root, tmp_path):
+    save_model(tmp_path / "m.pth", classes=7)
+    with pytest.raises(CheckpointError, match="knows 7 classes, S3DIS has 13"):
+        evaluate(root, tmp_path / "m.pth")
+    parts = PartSegmentation(build_encoder("dgcnn_partseg", k=4, emb_dims=16), num_categories=2, num_parts=5)
+    save_checkpoint(tmp_path / "parts.pth", describe_fine_tuned(parts))
+    with pytest.raises(CheckpointError, match="holds a model for part segmentation; expected a model for semantic"):
+        evaluate(root, tmp_path / "parts.pth")
+    with pytest.raises(UserError, match="--train_area names no area"):
+        run(root, "--train_area", ",")
+    with pytest.raises(UserError, match="must be the run folder"):
+        evaluate(root, tmp_path / "m.pth", "--test_area", "all")
+    for name in ROOMS[8:10]:
+        room_list = root / "indoor3d_sem_seg_hdf5_data" / "room_filelist.txt"
+        room_list.write_text(room_list.read_text().replace(name, ROOMS[0]))
+    with pytest.raises(DataError, match="no room of area 5; it has rooms of the areas 1, 2, 3, 4, 6"):
+        run(root)
+
+
+def test_scoring_on_an_area_that_was_trained_on_is_warned_of(root, tmp_path, capsys):
+    save_model(tmp_path / "m.pth")
+    evaluate(root, tmp_path / "m.pth", "--test_area", 1, "--confusion_matrix", tmp_path / "c.png")
+    assert "was trained on area 1" in capsys.readouterr().out and (tmp_path / "c.png").stat().st_size

@@ -1,0 +1,102 @@
+"""Tiny labelled sets in the official layouts: parts (ShapeNetPart), rooms (S3DIS)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+OWN_CATEGORIES = {"brick": 2, "cone": 3}
+
+
+def part_clouds(counts: Sequence[int], categories: np.ndarray, points: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Columns whose parts are slices of the height; the category decides how wide they are.
+
+    Returns:
+        (n, N, 3) float32 and (n, N) part numbers over all categories.
+    """
+    rng = np.random.default_rng(seed)
+    starts = np.cumsum([0, *counts[:-1]])
+    clouds = rng.uniform(-1, 1, (len(categories), points, 3)).astype(np.float32)
+    number = np.array(counts)[categories][:, None]
+    parts = np.minimum(((clouds[..., 1] + 1) / 2 * number).astype(int), number - 1)
+    clouds[..., [0, 2]] *= (0.1 + 0.8 * categories / max(len(counts) - 1, 1))[:, None, None]
+    return clouds, parts + starts[categories][:, None]
+
+
+def write_parts(
+    root: Path,
+    categories: Mapping[str, int] | None = OWN_CATEGORIES,
+    *,
+    counts: Sequence[int] = (),
+    shapes: Mapping[str, int] | None = None,
+    points: int = 64,
+) -> Path:
+    """Write ``shapenet_part_seg_hdf5_data`` below ``root``.
+
+    Args:
+        root: made if missing.
+        categories: parts of each category; written into the set's own tables. None: the published ones, no tables.
+        counts: with no ``categories``, the published number of parts.
+        shapes: number of shapes by split.
+        points: per shape.
+    """
+    folder = root / "shapenet_part_seg_hdf5_data"
+    folder.mkdir(parents=True)
+    if categories is not None:
+        counts = list(categories.values())
+        synsets = [f"{i:08d}" for i in range(len(categories))]
+        lines = [f"{name}\t{synset}\n" for name, synset in zip(categories, synsets, strict=True)]
+        (folder / "all_object_categories.txt").write_text("".join(lines))
+        owners = [(synset, i + 1) for synset, n in zip(synsets, counts, strict=True) for i in range(n)]
+        (folder / "overallid_to_catid_partid.json").write_text(json.dumps(owners))
+    for seed, (split, number) in enumerate((shapes or {"train": 8, "val": 4, "test": 6}).items()):
+        labels = np.arange(number) % len(counts)
+        clouds, parts = part_clouds(counts, labels, points, seed)
+        name = f"ply_data_{split}0.h5"
+        with h5py.File(folder / name, "w") as file:
+            file["data"], file["label"], file["pid"] = clouds, labels.astype("u1")[:, None], parts.astype("u1")
+        (folder / f"{split}_hdf5_file_list.txt").write_text(f"hdf5_data/{name}\n")
+    return folder
+
+
+def room_blocks(blocks: int, points: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Blocks of a room whose class follows from the height: floor, wall, ceiling.
+
+    Returns:
+        (n, N, 9) float32 and (n, N) classes.
+    """
+    rng = np.random.default_rng(seed)
+    unit = rng.uniform(size=(blocks, points, 3)).astype(np.float32)
+    metres = np.concatenate([unit[..., :2] - 0.5, 3 * unit[..., 2:]], axis=2)
+    labels = np.select([unit[..., 2] < 0.2, unit[..., 2] > 0.8], [1, 0], 2)
+    return np.concatenate([metres, rng.uniform(size=unit.shape), unit], axis=2).astype(np.float32), labels
+
+
+def write_rooms(root: Path, rooms: Sequence[str], *, blocks: int = 2, points: int = 64, whole: bool = True) -> None:
+    """Write ``indoor3d_sem_seg_hdf5_data`` and, where ``whole``, the room-wise ``..._test`` below ``root``."""
+    folder = root / "indoor3d_sem_seg_hdf5_data"
+    folder.mkdir(parents=True)
+    sets = [room_blocks(blocks, points, seed) for seed, _ in enumerate(rooms)]
+    with h5py.File(folder / "ply_data_all_0.h5", "w") as file:
+        file["data"] = np.concatenate([data for data, _ in sets])
+        file["label"] = np.concatenate([labels for _, labels in sets]).astype("u1")
+    (folder / "all_files.txt").write_text(f"{folder.name}/ply_data_all_0.h5\n")
+    (folder / "room_filelist.txt").write_text("".join(f"{room}\n" * blocks for room in rooms))
+    if not whole:
+        return
+    test = root / "indoor3d_sem_seg_hdf5_data_test"
+    test.mkdir()
+    for room, (data, labels) in zip(rooms, sets, strict=True):
+        with h5py.File(test / f"{room}.h5", "w") as file:
+            # The last block repeats points of the first one: a point may be seen twice.
+            data, labels = np.concatenate([data, data[:1]]), np.concatenate([labels, labels[:1]])
+            index = np.arange(blocks * points).reshape(blocks, points)
+            file["data"], file["label"] = data, labels.astype("u1")
+            file["index"] = np.concatenate([index, index[:1]])
+            file.attrs.update(room=room, room_points=blocks * points, room_low=[0.0, 0, 0], room_high=[4.0, 5, 3])
+    (test / "all_files.txt").write_text("".join(f"{room}.h5\n" for room in rooms))
+    (test / "room_filelist.txt").write_text("".join(f"{room}\n" * (blocks + 1) for room in rooms))
