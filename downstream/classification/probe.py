@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from sklearn.model_selection import train_test_split
@@ -9,6 +11,7 @@ from torch import nn
 
 from downstream.classification.svm import linear_svm
 from downstream.features import extract_features, open_classification_set
+from utils.errors import DataError
 
 
 class LinearProbe:
@@ -41,9 +44,12 @@ class LinearProbe:
         self.train = open_classification_set(dataset, data_root, "train", num_points=num_points)
         self.test = open_classification_set(dataset, data_root, "test", num_points=num_points)
         rows, labels = np.arange(len(self.train)), self.train.labels
-        stratify = (
-            labels if np.bincount(labels).max() > 1 and np.unique(labels, return_counts=True)[1].min() > 1 else None
-        )
+        classes, counts = np.unique(labels, return_counts=True)
+        if len(classes) < 2:
+            raise DataError(f"{self.train.files[0]} holds clouds of one class only: there is nothing to tell apart")
+        # Every class in both parts, where there are enough clouds for that.
+        held = math.ceil(holdout * len(rows))
+        stratify = labels if counts.min() > 1 and len(classes) <= min(held, len(rows) - held) else None
         # Fixed seed: every run and every epoch holds out the same clouds.
         self.fit, self.held_out = train_test_split(rows, test_size=holdout, random_state=0, stratify=stratify)
 

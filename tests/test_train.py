@@ -1,0 +1,532 @@
+import json
+import logging
+import math
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import pytest
+import torch
+
+from datasets.shapenet_render import ShapeNetRender
+from datasets.transforms import RandomSubset
+from models.image import IMAGE_ENCODERS
+from tests.pairs import cloud_path, contents, write_demo_set, write_pairs
+from tests.small_run import ROOT, TinyImageNet, arguments
+from train_crossnet_con import LinearProbe, Pretraining, build_parser, main
+from utils import loop
+from utils.checkpoint import encoder_from_checkpoint, load_checkpoint, save_checkpoint
+from utils.errors import CheckpointError, DataError, UserError
+from utils.tracking import RunFolder
+
+KEYS = ["epoch", "step", "loss", "loss_intra", "loss_cross", "lr", "shapes_per_s", "data_wait"]
+SPEED = {"shapes_per_s", "data_wait"}
+# Three epochs of four steps, probed after the second and the last.
+REFERENCE = ("--epochs", "3", "--save_every", "2", "--eval_every", "2")
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch, request):
+    """A tiny image network; no pictures of curves but where they are looked at."""
+    monkeypatch.setitem(IMAGE_ENCODERS, "resnet18", TinyImageNet)
+    if "curves" not in request.keywords:
+        monkeypatch.setattr(RunFolder, "draw_curves", lambda self: None)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """16 pairs and a labelled set."""
+    root = tmp_path_factory.mktemp("data")
+    write_pairs(root, 16, unpaired=1)
+    write_demo_set(root)
+    return root
+
+
+def train(root, out, *more):
+    return main(arguments(root, out, *more))
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_speed(records):
+    return [{key: value for key, value in record.items() if key not in SPEED} for record in records]
+
+
+def equal(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+@pytest.fixture(scope="module")
+def reference(root, tmp_path_factory):
+    """An uninterrupted run."""
+    out = tmp_path_factory.mktemp("reference")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(IMAGE_ENCODERS, "resnet18", TinyImageNet)
+        record = train(root, out, *REFERENCE, "--json", out / "result.json")
+    return out / "crossnet", record
+
+
+def same_end(folder, reference):
+    """The run ended bitwise as the uninterrupted one did."""
+    for name in ("last.pth", "best.pth"):
+        ours, theirs = load_checkpoint(folder / name), load_checkpoint(reference / name)
+        for part in ("point_encoder", "heads_and_image_encoders", "optimizer", "scaler"):
+            assert equal(ours[part], theirs[part]), (name, part)
+        for progress in (ours["progress"], theirs["progress"]):
+            del progress["seconds"], progress["waited"]
+        assert ours["progress"] == theirs["progress"]
+    assert without_speed(metrics(folder)) == without_speed(metrics(reference))
+
+
+def test_run_folder_holds_what_is_promised(reference):
+    folder, record = reference
+    files = {"last.pth", "best.pth", "config.json", "metrics.jsonl", "run.log", "curves.png"}
+    assert {path.name for path in folder.iterdir()} == files
+    records = metrics(folder)
+    assert [list(r) for r in records] == [
+        KEYS,
+        [*KEYS, "demo_val_accuracy", "demo_test_accuracy"],
+        [*KEYS, "demo_val_accuracy", "demo_test_accuracy"],
+    ]
+    assert [(r["epoch"], r["step"]) for r in records] == [(1, 4), (2, 8), (3, 12)]
+    for r in records:
+        assert r["loss"] == pytest.approx(r["loss_intra"] + r["loss_cross"]) and r["shapes_per_s"] > 0
+        assert r["lr"] == pytest.approx(0.0005 * (1 + math.cos(math.pi * (r["step"] - 1) / 12)))
+        assert 0 <= r["data_wait"] <= 1
+    assert record == records[-1] == json.loads((folder.parent / "result.json").read_text())
+    config = json.loads((folder / "config.json").read_text())
+    assert config["arguments"]["k"] == 4 and config["arguments"]["lr"] == 1e-3 and config["versions"]["torch"]
+    log = (folder / "run.log").read_text()
+    assert "1 shapes without rendering left out" in log and "step 12/12" in log and "epoch 3  step 12" in log
+
+
+def test_checkpoint_rebuilds_the_encoder_alone(reference):
+    folder, _ = reference
+    payload = torch.load(folder / "last.pth", weights_only=True)
+    assert payload["format"] == 1 and payload["progress"]["step"] == 12 and payload["global_batch"] == 4
+    assert not any(key.startswith("point_encoder") for key in payload["heads_and_image_encoders"])
+    encoder = encoder_from_checkpoint(folder / "last.pth")
+    assert (encoder.k, encoder.emb_dims) == (4, 16)
+    assert equal(dict(encoder.state_dict()), dict(payload["point_encoder"]))
+
+
+def test_the_loss_falls_far_below_chance(root, tmp_path, monkeypatch):
+    # Without augmentation an object's two views are told from the others' soon.
+    monkeypatch.setattr("train_crossnet_con.pretraining_augmentation", RandomSubset)
+    flags = ("--epochs", 10, "--eval_every", 0, "--save_every", 0, "--log_every", 100, "--image_modality", "rgb")
+    train(root, tmp_path, *flags, "--num_points", 48)
+    losses = [record["loss_intra"] for record in metrics(tmp_path / "crossnet")]
+    assert losses[-1] < 0.5 * math.log(2 * 4 - 1) and losses[-1] < losses[0], losses
+
+
+def die_in_step(step, argv):
+    """In a process of its own: train until SIGKILL in the middle of a step."""
+    original = Pretraining.minimise
+
+    def minimise(self, loss):
+        if self.progress.step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(self, loss)
+
+    Pretraining.minimise = minimise
+    main(argv)
+
+
+def forked(function, *args):
+    process = multiprocessing.get_context("fork").Process(target=function, args=args)
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+@pytest.mark.parametrize(
+    "deaths", [[1], [5], [8, 8], [4, 6, 10]], ids=["before any save", "in an epoch", "after an epoch", "often"]
+)
+def test_a_killed_run_resumes_to_the_same_end(root, reference, tmp_path, deaths):
+    argv = arguments(root, tmp_path, *REFERENCE, "--resume")
+    for step in deaths:
+        assert forked(die_in_step, step, argv) == -signal.SIGKILL
+        assert step < 4 or len(metrics(tmp_path / "crossnet")) == step // 4
+    main(argv)
+    same_end(tmp_path / "crossnet", reference[0])
+
+
+def wait_for(file, text):
+    """Until a running process has written ``text`` into a file."""
+    give_up = time.monotonic() + 500
+    while time.monotonic() < give_up:
+        if file.exists() and text in file.read_text():
+            return
+        time.sleep(0.002)
+    raise AssertionError(f"{file} never said {text!r}")
+
+
+def test_a_run_killed_from_outside_with_its_workers_reading_resumes_to_the_same_end(root, reference, tmp_path):
+    argv = arguments(root, tmp_path, *REFERENCE, "--workers", "2", "--resume")
+    process = multiprocessing.get_context("fork").Process(target=main, args=(argv,))
+    process.start()
+    wait_for(tmp_path / "crossnet" / "run.log", "step 6/12")
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert 4 <= load_checkpoint(tmp_path / "crossnet" / "last.pth")["progress"]["step"] < 12
+    main(argv)
+    same_end(tmp_path / "crossnet", reference[0])
+
+
+def test_sigterm_to_the_whole_group_saves_and_ends_cleanly(root, reference, tmp_path):
+    argv = arguments(root, tmp_path, *REFERENCE, "--workers", "1", "--save_every", "0")
+    command = [sys.executable, "-m", "tests.small_run", *argv]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
+    wait_for(tmp_path / "crossnet" / "run.log", "step 2/12")
+    os.killpg(process.pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 143, output
+    assert "Traceback" not in output and output.count("stopped by SIGTERM at step") == 1
+    stopped = load_checkpoint(tmp_path / "crossnet" / "last.pth")["progress"]
+    assert 2 <= stopped["step"] < 12 and stopped["samples"] == 4 * (stopped["step"] - 4 * stopped["epoch"])
+    main([*argv, "--resume"])
+    same_end(tmp_path / "crossnet", reference[0])
+
+
+@pytest.mark.parametrize("when", ["step", "last step of an epoch", "probe"])
+def test_sigterm_at_any_moment_loses_nothing(root, reference, tmp_path, monkeypatch, when):
+    step, probe = Pretraining.step, LinearProbe.__call__
+
+    def terminating_step(self, batch):
+        if self.progress.step == {"step": 5, "last step of an epoch": 7}.get(when):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batch)
+
+    def terminating_probe(self, *args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return probe(self, *args, **kwargs)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
+        patch.setattr(Pretraining, "step", terminating_step)
+        if when == "probe":
+            patch.setattr(LinearProbe, "__call__", terminating_probe)
+        train(root, tmp_path, *REFERENCE)
+    assert caught.value.code == 143 and signal.getsignal(signal.SIGTERM) == before
+    progress = load_checkpoint(tmp_path / "crossnet" / "last.pth")["progress"]
+    assert progress["step"] == {"step": 6}.get(when, 8)
+    train(root, tmp_path, *REFERENCE, "--resume")
+    same_end(tmp_path / "crossnet", reference[0])
+
+
+def copy_run(reference, tmp_path, *names):
+    folder = tmp_path / "crossnet"
+    folder.mkdir()
+    for name in names or [path.name for path in reference[0].iterdir()]:
+        (folder / name).write_bytes((reference[0] / name).read_bytes())
+    return folder
+
+
+def test_a_finished_run_resumes_to_its_own_end(root, reference, tmp_path):
+    folder = copy_run(reference, tmp_path)
+    before = contents(folder)
+    assert train(root, tmp_path, *REFERENCE, "--resume") == reference[1]
+    after = contents(folder)
+    assert all(after[name] == before[name] for name in ("last.pth", "best.pth", "metrics.jsonl", "curves.png"))
+
+
+def refused(root, out, message, *more, kind=UserError):
+    """The run stops with a message and leaves everything as it is."""
+    before = contents(out)
+    with pytest.raises(kind, match=message):
+        train(root, out, *more)
+    assert contents(out) == before
+
+
+def test_an_existing_run_is_kept(root, reference, tmp_path):
+    copy_run(reference, tmp_path)
+    refused(root, tmp_path, "holds an earlier run .*--resume.*--overwrite", *REFERENCE)
+    refused(root, tmp_path, "holds an earlier run", *REFERENCE, "--resume", reference[0] / "last.pth")
+    absent = tmp_path / "absent"
+    for flag, value in (("--batch_size", 17), ("--num_points", 49), ("--list", absent), ("--device", "foo")):
+        refused(root, tmp_path, str(value), *REFERENCE, "--overwrite", flag, value)
+    refused(tmp_path / "nothing", tmp_path, "does not exist", *REFERENCE, "--overwrite", kind=DataError)
+
+
+def test_overwrite_starts_again(root, reference, tmp_path):
+    folder = copy_run(reference, tmp_path)
+    (folder / "notes.txt").write_text("mine")
+    train(root, tmp_path, "--epochs", 1, "--eval_every", 0, "--overwrite")
+    assert [r["step"] for r in metrics(folder)] == [4]
+    assert not (folder / "best.pth").exists() and (folder / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "change", ["--lr 0.002", "--k 5", "--epochs 4", "--batch_size 5", "--seed 2", "--use_sgd", "--objective ave"]
+)
+def test_resume_with_other_settings_is_an_error_that_names_them(root, reference, tmp_path, change):
+    copy_run(reference, tmp_path)
+    flag = change.split()[0]
+    refused(root, tmp_path, f"other settings .*{flag} .* there, .* here", *REFERENCE, *change.split(), "--resume")
+
+
+def test_resume_with_other_shapes_or_another_kind_of_file_is_an_error(root, reference, tmp_path):
+    folder = copy_run(reference, tmp_path)
+    ids = ShapeNetRender(root).ids
+    (tmp_path / "list.txt").write_text("\n".join(ids[:15]))
+    flags = (*REFERENCE, "--list", tmp_path / "list.txt", "--resume")
+    refused(root, tmp_path, "other shapes", *flags, kind=CheckpointError)
+    encoder = load_checkpoint(folder / "last.pth")
+    save_checkpoint(folder / "encoder.pth", {key: encoder[key] for key in ("encoder", "point_encoder")})
+    flags = (*REFERENCE, "--resume", folder / "encoder.pth")
+    refused(root, tmp_path, "no pretraining checkpoint", *flags, kind=CheckpointError)
+    refused(root, tmp_path, "does not exist", *REFERENCE, "--resume", folder / "absent.pth", kind=CheckpointError)
+
+
+def test_settings_that_change_nothing_learned_may_change_on_resume(root, reference, tmp_path):
+    folder = copy_run(reference, tmp_path)
+    flags = ("--svm_c", 1, "--save_every", 0, "--workers", 1, "--eval_root", root, "--log_every", 3)
+    assert train(root, tmp_path, *REFERENCE, *flags, "--resume") == reference[1]
+    assert (folder / "best.pth").read_bytes() == (reference[0] / "best.pth").read_bytes()
+
+
+def test_a_damaged_last_checkpoint_is_never_started_over(root, reference, tmp_path):
+    folder = copy_run(reference, tmp_path)
+    whole = (folder / "last.pth").read_bytes()
+    (folder / "last.pth").write_bytes(whole[: len(whole) // 2])
+    help_text = f"last.pth is damaged.*--resume {folder / 'best.pth'}.*--overwrite"
+    refused(root, tmp_path, help_text, *REFERENCE, "--resume", kind=CheckpointError)
+    train(root, tmp_path, *REFERENCE, "--resume", folder / "best.pth")
+    same_end(folder, reference[0])
+
+
+def test_a_lost_last_checkpoint_is_replaced_by_the_best(root, reference, tmp_path):
+    folder = copy_run(reference, tmp_path, "best.pth", "metrics.jsonl")
+    train(root, tmp_path, *REFERENCE, "--resume")
+    assert f"resumed {folder / 'best.pth'}" in (folder / "run.log").read_text()
+    same_end(folder, reference[0])
+
+
+def test_resume_into_a_new_folder_leaves_the_old_one_and_finds_a_best_again(root, reference, tmp_path):
+    before = contents(reference[0])
+    best = load_checkpoint(reference[0] / "best.pth")["progress"]["epoch"]
+    train(root, tmp_path, *REFERENCE, "--resume", reference[0] / "best.pth", "--exp_name", "other")
+    assert contents(reference[0]) == before
+    assert [r["epoch"] for r in metrics(tmp_path / "other")] == list(range(best + 1, 4))
+    ours, theirs = (load_checkpoint(folder / "last.pth") for folder in (tmp_path / "other", reference[0]))
+    assert equal(ours["point_encoder"], theirs["point_encoder"])
+
+
+@pytest.mark.parametrize("save_every", [1, 0])
+def test_a_loss_that_is_not_finite_stops_with_a_message_and_finite_checkpoints(root, tmp_path, save_every):
+    with pytest.raises(UserError, match=r"not finite at step \d+ \(epoch 1\).*lower --lr"):
+        train(root, tmp_path, *REFERENCE, "--lr", "1e30", "--save_every", save_every)
+    folder = tmp_path / "crossnet"
+    assert not (folder / "metrics.jsonl").exists()
+    if (folder / "last.pth").exists():
+        payload = load_checkpoint(folder / "last.pth")
+        tensors = [*payload["point_encoder"].values(), *payload["heads_and_image_encoders"].values()]
+        assert all(tensor.isfinite().all() for tensor in tensors)
+
+
+def test_weights_that_are_not_finite_are_never_saved(root, tmp_path, monkeypatch):
+    def break_weights(self, loss):
+        if self.progress.step == 2:
+            self.model.point_head[0].weight.data[0, 0] = math.inf  # the loss before it was finite
+
+    monkeypatch.setattr(Pretraining, "minimise", break_weights)
+    with pytest.raises(UserError, match="some weights are not finite at step 3"):
+        train(root, tmp_path, *REFERENCE, "--save_every", 1)
+    assert load_checkpoint(tmp_path / "crossnet" / "last.pth")["progress"]["step"] == 2
+
+
+@pytest.fixture(scope="module")
+def short(root, tmp_path_factory):
+    """Flags of a run of two steps."""
+    path = tmp_path_factory.mktemp("list") / "list.txt"
+    path.write_text("\n".join(ShapeNetRender(root).ids[:8]))
+    return ("--list", path, "--epochs", 1, "--eval_every", 0)
+
+
+@pytest.mark.parametrize("modality", ["both", "rgb", "gray"])
+@pytest.mark.parametrize("objective", ["con", "ave"])
+def test_every_objective_and_modality_trains(root, tmp_path, short, objective, modality):
+    record = train(root, tmp_path, *short, "--objective", objective, "--image_modality", modality, "--alpha", 0.5)
+    weights = load_checkpoint(tmp_path / "crossnet" / "last.pth")["heads_and_image_encoders"]
+    built = {name.split(".")[1] for name in weights if name.startswith("image_encoders")}
+    assert built == ({"rgb", "gray"} if modality == "both" else {modality})
+    # With one modality both objectives are the same function; alpha weighs the cross term everywhere.
+    assert record["loss"] == pytest.approx(record["loss_intra"] + 0.5 * record["loss_cross"])
+    assert math.isfinite(record["loss"]) and record["step"] == 2
+
+
+@pytest.mark.parametrize("model", ["dgcnn_cls", "dgcnn_seg", "dgcnn_semseg", "pointnet_cls", "pointnet_partseg"])
+def test_every_encoder_pretrains(root, tmp_path, short, model):
+    train(root, tmp_path, *short, "--model", model)
+    assert encoder_from_checkpoint(tmp_path / "crossnet" / "last.pth", model=model).emb_dims == 16
+
+
+@pytest.mark.parametrize(
+    "flags", ["--amp bf16", "--amp fp16", "--channels_last", "--mask_same_object", "--background white"]
+)
+def test_switches_train(root, tmp_path, short, flags):
+    plain = train(root, tmp_path, *short, "--exp_name", "plain")
+    record = train(root, tmp_path, *short, *flags.split())
+    assert math.isfinite(record["loss"])
+    close = pytest.approx(plain["loss"], rel=0.15)
+    assert record["loss"] == (pytest.approx(plain["loss"], rel=1e-3) if flags == "--channels_last" else close)
+    assert record["loss"] != plain["loss"] or flags == "--channels_last"
+
+
+def test_learning_rates_of_both_schedules_and_optimisers(root, tmp_path, short):
+    rates = []
+    step = Pretraining.minimise
+
+    def note(self, loss):
+        rates.append((type(self.optimizer).__name__, self.optimizer.param_groups[0]["lr"]))
+        step(self, loss)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Pretraining, "minimise", note)
+        two = (*short, "--epochs", 2, "--save_every", 0)
+        train(root, tmp_path, *two, "--exp_name", "a")
+        train(root, tmp_path, *two, "--exp_name", "b", "--lr_schedule", "released")
+        train(root, tmp_path, *two, "--exp_name", "c", "--use_sgd", "--lr", "1e-4")
+    cosine = [(1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)]
+    released = [(1 + math.cos(math.pi * step / 2)) / 2 for step in range(4)]
+    expected = [("Adam", 1e-3 * x) for x in cosine] + [("Adam", 1e-3 * x) for x in released]
+    expected += [("SGD", 1e-2 * x) for x in cosine]
+    assert [kind for kind, _ in rates] == [kind for kind, _ in expected]
+    assert [rate for _, rate in rates] == pytest.approx([rate for _, rate in expected], abs=1e-12)
+
+
+def test_wandb_gets_the_metrics_only_when_asked(root, tmp_path, short, monkeypatch):
+    sent = []
+    run = types.SimpleNamespace(log=lambda record, step: sent.append((record, step)), finish=lambda: sent.append("end"))
+    stub = types.SimpleNamespace(init=lambda **kwargs: sent.append(kwargs["mode"]) or run)
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    train(root, tmp_path, *short, "--exp_name", "a")
+    assert sent == []
+    record = train(root, tmp_path, *short, "--exp_name", "b", "--wandb", "offline")
+    assert sent == ["offline", (record, 2), "end"]
+
+
+@pytest.mark.parametrize("select_on, best", [("val", 2), ("test", 1)])
+def test_best_is_chosen_on_held_out_training_clouds_or_as_released_on_the_test_set(
+    root, tmp_path, short, monkeypatch, select_on, best
+):
+    scores = iter([(10.0, 90.0), (30.0, 1.0), (20.0, 50.0)])
+
+    def scripted(self, encoder, *, device):
+        val, test = next(scores)
+        return {"demo_val_accuracy": val, "demo_test_accuracy": test}
+
+    monkeypatch.setattr(LinearProbe, "__call__", scripted)
+    train(root, tmp_path, *short, "--epochs", 3, "--eval_every", 1, "--select_on", select_on)
+    folder = tmp_path / "crossnet"
+    assert load_checkpoint(folder / "best.pth")["progress"]["epoch"] == best
+    assert load_checkpoint(folder / "last.pth")["progress"]["epoch"] == 3
+    assert [r["demo_test_accuracy"] for r in metrics(folder)] == [90, 1, 50]
+
+
+def test_the_probe_holds_out_training_clouds_of_every_class(root):
+    probe = LinearProbe("demo", root, num_points=24)
+    assert sorted([*probe.fit, *probe.held_out]) == list(range(30))
+    assert torch.tensor(probe.train.labels[probe.held_out]).bincount().tolist() == [2, 2, 2]
+
+
+def test_a_probe_with_few_clouds_holds_out_what_it_can(tmp_path):
+    write_demo_set(tmp_path, train=3, test=1)
+    probe = LinearProbe("demo", tmp_path, num_points=24)
+    assert len(probe.held_out) == 2 and len(probe.fit) == 7
+
+
+def test_training_starts_from_a_checkpoint_with_its_k(root, reference, tmp_path, short):
+    argv = [a for a in arguments(root, tmp_path, *short, "--model_path", reference[0] / "last.pth", "--lr", "1e-12")]
+    for flag in ("--k", "--emb_dims"):
+        del argv[argv.index(flag) : argv.index(flag) + 2]
+    main(argv)
+    payload = load_checkpoint(tmp_path / "crossnet" / "last.pth")
+    assert payload["encoder"]["kwargs"] == {"k": 4, "emb_dims": 16} and payload["arguments"]["k"] == 4
+    start = load_checkpoint(reference[0] / "last.pth")["point_encoder"]["conv1.0.weight"]
+    torch.testing.assert_close(payload["point_encoder"]["conv1.0.weight"], start)
+
+
+def test_unreadable_samples_are_skipped_and_counted_and_stop_the_run_when_many(root, tmp_path, caplog):
+    training = object.__new__(Pretraining)
+    training.progress, training.dataset = loop.Progress(read=96), range(150)
+    with caplog.at_level(logging.WARNING, "crossnet"):
+        training.look_at({"index": [0] * 4, "bad": ["a.ply is broken"]})
+    assert (training.progress.bad, training.progress.read) == (1, 100) and "skipped: a.ply is broken" in caplog.text
+    with pytest.raises(UserError, match="2 of 104 samples could not be read, more than 1 %; the last one: b.ply"):
+        training.look_at({"index": [0] * 4, "bad": ["b.ply is broken"]})
+    training.progress = loop.Progress(read=296, bad=2)
+    training.look_at({"index": [0] * 4, "bad": ["b.ply is broken"]})
+
+
+def test_a_killed_data_worker_is_one_clear_error(root, tmp_path, short, monkeypatch):
+    def killed(self, key):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(ShapeNetRender, "__getitem__", killed)
+    with pytest.raises(UserError, match="a process that reads data is gone .*--resume and fewer --workers"):
+        train(root, tmp_path, *short, "--workers", 1)
+
+
+def test_saving_counts_neither_as_training_nor_as_waiting(root, tmp_path, short, monkeypatch):
+    clock = [0.0]
+
+    def passing(seconds, function):
+        def call(*args, **kwargs):
+            clock[0] += seconds
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(loop, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(Pretraining, "step", passing(3, Pretraining.step))
+    monkeypatch.setattr(Pretraining, "save", passing(100, Pretraining.save))
+    monkeypatch.setattr(ShapeNetRender, "_read", passing(0.25, ShapeNetRender._read))
+    record = train(root, tmp_path, *short, "--save_every", 1)
+    assert record["shapes_per_s"] == pytest.approx(4 / 4) and record["data_wait"] == pytest.approx(1 / 4)
+
+
+def test_every_flag_is_explained():
+    parser = build_parser()
+    text = parser.format_help()
+    for action in parser._actions:
+        assert action.help, action.dest
+        if action.default not in (None, False, "==SUPPRESS==") and not isinstance(action.default, list):
+            assert f"(default: {action.default})" in " ".join(text.split()), action.dest
+    defaults = vars(parser.parse_args([]))
+    released = {"batch_size": 32, "epochs": 250, "lr": 1e-3, "weight_decay": 1e-5, "temperature": 0.2, "seed": 1}
+    released |= {"model": "dgcnn_cls", "image_model": "resnet50", "image_size": 224, "objective": "con", "svm_c": 0.01}
+    released |= {"momentum": 0.9, "use_sgd": False, "dropout": 0.5, "lr_schedule": "cosine", "wandb": "disabled"}
+    assert {key: defaults[key] for key in released} == released
+
+
+def test_released_widths_apply_from_scratch(root, tmp_path, short):
+    argv = arguments(root, tmp_path, *short)
+    for flag in ("--k", "--emb_dims"):
+        del argv[argv.index(flag) : argv.index(flag) + 2]
+    main(argv)
+    kwargs = load_checkpoint(tmp_path / "crossnet" / "last.pth")["encoder"]["kwargs"]
+    assert kwargs == {"k": 20, "emb_dims": 1024}
+
+
+def test_a_broken_cloud_stops_a_small_run_with_its_name(tmp_path, short):
+    write_pairs(tmp_path / "data", 8)
+    broken = cloud_path(tmp_path / "data", ShapeNetRender(tmp_path / "data").ids[3])
+    broken.write_text("ply\n")
+    for more in ((), ("--strict_data",)):
+        with pytest.raises(DataError if more else UserError, match=str(broken)):
+            train(tmp_path / "data", tmp_path, "--epochs", 1, "--exp_name", f"run{len(more)}", *more)
