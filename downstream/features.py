@@ -85,6 +85,17 @@ def find_datasets(data_root: str | Path) -> list[str]:
     return found
 
 
+def check_neighbours(encoder: nn.Module, points: int, *, name: str = "the encoder") -> None:
+    """Stop where an encoder looks for more neighbours than a cloud has points.
+
+    Raises:
+        UserError: see above.
+    """
+    k = getattr(encoder, "k", 0)
+    if k > points:
+        raise UserError(f"{name}: k = {k} neighbours in clouds of {points} points; choose --k or --num_points to fit")
+
+
 @contextmanager
 def frozen(encoder: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; every module's own mode comes back afterwards."""

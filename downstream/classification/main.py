@@ -17,7 +17,6 @@ Examples:
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
 import time
 from pathlib import Path
@@ -31,19 +30,18 @@ import sklearn
 from torch import nn
 
 from datasets.hdf5 import LabelledClouds
-from datasets.scanobjectnn import VARIANTS, resolve_variant
+from downstream.classification.candidates import (
+    add_data_arguments,
+    add_encoder_arguments,
+    candidates,
+    check_encoder_arguments,
+    open_splits,
+)
 from downstream.classification.figures import PICTURE_TYPES, check_output_path, draw_confusion_matrix, draw_retrieval
 from downstream.classification.retrieval import average_precisions
 from downstream.classification.svm import RELEASED_C, few_label_svm, linear_svm, mean_and_std
-from downstream.features import (
-    CLASSIFICATION_SETS,
-    calibrate_batch_norm,
-    extract_features,
-    find_datasets,
-    open_classification_set,
-)
-from models import ENCODER_ALIASES, ENCODERS, build_encoder, encoder_arguments, resolve_encoder_name
-from utils.checkpoint import describe_encoder, encoder_from_checkpoint
+from downstream.features import calibrate_batch_norm, check_neighbours, extract_features
+from utils.checkpoint import describe_encoder
 from utils.cli import (
     HelpFormatter,
     add_common_arguments,
@@ -52,21 +50,10 @@ from utils.cli import (
     positive_int,
     resolve_device,
     run,
-    seed_number,
     write_json,
 )
 from utils.errors import DataError, UserError
-from utils.training import git_commit, seed_everything, versions
-
-DEFAULT_MODEL = "dgcnn_cls"
-
-
-class Candidate(NamedTuple):
-    """An encoder to score, and where it comes from."""
-
-    name: str  # shown in the table
-    encoder: nn.Module
-    origin: dict[str, Any]  # goes into the JSON
+from utils.training import git_commit, versions
 
 
 class Scores(NamedTuple):
@@ -81,75 +68,8 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
 
-    group = parser.add_argument_group("encoder", "give either --model_path or --random_init")
-    source = group.add_mutually_exclusive_group(required=True)
-    source.add_argument("--model_path", nargs="+", metavar="FILE", help="checkpoints of ours, or published state dicts")
-    source.add_argument(
-        "--random_init", action="store_true", help="score an untrained encoder; use --calibrate_bn with it"
-    )
-    group.add_argument(
-        "--seeds",
-        type=seed_number,
-        nargs="+",
-        metavar="S",
-        help="--random_init: one run per seed of the weights (default: --seed)",
-    )
-    group.add_argument(
-        "--calibrate_bn",
-        action="store_true",
-        help="set batch-norm statistics from unlabelled training clouds in one pass; without them an untrained encoder "
-        "is no fair baseline (on ModelNet10: about 22 instead of 92 percent at C 0.01)",
-    )
-    group.add_argument(
-        "--calibration_clouds", type=positive_int, default=512, metavar="N", help="clouds used by --calibrate_bn"
-    )
-    group.add_argument(
-        "--model",
-        choices=[*ENCODERS, *ENCODER_ALIASES],
-        help="encoder; needed for published state dicts, which do not say it "
-        f"(default: the checkpoint's; {DEFAULT_MODEL} with --random_init)",
-    )
-    group.add_argument(
-        "--k",
-        type=positive_int,
-        help="neighbours per point, itself included (default: the checkpoint's; 20 where there is none)",
-    )
-    group.add_argument(
-        "--emb_dims",
-        type=positive_int,
-        metavar="E",
-        help="width of the embedding (default: the checkpoint's; 1024 with --random_init)",
-    )
-    group.add_argument(
-        "--dropout",
-        type=float,
-        metavar="P",
-        help="taken for the sake of released command lines; frozen encoders have no dropout",
-    )
-
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--dataset", choices=CLASSIFICATION_SETS, default="modelnet40", help="labelled clouds to score on"
-    )
-    group.add_argument(
-        "--variant",
-        default="OBJ_BG",
-        metavar="V",
-        help=f"of ScanObjectNN, one of {', '.join(VARIANTS)}; always say which one a number is of",
-    )
-    group.add_argument(
-        "--num_points", type=positive_int, default=1024, metavar="N", help="points per cloud, the first N rows"
-    )
-    group.add_argument(
-        "--batch_size",
-        "--test_batch_size",
-        type=positive_int,
-        default=32,
-        metavar="B",
-        help="clouds per forward pass; changes speed and memory, not the features (with --calibrate_bn: clouds whose "
-        "statistics are taken together)",
-    )
-
+    add_encoder_arguments(parser)
+    add_data_arguments(parser)
     group = parser.add_argument_group("linear SVM")
     group.add_argument(
         "--svm_c",
@@ -187,56 +107,16 @@ def check_arguments(args: argparse.Namespace) -> None:
     """Refuse what cannot work before anything is computed.
 
     Raises:
-        UserError: settings that contradict each other, or an output that cannot be written.
+        UserError: too few folds, or an output that cannot be written.
     """
-    if args.seeds and not args.random_init:
-        raise UserError("--seeds chooses the weights of --random_init; a checkpoint has its own (draws follow --seed)")
+    check_encoder_arguments(args)
     if args.cv_folds < 2:
         raise UserError(f"--cv_folds {args.cv_folds}: cross-validation needs at least 2 folds")
-    if args.dataset == "scanobjectnn":
-        args.variant = resolve_variant(args.variant)
     for path in (args.confusion_matrix, args.retrieval_sheet):
         if path is not None:
             check_output_path(path, PICTURE_TYPES)
     if args.json is not None:
         check_output_path(args.json)
-
-
-def sha256(path: str | Path) -> str:
-    """Checksum of a file, as hexadecimal text."""
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def candidates(args: argparse.Namespace) -> list[Candidate]:
-    """Build every encoder, so that a wrong file is found before the first one is scored.
-
-    Raises:
-        UserError: a flag that the encoder does not have, or a wrong value.
-        CheckpointError: a file that cannot be read or does not fit.
-    """
-    found = []
-    if args.model_path:
-        names = [Path(path).name for path in args.model_path]
-        for path, name in zip(args.model_path, names, strict=True):
-            encoder = encoder_from_checkpoint(path, model=args.model, k=args.k, emb_dims=args.emb_dims)
-            # Runs usually differ by folder: checkpoints/a/last.pth, checkpoints/b/last.pth.
-            shown = name if names.count(name) == 1 else path
-            found.append(Candidate(shown, encoder, {"model_path": str(path), "sha256": sha256(path)}))
-        return found
-    model = resolve_encoder_name(args.model or DEFAULT_MODEL)
-    known = encoder_arguments(model)
-    given = {key: getattr(args, key) for key in ("k", "emb_dims") if getattr(args, key) is not None}
-    for key in given:
-        if key not in known:
-            raise UserError(f"--{key}: {model} has no such setting")
-    for seed in args.seeds or [args.seed]:
-        seed_everything(seed)
-        found.append(Candidate(f"random init, seed {seed}", build_encoder(model, **given), {"random_init_seed": seed}))
-    return found
 
 
 def evaluate(encoder: nn.Module, train: LabelledClouds, test: LabelledClouds, args: argparse.Namespace) -> Scores:
@@ -379,30 +259,6 @@ def notes(metrics: dict[str, Any]) -> list[str]:
     return lines
 
 
-def open_splits(args: argparse.Namespace) -> tuple[LabelledClouds, LabelledClouds]:
-    """Open both splits and say what they are.
-
-    Raises:
-        DataError: a file is missing or wrong; the message also names the sets that are there.
-    """
-    try:
-        train, test = (
-            open_classification_set(
-                args.dataset, args.data_root, split, variant=args.variant, num_points=args.num_points
-            )
-            for split in ("train", "test")
-        )
-    except DataError as error:
-        others = [name for name in find_datasets(args.data_root) if name != args.dataset]
-        raise DataError(f"{error}" + (f" (found there: --dataset {', '.join(others)})" if others else "")) from error
-    for part in (train, test):
-        print(f"{part!r} from {', '.join(map(str, part.files))}")
-        official = part.official_sizes.get(part.split)
-        if official not in (None, len(part)):
-            print(f"note: {len(part)} {part.split} clouds, the published set has {official}")
-    return train, test
-
-
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the command line and return the metrics that ``--json`` writes.
 
@@ -415,9 +271,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     train, test = open_splits(args)
     found = candidates(args)
     for candidate in found:
-        k = getattr(candidate.encoder, "k", 0)
-        if k > args.num_points:
-            raise UserError(f"{candidate.name}: k = {k} neighbours in clouds of --num_points {args.num_points}")
+        check_neighbours(candidate.encoder, args.num_points, name=candidate.name)
     if args.random_init and not args.calibrate_bn:
         print(
             "note: an untrained encoder without --calibrate_bn is no fair baseline, its batch norms hold no statistics"

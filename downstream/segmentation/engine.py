@@ -511,17 +511,6 @@ def run_folders(args: argparse.Namespace, names: Sequence[str]) -> list[RunFolde
     return [RunFolder(path, overwrite=args.overwrite, resume=args.resume) for path in paths]
 
 
-def check_neighbours(model: FineTuned, points: int) -> None:
-    """Stop where the encoder looks for more neighbours than a cloud has points.
-
-    Raises:
-        UserError: see above.
-    """
-    k = getattr(model.encoder, "k", 0)
-    if k > points:
-        raise UserError(f"k = {k} neighbours in clouds of {points} points: choose --k of at most {points}")
-
-
 def headline(result: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     """The entry of a result that is reported, and how it was chosen: best on held-out data, or else the last."""
     if result["best"] is None:

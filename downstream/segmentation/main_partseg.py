@@ -33,12 +33,12 @@ from torch.utils.data import Dataset
 from datasets.shapenet_part import ShapeNetPart
 from datasets.streams import SampleStreams
 from datasets.transforms import RandomScaleAxes
+from downstream.features import check_neighbours
 from downstream.metrics import part_scores
 from downstream.segmentation.engine import (
     FineTuning,
     Scores,
     add_training_arguments,
-    check_neighbours,
     check_training_arguments,
     choose_labelled,
     headline,
@@ -257,7 +257,9 @@ def train(args: argparse.Namespace) -> list[dict[str, Any]]:
         validated = [limited(held_parts, held, f, args.seed) if len(held) else held for f in fractions]
     else:
         validated = [held] * len(fractions)
-    check_neighbours(start_model(args, PartSegmentation, k=RELEASED_K, sizes=parts.sizes())[0], points_of(parts))
+    check_neighbours(
+        start_model(args, PartSegmentation, k=RELEASED_K, sizes=parts.sizes())[0].encoder, points_of(parts)
+    )
     folders = run_folders(args, [f"label_{fraction:g}" for fraction in fractions])
     records = []
     for fraction, rows, val_rows, folder in zip(fractions, chosen, validated, folders, strict=True):
@@ -320,7 +322,7 @@ def score_checkpoint(args: argparse.Namespace) -> dict[str, Any]:
             f"in {task.test.shapes.folder} has {own['num_parts']} parts of {own['num_categories']}"
             + ("" if own != sizes else ", and their names or counts differ")
         )
-    check_neighbours(model, points_of(task.test))
+    check_neighbours(model.encoder, points_of(task.test))
     return {
         "model_path": args.model_path,
         "encoder": payload["encoder"] if payload else None,

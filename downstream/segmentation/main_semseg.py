@@ -33,12 +33,12 @@ from torch import nn
 
 from datasets.s3dis import AREAS, CLASS_NAMES, S3DIS, S3DISRooms, split_rooms
 from downstream.classification.figures import PICTURE_TYPES, check_output_path, draw_confusion_counts
+from downstream.features import check_neighbours
 from downstream.metrics import confusion_matrix, semantic_scores
 from downstream.segmentation.engine import (
     FineTuning,
     Scores,
     add_training_arguments,
-    check_neighbours,
     check_training_arguments,
     headline,
     run_folders,
@@ -247,7 +247,7 @@ def train(args: argparse.Namespace) -> list[dict[str, Any]]:
             for names in (rooms, held)
             if names
         ]
-        check_neighbours(probe, sets[0].num_points)
+        check_neighbours(probe.encoder, sets[0].num_points)
         plans.append((area, areas, test, sets))
     records = []
     folders = run_folders(args, [f"area_{area}" for area in args.test_area])
@@ -318,7 +318,7 @@ def score_checkpoints(args: argparse.Namespace) -> list[dict[str, Any]]:
             print(f"warning: {path} was trained on area {area}; its score there says nothing about new rooms")
         test = AreaTest(args, area, channels)
         if test.blocks is not None:
-            check_neighbours(model, test.blocks.num_points)
+            check_neighbours(model.encoder, test.blocks.num_points)
         scores = test(model.to(test.device))
         records.append({"test_area": area, "train_areas": trained, "model_path": str(path), "test": scores})
         if args.confusion_matrix:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from downstream.classification import main as script
+from downstream.classification.candidates import sha256
 from downstream.classification.figures import draw_confusion_matrix
 from models import build_encoder
 from utils.checkpoint import describe_encoder, save_checkpoint
@@ -115,7 +116,7 @@ def test_checkpoints_are_rebuilt_without_flags_and_identified(root, tmp_path, ca
     metrics = run(root, "--model_path", *paths, "--shots", "--num_points", 16)
     assert [record["model_path"] for record in metrics["runs"]] == list(map(str, paths))
     assert [record["name"] for record in metrics["runs"]] == list(map(str, paths))  # last.pth alone would be ambiguous
-    assert [record["sha256"] for record in metrics["runs"]] == [script.sha256(path) for path in paths]
+    assert [record["sha256"] for record in metrics["runs"]] == [sha256(path) for path in paths]
     assert {record["k"] for record in metrics["runs"]} == {4}
     assert metrics["number_of_runs"] == 2 and "untrained" not in capsys.readouterr().out
     reference = run(root, "--model_path", paths[1], "--shots", "--num_points", 16, "--batch_size", 3)["runs"][0]
@@ -131,7 +132,7 @@ def test_calibrating_a_checkpoint_warns(root, tmp_path, capsys):
 
 def test_checksum(tmp_path):
     (tmp_path / "file").write_bytes(b"abc")
-    assert script.sha256(tmp_path / "file") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert sha256(tmp_path / "file") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
 def test_c_is_chosen_by_cross_validation_when_several_are_given(root, capsys):
@@ -197,7 +198,7 @@ def test_confusion_matrix_shows_shares_of_the_true_class(tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         (["--num_points", "21"], r"21 points .*have 20"),
-        (["--num_points", "2"], "k = 3 neighbours in clouds of --num_points 2"),
+        (["--num_points", "2"], "k = 3 neighbours in clouds of 2 points"),
         (["--cv_folds", "1"], "at least 2 folds"),
         (["--confusion_matrix", "result.docx"], "must end in"),
         (["--json", "/proc/nowhere/x.json"], "cannot write"),

@@ -1,0 +1,261 @@
+"""Few-shot classification with frozen features: n-way, m-shot, a linear SVM per episode, mean and deviation over runs.
+
+An episode takes n classes, m labelled clouds of each (the support) and other clouds of the same classes to classify
+(the queries). Features are standardised by the support, then a linear SVM with C = 1 is fitted. Two protocols:
+  released  support and queries from the training split, 20 queries of every class, as in the field's script
+  test      support from the training split, queries from the test split: nothing that is scored was in training
+Run i depends on --seed and i alone, so that every encoder sees the same episodes.
+
+Examples:
+  python downstream/classification/few_shot.py --dataset modelnet40 --model_path checkpoints/crossnet/last.pth
+  python downstream/classification/few_shot.py --dataset scanobjectnn --model_path a.pth b.pth --ways 5 --shots 10
+  python downstream/classification/few_shot.py --dataset modelnet40 --random_init --calibrate_bn --protocol test
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+from sklearn.preprocessing import StandardScaler
+
+from datasets.hdf5 import LabelledClouds
+from downstream.classification.candidates import (
+    add_data_arguments,
+    add_encoder_arguments,
+    candidates,
+    check_encoder_arguments,
+    open_splits,
+)
+from downstream.classification.svm import linear_svm, mean_and_std
+from downstream.features import calibrate_batch_norm, check_neighbours, extract_features
+from utils.checkpoint import describe_encoder
+from utils.cli import (
+    HelpFormatter,
+    add_common_arguments,
+    log_to_screen,
+    positive_int,
+    resolve_device,
+    run,
+    write_json,
+)
+from utils.errors import UserError
+from utils.training import git_commit, versions
+
+PROTOCOLS = ("released", "test")
+
+
+class Episode(NamedTuple):
+    """Rows of one episode; the protocol says which split the queries are rows of."""
+
+    support: np.ndarray  # (ways * shots,) of the training split
+    queries: np.ndarray  # (ways * queries,)
+
+
+def draw_episode(
+    train_labels: np.ndarray,
+    query_labels: np.ndarray | None,
+    *,
+    ways: int,
+    shots: int,
+    queries: int,
+    seed: int,
+    number: int,
+) -> Episode:
+    """Draw one episode.
+
+    Args:
+        train_labels: (n,) classes of the training split.
+        query_labels: (m,) classes of the split that the queries come from; None draws them from the training split,
+            apart from the support.
+        ways: classes.
+        shots: labelled clouds of every class.
+        queries: clouds of every class to classify.
+        seed: of all episodes.
+        number: of this one.
+
+    Raises:
+        UserError: fewer than ``ways`` classes have enough clouds.
+    """
+    generator = np.random.default_rng([seed, number])
+    own = query_labels is None
+    count = {label: int(np.sum(train_labels == label)) for label in np.unique(train_labels)}
+    needed = shots + queries if own else shots
+    other = None if own else {label: int(np.sum(query_labels == label)) for label in count}
+    fitting = [label for label in count if count[label] >= needed and (own or other[label] >= queries)]
+    if len(fitting) < ways:
+        raise UserError(
+            f"{ways}-way {shots}-shot with {queries} queries a class: only {len(fitting)} of {len(count)} classes have "
+            f"{needed} training clouds" + ("" if own else f" and {queries} test clouds") + "; lower --ways, --shots or "
+            "--queries"
+        )
+    support, asked = [], []
+    for label in generator.choice(fitting, ways, replace=False):
+        rows = generator.permutation(np.flatnonzero(train_labels == label))
+        support.append(rows[:shots])
+        pool = rows[shots:] if own else generator.permutation(np.flatnonzero(query_labels == label))
+        asked.append(pool[:queries])
+    return Episode(np.concatenate(support), np.concatenate(asked))
+
+
+def few_shot_accuracies(
+    train_x: np.ndarray,
+    train_y: np.ndarray,
+    test_x: np.ndarray,
+    test_y: np.ndarray,
+    *,
+    protocol: str,
+    ways: int,
+    shots: int,
+    queries: int = 20,
+    runs: int = 10,
+    seed: int = 1,
+) -> list[float]:
+    """Accuracy of every run in percent; see the module for the protocols.
+
+    Args:
+        train_x: (n, D) features.
+        train_y: (n,) classes.
+        test_x: (m, D) features.
+        test_y: (m,) classes.
+        protocol: one of ``PROTOCOLS``.
+        ways: classes of an episode.
+        shots: labelled clouds of every class.
+        queries: clouds of every class to classify.
+        runs: episodes.
+        seed: of the episodes.
+
+    Raises:
+        UserError: too few classes have enough clouds.
+    """
+    query_x, query_y = (train_x, train_y) if protocol == "released" else (test_x, test_y)
+    accuracies = []
+    for number in range(runs):
+        support, asked = draw_episode(
+            train_y,
+            None if protocol == "released" else test_y,
+            ways=ways,
+            shots=shots,
+            queries=queries,
+            seed=seed,
+            number=number,
+        )
+        scaler = StandardScaler().fit(train_x[support].astype(np.float64))
+        fit_x, asked_x = scaler.transform(train_x[support]), scaler.transform(query_x[asked])
+        accuracies.append(linear_svm(fit_x, train_y[support], asked_x, query_y[asked], c_values=(1.0,)).accuracy)
+    return accuracies
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Command line of this script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add_encoder_arguments(parser)
+    add_data_arguments(parser, num_points=None)
+    g = parser.add_argument_group("episodes")
+    g.add_argument("--protocol", nargs="+", choices=PROTOCOLS, default=list(PROTOCOLS), help="see above")
+    g.add_argument("--ways", type=positive_int, nargs="+", default=[5, 10], metavar="N", help="classes of an episode")
+    g.add_argument("--shots", type=positive_int, nargs="+", default=[10, 20], metavar="M", help="labels of every class")
+    g.add_argument("--queries", type=positive_int, default=20, metavar="Q", help="clouds of every class to classify")
+    g.add_argument("--runs", type=positive_int, default=10, metavar="R", help="episodes per setting")
+    add_common_arguments(parser, workers=False)
+    return parser
+
+
+def score(args: argparse.Namespace, encoder: Any, train: LabelledClouds, test: LabelledClouds) -> dict[str, Any]:
+    """Results of one encoder: protocol -> setting, such as ``5w10s`` -> mean, std and accuracies."""
+    device = resolve_device(args.device)
+    if args.calibrate_bn:
+        calibrate_batch_norm(
+            encoder,
+            train.points,
+            max_clouds=args.calibration_clouds,
+            batch_size=args.batch_size,
+            seed=args.seed,
+            device=device,
+        )
+    parts = [train] if args.protocol == ["released"] else [train, test]
+    features = [
+        extract_features(encoder, part.points, batch_size=args.batch_size, device=device, text=f"{part.split} features")
+        for part in parts
+    ]
+    results: dict[str, Any] = {}
+    for protocol in args.protocol:
+        results[protocol] = {}
+        for ways in args.ways:
+            for shots in args.shots:
+                accuracies = few_shot_accuracies(
+                    *(features[0], train.labels, features[-1], parts[-1].labels),
+                    protocol=protocol,
+                    ways=ways,
+                    shots=shots,
+                    queries=args.queries,
+                    runs=args.runs,
+                    seed=args.seed,
+                )
+                mean, std = mean_and_std(accuracies)
+                results[protocol][f"{ways}w{shots}s"] = {"mean": mean, "std": std, "accuracies": accuracies}
+    return results
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Score every encoder; returns what ``--json`` writes.
+
+    Raises:
+        UserError: a wrong setting, file or checkpoint.
+    """
+    args = build_parser().parse_args(argv)
+    log_to_screen()
+    check_encoder_arguments(args)
+    if min(args.ways) < 2:
+        raise UserError("--ways 1: one class needs no classifier; use 2 or more")
+    train, test = open_splits(args)
+    for protocol in args.protocol:  # before any feature is computed
+        for ways in args.ways:
+            for shots in args.shots:
+                labels = None if protocol == "released" else test.labels
+                draw_episode(
+                    train.labels, labels, ways=ways, shots=shots, queries=args.queries, seed=args.seed, number=0
+                )
+    found = candidates(args)
+    for candidate in found:
+        check_neighbours(candidate.encoder, train.points.shape[1], name=candidate.name)
+    records = []
+    for candidate in found:
+        results = score(args, candidate.encoder, train, test)
+        encoder = describe_encoder(candidate.encoder)
+        records.append({"name": candidate.name, **candidate.origin, "encoder": encoder["name"], **encoder["kwargs"]})
+        records[-1]["results"] = results
+        for protocol, settings in results.items():
+            shown = ", ".join(f"{name} {value['mean']:.1f} +- {value['std']:.1f}" for name, value in settings.items())
+            print(f"{candidate.name}, protocol {protocol}: {shown}", flush=True)
+    where = {"released": "training", "test": "test"}
+    for protocol in args.protocol:
+        print(
+            f"protocol {protocol}: percent of {args.queries} queries a class of the {where[protocol]} split; mean and "
+            f"standard deviation over {args.runs} runs"
+        )
+    metrics = {
+        "task": "few-shot classification",
+        "dataset": args.dataset,
+        "variant": args.variant if args.dataset == "scanobjectnn" else None,
+        "num_points": train.points.shape[1],
+        "queries": args.queries,
+        "number_of_runs": args.runs,
+        "seed": args.seed,
+        "calibrate_bn": args.calibrate_bn,
+        "encoders": records,
+        "versions": versions(),
+        "commit": git_commit(),
+    }
+    write_json(args.json, metrics)
+    return metrics
+
+
+if __name__ == "__main__":
+    run(main)
