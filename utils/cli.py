@@ -11,11 +11,12 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
-
-import torch
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from utils.errors import UserError, plain_message
+
+if TYPE_CHECKING:
+    import torch
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -142,6 +143,8 @@ def resolve_device(name: str = "auto") -> torch.device:
     Raises:
         UserError: the name is no device, or the device is not there.
     """
+    import torch  # seconds; scripts that only move files never get here
+
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
