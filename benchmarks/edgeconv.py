@@ -2,7 +2,9 @@
 
 One training step (forward and backward) of a DGCNN encoder, once as models/ computes it and once as the formulas say it
 (tests/textbook.py: a tensor of all N x k edges per layer). Both carry the same weights and get the same clouds, so they
-compute the same numbers; the largest difference of the pooled features is printed with the result.
+compute the same numbers up to rounding; how far the pooled features differ is printed with the result. In float32 that
+can be a few per cent for a few features, where rounding decides which of two almost equally distant points is the k-th
+neighbour; in float64 both agree to 1e-9 (tests/models).
 
 Time: both in this process, in turn, after one step each that is not counted; the ratio is the median of the ratios of
 neighbouring steps, so that a machine that slows down meanwhile does not favour either side.
@@ -162,7 +164,7 @@ def measure(args: argparse.Namespace, argv: list[str], device: torch.device, clo
     encoders = {name: build(args, name, device) for name in FORMULATIONS}
     clouds = clouds.to(device)
     ours, textbook = (training_step(encoders[name], clouds) for name in FORMULATIONS)
-    difference = ((ours - textbook).abs().max() / textbook.abs().max()).item()
+    difference = (ours - textbook).abs() / textbook.abs().max()
     seconds: dict[str, list[float]] = {name: [] for name in FORMULATIONS}
     for _ in range(args.repeats):
         for name in FORMULATIONS:
@@ -179,7 +181,8 @@ def measure(args: argparse.Namespace, argv: list[str], device: torch.device, clo
         "memory_ratio": memory["textbook"]["peak_mb"] / memory["ours"]["peak_mb"],
         # None where a tiny step stayed below what loading the libraries had taken for a moment.
         "step_memory_ratio": step_memory["textbook"] / step_memory["ours"] if step_memory["ours"] else None,
-        "largest_relative_difference": difference,
+        "largest_relative_difference": difference.max().item(),
+        "share_beyond_1e-4": (difference > 1e-4).double().mean().item(),
         "settings": {
             **{key: getattr(args, key) for key in ("model", "batch", "points", "k", "emb_dims", "repeats", "seed")},
             "device": str(device),
@@ -222,8 +225,10 @@ def table(result: dict[str, Any]) -> str:
         ),
     ]
     lines = [f"{name:<20}{a:>10}{b:>10}   {c}".rstrip() for name, a, b, c in rows]
-    difference = result["largest_relative_difference"]
-    lines.append(f"largest difference of the pooled features: {difference:.1e} of their maximum")
+    lines.append(
+        f"pooled features differ by {result['largest_relative_difference']:.1e} of their maximum at most, "
+        f"{result['share_beyond_1e-4']:.2%} of them by more than 1e-4"
+    )
     return "\n".join([sentence, *lines])
 
 
