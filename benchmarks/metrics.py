@@ -1,8 +1,8 @@
 """Time the part-segmentation scores against the loops they replace, on as many points as ShapeNetPart's test set has.
 
 Two loops, both of tests/literal_metrics.py: one looks at every point and part in turn, as the definition reads; the
-other compares whole shapes with NumPy masks, part by part, as evaluation scripts of the field do. The scores must agree,
-and the shortest of several runs counts.
+other compares whole shapes with NumPy masks, part by part, as evaluation scripts of the field do. All scores must
+agree, and the shortest of several runs counts.
 
 run it:
   python -m benchmarks.metrics

@@ -11,6 +11,7 @@ blue in 0..1; and x, y, z divided by the room's extent.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -263,7 +264,8 @@ class _BlockFiles:
         for folder in folders:
             temporary = folder / f"{name}.{os.getpid()}.tmp"
             try:
-                folder.mkdir(mode=0o700, exist_ok=True)
+                # The data folder's users may share it; in the temporary folder it is nobody else's.
+                folder.mkdir(mode=0o777 if folder.parent == self.folder else 0o700, exist_ok=True)
                 with h5py.File(path, "r") as file:
                     # Whole file: its chunks hold many blocks, so reading by block would unpack each chunk many times.
                     values = file["data"][:, :, : self.channels].astype(np.float32)
@@ -273,7 +275,8 @@ class _BlockFiles:
                 return np.load(folder / name, mmap_mode="r")
             except OSError as error:
                 problems.append(f"{folder}: {error}")
-                temporary.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    temporary.unlink()
         raise UserError(f"{path} must be unpacked to be read block by block, which failed ({'; '.join(problems)})")
 
 
