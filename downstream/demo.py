@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 import train_crossnet_con
 from datasets.shapenet_render import ShapeNetRender, decode_image
 from datasets.streams import SampleStreams
-from datasets.transforms import RenderTransform, pretraining_augmentation
+from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD, RenderTransform, pretraining_augmentation
 from downstream.classification import main as linear_svm
 from utils.cli import HelpFormatter, positive_int, run, write_json
 from utils.training import git_commit, versions
@@ -112,9 +112,9 @@ def draw_pairs(args: argparse.Namespace, *, count: int = 6) -> Figure:
         for column, (title, picture) in enumerate(pictures):
             axes = figure.add_subplot(count, 6, 6 * row + column + 4)
             if isinstance(picture, torch.Tensor):
-                picture = picture.permute(1, 2, 0).numpy()
-                picture = (picture - picture.min()) / max(float(np.ptp(picture)), 1e-6)
-            axes.imshow(picture, cmap="gray")
+                channels = len(picture)
+                picture = picture.permute(1, 2, 0).numpy() * IMAGENET_STD[:channels] + IMAGENET_MEAN[:channels]
+            axes.imshow(np.clip(picture, 0, 255), cmap="gray")
             axes.set(title=title if row == 0 else "")
             axes.set_axis_off()
     return figure
