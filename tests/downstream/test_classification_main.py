@@ -165,8 +165,18 @@ def test_demo_and_scanobjectnn_are_read_by_their_names(root, capsys):
     assert metrics["variant"] == "OBJ_BG"
     assert metrics["files"]["train"] == [str(root / "ScanObjectNN/main_split/train.h5")]
     assert metrics["files"]["train"][0] in capsys.readouterr().out
-    with pytest.raises(DataError, match=r"PB_T50_RS .*found there: --dataset modelnet10, demo\)"):
+    with pytest.raises(DataError, match="no ScanObjectNN PB_T50_RS"):
         script.main(["--dataset", "scanobjectnn", "--variant", "T50_RS", *common])
+
+
+def test_a_missing_set_is_told_from_a_damaged_one(root):
+    with pytest.raises(DataError, match=r"no DemoShapes .*found there: --dataset modelnet10\)"):
+        script.main(["--dataset", "demo", "--data_root", str(root), *SMALL])
+    path = root / "modelnet40_ply_hdf5_2048" / "ply_data_test0.h5"
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(DataError, match="truncated") as error:
+        run(root, *SMALL)
+    assert "found there" not in str(error.value)
 
 
 def test_pictures_are_written(root, tmp_path):
