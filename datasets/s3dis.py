@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from datasets.hdf5 import CHECK_COMMAND
 from datasets.modelnet import listed_files
@@ -139,8 +141,8 @@ def _read_room_list(folder: Path, blocks: int, get: str) -> list[str]:
 class _BlockFiles:
     """Blocks in HDF5 files, read one at a time; a handle never crosses a fork.
 
-    Files with many blocks to a chunk, as the published ones, are unpacked when they are first read, into a folder
-    ``.unpacked`` beside them, or, where that cannot be written, into the system's temporary folder.
+    Files with many blocks to a chunk, as the published ones, are unpacked once, into a folder ``.unpacked`` beside
+    them, or, where that cannot be written, into the system's temporary folder.
 
     Attributes:
         files: the files, in order.
@@ -152,7 +154,7 @@ class _BlockFiles:
         self.folder, self.channels, self._arrays, self._get = folder, channels, tuple(arrays), get
         self.files = listed_files(folder, "all", index=FILE_LIST, get=get)
         self._handles: dict[int, h5py.File] = {}
-        self._unpacked: dict[int, np.ndarray] = {}
+        self._unpacked: dict[tuple[int, str], np.ndarray] = {}
         self._pid = os.getpid()
         counts, sizes, self._slow = [], set(), []
         for file in self.files:
@@ -169,11 +171,11 @@ class _BlockFiles:
     def _inspect(self, path: Path) -> tuple[int, int, bool]:
         """Blocks of a file, points of a block, and whether single blocks are slow to read."""
         expected = f"an HDF5 file with 'data' (n, N, {CHANNELS}) and " + ", ".join(
-            f"'{name}' (n, N)" for name in self._arrays if name != "data"
+            f"'{name}' (n, N) of whole numbers" for name in self._arrays if name != "data"
         )
         try:
             with h5py.File(path, "r") as file:
-                shapes = {}
+                shapes, whole = {}, True
                 for name in self._arrays:
                     if not isinstance(file.get(name), h5py.Dataset):
                         found = ", ".join(f"'{key}'" for key in file) or "nothing"
@@ -181,10 +183,13 @@ class _BlockFiles:
                             f"{path} has no array '{name}' (it holds {found}); expected {expected}. Get it: {self._get}"
                         )
                     shapes[name] = file[name].shape
+                    whole = whole and (name == "data" or file[name].dtype.kind in "iu")
                 data = file["data"]
                 fits = data.ndim == 3 and data.shape[2] == CHANNELS and data.dtype.kind == "f" and 0 not in data.shape
-                if not fits or any(shape != data.shape[:2] for name, shape in shapes.items() if name != "data"):
-                    listed = ", ".join(f"'{name}' {shape}" for name, shape in shapes.items())
+                if not (fits and whole) or any(
+                    shape != data.shape[:2] for name, shape in shapes.items() if name != "data"
+                ):
+                    listed = ", ".join(f"'{name}' {shape} {file[name].dtype}" for name, shape in shapes.items())
                     raise DataError(f"{path} holds {listed}; expected {expected}. Check it: {CHECK_COMMAND}")
                 return data.shape[0], data.shape[1], data.chunks is not None and data.chunks[0] > _ROWS_PER_CHUNK
         except (OSError, RuntimeError) as error:
@@ -215,13 +220,7 @@ class _BlockFiles:
 
     def data(self, block: int) -> np.ndarray:
         """Values of one block, (N, channels) float32, finite."""
-        number, row = self.place(block)
-        if self._slow[number]:
-            if number not in self._unpacked:
-                self._unpacked[number] = self._unpack(number)
-            values = np.array(self._unpacked[number][row])
-        else:
-            values = self.read(block, "data")[:, : self.channels].astype(np.float32)
+        values = self.read(block, "data")[:, : self.channels].astype(np.float32)
         if not np.isfinite(values).all():
             raise DataError(f"{self.where(block)}: 'data' has values that are not finite. Check it: {CHECK_COMMAND}")
         return values
@@ -230,9 +229,9 @@ class _BlockFiles:
         """Classes of one block's points, (N,) int64 in 0..12."""
         stored = self.read(block, "label")
         labels = stored.astype(np.int64)
-        if (labels != stored).any() or labels.min() < 0 or labels.max() >= len(CLASS_NAMES):
+        if labels.min() < 0 or labels.max() >= len(CLASS_NAMES):
             raise DataError(
-                f"{self.where(block)}: 'label' must be whole numbers in 0..{len(CLASS_NAMES) - 1}, it is in "
+                f"{self.where(block)}: 'label' must be in 0..{len(CLASS_NAMES) - 1}, it is in "
                 f"{stored.min()}..{stored.max()}. Check it: {CHECK_COMMAND}"
             )
         return labels
@@ -242,18 +241,36 @@ class _BlockFiles:
         return self.read(block, "index").astype(np.int64)
 
     def read(self, block: int, name: str) -> np.ndarray:
-        """One block's row of an array, as stored."""
+        """One block's row of an array, as stored, but of unpacked data the first ``channels`` columns only."""
         number, row = self.place(block)
+        if self._slow[number]:
+            return np.array(self._map(number, name)[row])
         try:
             return self._open(number)[name][row]
         except (OSError, RuntimeError) as error:
             raise DataError(f"{self.where(block)}: '{name}' cannot be read ({error}). Get it: {self._get}") from error
 
-    def _unpack(self, number: int) -> np.ndarray:
-        """Map the values of one file, (n, N, channels) float32, which are unpacked first where that was not done."""
+    def unpack(self, blocks: Iterable[int]) -> None:
+        """Unpack the files of some blocks where that is needed and was not done, so that no worker has to."""
+        numbers = sorted({self.place(int(block))[0] for block in blocks})
+        work = [(number, name) for number in numbers if self._slow[number] for name in self._arrays]
+        quiet = not sys.stderr.isatty()
+        for number, name in tqdm(
+            work, desc=f"unpacking {self.folder.name}, once", unit="array", disable=quiet or not work
+        ):
+            self._map(number, name)
+
+    def _map(self, number: int, array: str) -> np.ndarray:
+        if (number, array) not in self._unpacked:
+            self._unpacked[number, array] = self._unpack(number, array)
+        return self._unpacked[number, array]
+
+    def _unpack(self, number: int, array: str) -> np.ndarray:
+        """Map one array of a file, which is unpacked first where that was not done."""
         path = self.files[number]
         status = path.stat()
-        name = f"{path.stem}-{self.channels}-{status.st_size}-{status.st_mtime_ns}.npy"
+        what = f"{array}{self.channels}" if array == "data" else array
+        name = f"{path.stem}-{what}-{status.st_size}-{status.st_mtime_ns}.npy"
         key = hashlib.sha256(str(self.folder.resolve()).encode()).hexdigest()[:16]
         user = os.getuid() if hasattr(os, "getuid") else "all"
         folders = (self.folder / ".unpacked", Path(tempfile.gettempdir()) / f"s3dis_unpacked_{user}_{key}")
@@ -268,7 +285,7 @@ class _BlockFiles:
                 folder.mkdir(mode=0o777 if folder.parent == self.folder else 0o700, exist_ok=True)
                 with h5py.File(path, "r") as file:
                     # Whole file: its chunks hold many blocks, so reading by block would unpack each chunk many times.
-                    values = file["data"][:, :, : self.channels].astype(np.float32)
+                    values = file[array][:, :, : self.channels] if array == "data" else file[array][()]
                 with open(temporary, "wb") as out:
                     np.save(out, values)
                 os.replace(temporary, folder / name)
@@ -287,7 +304,7 @@ def _check_channels(in_channels: int) -> int:
 
 
 class S3DIS(Dataset):
-    """Training blocks of some areas, read when they are asked for.
+    """Training blocks of some areas, read when they are asked for; published files are unpacked the first time.
 
     Attributes:
         areas: the areas.
@@ -319,7 +336,8 @@ class S3DIS(Dataset):
 
         Raises:
             DataError: a file is missing or not what was expected, or an area has no room.
-            UserError: another number of channels, more points than the blocks have, or an unknown room.
+            UserError: another number of channels, more points than the blocks have, an unknown room, or no place to
+                unpack the published files.
         """
         command = PREPARE_COMMAND.format(root=root)
         get = f"bash data/download_data.sh s3dis, or from the raw rooms: {command}"
@@ -354,6 +372,7 @@ class S3DIS(Dataset):
                 raise UserError(f"{problem} in areas {', '.join(map(str, self.areas))} of {folder}")
             chosen &= set(rooms)
         self._blocks = np.array([i for i, room in enumerate(self._files.rooms) if room in chosen], dtype=np.int64)
+        self._files.unpack(self._blocks)
         self.rooms = tuple(sorted(chosen))
         self.block_rooms = tuple(self._files.rooms[i] for i in self._blocks)
 
@@ -419,7 +438,7 @@ class S3DISRooms(Dataset):
                 f"Make them from the raw rooms: {get}"
             )
         self.folder, self.area, self.in_channels = folder, int(area), _check_channels(in_channels)
-        self._files = _BlockFiles(folder, arrays=("data", "label", "index"), channels=in_channels, get=get)
+        self._files = _BlockFiles(folder, arrays=("data", "label", "index"), channels=CHANNELS, get=get)
         self._get = get
         self.block_points = self._files.block_points
         self.rooms = tuple(sorted(room for room in set(self._files.rooms) if area_of(room) == self.area))
@@ -431,6 +450,7 @@ class S3DISRooms(Dataset):
             )
         number = {room: i for i, room in enumerate(self.rooms)}
         self._blocks = np.array([i for i, room in enumerate(self._files.rooms) if room in number], dtype=np.int64)
+        self._files.unpack(self._blocks)
         self._room_of = np.array([number[self._files.rooms[i]] for i in self._blocks], dtype=np.int64)
         self._tables = [self._room_table(room) for room in range(len(self.rooms))]
 
@@ -474,7 +494,7 @@ class S3DISRooms(Dataset):
         labels = np.full(total, -1, dtype=np.int64)
         for item in self.blocks_of(room):
             block = int(self._blocks[item])
-            stored = self._files.read(block, "data").astype(np.float32)
+            stored = self._files.data(block)
             index = self._index(block, total)
             points[index, :3] = stored[:, 6:9] * (box[1] - box[0]).astype(np.float32)
             points[index, 3:] = stored[:, 3:6]
@@ -504,7 +524,7 @@ class S3DISRooms(Dataset):
         """Read one block, its classes, the numbers of its points in the room, and the room."""
         block, room = int(self._blocks[index]), int(self._room_of[index])
         points = self._index(block, self.room_size(room))
-        values, labels = self._files.data(block), self._files.labels(block)
+        values, labels = self._files.data(block)[:, : self.in_channels].copy(), self._files.labels(block)
         return torch.from_numpy(values), torch.from_numpy(labels), torch.from_numpy(points), room
 
     def __repr__(self) -> str:
