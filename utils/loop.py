@@ -38,13 +38,23 @@ FREE_ON_RESUME = {
     *("data_root", "device", "workers", "json", "exp_name", "output_dir", "resume", "overwrite", "wandb", "log_every"),
     *("save_every", "test_batch_size"),
 }
+WORKER_GRACE = 60
 SGD_FACTOR = 100  # the released scripts give SGD this many times Adam's rate
 
 
 def leave_signals_to_the_main_process(worker: int) -> None:
-    """For data workers: Ctrl-C and SIGTERM reach the whole group, but the main process ends its workers itself."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """For data workers: Ctrl-C and SIGTERM reach the whole group, but the main process ends its workers itself.
+
+    A worker that it does not end goes ``WORKER_GRACE`` seconds after SIGTERM.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE))
+
+
+def stop_workers(loader: DataLoader) -> None:
+    """End the data workers: after an error its traceback keeps their iterator alive, which would end them late."""
+    if loader._iterator is not None:
+        loader._iterator._shutdown_workers()
 
 
 def base_rate(args: argparse.Namespace) -> float:
@@ -212,14 +222,17 @@ class TrainingLoop:
 
     def train(self) -> dict[str, Any]:
         """Train to the last epoch; returns its record."""
+        loader = self.loader()
         with self.signals():
-            return self.train_all_epochs()
+            try:
+                return self.train_all_epochs(loader)
+            finally:
+                stop_workers(loader)
 
-    def train_all_epochs(self) -> dict[str, Any]:
+    def train_all_epochs(self, loader: DataLoader) -> dict[str, Any]:
         """See ``train``."""
         args, progress = self.args, self.progress
         tracker = WandbMirror(args.wandb, name=args.exp_name, folder=self.folder.path, config=vars(args))
-        loader = self.loader()
         record: dict[str, Any] = {}
         bar = tqdm(total=self.total_steps, initial=progress.step, unit="step", disable=not sys.stderr.isatty())
         while progress.epoch < args.epochs:
