@@ -119,8 +119,9 @@ def draw_cloud(
     point_colours: np.ndarray | None = None,
     up: str = "y",
     size: float = 2,
+    above: float = 20,
 ) -> None:
-    """Draw a cloud from the front, 35 degrees to the side and 20 from above, near points over far ones.
+    """Draw a cloud from the front, 35 degrees to the side and from above, near points over far ones.
 
     Args:
         axes: to draw on.
@@ -130,18 +131,20 @@ def draw_cloud(
         point_colours: (N, 3) in 0..1; None shows the distance, darker is farther.
         up: the upward axis, ``"y"`` (objects) or ``"z"`` (rooms).
         size: of a point, in square points of print.
+        above: height of the eye, in degrees.
     """
     points = points - points.mean(0)
     if up == "z":
         points = np.stack([points[:, 0], points[:, 2], -points[:, 1]], axis=1)
-    side, above = np.radians([35, 20])
+    side, above = np.radians([35, above])
     across = points[:, 0] * np.cos(side) + points[:, 2] * np.sin(side)
     towards = points[:, 2] * np.cos(side) - points[:, 0] * np.sin(side)
     height = points[:, 1] * np.cos(above) - towards * np.sin(above)
     depth = towards * np.cos(above) + points[:, 1] * np.sin(above)
     order = np.argsort(depth)
     colours = depth[order] if point_colours is None else point_colours[order]
-    axes.scatter(across[order], height[order], c=colours, cmap="viridis", s=size, linewidths=0)
+    shading = {"cmap": "viridis"} if point_colours is None else {}
+    axes.scatter(across[order], height[order], c=colours, s=size, linewidths=0, **shading)
     radius = 1.05 * max(np.abs(across).max(), np.abs(height).max(), 1e-9)
     axes.set(xlim=(-radius, radius), ylim=(-radius, radius), aspect="equal", xticks=[], yticks=[])
     axes.set_title(title, fontsize=8, color=colour)

@@ -29,6 +29,7 @@ from downstream.features import frozen
 from models import ENCODER_ALIASES, ENCODERS, build_encoder, encoder_arguments, resolve_encoder_name
 from models.segmentation import FineTuned
 from utils.checkpoint import (
+    check_writable,
     describe_encoder,
     describe_fine_tuned,
     encoder_from_checkpoint,
@@ -51,6 +52,7 @@ SCHEDULERS = ("cosine", "step", "released")
 SMOOTHING = 0.2
 # Streams of the augmentation, apart from those of other purposes.
 AUGMENTATION_PURPOSE = 2
+HEAD_SEED = 1_000_003
 Scores = dict[str, Any]
 
 
@@ -138,6 +140,8 @@ def check_training_arguments(args: argparse.Namespace) -> None:
         raise UserError(f"--label_smoothing {args.label_smoothing}: expected 0 or more and less than 1")
     if args.dropout is not None and not 0 <= args.dropout < 1:
         raise UserError(f"--dropout {args.dropout}: expected 0 or more and less than 1")
+    if args.json:
+        check_writable(Path(args.json).absolute().parent)
 
 
 def smoothed_cross_entropy(scores: Tensor, target: Tensor, eps: float = SMOOTHING) -> Tensor:
@@ -257,6 +261,8 @@ def start_model(
         if args.k and "k" not in known:
             raise UserError(f"--k: {name} has no neighbours")
         encoder = build_encoder(name, **{key: v for key, v in wanted.items() if key in known and v is not None})
+    # What the encoder came from must not change the head that it gets.
+    seed_everything(args.seed + HEAD_SEED)
     model = task(encoder, **sizes, **({} if args.dropout is None else {"dropout": args.dropout}))
     kwargs = ", ".join(f"{key} {value}" for key, value in describe_encoder(encoder)["kwargs"].items())
     encoder_text, head_text = (
@@ -497,17 +503,9 @@ def run_folders(args: argparse.Namespace, names: Sequence[str]) -> list[RunFolde
         UserError: one holds a run and neither ``--resume`` nor ``--overwrite`` is given.
     """
     base = Path(args.output_dir) / args.exp_name
-    if len(names) == 1:
-        paths = [base]
-    else:
-        if args.resume not in (None, "auto"):
-            raise UserError(
-                f"--resume {args.resume} goes on with one run, this call has {len(names)}: use --resume alone"
-            )
-        paths = [base / name for name in names]
-    if not args.overwrite:
-        for path in paths:
-            RunFolder(path, resume=args.resume)
+    if len(names) > 1 and args.resume not in (None, "auto"):
+        raise UserError(f"--resume {args.resume} goes on with one run, this call has {len(names)}: use --resume")
+    paths = [base] if len(names) == 1 else [base / name for name in names]
     return [RunFolder(path, overwrite=args.overwrite, resume=args.resume) for path in paths]
 
 

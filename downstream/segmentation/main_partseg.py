@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -298,6 +299,29 @@ def points_of(parts: Parts) -> int:
     return parts.shapes.points.shape[1]
 
 
+def check_fits(path: str, model: nn.Module, payload: Mapping[str, Any], parts: Parts) -> None:
+    """Stop where a model is of other categories or parts than the data.
+
+    Args:
+        path: of the checkpoint, for the message.
+        model: a part segmentation model.
+        payload: its checkpoint; empty for published weights.
+        parts: the data.
+
+    Raises:
+        CheckpointError: see above.
+    """
+    own, sizes = parts.sizes(), {key: model.sizes[key] for key in ("num_categories", "num_parts")}
+    # How parts are called may change; which there are may not.
+    here, there = ({**table, "part_names": None} for table in (parts.table(), payload.get("table", parts.table())))
+    if own != sizes or here != there:
+        raise CheckpointError(
+            f"{path} knows {sizes['num_parts']} parts of {sizes['num_categories']} categories, the data set in "
+            f"{parts.shapes.folder} has {own['num_parts']} parts of {own['num_categories']}"
+            + ("" if own != sizes else ", and their names or counts differ")
+        )
+
+
 def score_checkpoint(args: argparse.Namespace) -> dict[str, Any]:
     """Score a finished model; returns its record.
 
@@ -315,13 +339,7 @@ def score_checkpoint(args: argparse.Namespace) -> dict[str, Any]:
             else f"{args.model_path} is a model of the category {table['class_choice']}, not of {choice}"
         )
     task = PartTask(args, choice)
-    own, sizes = task.test.sizes(), {key: model.sizes[key] for key in ("num_categories", "num_parts")}
-    if own != sizes or (payload and table != task.test.table() | {"part_names": table["part_names"]}):
-        raise CheckpointError(
-            f"{args.model_path} knows {sizes['num_parts']} parts of {sizes['num_categories']} categories, the data set "
-            f"in {task.test.shapes.folder} has {own['num_parts']} parts of {own['num_categories']}"
-            + ("" if own != sizes else ", and their names or counts differ")
-        )
+    check_fits(args.model_path, model, payload, task.test)
     check_neighbours(model.encoder, points_of(task.test))
     return {
         "model_path": args.model_path,

@@ -1,0 +1,161 @@
+"""Map frozen features to the plane by t-SNE: a picture coloured by class, and the numbers behind it.
+
+Writes --output (.png, .pdf) and, beside it, an .npz file with features (n, D), embedding (n, 2), labels (n,) and
+class_names. Distances between clusters mean little in such a map: it shows which classes mix.
+
+Examples:
+  python downstream/classification/tsne.py --dataset modelnet10 --model_path checkpoints/crossnet/last.pth
+  python downstream/classification/tsne.py --dataset demo --data_root data/demo --random_init --calibrate_bn
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from sklearn.manifold import TSNE
+
+from downstream.classification.candidates import (
+    add_data_arguments,
+    add_encoder_arguments,
+    candidates,
+    check_encoder_arguments,
+    open_splits,
+)
+from downstream.classification.figures import PICTURE_TYPES, check_output_path, save_figure
+from downstream.features import calibrate_batch_norm, check_neighbours, extract_features
+from utils.cli import (
+    HelpFormatter,
+    add_common_arguments,
+    log_to_screen,
+    positive_float,
+    positive_int,
+    resolve_device,
+    run,
+    write_json,
+)
+from utils.errors import UserError
+
+MARKERS = "osD^vP"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Command line of this script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add_encoder_arguments(parser)
+    add_data_arguments(parser)
+    g = parser.add_argument_group("map")
+    g.add_argument("--split", choices=("train", "test"), default="test", help="clouds to map")
+    g.add_argument("--max_clouds", type=positive_int, default=2000, metavar="N", help="at most, drawn at random")
+    g.add_argument(
+        "--perplexity", type=positive_float, default=30.0, metavar="P", help="neighbours that t-SNE looks at"
+    )
+    g.add_argument("--output", default="tsne.png", metavar="FILE", help="picture; the .npz file lies beside it")
+    add_common_arguments(parser, workers=False)
+    return parser
+
+
+def embed(features: np.ndarray, *, perplexity: float, seed: int) -> np.ndarray:
+    """t-SNE (van der Maaten and Hinton, 2008) from a PCA start.
+
+    Args:
+        features: (n, D).
+        perplexity: lowered where there are too few clouds for it.
+        seed: of the optimisation.
+
+    Returns:
+        (n, 2) float32.
+
+    Raises:
+        UserError: fewer than four clouds.
+    """
+    if len(features) < 4:
+        raise UserError(f"t-SNE needs at least 4 clouds, there are {len(features)}")
+    perplexity = min(perplexity, (len(features) - 1) / 3)
+    spread = features.std(axis=0)
+    standard = (features - features.mean(axis=0)) / np.where(spread > 0, spread, 1)
+    return TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(standard)
+
+
+def class_styles(count: int) -> list[tuple[tuple[float, ...], str]]:
+    """A colour and a marker for every class; with more than ten classes the marker changes with every ten."""
+    colours = colormaps["tab10"].colors
+    return [(colours[i % 10], MARKERS[i // 10 % len(MARKERS)]) for i in range(count)]
+
+
+def draw_map(embedding: np.ndarray, labels: np.ndarray, class_names: Sequence[str], path: Path, *, title: str) -> None:
+    """Draw the map with a legend of the classes that occur.
+
+    Args:
+        embedding: (n, 2).
+        labels: (n,) indices into ``class_names``.
+        class_names: name of every label.
+        path: picture to write.
+        title: heading.
+    """
+    present = np.unique(labels)
+    columns = 1 if len(present) <= 20 else 2
+    figure = Figure(figsize=(7 + 1.7 * columns, 6.5), layout="constrained")
+    axes = figure.add_subplot()
+    size = 26 if len(labels) < 500 else 12
+    for label, (colour, marker) in zip(present, class_styles(len(present)), strict=True):
+        rows = embedding[labels == label]
+        axes.scatter(*rows.T, s=size, color=colour, marker=marker, linewidths=0, alpha=0.85, label=class_names[label])
+    axes.set(xticks=[], yticks=[], title=title)
+    figure.legend(loc="outside right center", fontsize=8, markerscale=1.6, ncols=columns, frameon=False)
+    save_figure(figure, path)
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Map and draw; returns the files written.
+
+    Raises:
+        UserError: a wrong setting, file or checkpoint.
+    """
+    args = build_parser().parse_args(argv)
+    log_to_screen()
+    check_encoder_arguments(args)
+    picture = Path(args.output)
+    check_output_path(picture, PICTURE_TYPES)
+    train, test = open_splits(args)
+    part = test if args.split == "test" else train
+    found = candidates(args)
+    if len(found) > 1:
+        raise UserError(
+            f"one map shows one encoder, {len(found)} were given; call once for each, with its own --output"
+        )
+    encoder, device = found[0].encoder, resolve_device(args.device)
+    check_neighbours(encoder, part.points.shape[1])
+    if args.calibrate_bn:
+        calibrate_batch_norm(
+            encoder,
+            train.points,
+            max_clouds=args.calibration_clouds,
+            batch_size=args.batch_size,
+            seed=args.seed,
+            device=device,
+        )
+    chosen = np.sort(np.random.default_rng(args.seed).permutation(len(part))[: args.max_clouds])
+    features = extract_features(encoder, part.points[chosen], batch_size=args.batch_size, device=device)
+    embedding, labels = embed(features, perplexity=args.perplexity, seed=args.seed), part.labels[chosen]
+    title = f"{args.dataset}, {args.split} split, {len(chosen)} clouds: t-SNE of {found[0].name}"
+    draw_map(embedding, labels, part.class_names, picture, title=title)
+    numbers = picture.with_suffix(".npz")
+    np.savez(numbers, features=features, embedding=embedding, labels=labels, class_names=np.array(part.class_names))
+    print(f"{picture} and {numbers}")
+    metrics = {"picture": str(picture), "numbers": str(numbers), "clouds": len(chosen), **found[0].origin}
+    write_json(args.json, metrics)
+    return metrics
+
+
+if __name__ == "__main__":
+    run(main)

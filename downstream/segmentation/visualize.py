@@ -1,0 +1,272 @@
+"""Pictures of segmentations: a sheet (input, truth, prediction, errors) and coloured PLY files, for parts or rooms.
+
+The task follows from the checkpoint. For parts, test shapes of different categories are drawn; for rooms, whole rooms
+of an area, without their ceilings on the sheet (the PLY files keep them).
+
+Examples:
+  python downstream/segmentation/visualize.py --model_path checkpoints/part/best.pth --output_dir pictures
+  python downstream/segmentation/visualize.py --model_path checkpoints/part/best.pth --class_test chair lamp --items 6
+  python downstream/segmentation/visualize.py --model_path checkpoints/area5/best.pth --test_area 5 --items 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from plyfile import PlyData, PlyElement
+
+from datasets.s3dis import AREAS, CLASS_COLOURS, CLASS_NAMES, S3DISRooms
+from datasets.shapenet_part import ShapeNetPart
+from downstream.classification.figures import NEUTRAL, check_output_path, draw_cloud, save_figure
+from downstream.segmentation.engine import scores_of
+from downstream.segmentation.main_partseg import Parts, check_fits, predict_parts
+from downstream.segmentation.main_semseg import predict_room
+from models import ENCODER_ALIASES, ENCODERS
+from models.segmentation import FineTuned, PartSegmentation, SemanticSegmentation
+from utils.checkpoint import fine_tuned_from_checkpoint, load_checkpoint
+from utils.cli import HelpFormatter, add_common_arguments, log_to_screen, positive_int, resolve_device, run, write_json
+from utils.errors import CheckpointError, UserError
+
+COLUMNS = ("input", "truth", "prediction", "errors")
+GREY, RIGHT_GREY, WRONG_RED = (0.45, 0.5, 0.55), (0.82, 0.82, 0.82), (0.85, 0.1, 0.1)
+DARK = (0.12, 0.13, 0.16)
+FOREIGN_COLOUR, FOREIGN_NAME = (0.0, 0.0, 0.0), "part of another category"
+SHEET_POINTS = 40_000  # of a cloud on the sheet; more would only cover each other
+
+
+class Item(NamedTuple):
+    """One cloud of the sheet."""
+
+    name: str
+    points: np.ndarray  # (N, 3)
+    colours: np.ndarray | None  # (N, 3) of the scan, 0..1; None where there is none
+    truth: np.ndarray  # (N,)
+    predicted: np.ndarray  # (N,)
+    hidden: np.ndarray  # (N,) bool, not drawn on the sheet
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Command line of this script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    g = parser.add_argument_group("model")
+    g.add_argument(
+        "--model_path", required=True, metavar="FILE", help="checkpoint of fine-tuning, or published weights"
+    )
+    g.add_argument(
+        "--task", choices=("parts", "rooms"), help="what published weights are for (default: the checkpoint's task)"
+    )
+    g.add_argument("--model", choices=[*ENCODERS, *ENCODER_ALIASES], help="encoder of published weights")
+    g.add_argument("--k", type=positive_int, help="neighbours per point (default: the checkpoint's)")
+    g.add_argument("--test_batch_size", type=positive_int, default=8, metavar="B", help="samples per forward pass")
+    g = parser.add_argument_group("what to draw")
+    g.add_argument("--items", type=positive_int, default=6, metavar="N", help="shapes or rooms")
+    g.add_argument("--class_test", nargs="+", metavar="NAME", help="parts: of these categories (default: of all)")
+    g.add_argument("--num_points", type=positive_int, metavar="N", help="parts: points per shape (default: all)")
+    g.add_argument("--test_area", type=int, choices=AREAS, default=5, help="rooms: of this area")
+    g.add_argument("--rooms", nargs="+", metavar="ROOM", help="rooms: these, such as Area_5_office_1")
+    g.add_argument("--output_dir", default="pictures", metavar="DIR", help="gets sheet.png and the PLY files")
+    add_common_arguments(parser)
+    return parser
+
+
+def write_coloured_ply(path: Path, points: np.ndarray, colours: np.ndarray) -> None:
+    """Write a binary PLY file that viewers show in colour.
+
+    Args:
+        path: file to write.
+        points: (N, 3).
+        colours: (N, 3) in 0..1.
+    """
+    kinds = [(axis, "f4") for axis in "xyz"] + [(name, "u1") for name in ("red", "green", "blue")]
+    rows = np.empty(len(points), dtype=kinds)
+    for axis, column in zip("xyz", points.T, strict=True):
+        rows[axis] = column
+    for name, column in zip(("red", "green", "blue"), np.round(255 * colours).T, strict=True):
+        rows[name] = column
+    try:
+        PlyData([PlyElement.describe(rows, "vertex")]).write(str(path))
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def coloured(item: Item, table: np.ndarray) -> dict[str, np.ndarray]:
+    """Colours of every column, (N, 3) each.
+
+    Args:
+        item: the cloud.
+        table: (C, 3) colour of every label.
+    """
+    plain = np.tile(GREY, (len(item.points), 1)) if item.colours is None else item.colours
+    errors = np.where((item.truth == item.predicted)[:, None], RIGHT_GREY, WRONG_RED)
+    return dict(zip(COLUMNS, (plain, table[item.truth], table[item.predicted], errors), strict=True))
+
+
+def draw_sheet(
+    items: Sequence[Item], table: np.ndarray, names: Sequence[str], path: Path, *, up: str, title: str
+) -> None:
+    """Draw a row of four pictures per cloud, with the colours that occur in it explained beside them.
+
+    Args:
+        items: the clouds.
+        table: (C, 3) colour of every label.
+        names: (C,) name of every label.
+        path: picture to write.
+        up: upward axis of the clouds.
+        title: heading.
+    """
+    cell = 2.3 if up == "y" else 3.2
+    figure = Figure(figsize=(4 * cell + 2.2, cell * 1.08 * len(items) + 0.5), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    grid = figure.subplots(len(items), 5, squeeze=False, gridspec_kw={"width_ratios": [1, 1, 1, 1, 0.85]})
+    for row, item in zip(grid, items, strict=True):
+        seen = np.flatnonzero(~item.hidden)
+        seen = seen[np.random.default_rng(0).permutation(len(seen))[:SHEET_POINTS]]
+        wrong = np.mean(item.truth != item.predicted)
+        for axes, (column, colours) in zip(row, coloured(item, table).items(), strict=False):
+            heading = {"input": item.name, "errors": f"errors: {wrong:.1%} of the points"}.get(column, column)
+            size = np.clip(20_000 / len(seen), 0.6, 5)
+            draw_cloud(
+                axes,
+                item.points[seen],
+                title=heading,
+                colour=NEUTRAL,
+                point_colours=colours[seen],
+                up=up,
+                size=size,
+                above=20 if up == "y" else 50,
+            )
+            if up == "z":
+                axes.set_facecolor(DARK)  # walls are pale
+        labels = np.union1d(item.truth[seen], item.predicted[seen])
+        handles = [Patch(color=table[label], label=names[label]) for label in labels]
+        row[4].axis("off")
+        row[4].legend(handles=handles, loc="center left", fontsize=7, frameon=False, borderpad=0, handlelength=1.2)
+    save_figure(figure, path)
+
+
+def part_items(args: argparse.Namespace, model: FineTuned, payload: dict[str, Any]) -> tuple[list[Item], ShapeNetPart]:
+    """Shapes of the test split with their predicted parts, one category after another.
+
+    Raises:
+        CheckpointError: the model is of other categories or parts than the data.
+        UserError: no such category.
+    """
+    choice = payload.get("table", {}).get("class_choice")
+    shapes = ShapeNetPart(args.data_root, "test", num_points=args.num_points, class_choice=choice)
+    parts = Parts(shapes)
+    check_fits(args.model_path, model, payload, parts)
+    taxonomy, categories = shapes.taxonomy, np.unique(shapes.categories)
+    if args.class_test:
+        wanted = [taxonomy.category_number(name) for name in args.class_test]
+        categories = np.array([number for number in wanted if number in categories])
+        if not len(categories):
+            raise UserError(f"--class_test {' '.join(args.class_test)}: the test shapes have none of these categories")
+    rounds = [np.flatnonzero(shapes.categories == category) for category in categories]
+    if len(rounds) > args.items:
+        rounds = [rounds[i] for i in np.linspace(0, len(rounds) - 1, args.items).round().astype(int)]
+    order = [rows[i] for i in range(max(map(len, rounds))) for rows in rounds if i < len(rows)]
+    chosen = np.sort(np.array(order[: args.items]))
+    chosen = chosen[np.argsort(shapes.categories[chosen], kind="stable")]
+    predicted = predict_parts(
+        model,
+        parts,
+        device=resolve_device(args.device),
+        batch_size=args.test_batch_size,
+        chosen=chosen,
+        workers=args.workers,
+    )
+    items = []
+    for row, guess in zip(chosen, predicted, strict=True):
+        name = f"{taxonomy.category_names[shapes.categories[row]]} {row}"
+        hidden = np.zeros(len(guess), dtype=bool)
+        # Fifty colours look alike, a category's own do not: parts of others get one of their own.
+        own = taxonomy.parts_of(int(shapes.categories[row]))
+        guess = np.where((guess >= own.start) & (guess < own.stop), guess, taxonomy.num_parts)
+        items.append(Item(name, shapes.points[row], None, shapes.parts[row], guess, hidden))
+    return items, shapes
+
+
+def room_items(args: argparse.Namespace, model: FineTuned) -> list[Item]:
+    """Whole rooms with the predicted class of every point.
+
+    Raises:
+        DataError: the room-wise blocks are missing or wrong, or the area has no room.
+        UserError: no such room.
+    """
+    rooms = S3DISRooms(args.data_root, args.test_area, in_channels=model.encoder.in_channels)
+    for name in args.rooms or []:
+        if name not in rooms.rooms:
+            raise UserError(f"no room {name} in area {args.test_area}; it has {', '.join(rooms.rooms)}")
+    items = []
+    for name in (args.rooms or rooms.rooms)[: args.items]:
+        room = rooms.rooms.index(name)
+        passes = scores_of(
+            model,
+            rooms,
+            batch_size=args.test_batch_size,
+            device=resolve_device(args.device),
+            workers=args.workers,
+            chosen=rooms.blocks_of(room),
+        )
+        _, predicted = predict_room(passes, rooms.room_size(room), name)
+        points, truth = rooms.room_cloud(room)
+        hidden = truth == CLASS_NAMES.index("ceiling")
+        items.append(Item(name, points[:, :3], points[:, 3:], truth, predicted, hidden))
+    return items
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Draw; returns the files written and the share of points predicted right.
+
+    Raises:
+        UserError: a wrong setting, file or checkpoint.
+    """
+    args = build_parser().parse_args(argv)
+    log_to_screen()
+    folder = Path(args.output_dir)
+    check_output_path(folder / "sheet.png")
+    tasks = {"parts": PartSegmentation, "rooms": SemanticSegmentation}
+    kind = load_checkpoint(args.model_path).get("kind")
+    name = args.task or next((n for n, task in tasks.items() if task.kind == kind), None)
+    if name is None:
+        raise CheckpointError(
+            f"{args.model_path} does not say that it segments parts or rooms"
+            + (f": it is of {kind}" if kind else "; for published weights give --task parts or --task rooms")
+        )
+    model, payload = fine_tuned_from_checkpoint(args.model_path, tasks[name], model=args.model, k=args.k)
+    model.to(resolve_device(args.device))
+    if name == "parts":
+        items, shapes = part_items(args, model, payload)
+        table = np.concatenate([shapes.taxonomy.colours, [FOREIGN_COLOUR]])
+        names, up = (*shapes.taxonomy.part_names, FOREIGN_NAME), "y"
+        title = "parts of test shapes"
+    else:
+        items = room_items(args, model)
+        table, names, up = CLASS_COLOURS, CLASS_NAMES, "z"
+        title = f"rooms of area {args.test_area}, drawn without ceiling"
+    draw_sheet(items, table, names, folder / "sheet.png", up=up, title=title)
+    files = [str(folder / "sheet.png")]
+    for item in items:
+        for column, colours in coloured(item, table).items():
+            path = folder / f"{item.name.replace(' ', '_')}_{column}.ply"
+            write_coloured_ply(path, item.points, colours)
+            files.append(str(path))
+    right = {item.name: 100 * float(np.mean(item.truth == item.predicted)) for item in items}
+    print(f"{len(items)} clouds drawn: {files[0]} and {len(files) - 1} PLY files in {folder}")
+    metrics = {"task": name, "files": files, "accuracy": right}
+    write_json(args.json, metrics)
+    return metrics
+
+
+if __name__ == "__main__":
+    run(main)

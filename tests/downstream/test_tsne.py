@@ -1,0 +1,53 @@
+import numpy as np
+import pytest
+
+from downstream.classification import tsne as script
+from tests.pairs import write_demo_set
+from utils.errors import UserError
+
+SMALL = ["--dataset", "demo", "--random_init", "--calibrate_bn", "--emb_dims", "8", "--k", "3", "--device", "cpu"]
+
+
+def run(tmp_path, *arguments):
+    common = [*SMALL, "--data_root", tmp_path, "--num_points", 32, "--output", tmp_path / "out" / "map.png"]
+    return script.main([str(a) for a in (*common, *arguments)])
+
+
+def test_the_map_is_drawn_and_its_numbers_lie_beside_it(tmp_path, monkeypatch):
+    write_demo_set(tmp_path, test=5)
+    drawn, keep = [], script.save_figure
+    monkeypatch.setattr(script, "save_figure", lambda figure, path: (drawn.append(figure), keep(figure, path)))
+    metrics = run(tmp_path, "--max_clouds", 12)
+    assert metrics["clouds"] == 12 and (tmp_path / "out" / "map.png").stat().st_size
+    with np.load(tmp_path / "out" / "map.npz") as numbers:
+        assert numbers["features"].shape == (12, 16) and numbers["embedding"].shape == (12, 2)
+        assert list(numbers["class_names"]) == ["ball", "plate", "rod"]
+        labels, embedding = numbers["labels"], numbers["embedding"]
+    (axes,) = drawn[0].axes
+    for series, label in zip(axes.collections, np.unique(labels), strict=True):
+        np.testing.assert_allclose(series.get_offsets(), embedding[labels == label], rtol=1e-6)
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["ball", "plate", "rod"]
+
+
+def test_clusters_stay_apart_and_the_map_is_repeated_by_its_seed():
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1, 2], 20)
+    features = (10 * np.eye(3)[labels] + rng.normal(size=(60, 3))).astype("f4")
+    first, second = (script.embed(features, perplexity=10.0, seed=3) for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+    distance = np.linalg.norm(first[:, None] - first[None], axis=2) + 1e9 * np.eye(60)
+    assert (labels[distance.argmin(1)] == labels).all()
+
+
+def test_forty_classes_look_different():
+    assert len(set(script.class_styles(40))) == 40
+
+
+def test_what_cannot_be_mapped_is_said(tmp_path):
+    write_demo_set(tmp_path, test=1)
+    with pytest.raises(UserError, match="at least 4 clouds, there are 3"):
+        run(tmp_path)
+    with pytest.raises(UserError, match="one map shows one encoder, 2 were given"):
+        run(tmp_path, "--seeds", 1, 2)
+    with pytest.raises(UserError, match="must end in one of"):
+        run(tmp_path, "--output", tmp_path / "map.txt")

@@ -1,0 +1,99 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from plyfile import PlyData
+
+from datasets.s3dis import CLASS_COLOURS
+from downstream.segmentation import visualize as script
+from models import build_encoder
+from models.segmentation import Classification, PartSegmentation, SemanticSegmentation
+from tests.segmentation_sets import write_parts, write_rooms
+from utils.checkpoint import describe_fine_tuned, save_checkpoint
+from utils.errors import CheckpointError, UserError
+
+
+def run(tmp_path, *arguments):
+    common = ["--data_root", tmp_path, "--output_dir", tmp_path / "out", "--workers", 0, "--device", "cpu"]
+    return script.main([str(a) for a in (*common, "--model_path", tmp_path / "m.pth", *arguments)])
+
+
+def save(path, task, encoder, **sizes):
+    torch.manual_seed(0)
+    save_checkpoint(path, describe_fine_tuned(task(encoder, **sizes)))
+
+
+def read(path):
+    vertex = PlyData.read(str(path))["vertex"].data
+    return (np.stack([vertex[name] for name in names], 1) for names in ("xyz", ("red", "green", "blue")))
+
+
+@pytest.fixture
+def parts(tmp_path):
+    folder = write_parts(tmp_path)
+    encoder = build_encoder("dgcnn_partseg", k=4, emb_dims=16)
+    save(tmp_path / "m.pth", PartSegmentation, encoder, num_categories=2, num_parts=5)
+    return folder
+
+
+def test_parts_are_written_in_the_colours_of_the_data_set(parts, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(script, "save_figure", lambda figure, path: drawn.append(figure))
+    metrics = run(tmp_path, "--items", 3, "--json", tmp_path / "m.json")
+    assert json.loads((tmp_path / "m.json").read_text()) == metrics
+    # One of each category before a second one of the first.
+    assert list(metrics["accuracy"]) == ["brick 0", "brick 2", "cone 1"]
+    assert len(metrics["files"]) == 1 + 3 * 4
+    shapes = script.ShapeNetPart(tmp_path, "test")
+    points, colours = read(tmp_path / "out" / "cone_1_truth.ply")
+    np.testing.assert_allclose(points, shapes.points[1])
+    np.testing.assert_array_equal(colours, np.round(255 * shapes.taxonomy.colours[shapes.parts[1]]))
+    _, errors = read(tmp_path / "out" / "cone_1_errors.ply")
+    _, guess = read(tmp_path / "out" / "cone_1_prediction.ply")
+    wrong = (guess != colours).any(1)
+    assert (errors[wrong] == np.round(255 * np.array(script.WRONG_RED))).all()
+    assert (errors[~wrong] == np.round(255 * np.array(script.RIGHT_GREY))).all()
+    assert metrics["accuracy"]["cone 1"] == pytest.approx(100 * (1 - wrong.mean()))
+    (figure,) = drawn
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles[:3] == ["brick 0", "truth", "prediction"] and titles[3].startswith("errors: ")
+    legend = [text.get_text() for text in figure.axes[14].get_legend().get_texts()]
+    assert set(legend) >= {"cone part 0", "cone part 1", "cone part 2"} and not any("brick" in name for name in legend)
+
+
+def test_parts_of_one_category_and_a_picture_that_opens(parts, tmp_path):
+    metrics = run(tmp_path, "--class_test", "cone", "--items", 2)
+    assert list(metrics["accuracy"]) == ["cone 1", "cone 3"]
+    with Image.open(tmp_path / "out" / "sheet.png") as sheet:
+        assert len(np.unique(np.asarray(sheet.convert("RGB")).reshape(-1, 3), axis=0)) > 5
+
+
+def test_rooms_are_drawn_whole_with_their_own_colours(tmp_path):
+    write_rooms(tmp_path, ["Area_5_hall_1", "Area_5_office_1", "Area_2_hall_1"], points=48)
+    save(tmp_path / "m.pth", SemanticSegmentation, build_encoder("dgcnn_semseg", k=4, emb_dims=16), num_classes=13)
+    metrics = run(tmp_path, "--rooms", "Area_5_office_1")
+    assert list(metrics["accuracy"]) == ["Area_5_office_1"] and (tmp_path / "out/sheet.png").exists()
+    points, colours = read(tmp_path / "out" / "Area_5_office_1_truth.ply")
+    assert len(points) == 2 * 48 and points[:, 2].max() <= 3 and points[:, 0].max() > 2  # metres
+    low = points[:, 2] < 0.6
+    assert (colours[low] == np.round(255 * CLASS_COLOURS[1])).all()
+    _, scan = read(tmp_path / "out" / "Area_5_office_1_input.ply")
+    assert len(np.unique(scan, axis=0)) > 90
+    with pytest.raises(UserError, match="no room Area_5_x in area 5; it has Area_5_hall_1, Area_5_office_1"):
+        run(tmp_path, "--rooms", "Area_5_x")
+
+
+def test_what_cannot_be_drawn_is_said(parts, tmp_path):
+    with pytest.raises(UserError, match="there is no category 'boat'"):
+        run(tmp_path, "--class_test", "boat")
+    model = PartSegmentation(build_encoder("dgcnn_partseg", emb_dims=16), num_categories=2, num_parts=6)
+    torch.save(model.published_state_dict(), tmp_path / "m.pth")
+    with pytest.raises(CheckpointError, match="for published weights give --task parts or --task rooms"):
+        run(tmp_path)
+    with pytest.raises(CheckpointError, match="knows 6 parts of 2 categories"):
+        run(tmp_path, "--task", "parts")
+    save(tmp_path / "m.pth", Classification, build_encoder("dgcnn_cls", emb_dims=8), num_classes=3)
+    with pytest.raises(CheckpointError, match="does not say that it segments parts or rooms: it is of classification"):
+        run(tmp_path)
