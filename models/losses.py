@@ -12,6 +12,7 @@ from models.layers import at_least_float32
 from utils.distributed import gather_with_grad, rank
 
 OBJECTIVES = ("con", "ave")
+RELEASED_TEMPERATURE = {"con": 0.2, "ave": 0.1}
 
 
 def nt_xent(a: Tensor, b: Tensor, *, temperature: float, objects: Tensor | None = None) -> Tensor:

@@ -508,7 +508,7 @@ def test_every_flag_is_explained():
         if action.default not in (None, False, "==SUPPRESS==") and not isinstance(action.default, list):
             assert f"(default: {action.default})" in " ".join(text.split()), action.dest
     defaults = vars(parser.parse_args([]))
-    released = {"batch_size": 32, "epochs": 250, "lr": 1e-3, "weight_decay": 1e-5, "temperature": 0.2, "seed": 1}
+    released = {"batch_size": 32, "epochs": 250, "lr": 1e-3, "weight_decay": 1e-5, "temperature": None, "seed": 1}
     released |= {"model": "dgcnn_cls", "image_model": "resnet50", "image_size": 224, "objective": "con", "svm_c": 0.01}
     released |= {"momentum": 0.9, "use_sgd": False, "dropout": 0.5, "lr_schedule": "cosine", "wandb": "disabled"}
     assert {key: defaults[key] for key in released} == released
@@ -521,6 +521,12 @@ def test_released_widths_apply_from_scratch(root, tmp_path, short):
     main(argv)
     kwargs = load_checkpoint(tmp_path / "crossnet" / "last.pth")["encoder"]["kwargs"]
     assert kwargs == {"k": 20, "emb_dims": 1024}
+
+
+@pytest.mark.parametrize(("objective", "given", "used"), [("con", (), 0.2), ("ave", (), 0.1), ("ave", (0.5,), 0.5)])
+def test_temperature_defaults_to_the_objectives_released_one(root, tmp_path, short, objective, given, used):
+    main(arguments(root, tmp_path, *short, "--objective", objective, *(f"--temperature={value}" for value in given)))
+    assert load_checkpoint(tmp_path / "crossnet" / "last.pth")["arguments"]["temperature"] == used
 
 
 def test_a_broken_cloud_stops_a_small_run_with_its_name(tmp_path, short):
