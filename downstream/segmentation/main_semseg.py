@@ -82,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_training_arguments(parser, task=SemanticSegmentation, exp_name="semseg", k=RELEASED_K)
     g = parser.add_argument_group("data")
     g.add_argument(
-        "--test_area", type=test_areas, default=[5], metavar="1..6|all", help="area to test on; all: each in turn (5)"
+        "--test_area", type=test_areas, default="5", metavar="1..6|all", help="area to test on; all: each in turn"
     )
     g.add_argument(
         "--train_area",
