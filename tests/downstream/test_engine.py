@@ -18,6 +18,11 @@ from utils.tracking import RunFolder
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch):
+    monkeypatch.setattr("utils.tracking.RunFolder.draw_curves", lambda folder: None)  # a second per epoch
+
+
 class Balls(Dataset):
     """Clouds of two sizes."""
 
