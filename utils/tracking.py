@@ -102,8 +102,11 @@ class RunFolder:
         """Keep the records of the first ``epoch`` epochs: the rest is about to be trained again."""
         kept = [record for record in self.metrics() if record["epoch"] <= epoch]
         temporary = self / "metrics.jsonl.tmp"
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        os.replace(temporary, self / "metrics.jsonl")
+        try:
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+            os.replace(temporary, self / "metrics.jsonl")
+        except OSError as error:
+            raise UserError(f"cannot write {self / 'metrics.jsonl'}: {error.strerror or error}") from error
 
     def draw_curves(self) -> None:
         """Draw ``curves.png`` from ``metrics.jsonl``: losses, learning rate, and whatever scores there are."""
@@ -130,8 +133,11 @@ class RunFolder:
             if len(keys) > 1 or "%" in title:
                 axis.legend(fontsize=8)
         temporary = self / "curves.tmp.png"
-        figure.savefig(temporary, dpi=120)
-        os.replace(temporary, self / "curves.png")
+        try:
+            figure.savefig(temporary, dpi=120)
+            os.replace(temporary, self / "curves.png")
+        except OSError as error:  # a picture is no reason to end a run
+            logger.warning("cannot write %s: %s", self / "curves.png", error.strerror or error)
 
 
 class WandbMirror:

@@ -94,6 +94,20 @@ def test_metrics_that_cannot_be_written_are_one_clear_error(tmp_path):
     (folder / "metrics.jsonl").symlink_to("/dev/full")
     with pytest.raises(UserError, match="cannot write .*metrics.jsonl: No space left"):
         folder.append_metrics(record(1))
+    (folder / "metrics.jsonl").unlink()
+    folder.append_metrics(record(1))
+    (folder / "metrics.jsonl.tmp").symlink_to("/dev/full")
+    with pytest.raises(UserError, match="cannot write .*metrics.jsonl: No space left"):
+        folder.cut_metrics(1)
+    assert [r["epoch"] for r in folder.metrics()] == [1]
+
+
+def test_curves_that_cannot_be_written_do_not_end_the_run(tmp_path, caplog):
+    folder = RunFolder(tmp_path / "run")
+    folder.append_metrics(record(1))
+    (folder / "curves.tmp.png").symlink_to("/dev/full")
+    folder.draw_curves()
+    assert "cannot write" in caplog.text and not (folder / "curves.png").exists()
 
 
 def test_curves_are_a_picture_of_the_metrics(tmp_path):
