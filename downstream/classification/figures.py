@@ -145,8 +145,10 @@ def draw_cloud(
     colours = depth[order] if point_colours is None else point_colours[order]
     shading = {"cmap": "viridis"} if point_colours is None else {}
     axes.scatter(across[order], height[order], c=colours, s=size, linewidths=0, **shading)
-    radius = 1.05 * max(np.abs(across).max(), np.abs(height).max(), 1e-9)
-    axes.set(xlim=(-radius, radius), ylim=(-radius, radius), aspect="equal", xticks=[], yticks=[])
+    low, high = np.array([(v.min(), v.max()) for v in (across, height)]).T
+    middle, radius = (low + high) / 2, 1.05 * max((high - low).max() / 2, 1e-9)
+    limits = [(m - radius, m + radius) for m in middle]
+    axes.set(xlim=limits[0], ylim=limits[1], aspect="equal", xticks=[], yticks=[])
     axes.set_title(title, fontsize=8, color=colour)
     for spine in axes.spines.values():
         spine.set_color(colour)
