@@ -119,6 +119,20 @@ def test_workers_read_the_same_blocks(root, chunks):
     np.testing.assert_array_equal(blocks_of(pickle.loads(sent))[0], data)
 
 
+def test_a_handle_does_not_cross_a_fork(root, monkeypatch):
+    path, data, _ = root
+    dataset = S3DIS(path, [1, 2], in_channels=9)
+    opened = []
+    real = h5py.File
+    monkeypatch.setattr(s3dis.h5py, "File", lambda *args: opened.append(args) or real(*args))
+    dataset[0], dataset[1]
+    assert len(opened) == 1
+    child = s3dis.os.getpid() + 1
+    monkeypatch.setattr(s3dis.os, "getpid", lambda: child)
+    np.testing.assert_array_equal(dataset[1][0], data[1])
+    assert len(opened) == 2
+
+
 def test_nothing_is_read_before_it_is_asked_for(root):
     path, data, _ = root
     broken = data.copy()
@@ -334,6 +348,12 @@ def test_split_rooms_takes_the_same_part_of_every_area():
     few = [room for room in rooms if area_of(room) in (1, 2)]
     # What an area gives does not depend on the other areas of the fold.
     assert set(split_rooms(few, fraction=0.2, seed=3)[1]) < set(held_out)
+
+
+def test_areas_of_the_same_rooms_hold_out_different_ones():
+    _, held_out = split_rooms([f"Area_{area}_office_{i}" for area in (1, 2) for i in range(40)], fraction=0.25, seed=1)
+    chosen = {area: {room.split("_", 2)[2] for room in held_out if area_of(room) == area} for area in (1, 2)}
+    assert chosen[1] != chosen[2]
 
 
 def test_split_rooms_that_cannot_be_done():

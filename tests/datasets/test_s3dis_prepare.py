@@ -355,6 +355,14 @@ def test_test_blocks_cover_all_points_without_thin_strips(extent):
         assert (reach <= 1 + 1e-6).all() and (reach >= 0.8 * np.minimum(extent, 1)).all()
 
 
+def test_rounding_loses_no_point_at_the_wall():
+    side, length = 1.3, 3.953
+    assert (length - side) + side < length
+    xyz = np.array([[0, 0, 0], [2.0, 2.0, 1], [length, length, 2]])
+    _, chosen = choose_points(room_of(xyz), "test", BlockSettings(num_points=4, block=side))
+    assert set(np.concatenate(chosen)) == {0, 1, 2}
+
+
 def test_blocks_depend_on_seed_and_room_alone():
     xyz = np.random.default_rng(0).uniform(0, 2, (500, 3))
     settings = BlockSettings(num_points=16)

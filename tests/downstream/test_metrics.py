@@ -92,10 +92,13 @@ def test_wrong_input_to_the_confusion_matrix():
 
 WIDE = PartTaxonomy.build(["many", "one"], [300, 1])  # more parts than a byte numbers
 DEEP = PartTaxonomy.build(["many", "one"], [20, 1])  # few parts, but more pairs of them than a byte numbers
+MANY = PartTaxonomy.build(
+    [f"category {i}" for i in range(100)], [3] * 100
+)  # few parts each, in all too many for a byte
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=SEEDS, taxonomy=st.sampled_from([official_taxonomy(), WIDE, DEEP]), size=st.integers(1, 40))
+@given(seed=SEEDS, taxonomy=st.sampled_from([official_taxonomy(), WIDE, DEEP, MANY]), size=st.integers(1, 40))
 def test_part_scores_equal_the_literal_loop(seed, taxonomy, size):
     truth, predicted, categories = random_shapes(taxonomy, count=5, size=size, seed=seed)
     scores = part_scores(truth, predicted, categories, taxonomy)
@@ -154,6 +157,9 @@ def test_wrong_input_to_the_part_scores():
         wrong(0, [[0, 1, 2, 2], [0, 1, 2, 3]])
     with pytest.raises(ValueError, match=r"shape 0 .* category 'mug'"):
         wrong(2, [1, 0])
+    smaller_first = PartTaxonomy.build(["mug", "chair"], [2, 3])
+    with pytest.raises(ValueError, match=r"shape 0 .* category 'mug' does not have"):
+        part_scores(np.array([[0, 1, 2]]), np.array([[0, 1, 1]]), np.zeros(1, int), smaller_first)
     with pytest.raises(ValueError, match=r"predicted parts must be in 0\.\.4, they are in 0\.\.5"):
         wrong(1, [[0, 1, 2, 5], [0, 0, 0, 0]])
     with pytest.raises(ValueError, match="categories must be in"):
