@@ -2,8 +2,8 @@
 
 A room is a box of floor, ceiling and walls, with openings for doors and windows, sometimes columns and beams, and
 furniture that stands on the floor, on tables or hangs on the walls without running into other things. Six areas have
-three rooms each; an area has its own colours and its own choice of models, so that another area is new in both.
-Lengths are metres, z is up.
+three rooms each; an area has its own choice of models, so that the furniture of another area is new. Lengths are
+metres, z is up.
 """
 
 from __future__ import annotations
@@ -593,13 +593,13 @@ def plan_room(area: int, number: int, models: dict[str, list[Thing]], *, seed: i
     whole = {"hallway": (1, 5)}.get(kind, (3, 4))
     sides = np.array([part + rng.uniform(0.45, 0.98) for part in whole])
     room = Layout(np.array([*rng.permutation(sides), rng.uniform(2.5, 2.9)]), rng, models)
-    colours = np.random.default_rng([seed, area])
+    # Colours differ between rooms, not areas: a floor of a colour never seen before would be a task of its own.
+    colours = np.random.default_rng([seed, area, number, 1])
     floors = [(150, 111, 76), (176, 160, 138), (96, 98, 104), (122, 74, 48), (196, 192, 184), (108, 122, 112)]
     walls = [(226, 222, 210), (214, 224, 228), (238, 226, 196), (222, 208, 200), (208, 218, 202), (236, 236, 234)]
-    pick = int(colours.integers(6))
     bright = rng.uniform(0.86, 1.04)
-    floor = np.array(floors[(area + pick) % 6]) * bright
-    wall = np.array(walls[(area * 5 + pick) % 6]) * bright
+    floor = np.array(floors[colours.integers(6)]) * bright
+    wall = np.array(walls[colours.integers(6)]) * bright
     ceiling = np.full(3, rng.uniform(225, 248)) * bright
     frame = (
         wall if rng.random() < 0.5 else np.array([(168, 164, 158), (128, 92, 60), (190, 120, 96)][area % 3])

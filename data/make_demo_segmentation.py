@@ -131,8 +131,8 @@ In the layout of S3DIS as `datasets/s3dis_prepare.py` writes it, float16: blocks
 points of 9 values ({train} blocks), and the same rooms whole, with every point's number ({test} blocks, {total}
 points). A room (`data/demo_rooms.py`) has floor, ceiling, walls, a door, windows, columns and beams, and models of
 `shapenet_render.h5` on the floor, on tables and on the walls, in their size and colours; the licences in
-`ATTRIBUTION.md` cover their points here too. Areas differ in colours and, where there are enough models of a kind, in
-the models.
+`ATTRIBUTION.md` cover their points here too. Every room has its own colours; areas have models of their own where there
+are enough of a kind.
 
 | area | rooms | points | training blocks | classes absent |
 | --- | --- | --- | --- | --- |
