@@ -351,11 +351,13 @@ def write_room(out: str | Path, room: Room, kind: str, settings: BlockSettings, 
         path.parent.mkdir(parents=True, exist_ok=True)
         with h5py.File(temporary, "w") as file:
             kept: dict[str, Any] = {"chunks": (1, size), "compression": "gzip", "compression_opts": 1}
+            # A sparse room can have no block at all; HDF5 takes chunks of one block then only if it may grow.
+            kept["maxshape"] = (None, size)
             data = file.create_dataset(
                 "data",
                 (count, size, CHANNELS),
                 settings.dtype,
-                **{**kept, "chunks": (1, size, CHANNELS), "shuffle": True},
+                **{**kept, "chunks": (1, size, CHANNELS), "maxshape": (None, size, CHANNELS), "shuffle": True},
             )
             label = file.create_dataset("label", (count, size), np.uint8, **kept)
             index = (

@@ -380,3 +380,10 @@ def test_flat_rooms_and_half_precision(tmp_path):
     with h5py.File(write_room(tmp_path, room_of(xyz), "test", settings)) as file:
         data = file["data"][()]
     assert data.dtype == np.float16 and np.isfinite(data).all() and (data[:, :, [2, 8]] == 0).all()
+
+
+def test_a_room_too_sparse_for_a_block_gets_a_file_without_one(tmp_path):
+    xyz = np.random.default_rng(0).uniform(0, 3, (40, 3))
+    settings = BlockSettings(num_points=16, min_points=100)
+    with h5py.File(write_room(tmp_path, room_of(xyz), "train", settings)) as file:
+        assert file["data"].shape == (0, 16, 9) and file["label"].shape == (0, 16)
