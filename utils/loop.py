@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -102,7 +103,7 @@ class Progress:
         self.samples, self.seconds, self.waited, self.sums = 0, 0.0, 0.0, []
 
 
-class TrainingLoop:
+class TrainingLoop(ABC):
     """One run. Subclasses set what is trained, on what, and say what a step is.
 
     Args:
@@ -140,23 +141,23 @@ class TrainingLoop:
 
     # What subclasses say.
 
+    @abstractmethod
     def step(self, batch: Any) -> torch.Tensor:
         """One optimiser step; returns the losses, detached, on the device."""
-        raise NotImplementedError
 
+    @abstractmethod
     def weights(self) -> dict[str, Any]:
         """The checkpoint's part that is the model."""
-        raise NotImplementedError
 
+    @abstractmethod
     def load_weights(self, payload: Mapping[str, Any], path: Path) -> None:
         """Load what ``weights`` gave."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fingerprint(self) -> str:
         """Which samples are trained on, in which order."""
-        raise NotImplementedError
 
-    def look_at(self, batch: Any) -> None:
+    def look_at(self, batch: Any) -> None:  # noqa: B027 - most have nothing to look at
         """Called for every batch before its step."""
 
     def evaluate(self) -> dict[str, float]:
