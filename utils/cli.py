@@ -60,7 +60,7 @@ def add_common_arguments(parser: argparse.ArgumentParser, *, seed: bool = True, 
         group.add_argument(
             "--workers",
             type=non_negative_int,
-            default=4,
+            default=min(4, os.cpu_count() or 1),
             metavar="W",
             help="processes that read data; 0 reads in this one",
         )
