@@ -168,6 +168,8 @@ def _zip_members(path: Path) -> Iterator[_Member]:
     """Yield the members of a zip file."""
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
+            if not info.filename:
+                raise _refused(path, info.filename, "has no name")
             parts = _safe_parts(path, info.filename)
             mode = stat.S_IFMT(info.external_attr >> 16)
             if mode not in (0, stat.S_IFREG, stat.S_IFDIR):

@@ -296,3 +296,11 @@ def test_mutated_archives_end_in_their_files_or_in_a_data_error(tmp_path, make, 
         assert make is make_plain_tar or files_in(tmp_path / "out").items() <= members.items()
     shutil.rmtree(tmp_path / "out", ignore_errors=True)
     assert files_in(tmp_path) == outside
+
+
+def test_a_zip_member_without_a_name_is_refused(tmp_path):
+    archive = make_zip(tmp_path / "a", {"Q": b"content"})
+    archive.write_bytes(archive.read_bytes().replace(b"Q", b"\0"))
+    with pytest.raises(DataError, match="has no name"):
+        extract(archive, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
