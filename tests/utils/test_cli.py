@@ -1,5 +1,6 @@
 import argparse
 import json
+import os
 import math
 
 import pytest
@@ -72,7 +73,13 @@ def test_help_shows_defaults_and_line_breaks():
     parser.add_argument("--flag", action="store_true", help="a switch")
     text = parser.format_help()
     assert "first\n  second" in text
-    for shown in ("(default: data)", "(default: auto)", "(default: 4)", "(default: 1)", "a number (default: 0)"):
+    for shown in (
+        "(default: data)",
+        "(default: auto)",
+        f"(default: {min(4, os.cpu_count() or 1)})",
+        "(default: 1)",
+        "a number (default: 0)",
+    ):
         assert shown in text
     assert "False" not in text and "None" not in text
 
