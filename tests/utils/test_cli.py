@@ -1,7 +1,7 @@
 import argparse
 import json
-import os
 import math
+import os
 
 import pytest
 import torch
