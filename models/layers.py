@@ -1,4 +1,4 @@
-"""Layers of DGCNN (arXiv:1801.07829): exact k nearest neighbours and EdgeConv without edge tensors.
+"""Layers of DGCNN (arXiv:1801.07829): EdgeConv without edge tensors, and what surrounds it.
 
 A textbook EdgeConv builds [x_j - x_i ; x_i] for all k neighbours j of every point i, a tensor of N * k edges, and runs
 a 1x1 convolution, batch norm, a leaky ReLU and a maximum over it. With the weight split as W = [A B] the convolution is
@@ -11,11 +11,14 @@ Inside, clouds are rows: (B, N, C), or (B * N, C) with neighbour indices into al
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from models.blocks import blocks_of_rows, in_degree, neighbour_max, neighbour_sum, transposed_sum
 from models.norm import (
     Moments,
     across_processes,
@@ -25,104 +28,12 @@ from models.norm import (
     update_running_statistics,
     uses_batch_statistics,
 )
+from models.pooling import leaky_relu_gradient, pool_pointwise
+from models.precision import at_least_float32
 
-# Elements of one block of the distance matrix: small enough for a CPU's cache, large enough to fill a GPU.
-_KNN_BLOCK = {"cpu": 1 << 20, "cuda": 1 << 27}
 # Elements of one block of edges in a two-layer EdgeConv.
 _EDGE_BLOCK = {"cpu": 1 << 22, "cuda": 1 << 27}
 LEAKY_SLOPE = 0.2
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Half precision becomes float32; float32 and float64 stay."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
-
-
-def knn(points: Tensor, k: int) -> Tensor:
-    """Indices of the k nearest points of every point, itself included, in no particular order.
-
-    Distances are taken in at least float32, also under autocast: in bfloat16 about 5 % of the neighbours change.
-    The cloud is centred first, so that a far-away cloud loses no digits.
-
-    Args:
-        points: (B, N, C).
-        k: number of neighbours, 1 to N.
-
-    Returns:
-        (B, N, k) int64.
-
-    Raises:
-        ValueError: k is not between 1 and N.
-    """
-    b, n, _ = points.shape
-    if not 1 <= k <= n:
-        raise ValueError(f"k = {k} neighbours of a cloud of {n} points: k must lie between 1 and the number of points")
-    with torch.no_grad(), torch.autocast(points.device.type, enabled=False):
-        x = at_least_float32(points.detach())
-        x = x - x.mean(dim=1, keepdim=True)
-        half_norm = x.square().sum(2)[:, None, :] / 2
-        index = torch.empty(b, n, k, dtype=torch.int64, device=x.device)
-        budget = _KNN_BLOCK.get(x.device.type, 1 << 24)
-        clouds, rows = max(1, budget // (n * n)), max(1, min(n, budget // n))
-        for i in range(0, b, clouds):
-            for j in range(0, n, rows):
-                # x_i . x_j - |x_j|^2 / 2 orders the j as the distance does, largest first.
-                block = x[i : i + clouds]
-                closeness = torch.baddbmm(half_norm[i : i + clouds], block[:, j : j + rows], block.mT, beta=-1)
-                index[i : i + clouds, j : j + rows] = closeness.topk(k, dim=2, sorted=False).indices
-    return index
-
-
-def flatten_neighbours(index: Tensor) -> Tensor:
-    """(B, N, k) indices within each cloud -> (B * N, k) indices into the rows of the whole batch."""
-    b, n, k = index.shape
-    return (index + torch.arange(b, device=index.device)[:, None, None] * n).reshape(b * n, k)
-
-
-class _NeighbourSum(torch.autograd.Function):
-    """Sum of the rows that each point's neighbour list names; the backward runs over the transposed lists."""
-
-    @staticmethod
-    def forward(ctx, table: Tensor, neighbours: Tensor) -> Tensor:
-        ctx.save_for_backward(neighbours)
-        return F.embedding_bag(neighbours, table, mode="sum")
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        (neighbours,) = ctx.saved_tensors
-        points, k = neighbours.shape
-        flat = neighbours.flatten()
-        degree = torch.bincount(flat, minlength=points)
-        chosen_by = torch.argsort(flat, stable=True) // k
-        offsets = degree.cumsum(0) - degree
-        return F.embedding_bag(chosen_by, grad.contiguous(), offsets, mode="sum"), None
-
-
-def neighbour_sum(table: Tensor, neighbours: Tensor) -> Tensor:
-    """Sum over neighbours: (P, C), (P, k) -> (P, C)."""
-    return _NeighbourSum.apply(table, neighbours)
-
-
-class _NeighbourMax(torch.autograd.Function):
-    """Maximum over neighbours; the backward is one scatter (the library's own goes channel by channel on a CPU)."""
-
-    @staticmethod
-    def forward(ctx, table: Tensor, neighbours: Tensor) -> Tensor:
-        points, k = neighbours.shape
-        starts = torch.arange(0, points * k, k, device=table.device)
-        largest, _, _, chosen = torch.embedding_bag(table, neighbours.flatten(), starts, mode=2)
-        ctx.save_for_backward(chosen)
-        return largest
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        (chosen,) = ctx.saved_tensors
-        return torch.zeros_like(grad).scatter_add_(0, chosen.to(torch.int64), grad), None
-
-
-def neighbour_max(table: Tensor, neighbours: Tensor) -> Tensor:
-    """Maximum over neighbours, per channel: (P, C), (P, k) -> (P, C)."""
-    return _NeighbourMax.apply(table, neighbours)
 
 
 def edge_terms(x: Tensor, conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
@@ -140,22 +51,75 @@ def edge_terms(x: Tensor, conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
     return F.linear(x, neighbour), F.linear(x, centre - neighbour)
 
 
-def edge_moments(a: Tensor, c: Tensor, neighbours: Tensor) -> tuple[Moments, Tensor, Tensor]:
-    """Moments of ``h_ij = a_j + c_i`` over all edges, from sums over points.
+class _EdgeMoments(torch.autograd.Function):
+    """Mean and centred sum of squares of ``h_ij = a_j + c_i`` over all edges, from sums over points.
 
-    With a and c centred first, so that no large mean cancels:
-    sum (h - mean)^2 = sum_j d_j a_j^2 + 2 sum_i c_i S_i + k sum_i c_i^2, d_j how often j is chosen, S_i = sum_j a_j.
-
-    Returns:
-        The moments, a minus its mean over edges, c minus its mean.
+    With a and c centred, so that no large mean cancels, d_j how often j is chosen and S_i = sum_j a_j:
+    sum (h - mean)^2 = sum_j d_j a_j^2 + 2 sum_i c_i S_i + k sum_i c_i^2.
+    The derivatives are 2 (d_j a_j + T_j) for a_j, with T_j = sum of the c_i that chose j, and 2 (S_i + k c_i) for c_i.
     """
-    points, k = neighbours.shape
-    degree = torch.bincount(neighbours.flatten(), minlength=points).to(a.dtype)
-    edges = points * k
-    mean_a, mean_c = degree @ a / edges, c.mean(0)
-    a, c = a - mean_a, c - mean_c
-    scatter = degree @ a.square() + 2 * (c * neighbour_sum(a, neighbours)).sum(0) + k * c.square().sum(0)
-    return Moments(a.new_tensor(float(edges)), mean_a + mean_c, scatter.clamp_min(0)), a, c
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, c: Tensor, neighbours: Tensor) -> tuple[Tensor, Tensor]:
+        points, k = neighbours.shape
+        degree = in_degree(neighbours).to(a.dtype)
+        mean_a, mean_c = degree @ a / (points * k), c.mean(0)
+        sums = neighbour_sum(a, neighbours)
+        scatter = torch.zeros_like(mean_a)
+        for rows in blocks_of_rows(a):
+            centred_a, centred_c = a[rows] - mean_a, c[rows] - mean_c
+            scatter += degree[rows] @ centred_a.square_()
+            twice = sums[rows].sub_(mean_a, alpha=k).mul_(2).add_(centred_c, alpha=k)
+            scatter += twice.mul_(centred_c).sum(0)
+        ctx.save_for_backward(a, c, neighbours, degree, mean_a + mean_c)
+        return mean_a + mean_c, scatter.clamp_min_(0)
+
+    @staticmethod
+    def backward(ctx: Any, grad_mean: Tensor, grad_scatter: Tensor) -> tuple[Tensor, Tensor, None]:
+        a, c, neighbours, degree, mean = ctx.saved_tensors
+        points, k = neighbours.shape
+        twice = 2 * grad_scatter
+        grad_a, grad_c = transposed_sum(c, neighbours), neighbour_sum(a, neighbours)
+        constant_a = grad_mean / (points * k) - twice * mean
+        constant_c = grad_mean / points - twice * mean * k
+        for rows in blocks_of_rows(a):
+            grad_a[rows].mul_(twice).addcmul_(degree[rows, None], torch.addcmul(constant_a, a[rows], twice))
+            grad_c[rows].add_(c[rows], alpha=k).mul_(twice).add_(constant_c)
+        return grad_a, grad_c, None
+
+
+class _LargestEdge(torch.autograd.Function):
+    """Maximum over neighbours j of ``act(scale * (a_j + c_i) + shift)``: extreme, affine map and activation in one.
+
+    Only a_extreme + c and the places of the extremes are kept for the backward pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, a: Tensor, c: Tensor, scale: Tensor, shift: Tensor, neighbours: Tensor, slope: float
+    ) -> Tensor:
+        sign = sign_of_gain(scale)
+        edge, chosen = neighbour_max(a * sign, neighbours)
+        out = torch.empty_like(edge)
+        for rows in blocks_of_rows(edge):
+            edge[rows].mul_(sign).add_(c[rows])
+            out[rows] = F.leaky_relu_(torch.addcmul(shift, edge[rows], scale), slope)
+        ctx.save_for_backward(edge, chosen, scale, shift)
+        ctx.slope = slope
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        edge, chosen, scale, shift = ctx.saved_tensors
+        grad_a, grad_c = torch.zeros_like(grad), torch.empty_like(grad)
+        grad_scale, grad_shift = torch.zeros_like(scale), torch.zeros_like(shift)
+        for rows in blocks_of_rows(edge):
+            inner = leaky_relu_gradient(grad[rows], torch.addcmul(shift, edge[rows], scale), ctx.slope)
+            grad_shift += inner.sum(0)
+            grad_scale += (inner * edge[rows]).sum(0)
+            grad_c[rows] = inner.mul_(scale)
+            grad_a.scatter_add_(0, chosen[rows].to(torch.int64), inner)
+        return grad_a, grad_c, grad_scale, grad_shift, None, None
 
 
 def first_edge_layer(x: Tensor, neighbours: Tensor, block: nn.Sequential) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -171,14 +135,17 @@ def first_edge_layer(x: Tensor, neighbours: Tensor, block: nn.Sequential) -> tup
         ``scale * (a_j + c_i) + shift``.
     """
     conv, norm = block[0], block[1]
-    a, c = edge_terms(x, conv)
     if not uses_batch_statistics(norm):
-        return a, c, *scale_and_shift(norm, norm.running_mean, norm.running_var)
-    own, a, c = edge_moments(a, c, neighbours)
-    moments = across_processes(own)
+        return *edge_terms(x, conv), *scale_and_shift(norm, norm.running_mean, norm.running_var)
+    # For any m the layer is W [x_j - x_i ; x_i - m] + B m, and with the mean as m no large offset costs digits.
+    offset = x.detach().mean(0)
+    a, c = edge_terms(x - offset, conv)
+    constant = F.linear(offset, conv.weight.flatten(1)[:, len(offset) :])
+    mean, scatter = _EdgeMoments.apply(a, c, neighbours)
+    moments = across_processes(Moments(a.new_full((), neighbours.numel()), mean + constant, scatter), norm)
     variance = moments.scatter / moments.count
     update_running_statistics(norm, moments.mean, variance, moments.count)
-    return a, c, *scale_and_shift(norm, moments.mean - own.mean, variance)
+    return a, c, *scale_and_shift(norm, moments.mean - constant, variance)
 
 
 def edge_conv(x: Tensor, neighbours: Tensor, block: nn.Sequential) -> Tensor:
@@ -187,16 +154,14 @@ def edge_conv(x: Tensor, neighbours: Tensor, block: nn.Sequential) -> Tensor:
     Args:
         x: (P, C) rows.
         neighbours: (P, k) indices into the rows.
-        block: Conv2d (1x1, 2 C channels), batch norm, monotone activation.
+        block: Conv2d (1x1, 2 C channels), batch norm, leaky ReLU.
 
     Returns:
         (P, C_out), at least float32: a_j + c_i is a small difference of large numbers, which half precision would lose.
     """
     with torch.autocast(x.device.type, enabled=False):
         a, c, scale, shift = first_edge_layer(at_least_float32(x), neighbours, block)
-        sign = sign_of_gain(scale)
-        extreme = neighbour_max(a * sign, neighbours) * sign
-        return block[2](torch.addcmul(shift, extreme + c, scale))
+        return _LargestEdge.apply(a, c, scale, shift, neighbours, block[2].negative_slope)
 
 
 def edge_conv_two_layers(x: Tensor, neighbours: Tensor, first: nn.Sequential, second: nn.Sequential) -> Tensor:
@@ -243,9 +208,9 @@ def edge_conv_two_layers(x: Tensor, neighbours: Tensor, first: nn.Sequential, se
 
         if uses_batch_statistics(norm):
             parts = [recomputed(block_moments, centre, index) for centre, index in blocks]
-            counts = a.new_tensor([float(index.numel()) for _, index in blocks])
+            counts = torch.stack([a.new_full((), index.numel()) for _, index in blocks])
             means, scatters = (torch.stack(part) for part in zip(*parts, strict=True))
-            moments = across_processes(merge_moments(counts, means, scatters))
+            moments = across_processes(merge_moments(counts, means, scatters), norm)
             mean = weight @ moments.mean
             variance = ((weight @ moments.scatter) * weight).sum(1).clamp_min(0) / moments.count
             update_running_statistics(norm, mean, variance, moments.count)
@@ -316,10 +281,8 @@ class TransformNet(nn.Module):
 
     def forward(self, points: Tensor, neighbours: Tensor) -> Tensor:
         """See the class for shapes."""
-        b, n, _ = points.shape
         rows = edge_conv_two_layers(points.flatten(0, 1), neighbours, self.conv1, self.conv2)
-        rows = apply_to_rows(rows, *self.conv3)
-        x = max_over_points(rows.unflatten(0, (b, n)))
+        x, _ = pool_pointwise([rows], len(points), self.conv3)
         x = F.leaky_relu(self.bn3(self.linear1(x)), LEAKY_SLOPE)
         x = F.leaky_relu(self.bn4(self.linear2(x)), LEAKY_SLOPE)
         return self.transform(x).unflatten(1, (3, 3))

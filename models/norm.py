@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from utils.distributed import all_reduce_sum, rank, world_size
+from utils.distributed import all_reduce_sum, gather_with_grad, world_size
 
 
 class Moments(NamedTuple):
@@ -40,19 +40,26 @@ def merge_moments(counts: Tensor, means: Tensor, scatters: Tensor) -> Moments:
 def moments_of(rows: Tensor) -> Moments:
     """Moments of the rows of a matrix (P, C), with the scatter per channel."""
     mean = rows.mean(0)
-    return Moments(rows.new_tensor(float(len(rows))), mean, (rows - mean).square().sum(0))
+    return Moments(rows.new_full((), len(rows)), mean, (rows - mean).square().sum(0))
 
 
-def across_processes(moments: Moments) -> Moments:
-    """Merge every process's moments by one differentiable all-reduce; a single process keeps its own."""
-    if world_size() == 1:
+def across_processes(moments: Moments, norm: _BatchNorm) -> Moments:
+    """Merge every process's moments by one differentiable all-reduce, where ``norm`` is a ``SyncBatchNorm``.
+
+    A single process, and any other batch norm, keeps its own.
+    """
+    if world_size() == 1 or not isinstance(norm, SyncBatchNorm):
         return moments
     packed = torch.cat([moments.count.reshape(1).to(moments.mean.dtype), moments.mean, moments.scatter.flatten()])
-    slots = packed.new_zeros(world_size(), len(packed))
-    slots = all_reduce_sum(slots.index_copy(0, torch.tensor([rank()], device=packed.device), packed[None]))
     channels = len(moments.mean)
+    slots = gather_with_grad(packed[None])
     counts, means, scatters = slots.split([1, channels, packed.numel() - 1 - channels], dim=1)
     return merge_moments(counts.flatten(), means, scatters.reshape(-1, *moments.scatter.shape))
+
+
+def sum_across_processes(x: Tensor, norm: _BatchNorm) -> Tensor:
+    """Sum of every process's ``x`` where ``norm`` is a ``SyncBatchNorm``; any other batch norm keeps its own."""
+    return all_reduce_sum(x) if isinstance(norm, SyncBatchNorm) else x
 
 
 def uses_batch_statistics(norm: _BatchNorm) -> bool:
@@ -116,8 +123,8 @@ class SyncBatchNorm(_BatchNorm):
             shape = [1, -1, *[1] * (x.ndim - 2)]
             local_mean = values.mean(dims)
             centred = values - local_mean.reshape(shape)
-            count = values.new_tensor(float(x.numel() // x.shape[1]))
-            moments = across_processes(Moments(count, local_mean, centred.square().sum(dims)))
+            count = values.new_full((), x.numel() // x.shape[1])  # filled there: a copy would wait for the device
+            moments = across_processes(Moments(count, local_mean, centred.square().sum(dims)), self)
             variance = moments.scatter / moments.count
             update_running_statistics(self, moments.mean, variance, moments.count)
             scale, shift = scale_and_shift(self, moments.mean - local_mean, variance)
@@ -127,7 +134,7 @@ class SyncBatchNorm(_BatchNorm):
     def convert(cls, module: nn.Module) -> nn.Module:
         """Turn every batch norm inside ``module`` into this class, in place, parameters and buffers kept.
 
-        EdgeConv blocks do not call their batch norm; converting them changes nothing and keeps their names.
+        EdgeConv blocks do not call their batch norm; its class decides whether their statistics are shared.
         """
         for child in module.modules():
             if isinstance(child, _BatchNorm):

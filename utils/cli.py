@@ -32,16 +32,21 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return super()._get_help_string(action)
 
 
+def explain(error: UserError | KeyboardInterrupt) -> tuple[str, int]:
+    """Message and exit code for an error that is no fault of the program."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", EXIT_INTERRUPTED
+    return f"error: {plain_message(error)}", EXIT_USER_ERROR
+
+
 def run(main: Callable[[], Any]) -> NoReturn:
     """Run a script's ``main``: a user's mistake ends with one message and exit code 2, Ctrl-C with 130."""
     try:
         main()
-    except UserError as error:
-        print(f"error: {plain_message(error)}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
+    except (UserError, KeyboardInterrupt) as error:
+        message, code = explain(error)
+        print(message, file=sys.stderr)
+        sys.exit(code)
     sys.exit(0)
 
 
@@ -95,6 +100,16 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, exp_name: str, save_ev
     g.add_argument(
         "--wandb", choices=("disabled", "offline", "online"), default="disabled", help="mirror to Weights & Biases"
     )
+    g.add_argument(
+        "--no_sync_bn",
+        action="store_true",
+        help="under torchrun: batch norm by each process's own batch; default: by the batch of all",
+    )
+    g.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="only algorithms whose result is the same every time, where a GPU has them; slower",
+    )
 
 
 def positive_int(text: str) -> int:
@@ -138,15 +153,24 @@ def positive_float(text: str) -> float:
 
 
 def resolve_device(name: str = "auto") -> torch.device:
-    """Turn the ``--device`` flag into a device.
+    """Turn the ``--device`` flag into a device; of several processes on a machine each gets a GPU of its own.
 
     Raises:
-        UserError: the name is no device, or the device is not there.
+        UserError: the name is no device, or the device is not there, or several processes would share it.
     """
     import torch  # seconds; scripts that only move files never get here
 
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if processes > 1 and name.startswith("cuda"):
+        count = torch.cuda.device_count()
+        if name != "cuda" or processes > count:
+            raise UserError(
+                f"{processes} processes on this machine need a GPU each, it has {count} and --device is {name}: use "
+                "torchrun --nproc_per_node with at most the number of GPUs and --device cuda, or --device cpu"
+            )
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device).cpu()

@@ -1,13 +1,38 @@
-"""Processes: rank and size from torchrun's environment, and sums across processes with gradient.
+"""Several processes: how they start and end together, and what they exchange.
 
-Everything here is valid in one process too, where it does nothing.
+``launch`` starts a script as one of torchrun's processes. Everything else here is valid in one process too, where it
+does nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import logging
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
+from typing import Any, NoReturn, TypeVar
+
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
+
+from utils.cli import explain, run
+from utils.errors import UserError
+
+# A collective that some process does not join for so long has failed: that process hangs.
+TIMEOUT = timedelta(minutes=10)
+# A process that is silent for so many beats of its neighbour's is lost: 45 seconds.
+BEAT_SECONDS = 5.0
+BEATS_UNTIL_LOST = 9
+EXIT_LOST_PROCESS = 3
+Result = TypeVar("Result")
 
 
 def is_distributed() -> bool:
@@ -59,7 +84,206 @@ def gather_with_grad(x: Tensor) -> Tensor:
     """
     if world_size() == 1:
         return x
-    slots = x.new_zeros((world_size(), *x.shape))
-    # Each process fills its own slot; the differentiable sum then is a gather with the right gradient.
-    slots = slots.index_copy(0, torch.tensor([rank()], device=x.device), x[None])
-    return all_reduce_sum(slots).flatten(0, 1)
+    # Each process fills its own rows; the differentiable sum then is a gather with the right gradient.
+    before, after = (x.new_zeros((n * len(x), *x.shape[1:])) for n in (rank(), world_size() - 1 - rank()))
+    return all_reduce_sum(torch.cat([before, x, after]))
+
+
+def any_process(flag: bool) -> bool:
+    """Whether the flag is set in any process. Waits for the other processes, not for the device."""
+    if world_size() == 1:
+        return flag
+    votes = torch.tensor(int(flag))
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+    return bool(votes)
+
+
+def from_main(compute: Callable[[], Result]) -> Result:
+    """What ``compute`` returns in the main process, in all of them; only that process calls it."""
+    if world_size() == 1:
+        return compute()
+    box = [compute() if is_main() else None]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def main_only(function: Callable[..., None]) -> Callable[..., None]:
+    """Decorator of what the other processes skip: whatever writes files."""
+
+    @functools.wraps(function)
+    def in_main(*args: Any, **kwargs: Any) -> None:
+        if is_main():
+            function(*args, **kwargs)
+
+    return in_main
+
+
+def to_main(value: Result) -> list[Result]:
+    """Every process's value in rank order, in the main process; an empty list in the others."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.gather_object(value, values if is_main() else None)
+    return values if is_main() else []
+
+
+def messages_of_all(messages: list[str]) -> list[str]:
+    """Every process's messages, in all processes; cheap where there are none."""
+    if world_size() == 1 or not any_process(bool(messages)):
+        return messages
+    lists: list[Any] = [None] * world_size()
+    dist.all_gather_object(lists, messages)
+    return sum(lists, [])
+
+
+def gather_rows(rows: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """Every process's rows, in all processes, without gradient.
+
+    Args:
+        rows: (sizes[rank], ...).
+        sizes: how many rows each process has.
+    """
+    if world_size() == 1:
+        return [rows]
+    padded = torch.cat([rows, rows.new_zeros((max(sizes) - len(rows), *rows.shape[1:]))])
+    slots = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(slots, padded)
+    return [slot[:size] for slot, size in zip(slots, sizes, strict=True)]
+
+
+def broadcast_from_main(tensors: Iterable[Tensor]) -> None:
+    """Give all processes the main one's values, in place."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
+
+
+def replicated(model: nn.Module, *, broadcast_buffers: bool) -> nn.Module:
+    """The module to call in training steps: its backward pass averages the gradients over the processes.
+
+    Args:
+        model: the same in all processes, on its device; its parameters stay where they are, under their names.
+        broadcast_buffers: take the main process's buffers before each step, where they do not stay equal by themselves.
+    """
+    if world_size() == 1:
+        return model
+    device = next(model.parameters()).device
+    devices = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=broadcast_buffers)
+
+
+def started_as_one_of_many() -> bool:
+    """Whether torchrun, or a launcher that sets the same variables, started this process as one of several."""
+    given = {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    return given and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def launch(main: Callable[[], Any]) -> NoReturn:
+    """Run a script's ``main``, as one of torchrun's processes where that started it; see ``utils.cli.run``.
+
+    Of several processes only the main one writes to the screen. They end together: an error in one of them, or its
+    loss, ends all, with one message.
+    """
+    if not started_as_one_of_many():
+        run(main)
+    if int(os.environ["RANK"]) > 0:
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+    store, own, size = next(rendezvous("env://", timeout=TIMEOUT))
+    peers = _Peers(store, own, size)
+    code: Any = 0
+    try:
+        # Tensors in memory travel by gloo in any case: what the processes agree on never waits for a GPU.
+        gpus = torch.cuda.is_available() and dist.is_nccl_available()
+        backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+        dist.init_process_group(backend, store=store, rank=own, world_size=size, timeout=TIMEOUT)
+        try:
+            main()
+        except SystemExit as error:  # by agreement, or from wrong flags, which all processes got
+            code = error.code
+        any_process(False)  # nobody leaves while others still need it
+    except BaseException as error:
+        peers.end_all(*_explain_failure(error))
+    peers.stop()
+    dist.destroy_process_group()
+    sys.exit(code)
+
+
+def _explain_failure(error: BaseException) -> tuple[str, int]:
+    """Message and exit code for an error of a process among several."""
+    if isinstance(error, (UserError, KeyboardInterrupt)):
+        return explain(error)
+    text = str(error)
+    if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in text.lower()):
+        what = "does not answer" if "timed out" in text.lower() or "timeout" in text.lower() else "is gone"
+        return _lost(f"another process {what}, as process {rank()} found"), EXIT_LOST_PROCESS
+    return "".join(traceback.format_exception(error)), 1
+
+
+def _lost(what: str) -> str:
+    return (
+        f"error: {what}: it was killed, perhaps for want of memory, or its machine is down. All processes end; "
+        "go on from the newest checkpoint with --resume"
+    )
+
+
+class _Peers:
+    """Keeps the processes of a run together, by the key-value store through which they met.
+
+    Each process counts a beat there every few seconds and looks at its neighbour's count; so a process that was killed,
+    stopped or cut off is noticed also where the others wait for it inside a GPU's collective, which raises no error.
+
+    Args:
+        store: all processes have met in it.
+        own: number of this process.
+        size: number of processes.
+    """
+
+    def __init__(self, store: dist.Store, own: int, size: int) -> None:
+        # A connection of its own: the main thread may wait for hours in the other one.
+        self.store = dist.PrefixStore("peers", store.clone())
+        self.own, self.neighbour = own, (own + 1) % size
+        self.ending = threading.Lock()
+        self.stopped = threading.Event()
+        self.store.set(f"beat {own}", "0")
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.thread.start()
+
+    def _watch(self) -> None:
+        seen, missed, beat = b"", 0, 0
+        while not self.stopped.wait(BEAT_SECONDS):
+            beat += 1
+            try:
+                self.store.set(f"beat {self.own}", str(beat))
+                failed = self.store.check(["failures"])
+                key = f"beat {self.neighbour}"
+                now = self.store.get(key) if self.store.check([key]) else b""
+            except RuntimeError:
+                if not self.stopped.is_set():
+                    self.end_all(_lost("the process that all meet in is gone"), EXIT_LOST_PROCESS)
+                return
+            # Own beats, not the clock: a job that was suspended and goes on has lost nobody.
+            seen, missed = now, missed + 1 if now == seen else 0
+            if failed:
+                self.end_all("", EXIT_LOST_PROCESS)
+            if missed >= BEATS_UNTIL_LOST:
+                silence = f"process {self.neighbour} has been silent for {missed * BEAT_SECONDS:.0f} seconds"
+                self.end_all(_lost(silence), EXIT_LOST_PROCESS)
+
+    def end_all(self, message: str, code: int) -> NoReturn:
+        """End this process at once, and the others within a beat; the first one to fail says why.
+
+        Nothing is waited for: an orderly exit would wait for the collectives that the others are in.
+        """
+        self.ending.acquire()  # never released: one thread ends the process
+        first = True
+        with contextlib.suppress(Exception):  # the store may be what failed
+            first = self.store.add("failures", 1) == 1
+        if first and message:
+            print(message.rstrip("\n"), file=sys.__stderr__, flush=True)
+        logging.shutdown()
+        os._exit(code)
+
+    def stop(self) -> None:
+        """No longer look after the others: all are done."""
+        self.stopped.set()
+        self.thread.join()

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from models import CrossNet, build_encoder
-from models.layers import edge_block, edge_conv, edge_conv_two_layers, flatten_neighbours, knn
+from models.layers import edge_block, edge_conv, edge_conv_two_layers
+from models.neighbours import flatten_neighbours, knn
 from models.losses import crossnet_objective, nt_xent
 from models.norm import SyncBatchNorm
 from utils.distributed import all_reduce_sum, gather_with_grad, is_main, rank, world_size
@@ -70,9 +71,9 @@ def sync_batch_norm_case(*shape: int, sizes: tuple[int, ...], train: bool = True
 
 
 def edge_conv_case(layers: int, *, sizes: tuple[int, ...]) -> dict[str, Tensor]:
-    """EdgeConv with plain batch-norm modules, whose statistics must cover the clouds of all processes."""
+    """EdgeConv, whose statistics must cover the clouds of all processes."""
     torch.manual_seed(3)
-    blocks = nn.ModuleList([edge_block(6, 7), edge_block(7, 5)][:layers]).double()
+    blocks = SyncBatchNorm.convert(nn.ModuleList([edge_block(6, 7), edge_block(7, 5)][:layers])).double()
     with torch.no_grad():
         for block in blocks:
             block[1].weight.copy_(normal(len(block[1].weight), seed=5))
