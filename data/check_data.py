@@ -226,10 +226,10 @@ class _Checker:
 
     # --- segmentation ---
 
-    def shapenetpart(self) -> Finding:
-        """ShapeNetPart as HDF5 files."""
-        finding = Finding(expected=dict(SHAPENETPART_SIZES), get=self.command("shapenetpart"))
-        folders = [path for path in sorted(self.root.glob("shapenet*hdf5*")) if any(path.glob("ply_data_*.h5"))]
+    def shapenetpart(self, root: Path, **fields: Any) -> Finding:
+        """ShapeNetPart as HDF5 files, or another set in its layout."""
+        finding = Finding(**fields)
+        folders = [path for path in sorted(root.glob("shapenet*hdf5*")) if any(path.glob("ply_data_*.h5"))]
         if not folders:
             return finding
         folder = folders[0]
@@ -240,13 +240,13 @@ class _Checker:
             finding.found[split] = sum(count or 0 for count in rows)
             if not files:
                 finding.notes.append(f"no files of the {split} split")
-        self.compare_md5("shapenetpart", sorted(folder.glob("*.h5")), finding)
+        if finding.expected:
+            self.compare_md5("shapenetpart", sorted(folder.glob("*.h5")), finding)
         return finding.settle()
 
-    def s3dis(self, folder_name: str, arrays: Mapping[str, tuple[int | None, ...]], **fields: Any) -> Finding:
+    def s3dis(self, folder: Path, arrays: Mapping[str, tuple[int | None, ...]], **fields: Any) -> Finding:
         """S3DIS as blocks of points."""
         finding = Finding(**fields)
-        folder = self.root / folder_name
         files = _list_or_glob(folder, FILE_LIST, "*.h5")
         if not files:
             return finding
@@ -290,21 +290,39 @@ class _Checker:
             finding = self.scanobjectnn(variant)
             if finding.state != MISSING or variant in ("OBJ_BG", "OBJ_ONLY", "PB_T50_RS"):
                 rows[f"ScanObjectNN {variant}"] = finding
-        rows["ShapeNetPart"] = self.shapenetpart()
-        rows["S3DIS blocks"] = self.s3dis(
-            BLOCK_FOLDER, _BLOCK_ARRAYS, expected={"blocks": S3DIS_BLOCKS}, get=self.command("s3dis")
-        )
-        prepare = PREPARE_COMMAND.format(root=shlex.quote(str(self.root)))
-        rows["S3DIS whole rooms"] = self.s3dis(ROOM_FOLDER, _ROOM_ARRAYS, get=prepare)
-        packed, labelled = demo / PACKED_NAME, demo / DEMO_FOLDER
+        if not is_demo:
+            rows |= self.segmentation()
         own = self.root.resolve() == _OWN_FOLDER  # the demo set comes with the repository, no other root needs one
-        if own or packed.is_file():
-            rows["demo pairs"] = self.packed(packed, expected={}) if packed.is_file() else Finding()
-        if own or labelled.is_dir():
-            rows["demo labelled"] = self.demo_labelled(labelled) if labelled.is_dir() else Finding()
-        for name in ("demo pairs", "demo labelled"):
-            if name in rows and rows[name].state != OK:
-                rows[name].get = "git checkout -- data/demo"
+        rows |= {name: row for name, row in self.demo(demo).items() if own or row.state != MISSING}
+        return rows
+
+    def segmentation(self) -> dict[str, Finding]:
+        """ShapeNetPart and S3DIS."""
+        prepare = PREPARE_COMMAND.format(root=shlex.quote(str(self.root)))
+        blocks, rooms = self.root / BLOCK_FOLDER, self.root / ROOM_FOLDER
+        return {
+            "ShapeNetPart": self.shapenetpart(
+                self.root, expected=dict(SHAPENETPART_SIZES), get=self.command("shapenetpart")
+            ),
+            "S3DIS blocks": self.s3dis(
+                blocks, _BLOCK_ARRAYS, expected={"blocks": S3DIS_BLOCKS}, get=self.command("s3dis")
+            ),
+            "S3DIS whole rooms": self.s3dis(rooms, _ROOM_ARRAYS, get=prepare),
+        }
+
+    def demo(self, folder: Path) -> dict[str, Finding]:
+        """The sets of the demo, whose own number of samples is right."""
+        packed, labelled = folder / PACKED_NAME, folder / DEMO_FOLDER
+        rows = {
+            "demo pairs": self.packed(packed, expected={}) if packed.is_file() else Finding(),
+            "demo labelled": self.demo_labelled(labelled) if labelled.is_dir() else Finding(),
+            "demo parts": self.shapenetpart(folder),
+            "demo rooms, blocks": self.s3dis(folder / BLOCK_FOLDER, _BLOCK_ARRAYS),
+            "demo rooms, whole": self.s3dis(folder / ROOM_FOLDER, _ROOM_ARRAYS),
+        }
+        for row in rows.values():
+            if row.state != OK:
+                row.get = "git checkout -- data/demo"
         return rows
 
 

@@ -274,9 +274,19 @@ def test_a_missing_shard_of_a_packed_file_is_named(root):
 
 def test_the_demo_set_of_the_repository_is_sound():
     rows = check(ROOT / "data" / "demo", full=True)
-    assert rows["demo pairs"].state == rows["demo labelled"].state == "ok"
+    sets = ("pairs", "labelled", "parts", "rooms, blocks", "rooms, whole")
+    assert {rows[f"demo {name}"].state for name in sets} == {"ok"}
     assert rows["demo pairs"].found["pairs"] > 500
-    assert "ShapeNet pairs" not in rows
+    assert rows["demo parts"].found == {"train": 240, "val": 64, "test": 96}
+    assert not {"ShapeNet pairs", "ShapeNetPart", "S3DIS blocks"} & rows.keys()
+
+
+def test_a_broken_part_of_the_demo_set_comes_back_from_the_repository(root):
+    (root / "demo_hdf5").mkdir()
+    cut(root / PART / "ply_data_test0.h5")
+    row = check(root)["demo parts"]
+    assert row.state == "broken" and "ply_data_test0.h5" in row.problems[0]
+    assert row.get == "git checkout -- data/demo"
 
 
 def test_json_holds_what_the_table_shows(root, tmp_path, capsys):
