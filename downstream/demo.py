@@ -1,219 +1,277 @@
 """The whole job on the embedded demo set, in minutes on two CPU cores: `make demo`.
 
-Pretrains a DGCNN encoder on 811 furniture models and their pictures, scores it by a linear SVM against the same encoder
-without training (batch-norm statistics set, so that the comparison is fair), and writes a page with curves, example
-pairs and the table: runs/demo/report.html, and the numbers in runs/demo/report.json.
+Does pretraining help? Each task is done without and with it, all else being equal:
+  classification  linear SVM on frozen features of DGCNN-cls; without pretraining its batch-norm statistics are set
+  parts           part segmentation of shapes, fine-tuned from scratch and from the pretrained encoder
+  rooms           semantic segmentation of furnished rooms, likewise; area 5 is tested
+Pretraining sees 811 furniture models as clouds and pictures, without labels. A page with tables, curves and pictures
+goes to runs/demo/report.html, the numbers to runs/demo/report.json.
+
+Examples:
+  python -m downstream.demo
+  python -m downstream.demo --tasks parts rooms --seeds 1 2 3 --output_dir runs/seeds
 """
 
 from __future__ import annotations
 
 import argparse
-import base64
-import html
-import io
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
-import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 import train_crossnet_con
-from datasets.shapenet_render import ShapeNetRender, decode_image
-from datasets.streams import SampleStreams
-from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD, RenderTransform, pretraining_augmentation
+from datasets.shapenet_render import ShapeNetRender
 from downstream.classification import main as linear_svm
-from utils.cli import HelpFormatter, positive_int, run, write_json
+from downstream.classification.svm import mean_and_std
+from downstream.demo_report import write_page
+from downstream.segmentation import main_partseg, main_semseg, visualize
+from downstream.segmentation.engine import headline
+from utils.cli import HelpFormatter, positive_int, run, seed_number, write_json
 from utils.training import git_commit, versions
 
 # Small enough for two CPU cores; everything else has the released value.
-PRETRAINING = {"batch_size": 32, "num_points": 512, "image_model": "resnet18", "image_size": 64, "workers": 1}
+PRETRAINING = {"batch_size": 32, "image_model": "resnet18", "workers": 1, "eval_every": 0, "log_every": 5}
+CLASSIFICATION = {"epochs": 3, "num_points": 512, "image_size": 64}
 SVM_C = ("0.01", "0.1", "1", "10")
+TASKS = ("classification", "parts", "rooms")
+STARTS = ("scratch", "pretrained")
+
+
+class Score(NamedTuple):
+    """A number of the report."""
+
+    heading: str
+    path: tuple[str, ...]  # its place below a run's "test"
+
+
+class Segmentation(NamedTuple):
+    """A fine-tuning task: settings of its two steps, and what of its result is shown.
+
+    The settings were chosen on the validation part, with a seed of their own.
+    """
+
+    script: Callable[[list[str]], dict[str, Any]]
+    encoder: Mapping[str, Any]
+    pretraining: Mapping[str, Any]
+    fine_tuning: Mapping[str, Any]
+    validation: Score  # what chooses the best epoch; its path is the name in metrics.jsonl
+    scores: Mapping[str, Score]
+    pictures: Mapping[str, Any]
+
+
+SEGMENTATION = {
+    "parts": Segmentation(
+        script=main_partseg.main,
+        encoder={"model": "dgcnn_partseg", "k": 8, "emb_dims": 128},
+        pretraining={"epochs": 3, "num_points": 256, "image_size": 32},
+        fine_tuning={"epochs": 20, "num_points": 256, "batch_size": 8, "label_fraction": 0.1},
+        validation=Score("instance mIoU, validation shapes", ("val_instance_miou",)),
+        scores={
+            "instance_miou": Score("instance mIoU", ("instance_miou",)),
+            "class_miou": Score("class mIoU", ("class_miou",)),
+        },
+        pictures={"items": 8},
+    ),
+    "rooms": Segmentation(
+        script=main_semseg.main,
+        encoder={"model": "dgcnn_semseg", "k": 8, "emb_dims": 128},
+        pretraining={"epochs": 3, "num_points": 256, "image_size": 32},
+        fine_tuning={"epochs": 4, "num_points": 256, "batch_size": 8, "test_area": 5, "protocol": "both"},
+        validation=Score("mIoU, held-out rooms", ("val_mean_iou",)),
+        scores={
+            f"{protocol}_{key}": Score(f"{text}, {where}", (protocol, key))
+            for protocol, where in (("blocks", "blocks"), ("rooms", "whole rooms"))
+            for key, text in (("overall_accuracy", "OA"), ("mean_iou", "mIoU"))
+        },
+        pictures={"items": 3, "test_area": 5},
+    ),
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Command line of this script."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m downstream.demo", description=__doc__, formatter_class=HelpFormatter
+    )
     parser.add_argument("--data_root", default="data/demo", metavar="DIR", help="the demo set")
     parser.add_argument(
         "--output_dir", default="runs/demo", metavar="DIR", help="what the demo makes; replaced each time"
     )
-    parser.add_argument("--epochs", type=positive_int, default=3, metavar="E", help="of pretraining")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, help="what to do")
     parser.add_argument(
-        "--num_points", type=positive_int, default=512, metavar="N", help="points of a view and of the SVM"
+        "--seeds",
+        type=seed_number,
+        nargs="+",
+        default=[1],
+        metavar="S",
+        help="of everything random; several give mean and standard deviation",
     )
-    parser.add_argument("--seed", type=int, default=1, metavar="S", help="of everything random")
+    parser.add_argument("--epochs", type=positive_int, metavar="E", help="of each pretraining (default: the task's)")
+    parser.add_argument(
+        "--num_points", type=positive_int, metavar="N", help="points of a cloud (default: the task's, 256 or 512)"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     return parser
 
 
 def flags(**settings: Any) -> list[str]:
-    """Keyword settings as a command line."""
-    return [word for name, value in settings.items() for word in (f"--{name}", *map(str, np.atleast_1d(value)))]
+    """Keyword settings as a command line; what is None is left out."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    return [word for name, value in given.items() for word in (f"--{name}", *map(str, np.atleast_1d(value)))]
 
 
-def score(args: argparse.Namespace, name: str, *encoder: str) -> dict[str, Any]:
-    """Linear SVM, few-label SVM and retrieval of one encoder on the demo classes."""
-    print(f"\nLinear SVM on frozen features: {name} encoder", flush=True)
-    folder = Path(args.output_dir)
-    return linear_svm.main(
-        [
-            *encoder,
-            *flags(dataset="demo", data_root=args.data_root, num_points=args.num_points, svm_c=SVM_C, shots=(1, 5)),
-            *flags(seed=args.seed, device=args.device, retrieval_sheet=folder / f"retrieval_{name}.png"),
-            *flags(confusion_matrix=folder / f"confusion_{name}.png", json=folder / f"svm_{name}.json"),
-        ]
-    )
+def asked(args: argparse.Namespace) -> dict[str, int]:
+    """Settings of pretraining that the command line gives in the place of the tasks' own."""
+    return {name: value for name in ("epochs", "num_points") if (value := getattr(args, name)) is not None}
 
 
-def pretrain(args: argparse.Namespace) -> Path:
+def pretrain(args: argparse.Namespace, task: str, seed: int, **settings: Any) -> Path:
     """Pretrain on the demo pairs; returns the checkpoint."""
-    print("\nPretraining", flush=True)
-    settings = {**PRETRAINING, "num_points": args.num_points, "epochs": args.epochs, "seed": args.seed}
+    print(f"\n{task}: pretraining, seed {seed}", flush=True)
+    folder, name = Path(args.output_dir) / task, f"pretraining_{seed}"
     train_crossnet_con.main(
         [
-            *flags(data_root=args.data_root, output_dir=args.output_dir, exp_name="pretraining", device=args.device),
-            *flags(**settings, eval_every=0, log_every=5),
+            *flags(data_root=args.data_root, output_dir=folder, exp_name=name, seed=seed, device=args.device),
+            *flags(**{**PRETRAINING, **settings, **asked(args)}),
             "--overwrite",
             "--channels_last",
         ]
     )
-    return Path(args.output_dir) / "pretraining" / "last.pth"
+    return folder / name / "last.pth"
 
 
-def draw_pairs(args: argparse.Namespace, *, count: int = 6) -> Figure:
-    """Example pairs: the cloud, its two augmented views, the colour and the gray rendering as the encoders see them."""
-    pairs = ShapeNetRender(args.data_root, transform=RenderTransform(96), seed=args.seed)
-    chosen = np.linspace(0, len(pairs) - 1, count).astype(int)
-    figure = Figure(figsize=(11, 2.1 * count), layout="constrained")
-    FigureCanvasAgg(figure)
-    augmentation = pretraining_augmentation(args.num_points)
-    for row, index in enumerate(chosen):
-        sample = pairs[int(index)]
-        streams = SampleStreams(seed=args.seed, epoch=0, index=torch.tensor([index]), purpose=1)
-        views = [augmentation(sample["points"][None], streams)[0] for _ in range(2)]
-        clouds = [("cloud", sample["points"]), ("view 1", views[0]), ("view 2", views[1])]
-        for column, (title, cloud) in enumerate(clouds):
-            axes = figure.add_subplot(count, 6, 6 * row + column + 1, projection="3d")
-            x, y, z = cloud.numpy().T  # y is up
-            axes.scatter(x, z, y, c=y, s=2, cmap="viridis")
-            axes.set(title=title if row == 0 else "")
-            axes.set_axis_off()
-            axes.set_aspect("equal")
-        image = decode_image(pairs.source.image_file(int(index), 0), pairs.source.where(int(index), 0))
-        pictures = [
-            ("rendering", np.asarray(image.convert("RGBA"))),
-            ("colour input", sample["rgb"]),
-            ("gray input", sample["gray"]),
-        ]
-        for column, (title, picture) in enumerate(pictures):
-            axes = figure.add_subplot(count, 6, 6 * row + column + 4)
-            if isinstance(picture, torch.Tensor):
-                channels = len(picture)
-                picture = picture.permute(1, 2, 0).numpy() * IMAGENET_STD[:channels] + IMAGENET_MEAN[:channels]
-            axes.imshow(np.clip(picture, 0, 255), cmap="gray")
-            axes.set(title=title if row == 0 else "")
-            axes.set_axis_off()
-    return figure
+def classify(args: argparse.Namespace) -> dict[str, Any]:
+    """Linear SVM, few-label SVM and retrieval on the demo classes, of the untrained and the pretrained encoder."""
+    folder, scores = Path(args.output_dir) / "classification", {}
+    points = args.num_points or CLASSIFICATION["num_points"]
 
-
-def embedded(picture: Figure | Path, caption: str) -> str:
-    """A picture inside the page, so that the report is one file."""
-    if isinstance(picture, Figure):
-        buffer = io.BytesIO()
-        picture.savefig(buffer, dpi=80)
-        data = buffer.getvalue()
-    else:
-        data = picture.read_bytes()
-    text = html.escape(caption)
-    source = base64.b64encode(data).decode()
-    return f'<figure><img alt="{text}" src="data:image/png;base64,{source}"><figcaption>{text}</figcaption></figure>'
-
-
-def score_table(report: dict[str, Any]) -> str:
-    """The before-and-after table."""
-    rows = []
-    for name in ("untrained", "pretrained"):
-        scores = report[name]
-        few = "".join(f"<td>{mean:.1f} &plusmn; {std:.1f}</td>" for mean, std in scores["shots"].values())
-        rows.append(
-            f"<tr><th>{name}</th><td>{scores['test_accuracy_mean']:.1f}</td>{few}<td>{scores['retrieval_map']:.1f}</td></tr>"
+    def score(name: str, *encoder: str) -> None:
+        print(f"\nclassification: linear SVM on frozen features, {name} encoder", flush=True)
+        scores[name] = linear_svm.main(
+            [
+                *encoder,
+                *flags(dataset="demo", data_root=args.data_root, num_points=points, svm_c=SVM_C, shots=(1, 5)),
+                *flags(seed=args.seeds[0], device=args.device, retrieval_sheet=folder / f"retrieval_{name}.png"),
+                *flags(confusion_matrix=folder / f"confusion_{name}.png", json=folder / f"svm_{name}.json"),
+            ]
         )
-    labels = "".join(
-        f"<th>{shots} label{'s' if shots != '1' else ''} per class</th>" for shots in report["untrained"]["shots"]
+
+    score("untrained", "--random_init", "--calibrate_bn", *flags(seeds=args.seeds))
+    checkpoints = [pretrain(args, "classification", seed, **CLASSIFICATION) for seed in args.seeds]
+    score("pretrained", *flags(model_path=checkpoints))
+    return scores
+
+
+def segment(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Fine-tune from scratch and pretrained, and draw what the pretrained model of the first seed predicts.
+
+    Returns:
+        By start, the scores with their mean and deviation over seeds; the runs; settings.
+    """
+    task, folder = SEGMENTATION[name], Path(args.output_dir) / name
+    tuning = {**task.fine_tuning, "num_points": args.num_points or task.fine_tuning["num_points"]}
+    runs: dict[str, list[dict[str, Any]]] = {start: [] for start in STARTS}
+    for seed in args.seeds:
+        checkpoint = pretrain(args, name, seed, **task.encoder, **task.pretraining)
+        for start, found in runs.items():
+            print(f"\n{name}: fine-tuning, {start}, seed {seed}", flush=True)
+            origin = task.encoder if start == "scratch" else {"pretrain_path": checkpoint}
+            metrics = task.script(
+                [
+                    *flags(data_root=args.data_root, output_dir=folder, exp_name=f"{start}_{seed}", seed=seed),
+                    *flags(device=args.device, workers=0, json=folder / f"{start}_{seed}.json", **origin, **tuning),
+                    "--overwrite",
+                ]
+            )
+            found.extend(metrics["runs"])
+    visualize.main(
+        [
+            *flags(data_root=args.data_root, model_path=reported_checkpoint(runs["pretrained"][0])),
+            *flags(output_dir=folder / "pictures", device=args.device, workers=0, **task.pictures),
+            *(flags(num_points=tuning["num_points"]) if name == "parts" else ()),
+        ]
     )
-    return (
-        f"<table><tr><th>encoder</th><th>all labels</th>{labels}<th>retrieval mAP</th></tr>{''.join(rows)}</table>"
-        "<p>Accuracy of a linear SVM on frozen features and mean average precision of cosine retrieval, in percent of "
-        f"{report['pretrained']['test_clouds']} test clouds of {report['pretrained']['classes']} classes. &plusmn; is "
-        "the deviation over draws of the labels. C of the SVM is chosen by cross-validation on the training split. The "
-        "untrained encoder has its batch-norm statistics set on unlabelled clouds.</p>"
-    )
+    return {
+        **{
+            start: {key: spread(found, score.path) for key, score in task.scores.items()}
+            for start, found in runs.items()
+        },
+        "validation": {"key": task.validation.path[0], "heading": task.validation.heading},
+        "reported": headline(runs["pretrained"][0])[0],
+        "encoder": dict(task.encoder),
+        "pretraining": {**task.pretraining, **asked(args)},
+        "fine_tuning": tuning,
+        "runs": runs,
+    }
 
 
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>CrossNet demo</title>
-<style>body{{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}}
-table{{border-collapse:collapse}}td,th{{border:1px solid #bbb;padding:.3rem .8rem;text-align:right}}
-img{{max-width:100%}}figure{{margin:1.5rem 0}}figcaption{{color:#555}}code{{background:#eee;padding:0 .2rem}}</style>
-<h1>CrossNet on the demo set</h1>
-<p>{summary}</p>
-<h2>Does pretraining help?</h2>{table}
-<h2>Pretraining</h2>{curves}
-<h2>What the encoders see</h2>{pairs}
-<h2>Nearest neighbours in feature space</h2>{retrieval}
-<h2>Confusions</h2>{confusion}
-<p><small>{provenance}</small></p></html>
-"""
+def reported_checkpoint(record: Mapping[str, Any]) -> Path:
+    """The weights that a fine-tuning run's reported scores are of."""
+    return Path(record["folder"]) / ("last.pth" if record["best"] in (None, record["last"]) else "best.pth")
 
 
-def write_page(args: argparse.Namespace, report: dict[str, Any]) -> Path:
-    """Write report.html."""
-    folder = Path(args.output_dir)
-    page = PAGE.format(
-        summary=(
-            f"A DGCNN encoder saw {report['pairs']} furniture models as clouds and pictures, without labels, for "
-            f"{args.epochs} epochs. The models come from Sweet Home 3D (CC0 and CC-BY 3.0, see "
-            f"<code>data/demo/ATTRIBUTION.md</code>). All in all this took {report['seconds'] / 60:.1f} minutes."
-        ),
-        table=score_table(report),
-        curves=embedded(folder / "pretraining" / "curves.png", "Losses and learning rate by epoch"),
-        pairs=embedded(
-            draw_pairs(args), "Clouds, two augmented views of each, and renderings before and after augmentation"
-        ),
-        retrieval="".join(
-            embedded(folder / f"retrieval_{name}.png", f"{name}: test clouds and their nearest neighbours")
-            for name in ("untrained", "pretrained")
-        ),
-        confusion=embedded(folder / "confusion_pretrained.png", "pretrained: true against predicted classes"),
-        provenance=html.escape(f"commit {report['git_commit']}, {report['versions']}, seed {args.seed}"),
-    )
-    path = folder / "report.html"
-    path.write_text(page, encoding="utf-8")
-    return path
+def spread(runs: list[dict[str, Any]], path: tuple[str, ...]) -> dict[str, Any]:
+    """One score over runs: mean, standard deviation (0 for one run) and values."""
+    values = []
+    for record in runs:
+        value: Any = headline(record)[1]["test"]
+        for key in path:
+            value = value[key]
+        values.append(value)
+    mean, std = mean_and_std(values)
+    return {"mean": mean, "std": std, "values": values}
+
+
+def summary(report: Mapping[str, Any]) -> list[str]:
+    """The main numbers, a line each."""
+    lines = []
+    for name in ("untrained", "pretrained"):
+        if name in report:
+            accuracy, precision = report[name]["test_accuracy_mean"], report[name]["retrieval_map"]
+            lines.append(f"classification, {name}: SVM {accuracy:.1f} %, retrieval mAP {precision:.1f} %")
+    for name, task in SEGMENTATION.items():
+        for start in STARTS if name in report else ():
+            scores = report[name][start]
+            shown = ", ".join(
+                f"{score.heading} {scores[key]['mean']:.1f} +- {scores[key]['std']:.1f}"
+                for key, score in task.scores.items()
+            )
+            lines.append(f"{name}, {start}: {shown}")
+    return lines
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the demo; returns what report.json holds."""
     args = build_parser().parse_args(argv)
     matplotlib.use("Agg")
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    report: dict[str, Any] = {"untrained": score(args, "untrained", "--random_init", "--calibrate_bn")}
-    checkpoint = pretrain(args)
-    report["pretrained"] = score(args, "pretrained", "--model_path", str(checkpoint))
+    report: dict[str, Any] = {"tasks": [task for task in TASKS if task in args.tasks], "minutes": {}}
+    for task in report["tasks"]:
+        begin = time.perf_counter()
+        if task == "classification":
+            report.update(classify(args))
+        else:
+            report[task] = segment(args, task)
+        report["minutes"][task] = round((time.perf_counter() - begin) / 60, 1)
     report["pairs"] = len(ShapeNetRender(args.data_root))
     report["seconds"] = round(time.perf_counter() - start, 1)
-    report.update({"seed": args.seed, "epochs": args.epochs, "versions": versions(), "git_commit": git_commit()})
-    path = write_page(args, report)
-    write_json(Path(args.output_dir) / "report.json", report)
-    for name in ("untrained", "pretrained"):
-        scores = report[name]
-        print(f"{name:>10}: SVM {scores['test_accuracy_mean']:.1f} %, retrieval mAP {scores['retrieval_map']:.1f} %")
+    report.update({"seeds": args.seeds, "versions": versions(), "git_commit": git_commit()})
+    path = write_page(folder, report, data_root=args.data_root, headings=headings())
+    write_json(folder / "report.json", report)
+    print("\n" + "\n".join(summary(report)))
     print(f"report: {path} ({report['seconds'] / 60:.1f} minutes)")
     return report
+
+
+def headings() -> dict[str, dict[str, str]]:
+    """Of each segmentation, what its scores are called."""
+    return {name: {key: score.heading for key, score in task.scores.items()} for name, task in SEGMENTATION.items()}
 
 
 if __name__ == "__main__":

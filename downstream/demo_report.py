@@ -1,0 +1,225 @@
+"""The page of the demo: tables, curves and pictures in one HTML file."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from datasets.shapenet_render import ShapeNetRender, decode_image
+from datasets.streams import SampleStreams
+from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD, RenderTransform, pretraining_augmentation
+
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>CrossNet demo</title>
+<style>body{{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem}}
+table{{border-collapse:collapse}}td,th{{border:1px solid #bbb;padding:.3rem .8rem;text-align:right}}
+img{{max-width:100%}}figure{{margin:1.5rem 0}}figcaption,small{{color:#555}}
+code{{background:#eee;padding:0 .2rem}}</style>
+<h1>CrossNet on the demo set</h1>
+{body}
+<p><small>{provenance}</small></p></html>
+"""
+VIEW_POINTS = 512
+SEGMENTATION_TITLES = {"parts": "Part segmentation", "rooms": "Semantic segmentation of rooms"}
+
+
+def embedded(picture: Figure | Path, caption: str) -> str:
+    """A picture inside the page, so that the report is one file."""
+    if isinstance(picture, Figure):
+        buffer = io.BytesIO()
+        picture.savefig(buffer, dpi=80)
+        data = buffer.getvalue()
+    else:
+        data = picture.read_bytes()
+    text = html.escape(caption)
+    source = base64.b64encode(data).decode()
+    return f'<figure><img alt="{text}" src="data:image/png;base64,{source}"><figcaption>{text}</figcaption></figure>'
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """An HTML table whose first column names the rows; cells are HTML."""
+    lines = ["".join(f"<th>{cell}</th>" for cell in head)]
+    lines += [f"<th>{name}</th>" + "".join(f"<td>{cell}</td>" for cell in cells) for name, *cells in rows]
+    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+
+
+def with_deviation(mean: float, std: float) -> str:
+    """Mean and deviation as a cell."""
+    return f"{mean:.1f} &plusmn; {std:.1f}"
+
+
+def draw_pairs(data_root: str, *, seed: int, count: int = 6) -> Figure:
+    """Example pairs: the cloud, its two augmented views, the colour and the gray rendering as the encoders see them."""
+    pairs = ShapeNetRender(data_root, transform=RenderTransform(96), seed=seed)
+    chosen = np.linspace(0, len(pairs) - 1, count).astype(int)
+    figure = Figure(figsize=(11, 2.1 * count), layout="constrained")
+    FigureCanvasAgg(figure)
+    augmentation = pretraining_augmentation(min(VIEW_POINTS, pairs.cloud_size))
+    for row, index in enumerate(chosen):
+        sample = pairs[int(index)]
+        streams = SampleStreams(seed=seed, epoch=0, index=torch.tensor([index]), purpose=1)
+        views = [augmentation(sample["points"][None], streams)[0] for _ in range(2)]
+        clouds = [("cloud", sample["points"]), ("view 1", views[0]), ("view 2", views[1])]
+        for column, (title, cloud) in enumerate(clouds):
+            axes = figure.add_subplot(count, 6, 6 * row + column + 1, projection="3d")
+            x, y, z = cloud.numpy().T  # y is up
+            axes.scatter(x, z, y, c=y, s=2, cmap="viridis")
+            axes.set(title=title if row == 0 else "")
+            axes.set_axis_off()
+            axes.set_aspect("equal")
+        image = decode_image(pairs.source.image_file(int(index), 0), pairs.source.where(int(index), 0))
+        pictures = [
+            ("rendering", np.asarray(image.convert("RGBA"))),
+            ("colour input", sample["rgb"]),
+            ("gray input", sample["gray"]),
+        ]
+        for column, (title, picture) in enumerate(pictures):
+            axes = figure.add_subplot(count, 6, 6 * row + column + 4)
+            if isinstance(picture, torch.Tensor):
+                channels = len(picture)
+                picture = picture.permute(1, 2, 0).numpy() * IMAGENET_STD[:channels] + IMAGENET_MEAN[:channels]
+            axes.imshow(np.clip(picture, 0, 255), cmap="gray")
+            axes.set(title=title if row == 0 else "")
+            axes.set_axis_off()
+    return figure
+
+
+def draw_validation(runs: Mapping[str, list[dict[str, Any]]], key: str, heading: str) -> Figure:
+    """Score on the held-out training data by epoch, a line per run.
+
+    Args:
+        runs: records of fine-tuning by start.
+        key: the score in ``metrics.jsonl``.
+        heading: what it is called.
+    """
+    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for (start, records), colour in zip(runs.items(), ("#888888", "#2a7f3f"), strict=True):
+        for number, record in enumerate(records):
+            text = (Path(record["folder"]) / "metrics.jsonl").read_text(encoding="utf-8")
+            lines = [line for line in map(json.loads, text.splitlines()) if key in line]
+            label = start if number == 0 else None
+            axes.plot([line["epoch"] for line in lines], [line[key] for line in lines], color=colour, label=label)
+    axes.set(xlabel="epoch", ylabel=f"{heading} (%)")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def classification_section(folder: Path, report: Mapping[str, Any], data_root: str) -> str:
+    """Scores of frozen features, curves of pretraining, pairs, neighbours and confusions."""
+    pretrained, rows = report["pretrained"], []
+    for name in ("untrained", "pretrained"):
+        scores = report[name]
+        few = [with_deviation(*shots) for shots in scores["shots"].values()]
+        rows.append([name, f"{scores['test_accuracy_mean']:.1f}", *few, f"{scores['retrieval_map']:.1f}"])
+    labels = [f"{shots} label{'s' if shots != '1' else ''} per class" for shots in pretrained["shots"]]
+    over = "draws of the labels" if pretrained["shots_std_over"] == "draws" else "seeds"
+    return "".join(
+        [
+            "<h2>Classification</h2>",
+            table(["encoder", "all labels", *labels, "retrieval mAP"], rows),
+            "<p>Accuracy of a linear SVM on frozen features of DGCNN-cls, and mean average precision of cosine "
+            f"retrieval, in percent of {pretrained['test_clouds']} test clouds of {pretrained['classes']} classes. "
+            f"&plusmn; is the deviation over {over}. C of the SVM is chosen by cross-validation on the training split. "
+            "The untrained encoder has its batch-norm statistics set on unlabelled clouds.</p>",
+            embedded(
+                folder / "classification" / f"pretraining_{report['seeds'][0]}" / "curves.png",
+                "pretraining: losses and learning rate by epoch",
+            ),
+            "<h3>What the encoders see</h3>",
+            embedded(
+                draw_pairs(data_root, seed=report["seeds"][0]),
+                "clouds, two augmented views of each, and renderings before and after augmentation",
+            ),
+            "<h3>Nearest neighbours in feature space</h3>",
+            *(
+                embedded(
+                    folder / "classification" / f"retrieval_{name}.png",
+                    f"{name}: test clouds and their nearest neighbours",
+                )
+                for name in ("untrained", "pretrained")
+            ),
+            "<h3>Confusions</h3>",
+            embedded(
+                folder / "classification" / "confusion_pretrained.png", "pretrained: true against predicted classes"
+            ),
+        ]
+    )
+
+
+def segmentation_section(folder: Path, name: str, result: Mapping[str, Any], headings: Mapping[str, str]) -> str:
+    """Scores from scratch and pretrained, validation by epoch, and the sheet of predictions."""
+    starts = list(result["runs"])
+    several = len(result["runs"][starts[0]]) > 1
+    rows = []
+    for start in starts:
+        scores = [result[start][key] for key in headings]
+        rows.append([start, *(with_deviation(s["mean"], s["std"]) if several else f"{s['mean']:.1f}" for s in scores)])
+    record = result["runs"][starts[0]][0]
+    deviation = " &plusmn; is the deviation over seeds." if several else ""
+    return "".join(
+        [
+            f"<h2>{SEGMENTATION_TITLES[name]}</h2>",
+            table(["fine-tuned", *headings.values()], rows),
+            f"<p>Percent of the test split, of the epoch that is {html.escape(result['reported'])}. Both have the same "
+            f"encoder ({settings_text(result['encoder'])}) and budget ({record['training_samples']} labelled training "
+            f"samples; {settings_text(result['fine_tuning'])}); the pretrained one saw unlabelled pairs before "
+            f"({settings_text(result['pretraining'])}).{deviation}</p>",
+            embedded(
+                draw_validation(result["runs"], result["validation"]["key"], result["validation"]["heading"]),
+                "score on held-out training data by epoch",
+            ),
+            embedded(folder / name / "pictures" / "sheet.png", "pretrained: input, truth, prediction and errors"),
+        ]
+    )
+
+
+def settings_text(settings: Mapping[str, Any]) -> str:
+    """Settings in words."""
+    return html.escape(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items()))
+
+
+def write_page(
+    folder: Path, report: Mapping[str, Any], *, data_root: str, headings: Mapping[str, Mapping[str, str]]
+) -> Path:
+    """Write report.html.
+
+    Args:
+        folder: of the demo's output, with the pictures in it.
+        report: what report.json holds.
+        data_root: the demo set.
+        headings: of each segmentation task, what its scores are called.
+
+    Returns:
+        The page.
+    """
+    seeds = report["seeds"]
+    body = [
+        f"<p>Point encoders saw {report['pairs']} furniture models as clouds and pictures, without labels. Does that "
+        "help? Each task below is done without and with this pretraining. The models come from Sweet Home 3D (CC0 and "
+        "CC-BY 3.0, see <code>data/demo/ATTRIBUTION.md</code>), the labelled parts and rooms are made from rules. All "
+        f"in all this took {report['seconds'] / 60:.1f} minutes.</p>"
+    ]
+    if "classification" in report["tasks"]:
+        body.append(classification_section(folder, report, data_root))
+    body += [
+        segmentation_section(folder, name, report[name], headings[name]) for name in headings if name in report["tasks"]
+    ]
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    shown = ", ".join(map(str, seeds))
+    provenance = f"commit {report['git_commit']}; {versions}; seed{'s' if len(seeds) > 1 else ''} {shown}"
+    path = folder / "report.html"
+    path.write_text(PAGE.format(body="".join(body), provenance=html.escape(provenance)), encoding="utf-8")
+    return path

@@ -1,0 +1,98 @@
+"""The demo on tiny sets: what it compares, what it reports, and that its page shows it."""
+
+import json
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from downstream import demo, demo_report
+from models.image import IMAGE_ENCODERS
+from tests.pairs import write_demo_set, write_pairs
+from tests.segmentation_sets import write_parts, write_rooms
+from tests.small_run import TinyImageNet
+
+ROOMS = [f"Area_{area}_{kind}_1" for area in range(1, 7) for kind in ("hall", "office")]
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """A data root of every set that the demo reads, and settings of a few steps."""
+    monkeypatch.setitem(IMAGE_ENCODERS, "resnet18", TinyImageNet)
+    monkeypatch.setattr("utils.tracking.RunFolder.draw_curves", lambda folder: Figure().savefig(folder / "curves.png"))
+    monkeypatch.setattr(demo_report, "draw_pairs", lambda *args, **kwargs: Figure())
+    monkeypatch.setattr(demo, "PRETRAINING", {**demo.PRETRAINING, "workers": 0, "batch_size": 4})
+    for name, task in demo.SEGMENTATION.items():
+        tiny = task._replace(
+            encoder={**task.encoder, "k": 4, "emb_dims": 16},
+            pretraining={"epochs": 1, "num_points": 24, "image_size": 16},
+            fine_tuning={**task.fine_tuning, "epochs": 2, "num_points": 24, "batch_size": 4},
+            pictures={**task.pictures, "items": 1},
+        )
+        monkeypatch.setitem(demo.SEGMENTATION, name, tiny)
+    data = tmp_path / "data"
+    write_pairs(data)
+    write_demo_set(data)
+    write_parts(data)
+    write_rooms(data, ROOMS, blocks=1)
+    return data
+
+
+def run(root, *arguments):
+    words = ["--data_root", root, "--output_dir", root.parent / "out", "--device", "cpu", *arguments]
+    return demo.main([str(word) for word in words])
+
+
+def test_every_task_is_done_without_and_with_pretraining_and_shown(root, tmp_path, capsys):
+    report = run(root, "--epochs", 1, "--num_points", 24)
+    out = tmp_path / "out"
+    assert json.loads((out / "report.json").read_text()) == report
+    for name in ("untrained", "pretrained"):
+        assert {"test_accuracy_mean", "retrieval_map"} <= report[name].keys()
+    page, printed = (out / "report.html").read_text(), capsys.readouterr().out
+    for name, task in demo.SEGMENTATION.items():
+        for start in demo.STARTS:
+            reached = json.loads((out / name / f"{start}_1.json").read_text())["runs"][0]["best"]["test"]
+            for key, score in task.scores.items():
+                value = reached
+                for step in score.path:
+                    value = value[step]
+                assert report[name][start][key] == {"mean": value, "std": 0.0, "values": [value]}
+                assert f"<td>{value:.1f}</td>" in page and f"<th>{score.heading}</th>" in page
+        assert f"{name}, pretrained: {next(iter(task.scores.values())).heading}" in printed
+    # One picture per sheet, curve and matrix, inside the page.
+    assert page.count('src="data:image/png;base64,') == 5 + 2 * 2
+
+
+def test_both_starts_have_the_same_encoder_and_budget(root, tmp_path):
+    run(root, "--tasks", "parts", "rooms")
+    for name in demo.SEGMENTATION:
+        folder = tmp_path / "out" / name
+        scratch, pretrained = (json.loads((folder / f"{s}_1" / "config.json").read_text()) for s in demo.STARTS)
+        differing = {k for k, v in scratch["arguments"].items() if pretrained["arguments"][k] != v}
+        assert differing == {"pretrain_path", "model", "k", "emb_dims", "exp_name", "json"}
+        assert pretrained["arguments"]["pretrain_path"] == str(folder / "pretraining_1" / "last.pth")
+        logs = [(folder / f"{s}_1" / "run.log").read_text().splitlines() for s in demo.STARTS]
+        # "<time> encoder NAME (SETTINGS): TENSORS: ORIGIN"
+        encoders = [next(line for line in log if " encoder dgcnn_" in line).split(" encoder ")[1] for log in logs]
+        assert encoders[0].split(": ")[:2] == encoders[1].split(": ")[:2]
+        assert encoders[0].endswith("starts fresh") and encoders[1].endswith("last.pth, all of it")
+
+
+def test_several_seeds_give_mean_and_deviation(root, tmp_path):
+    report = run(root, "--tasks", "parts", "--seeds", 3, 8)
+    assert "untrained" not in report and "rooms" not in report
+    score = report["parts"]["scratch"]["instance_miou"]
+    assert len(score["values"]) == 2 and score["values"][0] != score["values"][1]
+    assert score["mean"] == pytest.approx(np.mean(score["values"]))
+    assert score["std"] == pytest.approx(np.std(score["values"], ddof=1))
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert f"{score['mean']:.1f} &plusmn; {score['std']:.1f}" in page and "deviation over seeds" in page
+
+
+def test_the_picture_is_of_the_reported_weights():
+    entry = {"epoch": 2, "test": {}}
+    record = {"folder": "a", "best": {"epoch": 1}, "last": entry}
+    assert demo.reported_checkpoint(record).name == "best.pth"
+    assert demo.reported_checkpoint({**record, "best": entry}).name == "last.pth"
+    assert demo.reported_checkpoint({**record, "best": None}).name == "last.pth"
