@@ -11,16 +11,14 @@ from torch import Tensor, nn
 from models.features import PointFeatures
 from models.layers import (
     TransformNet,
-    apply_to_rows,
-    at_least_float32,
     edge_block,
     edge_conv,
     edge_conv_two_layers,
-    flatten_neighbours,
-    knn,
-    max_over_points,
     point_block,
 )
+from models.neighbours import flatten_neighbours, knn
+from models.pooling import pool_pointwise
+from models.precision import at_least_float32
 
 
 class _DGCNN(nn.Module):
@@ -42,11 +40,10 @@ class _DGCNN(nn.Module):
             raise ValueError(f"expected (B, {self.in_channels}, N), got {tuple(x.shape)}")
         return x.transpose(1, 2).contiguous()
 
-    def embed(self, layers: list[Tensor], shape: torch.Size, fusion: nn.Sequential) -> tuple[Tensor, Tensor]:
-        """Fuse the EdgeConvs' rows: (B, N, emb_dims) embedding and (B, local_dim, N) local features."""
-        local = torch.cat(layers, dim=1)
-        embedded = apply_to_rows(local, *fusion).unflatten(0, shape[:2])
-        return embedded, local.unflatten(0, shape[:2]).transpose(1, 2)
+    @staticmethod
+    def to_local(layers: list[Tensor], shape: torch.Size) -> Tensor:
+        """Rows of the EdgeConvs -> (B, local_dim, N)."""
+        return torch.cat(layers, dim=1).unflatten(0, shape[:2]).transpose(1, 2)
 
 
 class DGCNNCls(_DGCNN):
@@ -76,8 +73,8 @@ class DGCNNCls(_DGCNN):
         for block in (self.conv1, self.conv2, self.conv3, self.conv4):
             rows = edge_conv(rows, self.neighbours(rows.unflatten(0, shape[:2])), block)
             layers.append(rows)
-        embedded, local = self.embed(layers, shape, self.conv5)
-        return PointFeatures(torch.cat([max_over_points(embedded), embedded.mean(1)], dim=1), local)
+        pooled = torch.cat(pool_pointwise(layers, len(x), self.conv5, with_mean=True), dim=1)
+        return PointFeatures(pooled, self.to_local(layers, shape))
 
 
 class _DGCNNSeg(_DGCNN):
@@ -99,8 +96,9 @@ class _DGCNNSeg(_DGCNN):
         x1 = edge_conv_two_layers(points.flatten(0, 1), first_neighbours, self.conv1, self.conv2)
         x2 = edge_conv_two_layers(x1, self.neighbours(x1.unflatten(0, shape[:2])), self.conv3, self.conv4)
         x3 = edge_conv(x2, self.neighbours(x2.unflatten(0, shape[:2])), self.conv5)
-        embedded, local = self.embed([x1, x2, x3], shape, self.conv6)
-        return PointFeatures(max_over_points(embedded), local)
+        layers = [x1, x2, x3]
+        pooled, _ = pool_pointwise(layers, len(points), self.conv6)
+        return PointFeatures(pooled, self.to_local(layers, shape))
 
 
 class DGCNNPartSeg(_DGCNNSeg):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.layers import at_least_float32
+from models.precision import at_least_float32
 from utils.distributed import gather_with_grad, rank
 
 OBJECTIVES = ("con", "ave")

@@ -1,4 +1,4 @@
-"""kNN and EdgeConv without edges against the textbook formulation, which builds every edge."""
+"""EdgeConv without edges against the textbook formulation, which builds every edge."""
 
 import copy
 
@@ -13,23 +13,14 @@ from models.layers import (
     edge_block,
     edge_conv,
     edge_conv_two_layers,
-    flatten_neighbours,
-    knn,
     max_over_points,
-    neighbour_max,
-    neighbour_sum,
     point_block,
 )
+from models.neighbours import flatten_neighbours, knn
 from tests.textbook import TextbookTransformNet, textbook_edge_conv, textbook_knn
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4}
 EVERY_GAMMA = "both signs and zero"
-
-
-def exact_nearest(points, k):
-    """Sets of the k nearest by differences in float64: (B, N, C) -> (B, N, k), sorted indices."""
-    difference = points.double()[:, :, None] - points.double()[:, None]
-    return difference.square().sum(3).topk(k, dim=2, largest=False).indices.sort(dim=2).values
 
 
 def blocks_of(widths, *, dtype=torch.float64, gammas="positive", momentum=0.1):
@@ -88,77 +79,6 @@ def assert_same(actual, expected, *, tolerance, without=()):
 def without_undefined(gammas, widths):
     """At a gain of zero all edges tie, so the gain's own gradient is not unique; everything else is."""
     return (f"grad of {len(widths) - 2}.1.weight",) if gammas == EVERY_GAMMA else ()
-
-
-# ---------------------------------------------------------------------------------------------- nearest neighbours
-
-
-@pytest.mark.parametrize("k", [1, 5, 17])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_knn_finds_the_nearest_points(k, dtype):
-    points = torch.randn(3, 17, 3, dtype=dtype)
-    assert torch.equal(knn(points, k).sort(dim=2).values, exact_nearest(points, k))
-
-
-def test_knn_in_feature_space_and_for_strided_input():
-    points = torch.randn(2, 40, 30)
-    assert torch.equal(knn(points[..., ::2], 6).sort(dim=2).values, exact_nearest(points[..., ::2], 6))
-
-
-def test_a_far_away_cloud_keeps_its_neighbours():
-    far = torch.randn(2, 64, 3) + 1000
-    assert torch.equal(knn(far, 5).sort(dim=2).values, exact_nearest(far, 5))
-    # Without centring the float32 distances are noise: this is what the field's formula returns.
-    assert not torch.equal(textbook_knn(far.mT, 5).sort(dim=2).values, exact_nearest(far, 5))
-
-
-@pytest.mark.parametrize("budget", [1, 50, 21 * 21, 2 * 21 * 21 + 5])
-def test_knn_in_blocks_of_any_size(monkeypatch, budget):
-    points = torch.randn(5, 21, 3)
-    monkeypatch.setitem(layers._KNN_BLOCK, "cpu", budget)
-    assert torch.equal(knn(points, 4).sort(dim=2).values, exact_nearest(points, 4))
-
-
-def test_a_point_with_duplicates_finds_them_first():
-    points = torch.randn(1, 12, 3)
-    points[:, 8:] = points[:, :1]  # five points in one place
-    same = set(knn(points, 5)[0, 0].tolist())
-    assert same == {0, 8, 9, 10, 11}
-
-
-@pytest.mark.parametrize("k", [0, 9])
-def test_impossible_k_is_an_error_that_names_both_numbers(k):
-    with pytest.raises(ValueError, match=rf"k = {k} .*8 points"):
-        knn(torch.randn(1, 8, 3), k)
-
-
-def test_neighbours_under_autocast_are_those_of_float32():
-    points = torch.randn(2, 200, 3)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        mixed = knn(points, 10)
-    assert torch.equal(mixed, knn(points, 10))
-
-
-def test_knn_has_no_gradient():
-    assert not knn(torch.randn(1, 6, 3, requires_grad=True), 2).requires_grad
-
-
-def test_neighbour_sums_and_maxima_by_hand():
-    table = torch.tensor([[1.0, -1.0], [2.0, -2.0], [4.0, -4.0]], requires_grad=True)
-    neighbours = torch.tensor([[0, 1], [1, 2], [1, 1]])
-    assert neighbour_sum(table, neighbours).tolist() == [[3, -3], [6, -6], [4, -4]]
-    assert neighbour_max(table, neighbours).tolist() == [[2, -1], [4, -2], [2, -2]]
-    (grad,) = torch.autograd.grad(neighbour_sum(table, neighbours)[:, 0].sum(), table)
-    assert grad.tolist() == [[1, 0], [4, 0], [1, 0]]
-    (grad,) = torch.autograd.grad(neighbour_max(table, neighbours).sum(), table)
-    assert grad.tolist() == [[0, 1], [2, 2], [1, 0]]
-
-
-def test_gradients_of_neighbour_sums_and_maxima_by_finite_differences():
-    table = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
-    neighbours = torch.randint(7, (7, 4))
-    assert torch.autograd.gradcheck(lambda t: neighbour_sum(t, neighbours), table)
-    assert torch.autograd.gradcheck(lambda t: neighbour_max(t, neighbours), table)
 
 
 # ------------------------------------------------------------------------------------------------------- EdgeConv

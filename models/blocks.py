@@ -1,0 +1,111 @@
+"""Cutting large tensors into blocks that stay in a CPU's cache or fill a GPU, and reductions over such blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Elements of one block of rows that are changed element by element.
+ELEMENTWISE_BLOCK = {"cpu": 1 << 18, "cuda": 1 << 27}
+# Elements of one block of gathered neighbours on a CPU.
+_GATHER_BLOCK = 1 << 18
+# float64 has this many more bits of mantissa than float32.
+_SPARE_BITS = 29
+_PLACE = (1 << _SPARE_BITS) - 1
+
+
+def blocks_of_clouds(b: int, n: int, width: int, budget: int) -> Iterator[tuple[slice, slice]]:
+    """Cut (B, N, width) into blocks of about ``budget`` elements: several whole clouds, or rows of one cloud.
+
+    Yields:
+        Slices of clouds and of rows.
+    """
+    clouds, rows = max(1, budget // max(n * width, 1)), max(1, min(n, budget // max(width, 1)))
+    for i in range(0, b, clouds):
+        for j in range(0, n, rows):
+            yield slice(i, min(i + clouds, b)), slice(j, min(j + rows, n))
+
+
+def blocks_of_rows(x: Tensor) -> list[slice]:
+    """Cut (P, C) into blocks of rows for element-by-element work."""
+    budget = ELEMENTWISE_BLOCK.get(x.device.type, 1 << 24)
+    return [rows for _, rows in blocks_of_clouds(1, len(x), x.shape[1], budget)]
+
+
+def can_mark(values: Tensor, places: int) -> bool:
+    """Whether ``mark_places`` takes these values: float32 on a CPU, and not too many places."""
+    return values.device.type == "cpu" and values.dtype == torch.float32 and places <= _PLACE
+
+
+def mark_places(values: Tensor, places: Tensor) -> Tensor:
+    """Write a place into each value, so that a maximum brings its place along.
+
+    A CPU's vector units give the maximum of many numbers at once but not where it was. float64 has more bits than the
+    float32 value needs: the place goes into these and decides between equal values only.
+
+    Args:
+        values: float32.
+        places: int64 from 0 to 2^29 - 1, broadcast to the values.
+
+    Returns:
+        float64, to be read by ``unmark`` only.
+    """
+    bits = values.double().view(torch.int64)
+    bits |= places
+    return bits.view(torch.float64)
+
+
+def unmark(marked: Tensor) -> tuple[Tensor, Tensor]:
+    """The values (float32) and places (int64) of ``mark_places``; a value that is not finite has any place."""
+    bits = marked.view(torch.int64)
+    return (bits & ~_PLACE).view(torch.float64).float(), bits & _PLACE
+
+
+def in_degree(neighbours: Tensor) -> Tensor:
+    """How often each row is somebody's neighbour: (P, k) -> (P,) int64."""
+    return torch.bincount(neighbours.flatten(), minlength=len(neighbours))
+
+
+def neighbour_sum(table: Tensor, neighbours: Tensor) -> Tensor:
+    """Sum over the rows that are a row's neighbours, without gradient: (P, C), (P, k) -> (P, C)."""
+    return F.embedding_bag(neighbours, table.detach(), mode="sum")
+
+
+def transposed_sum(table: Tensor, neighbours: Tensor) -> Tensor:
+    """Sum over the rows whose neighbour a row is, without gradient: (P, C), (P, k) -> (P, C)."""
+    points, k = neighbours.shape
+    flat = neighbours.flatten()
+    degree = in_degree(neighbours)
+    # 32-bit numbers sort faster.
+    order = torch.argsort(flat.int() if points < 1 << 31 else flat, stable=True)
+    return F.embedding_bag(order // k, table.detach().contiguous(), degree.cumsum(0) - degree, mode="sum")
+
+
+def neighbour_max(table: Tensor, neighbours: Tensor) -> tuple[Tensor, Tensor]:
+    """Maximum over neighbours per channel, without gradient.
+
+    Args:
+        table: (P, C).
+        neighbours: (P, k).
+
+    Returns:
+        The maxima (P, C), and the rows that they come from (P, C), int32 or int64.
+    """
+    points, k = neighbours.shape
+    table = table.detach()
+    if not can_mark(table, points):
+        starts = torch.arange(0, points * k, k, device=table.device)
+        maxima, _, _, chosen = torch.embedding_bag(table, neighbours.flatten(), starts, mode=2)
+        return maxima, chosen
+    marked = mark_places(table, torch.arange(points)[:, None])
+    maxima, chosen = torch.empty_like(table), torch.empty_like(table, dtype=torch.int32)
+    rows = max(1, _GATHER_BLOCK // (k * table.shape[1]))
+    for i in range(0, points, rows):
+        index = neighbours[i : i + rows]
+        best = marked.index_select(0, index.flatten()).unflatten(0, index.shape).amax(1)
+        maxima[i : i + rows], place = unmark(best)
+        chosen[i : i + rows] = place.clamp_max_(points - 1)  # also after a NaN it is some row
+    return maxima, chosen
