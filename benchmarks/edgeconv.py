@@ -8,6 +8,7 @@ neighbour; in float64 both agree to 1e-9 (tests/models).
 
 Time: both in this process, in turn, after one step each that is not counted; the ratio is the median of the ratios of
 neighbouring steps, so that a machine that slows down meanwhile does not favour either side.
+Profile: one step each under PyTorch's profiler; what each kind of operation takes, in per cent of the step.
 Memory: one step each in a fresh process of its own. On a CPU that is the largest resident size of the whole process,
 Python and libraries included, and what the step added to it; on a GPU what PyTorch allocated at most.
 
@@ -15,19 +16,15 @@ Python and libraries included, and what the step added to it; on a GPU what PyTo
   python -m benchmarks.edgeconv --batch 2 --points 256           # a try-out: seconds
   python -m benchmarks.edgeconv --model dgcnn_partseg --json runs/edgeconv.json
   python -m benchmarks.edgeconv --device cuda --batch 32 --repeats 20
+  python -m benchmarks.edgeconv --alone --points 8192            # ours only, where the textbook's edges do not fit
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import resource
 import statistics
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +34,33 @@ if __package__ in (None, ""):
 import torch
 from torch import nn
 
+from benchmarks.measure import (
+    FORMULATIONS,
+    add_measuring_arguments,
+    compare,
+    in_fresh_process,
+    memory_of,
+    place_text,
+    provenance,
+    ratio_text,
+    seconds_in_turn,
+    text_table,
+)
 from models import build_encoder
 from tests.textbook import TEXTBOOK_ENCODERS
-from utils.cli import HelpFormatter, positive_int, resolve_device, run, seed_number, write_json
+from utils.cli import HelpFormatter, positive_int, resolve_device, run, write_json
 from utils.errors import UserError
-from utils.training import git_commit, versions
 
-FORMULATIONS = ("ours", "textbook")
+QUICK = {"batch": 2, "points": 128, "emb_dims": 64, "repeats": 2}
+# Kinds of operations in a profile, by parts of their names; the first that fits counts.
+STAGES = {
+    "matrix products": ("mm", "convolution", "linear", "matmul"),
+    "selection of neighbours": ("topk", "sort"),
+    "gather, scatter, reduce over neighbours": ("index", "gather", "scatter", "embedding_bag", "max", "bincount"),
+    "batch norm and activation": ("norm", "relu", "addcmul", "mul", "div", "sub", "add", "square", "sum", "mean"),
+    "copies and allocation": ("copy", "cat", "clone", "fill", "zero", "empty", "contiguous"),
+}
+OTHER = "other"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -57,14 +74,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--points", type=positive_int, default=2048, metavar="N", help="points per cloud")
     g.add_argument("--k", type=positive_int, default=20, help="neighbours per point, itself included")
     g.add_argument("--emb_dims", type=positive_int, default=1024, metavar="E", help="width of the embedding")
-    g = parser.add_argument_group("how")
-    g.add_argument("--repeats", type=positive_int, default=3, metavar="R", help="timed steps of each formulation")
+    g.add_argument("--alone", action="store_true", help="only ours, no comparison")
     g.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N")
-    g.add_argument("--threads", type=positive_int, default=2, metavar="T", help="CPU threads of PyTorch")
-    g.add_argument("--seed", type=seed_number, default=1, metavar="S", help="seed of the weights and the clouds")
-    g.add_argument("--json", metavar="FILE", help="also write the result, with machine and versions, to FILE")
+    add_measuring_arguments(parser, repeats=3)
     parser.add_argument("--memory_of", choices=FORMULATIONS, help=argparse.SUPPRESS)  # what the fresh processes run
     args = parser.parse_args(argv)
+    if args.quick:
+        vars(args).update(QUICK)
     if args.k > args.points:
         raise UserError(f"--k {args.k} neighbours need at least as many points, not --points {args.points}")
     if args.model == "dgcnn_partseg" and args.batch < 2:
@@ -91,145 +107,94 @@ def training_step(encoder: nn.Module, clouds: torch.Tensor) -> torch.Tensor:
     return pooled.detach()
 
 
-def seconds_of_step(encoder: nn.Module, clouds: torch.Tensor) -> float:
-    """Wall-clock seconds of one step, on a GPU until it has finished."""
-
-    def now() -> float:
-        if clouds.is_cuda:
-            torch.cuda.synchronize(clouds.device)
-        return time.perf_counter()
-
-    start = now()
-    training_step(encoder, clouds)
-    return now() - start
-
-
-def resident_megabytes() -> float:
-    """Largest resident size of this process so far, in MB (10^6 bytes)."""
-    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return size * (1 if sys.platform == "darwin" else 1024) / 1e6
-
-
-def own_memory(args: argparse.Namespace, device: torch.device, clouds: torch.Tensor) -> dict[str, float]:
-    """Run one step of ``args.memory_of`` in this process: MB at most, and MB before the step."""
-    encoder, clouds = build(args, args.memory_of, device), clouds.to(device)
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device) / 1e6
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        before = resident_megabytes()
-    training_step(encoder, clouds)
-    peak = torch.cuda.max_memory_allocated(device) / 1e6 if device.type == "cuda" else resident_megabytes()
-    return {"peak_mb": peak, "before_mb": before}
-
-
-def memory_in_fresh_process(argv: list[str], formulation: str) -> dict[str, float]:
-    """``own_memory`` of one formulation, measured in a process that has done nothing else.
-
-    Raises:
-        UserError: that process failed, for instance because memory ran out.
-    """
-    command = [sys.executable, "-m", "benchmarks.edgeconv", *argv, "--memory_of", formulation]
-    root = Path(__file__).resolve().parent.parent
-    result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    if result.returncode:
-        reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UserError(
-            f"measuring the memory of the {formulation} formulation ended with code {result.returncode} ({reason}); "
-            "try a smaller --batch"
-        )
-    return json.loads(result.stdout.strip().splitlines()[-1])
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """Names of the processor and the GPU, and how busy the machine was."""
-    cpu = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
-    except OSError:
-        pass  # no Linux
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "load_average_before": round(os.getloadavg()[0], 2),
-    }
+def stage_shares(encoder: nn.Module, clouds: torch.Tensor) -> dict[str, float]:
+    """Per cent of a step's operations by kind, see ``STAGES``; on a GPU of its kernels' time."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if clouds.is_cuda:
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profile:
+        training_step(encoder, clouds)
+    shares = dict.fromkeys([*STAGES, OTHER], 0.0)
+    for event in profile.key_averages():
+        name = event.key.removeprefix("aten::").lower()
+        stage = next((stage for stage, parts in STAGES.items() if any(part in name for part in parts)), OTHER)
+        shares[stage] += event.self_device_time_total if clouds.is_cuda else event.self_cpu_time_total
+    total = sum(shares.values())
+    return {stage: 100 * time / total for stage, time in shares.items()}
 
 
 def measure(args: argparse.Namespace, argv: list[str], device: torch.device, clouds: torch.Tensor) -> dict[str, Any]:
-    """Both formulations: memory first (a child inherits its parent's peak, which is still small), then time."""
-    about = machine(device)
-    memory = {name: memory_in_fresh_process(argv, name) for name in FORMULATIONS}
-    encoders = {name: build(args, name, device) for name in FORMULATIONS}
+    """Memory first, in fresh processes; then time, in turn; then the profiles."""
+    about = provenance(device)
+    names = FORMULATIONS[:1] if args.alone else FORMULATIONS
+    memory = {name: in_fresh_process("benchmarks.edgeconv", [*argv, "--memory_of", name]) for name in names}
+    encoders = {name: build(args, name, device) for name in names}
     clouds = clouds.to(device)
-    ours, textbook = (training_step(encoders[name], clouds) for name in FORMULATIONS)
-    difference = (ours - textbook).abs() / textbook.abs().max()
-    seconds: dict[str, list[float]] = {name: [] for name in FORMULATIONS}
-    for _ in range(args.repeats):
-        for name in FORMULATIONS:
-            seconds[name].append(seconds_of_step(encoders[name], clouds))
-    step_memory = {name: memory[name]["peak_mb"] - memory[name]["before_mb"] for name in FORMULATIONS}
-    ratios = [b / a for a, b in zip(seconds["ours"], seconds["textbook"], strict=True)]
+    pooled = {name: training_step(encoder, clouds) for name, encoder in encoders.items()}
+    seconds = seconds_in_turn(
+        {name: lambda encoder=encoder: training_step(encoder, clouds) for name, encoder in encoders.items()},
+        repeats=args.repeats,
+        device=device,
+    )
+    result: dict[str, Any]
+    if args.alone:
+        (times,) = seconds.values()
+        result = {"ours": {"seconds": times, "seconds_median": statistics.median(times), **memory["ours"]}}
+    else:
+        difference = (pooled["ours"] - pooled["textbook"]).abs() / pooled["textbook"].abs().max()
+        result = {
+            **compare(seconds, memory),
+            "largest_relative_difference": difference.max().item(),
+            "share_beyond_1e-4": (difference > 1e-4).double().mean().item(),
+        }
     return {
-        **{
-            name: {"seconds": seconds[name], "seconds_median": statistics.median(seconds[name]), **memory[name]}
-            for name in FORMULATIONS
-        },
-        "time_ratio": statistics.median(ratios),
-        "time_ratios": ratios,
-        "memory_ratio": memory["textbook"]["peak_mb"] / memory["ours"]["peak_mb"],
-        # None where a tiny step stayed below what loading the libraries had taken for a moment.
-        "step_memory_ratio": step_memory["textbook"] / step_memory["ours"] if step_memory["ours"] else None,
-        "largest_relative_difference": difference.max().item(),
-        "share_beyond_1e-4": (difference > 1e-4).double().mean().item(),
+        **result,
+        "profile": {name: stage_shares(encoder, clouds) for name, encoder in encoders.items()},
         "settings": {
             **{key: getattr(args, key) for key in ("model", "batch", "points", "k", "emb_dims", "repeats", "seed")},
             "device": str(device),
             "threads": args.threads,
         },
-        "machine": about,
-        "versions": versions(),
-        "commit": git_commit(),
+        **about,
     }
 
 
 def table(result: dict[str, Any]) -> str:
     """The result for people."""
-    settings, about = result["settings"], result["machine"]
-    ours, textbook, ratios = result["ours"], result["textbook"], result["time_ratios"]
-    where = about["gpu"] or f"{about['cpu']}, {settings['threads']} threads"
+    settings, ours, textbook = result["settings"], result["ours"], result.get("textbook")
     sentence = (
         f"{settings['model']}, forward + backward, {settings['batch']} x {settings['points']} points, "
-        f"k = {settings['k']}, float32, {where}"
+        f"k = {settings['k']}, float32, {place_text(result)}"
     )
+    if textbook is None:
+        step = ours["peak_mb"] - ours["before_mb"]
+        numbers = f"{ours['seconds_median']:.3f} s a step, {ours['peak_mb']:.0f} MB at most, {step:.0f} by the step"
+        return f"{sentence}\n{numbers}"
     rows = [
         ("", "ours", "textbook", "textbook / ours"),
         (
             "seconds per step",
             f"{ours['seconds_median']:.3f}",
             f"{textbook['seconds_median']:.3f}",
-            f"{result['time_ratio']:.2f}  ({min(ratios):.2f} to {max(ratios):.2f}, {len(ratios)} pairs)",
+            ratio_text(result),
         ),
-        (
-            "peak memory, MB",
-            f"{ours['peak_mb']:.0f}",
-            f"{textbook['peak_mb']:.0f}",
-            f"{result['memory_ratio']:.2f}",
-        ),
+        ("peak memory, MB", f"{ours['peak_mb']:.0f}", f"{textbook['peak_mb']:.0f}", f"{result['memory_ratio']:.2f}"),
         (
             "  by the step alone",
             f"{ours['peak_mb'] - ours['before_mb']:.0f}",
             f"{textbook['peak_mb'] - textbook['before_mb']:.0f}",
             f"{result['step_memory_ratio']:.2f}" if result["step_memory_ratio"] else "",
         ),
+        *(
+            (f"{stage}, %", f"{share:.0f}", f"{result['profile']['textbook'][stage]:.0f}", "")
+            for stage, share in result["profile"]["ours"].items()
+        ),
     ]
-    lines = [f"{name:<20}{a:>10}{b:>10}   {c}".rstrip() for name, a, b, c in rows]
-    lines.append(
+    difference = (
         f"pooled features differ by {result['largest_relative_difference']:.1e} of their maximum at most, "
         f"{result['share_beyond_1e-4']:.2%} of them by more than 1e-4"
     )
-    return "\n".join([sentence, *lines])
+    return "\n".join([sentence, text_table(rows), difference])
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -240,7 +205,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     torch.set_num_threads(args.threads)
     clouds = torch.rand(args.batch, 3, args.points, generator=torch.Generator().manual_seed(args.seed))
     if args.memory_of:
-        result = own_memory(args, device, clouds)
+        encoder, clouds = build(args, args.memory_of, device), clouds.to(device)
+        result = memory_of(lambda: training_step(encoder, clouds), device)
         print(json.dumps(result))
         return result
     result = measure(args, argv, device, clouds)
