@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 
 import h5py
@@ -15,6 +17,10 @@ from utils.errors import DataError, UserError
 
 CHECK_COMMAND = "python -m data.check_data"
 SPLITS = ("train", "test")
+# What an array may claim beyond what the file holds: gzip packs at most 1,032 bytes into one.
+MAX_RATIO = 1100
+FREE_BYTES = 16 << 20
+MAX_CLASSES = 65_536  # of a set that does not name its classes
 
 
 def check_split(split: str) -> str:
@@ -26,6 +32,38 @@ def check_split(split: str) -> str:
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
     return split
+
+
+def stored_array(file: h5py.File, name: str) -> h5py.Dataset:
+    """An array of a file, which may come from anywhere, after a look at what reading it would take.
+
+    A header of a hundred bytes can claim terabytes, which would be allocated and filled, or name any file of this
+    computer as the place of the values.
+
+    Args:
+        file: open file.
+        name: of the array.
+
+    Raises:
+        KeyError: no such array.
+        ValueError: the array, or a chunk of it, is larger than what is stored can fill, or is stored outside the file
+            and, for a virtual array, outside the file's folder.
+    """
+    array = file[name]
+    if not isinstance(array, h5py.Dataset) or array.shape is None:
+        raise KeyError(f"'{name}' is no array")
+    if array.external or array.file.filename != file.filename:
+        raise ValueError(f"'{name}' is stored in another file")
+    stored = array.id.get_storage_size()
+    for part in array.virtual_sources() if array.is_virtual else ():
+        shard = Path(file.filename).parent / part.file_name
+        if Path(part.file_name).name != part.file_name and part.file_name != ".":
+            raise ValueError(f"'{name}' takes values from {part.file_name!r}, outside this file's folder")
+        stored += (Path(file.filename) if part.file_name == "." else shard).stat().st_size
+    claimed = max(array.size, math.prod(array.chunks or ())) * array.dtype.itemsize
+    if claimed > max(FREE_BYTES, MAX_RATIO * stored):
+        raise ValueError(f"'{name}' claims {claimed:,} bytes, of which {stored:,} are there")
+    return array
 
 
 def read_hdf5(path: Path, keys: Sequence[str], *, get: str = CHECK_COMMAND) -> dict[str, np.ndarray]:
@@ -46,11 +84,13 @@ def read_hdf5(path: Path, keys: Sequence[str], *, get: str = CHECK_COMMAND) -> d
         with h5py.File(path, "r") as file:
             for key in keys:
                 if not isinstance(file.get(key), h5py.Dataset):
-                    found = ", ".join(f"'{name}'" for name in file) or "nothing"
+                    found = ", ".join(f"'{name}'" for name in islice(file, 20)) or "nothing"
                     problem = f"{path} has no array '{key}' (it holds {found})"
                     raise DataError(f"{problem}; expected {wanted}. Check it: {get}")
-            return {key: file[key][()] for key in keys}
-    except (OSError, RuntimeError) as error:  # h5py: OSError for damage, RuntimeError for some broken heaps
+            return {key: stored_array(file, key)[()] for key in keys}
+    except DataError:
+        raise
+    except Exception as error:  # h5py raises many kinds on malformed files
         reason = (str(error) or type(error).__name__).splitlines()[0]
         problem = f"{path} cannot be read, it may be truncated ({reason})"
         raise DataError(f"{problem}; expected {wanted}. Get it: {get}") from error
@@ -104,6 +144,8 @@ def read_labelled_clouds(
         raise wrong("'label' must hold whole numbers from 0 on")
     if num_classes is not None and numbers.max() >= num_classes:
         raise wrong(f"'label' must be below {num_classes}, it goes up to {numbers.max()}")
+    if numbers.max() >= MAX_CLASSES:
+        raise wrong(f"'label' goes up to {numbers.max()}, but no set has that many classes")
     return points, numbers
 
 

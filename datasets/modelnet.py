@@ -6,6 +6,8 @@ with PointNet, Qi et al., CVPR 2017.
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -68,10 +70,10 @@ def listed_files(folder: Path, split: str, *, index: str | None = None, get: str
     names = [line.strip().replace("\\", "/").rsplit("/", 1)[-1] for line in lines if line.strip()]
     if not names:
         raise DataError(f"{index} is empty; expected a file name per line, such as ply_data_{split}0.h5. Get it: {get}")
-    for name in names:
-        if names.count(name) > 1:
-            raise DataError(f"{index} lists {name} {names.count(name)} times. Check it: {get}")
-        if not (folder / name).is_file():
+    for name, times in Counter(names).items():
+        if times > 1:
+            raise DataError(f"{index} lists {name} {times} times. Check it: {get}")
+        if not os.path.isfile(folder / name):  # False also for a name that no file can have
             raise DataError(f"{folder / name} is missing; {index.name} lists it. Get it: {get}")
     return [folder / name for name in names]
 

@@ -18,6 +18,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from datasets.hdf5 import CHECK_COMMAND
+from datasets.hdf5 import CHECK_COMMAND, stored_array
 from datasets.modelnet import listed_files
 from utils.errors import DataError, UserError
 
@@ -60,7 +61,8 @@ CLASS_COLOURS = (
     / 255.0
 )
 PREPARE_COMMAND = "python -m datasets.s3dis_prepare --raw Stanford3dDataset_v1.2_Aligned_Version --out {root}"
-_ROOM_NAME = re.compile(r"Area_(\d+)_\S+")
+_ROOM_NAME = re.compile(r"Area_([0-9]{1,6})_\S+")
+_MAX_EXTENT = 10_000  # metres of a room
 _ROWS_PER_CHUNK = 4  # a file whose chunks hold more blocks is unpacked once: one block would cost the work of many
 
 
@@ -178,11 +180,11 @@ class _BlockFiles:
                 shapes, whole = {}, True
                 for name in self._arrays:
                     if not isinstance(file.get(name), h5py.Dataset):
-                        found = ", ".join(f"'{key}'" for key in file) or "nothing"
+                        found = ", ".join(f"'{key}'" for key in islice(file, 20)) or "nothing"
                         raise DataError(
                             f"{path} has no array '{name}' (it holds {found}); expected {expected}. Get it: {self._get}"
                         )
-                    shapes[name] = file[name].shape
+                    shapes[name] = stored_array(file, name).shape
                     whole = whole and (name == "data" or file[name].dtype.kind in "iu")
                 data = file["data"]
                 fits = data.ndim == 3 and data.shape[2] == CHANNELS and data.dtype.kind == "f" and 0 not in data.shape
@@ -192,7 +194,9 @@ class _BlockFiles:
                     listed = ", ".join(f"'{name}' {shape} {file[name].dtype}" for name, shape in shapes.items())
                     raise DataError(f"{path} holds {listed}; expected {expected}. Check it: {CHECK_COMMAND}")
                 return data.shape[0], data.shape[1], data.chunks is not None and data.chunks[0] > _ROWS_PER_CHUNK
-        except (OSError, RuntimeError) as error:
+        except DataError:
+            raise
+        except Exception as error:  # h5py raises many kinds on malformed files
             reason = (str(error) or type(error).__name__).splitlines()[0]
             problem = f"{path} cannot be read, it may be truncated ({reason})"
             raise DataError(f"{problem}; expected {expected}. Get it: {self._get}") from error
@@ -247,7 +251,7 @@ class _BlockFiles:
             return np.array(self._map(number, name)[row])
         try:
             return self._open(number)[name][row]
-        except (OSError, RuntimeError) as error:
+        except Exception as error:  # h5py raises many kinds on malformed files
             raise DataError(f"{self.where(block)}: '{name}' cannot be read ({error}). Get it: {self._get}") from error
 
     def unpack(self, blocks: Iterable[int]) -> None:
@@ -275,17 +279,20 @@ class _BlockFiles:
         user = os.getuid() if hasattr(os, "getuid") else "all"
         folders = (self.folder / ".unpacked", Path(tempfile.gettempdir()) / f"s3dis_unpacked_{user}_{key}")
         for folder in folders:
-            if (folder / name).is_file():
+            with contextlib.suppress(OSError, ValueError):  # missing or damaged: it is made again
                 return np.load(folder / name, mmap_mode="r")
+        try:
+            with h5py.File(path, "r") as file:
+                # Whole file: its chunks hold many blocks, so reading by block would unpack each chunk many times.
+                values = file[array][:, :, : self.channels] if array == "data" else file[array][()]
+        except Exception as error:  # h5py raises many kinds on malformed files
+            raise DataError(f"{path}: '{array}' cannot be read ({error}). Get it: {self._get}") from error
         problems = []
         for folder in folders:
             temporary = folder / f"{name}.{os.getpid()}.tmp"
             try:
                 # The data folder's users may share it; in the temporary folder it is nobody else's.
                 folder.mkdir(mode=0o777 if folder.parent == self.folder else 0o700, exist_ok=True)
-                with h5py.File(path, "r") as file:
-                    # Whole file: its chunks hold many blocks, so reading by block would unpack each chunk many times.
-                    values = file[array][:, :, : self.channels] if array == "data" else file[array][()]
                 with open(temporary, "wb") as out:
                     np.save(out, values)
                 os.replace(temporary, folder / name)
@@ -462,13 +469,18 @@ class S3DISRooms(Dataset):
             with h5py.File(path, "r") as file:
                 name, total = str(file.attrs["room"]), int(file.attrs["room_points"])
                 box = np.stack([file.attrs["room_low"], file.attrs["room_high"]]).astype(np.float64)
-        except (KeyError, ValueError, OSError) as error:
+        except Exception as error:  # h5py raises many kinds on malformed files
             raise DataError(
                 f"{path} lacks the attributes room, room_points, room_low, room_high ({error}). "
                 f"Make it again: {self._get}"
             ) from error
         if name != self.rooms[room]:
             raise DataError(f"{path} holds {name}, but {ROOM_LIST} says {self.rooms[room]}. Make it again: {self._get}")
+        held, extent = self.block_points * len(self.blocks_of(room)), np.diff(box, axis=0)
+        if not 0 < total <= held:
+            raise DataError(f"{path} promises {total} points, its blocks hold {held}. Make it again: {self._get}")
+        if box.shape != (2, 3) or not np.isfinite(box).all() or not ((extent >= 0) & (extent < _MAX_EXTENT)).all():
+            raise DataError(f"{path}: room_low and room_high are no corners of a room. Make it again: {self._get}")
         return total, box
 
     def blocks_of(self, room: int) -> np.ndarray:
@@ -499,6 +511,8 @@ class S3DISRooms(Dataset):
             points[index, :3] = stored[:, 6:9] * (box[1] - box[0]).astype(np.float32)
             points[index, 3:] = stored[:, 3:6]
             labels[index] = self._files.labels(block)
+        if not np.isfinite(points).all():
+            raise DataError(f"{self._files.where(block)}: its room has coordinates that are not finite")
         missing = int((labels < 0).sum())
         if missing:
             raise DataError(

@@ -44,6 +44,7 @@ from utils.errors import DataError, UserError
 BLOCK_FORMAT, BLOCK_VERSION = "crossnet-s3dis", 1
 KINDS = {"train": BLOCK_FOLDER, "test": ROOM_FOLDER}
 RAW_NAME = "Stanford3dDataset_v1.2_Aligned_Version"
+MAX_DISTANCE = 500  # metres of a room's points from its middle
 _STRAY = re.compile(r"[^\x20-\x7e\t\r]+")  # what no text file of numbers holds: control and non-ASCII characters
 _LINE = 'six numbers, "x y z red green blue", colours in 0..255'
 
@@ -184,7 +185,8 @@ def read_room(folder: Path, name: str) -> Room:
         DataError: a file is damaged, or the room has no points.
     """
     parts, labels, notes = [], [], []
-    for file in annotation_files(folder):
+    files = annotation_files(folder)
+    for file in files:
         values, odd = read_annotation(file)
         parts.append(values)
         labels.append(np.full(len(values), class_of(file), dtype=np.uint8))
@@ -192,6 +194,13 @@ def read_room(folder: Path, name: str) -> Room:
     values = np.concatenate(parts)
     if not len(values):
         raise DataError(f"{folder} has no points. Unpack the raw data set again")
+    # One wild coordinate would cut the room into millions of blocks.
+    middle = np.median(values[:, :3], axis=0)
+    for file, part in zip(files, parts, strict=True):
+        if len(part) and (distance := np.abs(part[:, :3] - middle).max()) > MAX_DISTANCE:
+            raise DataError(
+                f"{file} has a point {distance:g} m from the middle of its room. Unpack the raw data set again"
+            )
     return Room(name, values[:, :3], values[:, 3:].astype(np.float32), np.concatenate(labels), tuple(notes))
 
 

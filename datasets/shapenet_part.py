@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import colorsys
 import json
+import os
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -63,6 +65,8 @@ _OFFICIAL = (
 # What the released code calls a category, where that differs.
 _OTHER_NAMES = {"motor": "motorbike"}
 _GOLDEN_RATIO = 0.618034
+_JSON_ERRORS = (ValueError, TypeError, RecursionError)  # of the parser, and of what is not of the form expected
+_MAX_COORDINATE = 1e15  # squares of more do not fit float32
 
 
 def part_colours(part_counts: Sequence[int]) -> np.ndarray:
@@ -196,20 +200,21 @@ def _read_part_counts(path: Path, synsets: Sequence[str]) -> list[int]:
     try:
         rows = json.loads(_read_text(path, what))
         owners = [str(synset) for synset, _ in rows]
-    except (ValueError, TypeError) as error:
+    except _JSON_ERRORS as error:
         raise DataError(f"{path} is not as expected: {what} ({error})") from error
     unknown = sorted(set(owners) - set(synsets))
     if unknown:
         raise DataError(f"{path} has parts of {', '.join(unknown)}, which {CATEGORY_FILE} beside it does not name")
     # Only synsets in the categories' order, each in one run, can be numbered by a first part and a count.
-    expected = [synset for synset in synsets for _ in range(owners.count(synset))]
+    number = Counter(owners)
+    expected = [synset for synset in synsets for _ in range(number[synset])]
     for part, (found, wanted) in enumerate(zip(owners, expected, strict=True)):
         if found != wanted:
             raise DataError(
                 f"{path}: part {part} belongs to {found}, expected {wanted}: the parts of a category must follow one "
                 f"another, and the categories must have the order of {CATEGORY_FILE}"
             )
-    counts = [owners.count(synset) for synset in synsets]
+    counts = [number[synset] for synset in synsets]
     if 0 in counts:
         raise DataError(f"{path} lists no part of {synsets[counts.index(0)]}, which {CATEGORY_FILE} names")
     return counts
@@ -415,8 +420,10 @@ class ShapeNetPart(Dataset):
         what = 'a list of shapes such as "shape_data/02691156/1a04e3eab45ca15dd86060f189eb133"'
         try:
             rows = [str(row).split("/") for row in json.loads(_read_text(path, what))]
-        except (ValueError, TypeError) as error:
+        except _JSON_ERRORS as error:
             raise DataError(f"{path} is not as expected: {what} ({error})") from error
+        if not rows:
+            raise DataError(f"{path} is empty; expected {what}")
         for row in rows:
             if len(row) < 2:
                 raise DataError(f"{path} lists {'/'.join(row)!r}; expected {what}")
@@ -432,7 +439,7 @@ class ShapeNetPart(Dataset):
         folder = self.folder / synset
         together, points_file = folder / f"{shape}.txt", folder / "points" / f"{shape}.pts"
         category = self.taxonomy.synsets.index(synset)
-        if together.is_file() or not points_file.is_file():
+        if os.path.isfile(together) or not os.path.isfile(points_file):
             table = _read_table(together, columns=(7, 4), what="x y z nx ny nz part")
             return together, table[:, :3], table[:, -1]
         points = _read_table(points_file, columns=(3,), what="x y z")
@@ -462,6 +469,8 @@ class ShapeNetPart(Dataset):
             path, cloud, labels = self._read_text_shape(synset, name)
             files.append(path)
             labels = self._check_parts(path, labels[None], categories[i : i + 1])[0]
+            if np.abs(cloud).max() > _MAX_COORDINATE:
+                raise DataError(f"{path} has coordinates up to {np.abs(cloud).max():g}. Check it: {CHECK_COMMAND}")
             cloud = cloud - cloud.mean(axis=0)
             cloud /= max(np.linalg.norm(cloud, axis=1).max(), np.finfo(np.float32).tiny)
             generator = np.random.default_rng([seed, zlib.crc32(f"{synset}/{name}".encode())])
@@ -499,7 +508,7 @@ def draw_rows(count: int, wanted: int, generator: np.random.Generator) -> np.nda
 def _read_table(path: Path, *, columns: tuple[int, ...], what: str) -> np.ndarray:
     """Read a text file of numbers, (rows, one of ``columns``) float64, finite and not empty."""
     expected = f"expected on every line: {what}"
-    if not path.is_file():
+    if not os.path.isfile(path):  # False also for a name that no file can have
         raise DataError(f"{path} is missing; {expected}. Get it: {GET}")
     try:
         table = np.loadtxt(path, dtype=np.float64, ndmin=2)

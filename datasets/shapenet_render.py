@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import h5py
 import numpy as np
@@ -16,11 +17,15 @@ from plyfile import PlyData
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from datasets.hdf5 import stored_array
 from datasets.streams import SampleStreams
 from utils.errors import DataError
 
 PACKED_NAME = "shapenet_render.h5"
 PACKED_FORMAT, PACKED_VERSION = "crossnet-pack", 1
+_PLY_HEADER = 1 << 16  # bytes that hold the header of any PLY file
+_IMAGE_FORMATS = ("PNG", "JPEG")  # Pillow would also start other programs, for pictures in PostScript
+_MAX_PIXELS = 1 << 24  # a file of some kilobytes can claim many more, which decoding would fill
 _HELP = (
     "get them with: bash data/download_data.sh shapenet shapenet_render (python -m data.check_data shows what is there)"
 )
@@ -62,7 +67,9 @@ def read_ply(path: str | os.PathLike[str]) -> np.ndarray:
         DataError: no PLY, truncated, without x y z, empty, or with coordinates that are not finite.
     """
     try:
-        vertex = PlyData.read(path)["vertex"]
+        with open(path, "rb") as file:
+            _check_ply_sizes(file)
+            vertex = PlyData.read(file)["vertex"]
         points = np.stack([np.asarray(vertex[axis], dtype=np.float32) for axis in "xyz"], axis=1)
     except FileNotFoundError as error:
         raise DataError(f"{path} is gone; {_HELP}") from error
@@ -72,6 +79,22 @@ def read_ply(path: str | os.PathLike[str]) -> np.ndarray:
             f"{path} is no readable PLY with an element 'vertex' of x, y, z ({reason}); fetch or convert it again"
         ) from error
     return check_cloud(points, str(path))
+
+
+def _check_ply_sizes(file: BinaryIO) -> None:
+    """See that the file can hold the rows that its header promises: plyfile takes memory for them first.
+
+    Raises:
+        ValueError: it cannot, or a number of rows is no number.
+        IndexError: a number of rows is missing.
+    """
+    header, size = file.read(_PLY_HEADER).split(b"end_header")[0], file.seek(0, os.SEEK_END)
+    file.seek(0)
+    for element in re.split(rb"[\r\n]element ", header)[1:]:
+        words = element.split()
+        rows, values = int(words[1]), max(1, element.count(b"property "))
+        if rows * values > size:
+            raise ValueError(f"its header promises {rows} rows of {values} values, its size is {size} bytes")
 
 
 def check_cloud(points: np.ndarray, name: str) -> np.ndarray:
@@ -172,13 +195,17 @@ class PackedSource:
                         f"{self.path} is no packed pretraining file of version {PACKED_VERSION} (format and version "
                         f"read {found}); make one with: python -m datasets.pack --data_root data --out {self.path}"
                     )
-                self.ids = [str(name) for name in file["ids"].asstr()[:]]
-                self.skipped = [str(name) for name in file["unpaired"].asstr()[:]] if "unpaired" in file else []
-                self._names = [str(name) for name in file["view_names"].asstr()[:]]
                 self._check_shards(file)
-                self._image_offset = file["image_offset"][:].astype(np.int64)
-                self._view_offset = file["view_offset"][:].astype(np.int64)
-                stored = file["points"]
+                self.ids, self._names = (
+                    [str(name) for name in stored_array(file, key).asstr()[:]] for key in ("ids", "view_names")
+                )
+                unpaired = stored_array(file, "unpaired").asstr()[:] if "unpaired" in file else ()
+                self.skipped = [str(name) for name in unpaired]
+                self._image_offset, self._view_offset = (
+                    stored_array(file, key)[:].astype(np.int64, casting="safe")
+                    for key in ("image_offset", "view_offset")
+                )
+                stored, images = stored_array(file, "points"), stored_array(file, "image_bytes")
                 self._scale, self._shift = float(stored.attrs.get("scale", 1)), float(stored.attrs.get("offset", 0))
                 shapes_agree = (
                     stored.ndim == 3
@@ -186,9 +213,11 @@ class PackedSource:
                     and stored.dtype.kind in "uf"
                     and len(stored) == len(self.ids) == len(self._view_offset) - 1
                     and len(self._names) == len(self._image_offset) - 1 == self._view_offset[-1]
-                    and self._image_offset[-1] == len(file["image_bytes"])
-                    and (np.diff(self._view_offset) >= 1).all()
-                    and (np.diff(self._image_offset) >= 1).all()
+                    and images.shape == (self._image_offset[-1],)
+                    and images.dtype == np.uint8
+                    # Not by differences, which could run over.
+                    and (self._view_offset[1:] > self._view_offset[:-1]).all()
+                    and (self._image_offset[1:] > self._image_offset[:-1]).all()
                     and self._view_offset[0] == self._image_offset[0] == 0
                 )
         except DataError:
@@ -226,7 +255,7 @@ class PackedSource:
         """Cloud of shape i, (N, 3) float32."""
         try:
             points = self._open()["points"][i].astype(np.float32)
-        except (OSError, RuntimeError) as error:
+        except Exception as error:  # h5py raises many kinds on malformed files
             raise DataError(f"{self.where(i)} cannot be read ({error}); pack the file again") from error
         if (self._scale, self._shift) != (1, 0):
             points = points * np.float32(self._scale) + np.float32(self._shift)
@@ -241,7 +270,7 @@ class PackedSource:
         j = self._view_offset[i] + view
         try:
             return self._open()["image_bytes"][self._image_offset[j] : self._image_offset[j + 1]].tobytes()
-        except (OSError, RuntimeError) as error:
+        except Exception as error:  # h5py raises many kinds on malformed files
             raise DataError(f"{self.where(i, view)} cannot be read ({error}); pack the file again") from error
 
     def where(self, i: int, view: int | None = None) -> str:
@@ -311,7 +340,9 @@ def decode_image(data: bytes, name: str) -> Image.Image:
         DataError: not a readable image.
     """
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS)
+        if image.width * image.height > _MAX_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels are more than {_MAX_PIXELS:,}")
         image.load()
     except Exception as error:  # Pillow raises many kinds on malformed files
         reason = "it begins like no image format" if isinstance(error, UnidentifiedImageError) else error

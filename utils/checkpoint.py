@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,19 +74,21 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
             tensors and plain types.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CheckpointError(f"{path} does not exist; a pretraining run writes checkpoints/<exp_name>/last.pth")
     try:
+        _check_zip_sizes(path)
         payload = torch.load(path, map_location="cpu", weights_only=True)
         # torch does not look at the checksums that it writes; a published file may be written without any.
         ours = isinstance(payload, dict) and "format" in payload
         damaged = zipfile.ZipFile(path).testzip() if ours else None
+        _check_tensors(payload)
     except Exception as error:  # torch raises many kinds on damaged files
         if "GLOBAL" in str(error):  # pickle's word for a name to import and call
             raise CheckpointError(
                 f"{path} is refused: it holds objects other than tensors and plain types, which could run code"
             ) from error
-        known = isinstance(error, (RuntimeError, EOFError)) and str(error)
+        known = isinstance(error, (RuntimeError, EOFError, ValueError)) and str(error)
         reason = str(error).split(". ")[0].splitlines()[0] if known else "not what torch.save writes"
         raise CheckpointError(f"{path} is damaged or no checkpoint ({reason}); train or copy it again") from error
     if damaged:
@@ -96,6 +98,61 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     if "point_encoder" in payload and payload.get("format") != FORMAT:
         raise CheckpointError(f"{path} has checkpoint format {payload.get('format')}; this version reads {FORMAT}")
     return payload
+
+
+def _check_zip_sizes(path: Path) -> None:
+    """See that a zip file's members are stored as they are, as torch.save does: others could unpack to any size.
+
+    Raises:
+        ValueError: they are packed, or together larger than the file.
+    """
+    if not zipfile.is_zipfile(path):
+        return  # PyTorch's older form
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise ValueError("its members are compressed, which torch.save does not do")
+    if sum(member.file_size for member in members) > path.stat().st_size:
+        raise ValueError("its members are larger than itself")
+
+
+def _check_tensors(payload: Any) -> None:
+    """See that all tensors of a payload are ordinary ones: dense, on the CPU, each value stored.
+
+    Raises:
+        ValueError: there is another one.
+    """
+    left, seen = [payload], set()
+    while left:  # without recursion, and each object once: a file may nest and share them without end
+        item = left.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, Mapping):
+            left.extend(item.values())
+        elif isinstance(item, list | tuple | set):
+            left.extend(item)
+        elif isinstance(item, Tensor):
+            if item.layout is not torch.strided or item.is_quantized or item.device.type != "cpu":
+                raise ValueError("a tensor in it is sparse, quantised or on no device")
+            if item.nbytes > item.untyped_storage().nbytes():
+                raise ValueError(f"a tensor in it claims {item.nbytes:,} bytes that are not stored")
+
+
+@contextlib.contextmanager
+def content_of(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Inside, whatever is wrong with what a checkpoint holds is an error that names the file.
+
+    Raises:
+        CheckpointError: an entry is missing, of another type, or of a size that nothing can have.
+    """
+    try:
+        yield
+    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise CheckpointError(
+            f"{path} does not hold what this version writes ({type(error).__name__}: {reason}); train or copy it again"
+        ) from error
 
 
 def describe_encoder(encoder: nn.Module) -> dict[str, Any]:
@@ -108,18 +165,31 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], *, path: str |
     """Load a state dict that must fit exactly.
 
     Raises:
-        CheckpointError: naming the file and the tensors that are missing, too many or of another shape.
+        CheckpointError: naming the file and the tensors that are missing, too many, of another shape or type, or not
+            finite.
     """
+    _check_fit(module, state, path=path, what=what)
+    module.load_state_dict(state)
+
+
+def _check_fit(module: nn.Module, state: Mapping[str, Tensor], *, path: str | os.PathLike[str], what: str) -> None:
+    """See that a state dict fits a module, which may have no memory yet; see ``load_strictly``."""
     expected = module.state_dict()
-    wrong_shape = [
-        f"{name} is {tuple(state[name].shape)}, not {tuple(expected[name].shape)}"
-        for name in expected
-        if name in state and state[name].shape != expected[name].shape
-    ]
+    common = {name: (state[name], expected[name]) for name in expected if isinstance(state.get(name), Tensor)}
     problems = {
-        "missing": [name for name in expected if name not in state],
-        "unknown": [name for name in state if name not in expected],
-        "of another shape": wrong_shape,
+        "missing": [name for name in expected if name not in common],
+        "unknown": [str(name) for name in state if name not in common],
+        "of another shape": [
+            f"{name} is {tuple(ours.shape)}, not {tuple(theirs.shape)}"
+            for name, (ours, theirs) in common.items()
+            if ours.shape != theirs.shape
+        ],
+        "of another type": [
+            f"{name} is {ours.dtype}, not {theirs.dtype}"
+            for name, (ours, theirs) in common.items()
+            if ours.is_floating_point() != theirs.is_floating_point() or ours.is_complex()
+        ],
+        "not finite": [name for name, (ours, _) in common.items() if not ours.isfinite().all()],
     }
     if any(problems.values()):
         text = "; ".join(
@@ -128,7 +198,6 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], *, path: str |
             if names
         )
         raise CheckpointError(f"{path} does not fit {what}: tensors {text}")
-    module.load_state_dict(state)
 
 
 def published_state(payload: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -174,7 +243,9 @@ def encoder_from_checkpoint(
     Raises:
         CheckpointError: unreadable, another model, or tensors that do not fit; the message names file and tensors.
     """
-    return _encoder_from_payload(load_checkpoint(path), path, model=model, k=k, emb_dims=emb_dims)
+    payload = load_checkpoint(path)
+    with content_of(path):
+        return _encoder_from_payload(payload, path, model=model, k=k, emb_dims=emb_dims)
 
 
 def _encoder_from_payload(
@@ -188,6 +259,8 @@ def _encoder_from_payload(
     """See ``encoder_from_checkpoint``."""
     if "encoder" in payload and "point_encoder" in payload:
         name, kwargs = payload["encoder"]["name"], dict(payload["encoder"]["kwargs"])
+        if not all(isinstance(value, int) and not isinstance(value, bool) for value in kwargs.values()):
+            raise CheckpointError(f"{path} describes an encoder whose sizes are no whole numbers: {kwargs}")
         state = payload["point_encoder"]
         if model is not None and resolve_encoder_name(model) != name:
             raise CheckpointError(f"{path} holds a {name}, not the {resolve_encoder_name(model)} that was asked for")
@@ -213,11 +286,19 @@ def _encoder_from_payload(
     if k is not None and "k" in kwargs and k != kwargs["k"]:
         logger.warning("%s was trained with k = %d; --k %d is used instead", path, kwargs["k"], k)
         kwargs["k"] = k
-    try:
-        encoder = build_encoder(name, **kwargs)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} describes an encoder that this version does not have ({error})") from error
-    load_strictly(encoder, state, path=path, what=f"the encoder {name}")
+
+    def build() -> nn.Module:
+        try:
+            return build_encoder(name, **kwargs)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{path} describes an encoder that this version does not have ({error})") from error
+
+    what = f"the encoder {name}"
+    with torch.device("meta"):  # sizes that the weights do not have take no memory
+        shapes = build()
+    _check_fit(shapes, state, path=path, what=what)
+    encoder = build()
+    load_strictly(encoder, state, path=path, what=what)
     return encoder
 
 
@@ -253,6 +334,14 @@ def fine_tuned_from_checkpoint(
         CheckpointError: unreadable, of another task, without head, or tensors that do not fit.
     """
     payload = load_checkpoint(path)
+    with content_of(path):
+        return _fine_tuned_from_payload(payload, path, task, model=model, k=k)
+
+
+def _fine_tuned_from_payload(
+    payload: Mapping[str, Any], path: str | os.PathLike[str], task: type[FineTuned], *, model: str | None, k: int | None
+) -> tuple[FineTuned, dict[str, Any]]:
+    """See ``fine_tuned_from_checkpoint``."""
     kind = payload.get("kind")
     if isinstance(kind, str) and kind != task.kind:
         holds = f"a model for {kind}" if kind in TASKS else "an encoder without a head (--pretrain_path takes that)"
@@ -272,13 +361,17 @@ def fine_tuned_from_checkpoint(
             sizes = head_kind.sizes(state, encoder)
         except KeyError as error:
             raise CheckpointError(f"{path} holds no head for {task.kind}: the tensor {error} is missing") from error
-    fine_tuned = task(encoder, **sizes)
-    known = fine_tuned.head.state_dict()
+    with torch.device("meta"):
+        shapes = head_kind(encoder, **sizes)
+    known = shapes.state_dict()
     if not payload:
         # Of the names that repeat a batch norm only those stay that this head really uses (bn6 of a classifier).
         aliases = _ALIASES[describe_encoder(encoder)["name"].split("_")[0]]
         state = {key: tensor for key, tensor in state.items() if key in known or not aliases.match(key)}
-    load_strictly(fine_tuned.head, state, path=path, what=f"the head for {task.kind}")
+    what = f"the head for {task.kind}"
+    _check_fit(shapes, state, path=path, what=what)
+    fine_tuned = task(encoder, **sizes)
+    load_strictly(fine_tuned.head, state, path=path, what=what)
     return fine_tuned, payload
 
 

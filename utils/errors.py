@@ -2,7 +2,14 @@
 
 
 class UserError(Exception):
-    """A wrong setting or input. The message says what was expected and what helps."""
+    """A wrong setting or input. The message says what was expected and what helps.
+
+    Names come into messages from files of any origin, so what cannot be printed (control codes, broken Unicode) is
+    shown as its escape.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__("".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in message))
 
 
 class DataError(UserError):
