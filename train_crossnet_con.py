@@ -7,6 +7,9 @@ Examples:
   # go on after a stop; the result is the one of an uninterrupted run
   python train_crossnet_con.py --data_root data --exp_name crossnet --resume
 
+  # four GPUs, a global batch of 32 pairs (docs/distributed.md)
+  torchrun --nproc_per_node=4 train_crossnet_con.py --data_root data --exp_name crossnet --batch_size 8
+
   # a small machine: fewer points, smaller images, a smaller image network
   python train_crossnet_con.py --data_root data/demo --exp_name small --epochs 10 --batch_size 64 \
       --num_points 512 --image_size 64 --image_model resnet18
@@ -27,7 +30,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from datasets.sampler import PairSampler
 from datasets.shapenet_render import ShapeNetRender, collate_pairs, read_shape_list
 from datasets.streams import SampleStreams
 from datasets.transforms import BACKGROUNDS, PointAugmentation, RenderTransform, pretraining_augmentation
@@ -47,9 +49,9 @@ from utils.cli import (
     positive_float,
     positive_int,
     resolve_device,
-    run,
     write_json,
 )
+from utils.distributed import is_main, launch, messages_of_all, world_size
 from utils.errors import UserError
 from utils.loop import FREE_ON_RESUME, TrainingLoop, base_rate, build_optimizer
 from utils.tracking import RunFolder
@@ -206,7 +208,7 @@ class Pretraining(TrainingLoop):
         )
         encoder = self.build_point_encoder()
         self.check_sizes()
-        self.sampler = PairSampler(len(self.dataset), global_batch=args.batch_size, seed=args.seed)
+        self.sampler = self.sampler_of(len(self.dataset), args.batch_size)
         self.augmentation: PointAugmentation = pretraining_augmentation(args.num_points)
         self.model = CrossNet(
             encoder,
@@ -222,18 +224,20 @@ class Pretraining(TrainingLoop):
         if args.compile:
             for part in (*self.model.image_encoders.values(), *self.model.image_heads.values(), self.model.point_head):
                 part.compile()
+        self.network = self.share(self.model)
         self.optimizer = build_optimizer(self.model, args)
         self.probes = self.build_probes()
 
     def check_sizes(self) -> None:
         """Stop early where the settings do not fit the data."""
-        args, size = self.args, len(self.dataset)
-        if size < args.batch_size:
+        args, size, processes = self.args, len(self.dataset), world_size()
+        if size < args.batch_size * processes:
+            times = f" in each of {processes} processes" if processes > 1 else ""
             raise UserError(
-                f"--batch_size {args.batch_size} is larger than the data set: {args.data_root} has {size} pairs; "
-                f"use --batch_size {size} or less"
+                f"--batch_size {args.batch_size}{times} is larger than the data set: {args.data_root} has {size} "
+                f"pairs; use --batch_size {size // processes} or less"
             )
-        if args.batch_size < 2:
+        if args.batch_size * (1 if args.no_sync_bn else processes) < 2:
             raise UserError("--batch_size 1 gives the loss no negatives and batch norm no statistics; use 2 or more")
         if args.num_points and args.num_points > self.dataset.cloud_size:
             raise UserError(
@@ -301,22 +305,23 @@ class Pretraining(TrainingLoop):
         view1 = self.augmentation(tensors["points"], streams).mT
         view2 = self.augmentation(tensors["points"], streams).mT
         with autocast(self.device, args.amp):
-            losses = self.model(view1, view2, **images)
+            losses = self.network(view1, view2, **images)
         self.minimise(losses.total)
         return torch.stack([losses.total, losses.intra, losses.cross]).detach().float()
 
     def look_at(self, batch: dict[str, Any]) -> None:
         """Log unreadable samples that others stand in for; stop when they are more than 1 % of those read."""
         progress = self.progress
-        progress.read += len(batch["index"])
-        for message in batch["bad"]:
+        progress.read += len(batch["index"]) * world_size()
+        messages = messages_of_all(batch["bad"])
+        for message in messages:
             progress.bad += 1
             logger.warning("skipped: %s", message)
         # Of the data set, while less than one epoch has been read.
         if progress.bad > 0.01 * max(progress.read, len(self.dataset)):
             raise UserError(
                 f"{progress.bad} of {progress.read} samples could not be read, more than 1 %; the last one: {message}"
-                if batch["bad"]
+                if messages
                 else f"{progress.bad} of {progress.read} samples could not be read, more than 1 %"
             )
 
@@ -356,7 +361,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if args.temperature is None:
         args.temperature = RELEASED_TEMPERATURE[args.objective]
     folder = RunFolder(Path(args.output_dir) / args.exp_name, overwrite=args.overwrite, resume=args.resume)
-    if args.json:
+    if args.json and is_main():
         check_writable(Path(args.json).absolute().parent)
     folder.start_log()
     training = Pretraining(args, folder)
@@ -365,14 +370,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         training.resume(checkpoint)
     folder.write_config(training.provenance())
     logger.info(
-        "%s; %d shapes without rendering left out; %d points a view; %d steps of %d objects on %s",
+        "%s; %d shapes without rendering left out; %d points a view; %d steps of %d objects in %d process(es) on %s",
         *(training.dataset, len(training.dataset.skipped), args.num_points or training.dataset.cloud_size),
-        *(training.total_steps, args.batch_size, training.device),
+        *(training.total_steps, training.sampler.global_batch, world_size(), training.device),
     )
     record = training.train()
-    write_json(args.json, record)
+    if is_main():
+        write_json(args.json, record)
     return record
 
 
 if __name__ == "__main__":
-    run(main)
+    launch(main)

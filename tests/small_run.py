@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from models.image import IMAGE_ENCODERS
 from train_crossnet_con import main
-from utils.cli import run
+from utils.distributed import launch
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = (
@@ -44,4 +44,4 @@ def arguments(root: Path, out: Path, *more: str) -> list[str]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     IMAGE_ENCODERS["resnet18"] = TinyImageNet
-    run(main)
+    launch(main)

@@ -158,18 +158,15 @@ def broadcast_from_main(tensors: Iterable[Tensor]) -> None:
             dist.broadcast(tensor, 0)
 
 
-def replicated(model: nn.Module, *, broadcast_buffers: bool) -> nn.Module:
+def replicated(model: nn.Module) -> nn.Module:
     """The module to call in training steps: its backward pass averages the gradients over the processes.
 
-    Args:
-        model: the same in all processes, on its device; its parameters stay where they are, under their names.
-        broadcast_buffers: take the main process's buffers before each step, where they do not stay equal by themselves.
+    The model's parameters stay where they are, under their names; it must be the same in all processes.
     """
     if world_size() == 1:
         return model
     device = next(model.parameters()).device
-    devices = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=broadcast_buffers)
+    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 
 
 def started_as_one_of_many() -> bool:
@@ -280,6 +277,8 @@ class _Peers:
             first = self.store.add("failures", 1) == 1
         if first and message:
             print(message.rstrip("\n"), file=sys.__stderr__, flush=True)
+        if self.own == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            self.stopped.wait(2 * BEAT_SECONDS)  # the store ends with this process: the others are to read it first
         logging.shutdown()
         os._exit(code)
 

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -21,11 +21,24 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from datasets.sampler import PairSampler
+from models.norm import SyncBatchNorm
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.cli import EXIT_TERMINATED
+from utils.distributed import (
+    all_reduce_sum,
+    any_process,
+    broadcast_from_main,
+    from_main,
+    is_main,
+    main_only,
+    rank,
+    replicated,
+    world_size,
+)
 from utils.errors import CheckpointError, UserError
 from utils.tracking import RunFolder, WandbMirror
 from utils.training import (
+    deterministic,
     git_commit,
     grad_scaler,
     random_states,
@@ -37,7 +50,8 @@ logger = logging.getLogger("crossnet")
 # Settings that may differ between a run and its continuation: they change nothing that is learned.
 FREE_ON_RESUME = {
     *("data_root", "device", "workers", "json", "exp_name", "output_dir", "resume", "overwrite", "wandb", "log_every"),
-    *("save_every", "test_batch_size"),
+    *("save_every", "test_batch_size", "deterministic"),
+    "batch_size",  # per process: what counts is the global batch
 }
 WORKER_GRACE = 60
 SGD_FACTOR = 100  # the released scripts give SGD this many times Adam's rate
@@ -104,7 +118,9 @@ class Progress:
 
 
 class TrainingLoop(ABC):
-    """One run. Subclasses set what is trained, on what, and say what a step is.
+    """One run, in one process or in several. Subclasses set what is trained, on what, and say what a step is.
+
+    Several processes hold the same weights and take their own share of every batch; only the main one writes.
 
     Args:
         args: the parsed command line; see ``utils.cli.add_run_arguments`` and ``add_optimisation_arguments``.
@@ -117,6 +133,7 @@ class TrainingLoop(ABC):
         free_on_resume: settings that may change between a run and its continuation.
         collate: turns samples into a batch; None takes PyTorch's.
         model, dataset, sampler, optimizer: set by the subclass before ``train``.
+        network: what ``step`` calls, the model with its gradients averaged over the processes; see ``share``.
     """
 
     kind: str
@@ -124,12 +141,15 @@ class TrainingLoop(ABC):
     free_on_resume: Collection[str] = FREE_ON_RESUME
     collate: Callable | None = None
     model: nn.Module
+    network: nn.Module
     dataset: Dataset
     sampler: PairSampler
     optimizer: torch.optim.Optimizer
 
     def __init__(self, args: argparse.Namespace, folder: RunFolder, device: torch.device) -> None:
         self.args, self.folder, self.device = args, folder, device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         self.scaler = grad_scaler(device, args.amp)
         self.progress = Progress()
         self.stopping = False  # SIGTERM has come
@@ -165,6 +185,17 @@ class TrainingLoop(ABC):
         return {}
 
     # What is common.
+
+    def share(self, model: nn.Module) -> nn.Module:
+        """Make a model one over all processes: batch statistics, and the gradients of the module that is returned."""
+        if world_size() > 1 and not self.args.no_sync_bn:
+            SyncBatchNorm.convert(model)
+        return replicated(model)
+
+    def sampler_of(self, size: int, batch: int) -> PairSampler:
+        """Batches for this process, ``batch`` samples for each process."""
+        world = world_size()
+        return PairSampler(size, global_batch=batch * world, seed=self.args.seed, rank=rank(), world=world)
 
     def minimise(self, loss: torch.Tensor) -> None:
         """Backward pass and optimiser step, with loss scaling where it is on."""
@@ -210,21 +241,20 @@ class TrainingLoop(ABC):
             if listens:
                 signal.signal(signal.SIGTERM, before)
 
-    def exit_if_stopped(self) -> None:
-        """End the process when SIGTERM has come and everything is saved.
+    def leave(self) -> NoReturn:
+        """End the process: SIGTERM has come to one of the processes, and everything is saved.
 
         Raises:
             SystemExit: with the exit code of a process that SIGTERM ended.
         """
-        if self.stopping:
-            last = self.folder / "last.pth"
-            logger.warning("stopped by SIGTERM at step %d; go on from %s with --resume", self.progress.step, last)
-            raise SystemExit(EXIT_TERMINATED)
+        last = self.folder / "last.pth"
+        logger.warning("stopped by SIGTERM at step %d; go on from %s with --resume", self.progress.step, last)
+        raise SystemExit(EXIT_TERMINATED)
 
     def train(self) -> dict[str, Any]:
         """Train to the last epoch; returns its record."""
         loader = self.loader()
-        with self.signals():
+        with self.signals(), deterministic(self.args.deterministic):
             try:
                 return self.train_all_epochs(loader)
             finally:
@@ -233,11 +263,15 @@ class TrainingLoop(ABC):
     def train_all_epochs(self, loader: DataLoader) -> dict[str, Any]:
         """See ``train``."""
         args, progress = self.args, self.progress
-        tracker = WandbMirror(args.wandb, name=args.exp_name, folder=self.folder.path, config=vars(args))
+        mirror = args.wandb if is_main() else "disabled"
+        tracker = WandbMirror(mirror, name=args.exp_name, folder=self.folder.path, config=vars(args))
         record: dict[str, Any] = {}
-        bar = tqdm(total=self.total_steps, initial=progress.step, unit="step", disable=not sys.stderr.isatty())
+        hidden = not (is_main() and sys.stderr.isatty())
+        bar = tqdm(total=self.total_steps, initial=progress.step, unit="step", disable=hidden)
         while progress.epoch < args.epochs:
             record = self.train_one_epoch(loader, bar)
+            if args.no_sync_bn:
+                broadcast_from_main(self.model.buffers())
             if args.eval_every and (progress.epoch % args.eval_every == 0 or progress.epoch == args.epochs):
                 record.update(self.evaluate())
             self.folder.append_metrics(record)
@@ -246,11 +280,11 @@ class TrainingLoop(ABC):
             logger.info(shown)
             self.folder.draw_curves()
             tracker.log(record, step=progress.step)
-            if progress.epoch < args.epochs:
-                self.exit_if_stopped()
+            if any_process(self.stopping) and progress.epoch < args.epochs:
+                self.leave()
         bar.close()
         tracker.finish()
-        return record or next(reversed(list(self.folder.metrics())), {})
+        return record or from_main(lambda: next(reversed(list(self.folder.metrics())), {}))
 
     def train_one_epoch(self, loader: DataLoader, bar: tqdm) -> dict[str, Any]:
         """The rest of the current epoch; returns its record for ``metrics.jsonl``."""
@@ -267,7 +301,7 @@ class TrainingLoop(ABC):
             progress.samples += sampler.global_batch
             done = progress.samples // sampler.global_batch == len(sampler)
             due = args.save_every and progress.step % args.save_every == 0
-            stop = self.stopping
+            stop = any_process(self.stopping)
             losses = self.settle(pending) if due or done or stop or len(pending) == args.log_every else None
             progress.seconds += time.perf_counter() - last
             if losses:
@@ -275,7 +309,7 @@ class TrainingLoop(ABC):
             if stop or (due and not done):
                 self.save("last.pth")
             if stop:
-                self.exit_if_stopped()
+                self.leave()
             bar.update()
             last = time.perf_counter()  # saving is no training and no waiting for data
         record = {
@@ -293,9 +327,9 @@ class TrainingLoop(ABC):
         """Fetch the pending losses, the only wait for the device; stop if one is not finite.
 
         Returns:
-            The mean of each.
+            The mean of each, over the processes too.
         """
-        losses = torch.stack(pending).cpu()
+        losses = (all_reduce_sum(torch.stack(pending)) / world_size()).cpu()
         first = self.progress.step - len(pending)
         pending.clear()
         bad = (~losses.isfinite().all(1)).nonzero()
@@ -333,6 +367,7 @@ class TrainingLoop(ABC):
                 *(100 * progress.waiting, tqdm.format_interval(left)),
             )
 
+    @main_only
     def save(self, name: str) -> None:
         """Write a checkpoint into the run folder; never one with weights that are not finite."""
         floats = [value for value in self.model.state_dict().values() if value.is_floating_point()]
@@ -355,7 +390,37 @@ class TrainingLoop(ABC):
 
     def provenance(self) -> dict[str, Any]:
         """What a result depends on besides the data."""
-        return {"arguments": vars(self.args), "versions": versions(), "git_commit": git_commit()}
+        return {
+            "arguments": vars(self.args),
+            "processes": world_size(),
+            "versions": versions(),
+            "git_commit": git_commit(),
+        }
+
+    def changes_since(self, payload: Mapping[str, Any]) -> list[str]:
+        """What is set otherwise than in a checkpoint's run, of what changes the result."""
+        before, now = payload["arguments"], vars(self.args)
+        names = sorted(key for key in now if key not in self.free_on_resume and before.get(key, now[key]) != now[key])
+        changes = [f"--{key} {before[key]} there, {now[key]} here" for key in names]
+        there, here, batch = payload.get("processes", 1), world_size(), payload["global_batch"]
+        if batch != self.sampler.global_batch:
+            changes.append(
+                f"--batch_size {before['batch_size']} in {there} process(es) there, "
+                f"{self.args.batch_size} in {here} here, a global batch of {self.sampler.global_batch}, not {batch}: "
+                + (f"--batch_size {batch // here} fits" if batch % here == 0 else f"{here} processes cannot share it")
+            )
+        if self.args.no_sync_bn and there != here:
+            changes.append(f"--no_sync_bn in {there} process(es) there, {here} here")
+        return changes
+
+    def read(self, path: Path) -> tuple[dict[str, Any], bool]:
+        """Content of the checkpoint to go on from, and whether the folder has a ``best.pth``."""
+        best = self.folder / "best.pth"
+        try:
+            return load_checkpoint(path), best.exists()
+        except CheckpointError as error:
+            other = f"go on from another one, as with --resume {best}, or " if best.exists() and path != best else ""
+            raise CheckpointError(f"{error}; {other}start again with --overwrite") from error
 
     def resume(self, path: Path) -> None:
         """Take up a run where its checkpoint stands.
@@ -363,20 +428,15 @@ class TrainingLoop(ABC):
         Raises:
             CheckpointError: a checkpoint of another kind, other settings, or other data.
         """
-        best = self.folder / "best.pth"
-        try:
-            payload = load_checkpoint(path)
-        except CheckpointError as error:
-            other = f"go on from another one, as with --resume {best}, or " if best.exists() and path != best else ""
-            raise CheckpointError(f"{error}; {other}start again with --overwrite") from error
+        payload, has_best = from_main(lambda: self.read(path))
         if payload.get("kind") != self.kind or "optimizer" not in payload:
             kind = self.kind.removeprefix("crossnet-")
             raise CheckpointError(f"{path} is no {kind} checkpoint: --resume needs a last.pth of this script")
-        before, now = payload["arguments"], vars(self.args)
-        changed = sorted(key for key in now if key not in self.free_on_resume and before.get(key) != now[key])
-        if changed:
-            text = ", ".join(f"--{key} {before.get(key)} there, {now[key]} here" for key in changed)
-            raise CheckpointError(f"{path} was trained with other settings ({text}): repeat them, or start a new run")
+        changes = ", ".join(self.changes_since(payload))
+        if changes:
+            raise CheckpointError(
+                f"{path} was trained with other settings ({changes}): repeat them, or start a new run"
+            )
         if payload["shapes"] != self.fingerprint():
             raise CheckpointError(f"{path} was trained on other shapes than {self.args.data_root} holds")
         self.load_weights(payload, path)
@@ -384,7 +444,7 @@ class TrainingLoop(ABC):
         self.scaler.load_state_dict(payload["scaler"])
         restore_random_states(payload["random"])
         self.progress = Progress(**payload["progress"])
-        if not best.exists():  # a new folder, or a lost file: the next score is the best there is
+        if not has_best:  # a new folder, or a lost file: the next score is the best there is
             self.progress.best, self.progress.best_epoch = Progress.best, Progress.best_epoch
         self.folder.cut_metrics(self.progress.epoch)
         logger.info("resumed %s: %d epochs and %d steps done", path, self.progress.epoch, self.progress.step)

@@ -12,6 +12,7 @@ from typing import Any
 
 from utils.checkpoint import check_writable
 from utils.cli import log_to_screen, write_json
+from utils.distributed import from_main, is_main, main_only
 from utils.errors import UserError
 
 logger = logging.getLogger("crossnet")
@@ -20,6 +21,8 @@ RUN_FILES = ("last.pth", "best.pth", "config.json", "metrics.jsonl", "run.log", 
 
 class RunFolder:
     """Folder ``<output_dir>/<exp_name>`` of one run. What an earlier run left stays as it is until ``write_config``.
+
+    Of several processes only the main one looks at it and writes to it.
 
     Args:
         path: the folder.
@@ -32,9 +35,14 @@ class RunFolder:
 
     def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = False, resume: str | None = None) -> None:
         self.path = Path(path)
+        self._replaced: list[str] = []
+        if is_main():
+            self._look(overwrite, resume)
+
+    def _look(self, overwrite: bool, resume: str | None) -> None:
         there = [name for name in RUN_FILES if (self.path / name).exists()]
         goes_on = resume == "auto" or (resume is not None and Path(resume).resolve().parent == self.path.resolve())
-        self._replaced = () if goes_on else there
+        self._replaced = [] if goes_on else there
         if there and not (overwrite or goes_on):
             raise UserError(
                 f"{self.path} holds an earlier run ({', '.join(there)}): go on with --resume, replace it with "
@@ -49,6 +57,9 @@ class RunFolder:
         """Checkpoint that ``--resume`` means: None, ``auto`` (this run's newest one, if there is one) or a path."""
         if resume != "auto":
             return Path(resume) if resume else None
+        return from_main(self._newest)
+
+    def _newest(self) -> Path | None:
         for name in ("last.pth", "best.pth"):
             if (self / name).exists():
                 return self / name
@@ -63,8 +74,10 @@ class RunFolder:
         for handler in list(logger.handlers):
             logger.removeHandler(handler)
             handler.close()
-        logger.addHandler(logging.handlers.MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL + 1))
+        if is_main():
+            logger.addHandler(logging.handlers.MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL + 1))
 
+    @main_only
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Take the folder over: remove what is to be overwritten, write ``config.json``, open ``run.log``.
 
@@ -81,6 +94,7 @@ class RunFolder:
             logger.removeHandler(early)
         logger.addHandler(to_file)
 
+    @main_only
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Add one line to ``metrics.jsonl``."""
         try:
@@ -98,6 +112,7 @@ class RunFolder:
             except json.JSONDecodeError:
                 return
 
+    @main_only
     def cut_metrics(self, epoch: int) -> None:
         """Keep the records of the first ``epoch`` epochs: the rest is about to be trained again."""
         kept = [record for record in self.metrics() if record["epoch"] <= epoch]
@@ -108,6 +123,7 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"cannot write {self / 'metrics.jsonl'}: {error.strerror or error}") from error
 
+    @main_only
     def draw_curves(self) -> None:
         """Draw ``curves.png`` from ``metrics.jsonl``: losses, learning rate, and whatever scores there are."""
         records = list(self.metrics())

@@ -44,7 +44,8 @@ from downstream.segmentation.engine import (
 )
 from models.segmentation import Classification
 from utils.checkpoint import fine_tuned_from_checkpoint
-from utils.cli import HelpFormatter, log_to_screen, resolve_device, run, write_json
+from utils.cli import HelpFormatter, log_to_screen, resolve_device, write_json
+from utils.distributed import is_main, launch
 from utils.errors import CheckpointError, DataError, UserError
 from utils.training import git_commit, versions
 
@@ -238,9 +239,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "versions": versions(),
         "commit": git_commit(),
     }
-    write_json(args.json, metrics)
+    if is_main():
+        write_json(args.json, metrics)
     return metrics
 
 
 if __name__ == "__main__":
-    run(main)
+    launch(main)

@@ -11,6 +11,7 @@ from torch import nn
 
 from downstream.classification.svm import linear_svm
 from downstream.features import extract_features, open_classification_set
+from utils.distributed import from_main, rank, to_main, world_size
 from utils.errors import DataError
 
 
@@ -54,17 +55,24 @@ class LinearProbe:
         self.fit, self.held_out = train_test_split(rows, test_size=holdout, random_state=0, stratify=stratify)
 
     def __call__(self, encoder: nn.Module, *, device: torch.device) -> dict[str, float]:
-        """Score the encoder.
+        """Score the encoder. Each process takes its share of the clouds; the main one fits the SVM on all features.
 
         Returns:
             ``<dataset>_val_accuracy`` (held-out training clouds) and ``<dataset>_test_accuracy`` in percent.
         """
-        train, test = (
-            extract_features(
-                encoder, part.points, batch_size=self.batch_size, device=device, text=f"probe {self.dataset}"
-            )
-            for part in (self.train, self.test)
-        )
+        train, test = (self.features(encoder, part.points, device) for part in (self.train, self.test))
+        return from_main(lambda: self.score(train, test))
+
+    def features(self, encoder: nn.Module, points: np.ndarray, device: torch.device) -> np.ndarray:
+        """(n, D) features of clouds (n, N, 3), in the main process; nothing in the others."""
+        own, rows = np.array_split(points, world_size())[rank()], np.empty((0, encoder.feature_dim), np.float32)
+        if len(own):
+            text = f"probe {self.dataset}"
+            rows = extract_features(encoder, own, batch_size=self.batch_size, device=device, text=text)
+        return np.concatenate([*to_main(rows), rows[:0]])
+
+    def score(self, train: np.ndarray, test: np.ndarray) -> dict[str, float]:
+        """Accuracies in percent, from the features of both splits."""
         labels, fit, held_out = self.train.labels, self.fit, self.held_out
         val = linear_svm(train[fit], labels[fit], train[held_out], labels[held_out], c_values=(self.c,))
         full = linear_svm(train, labels, test, self.test.labels, c_values=(self.c,))

@@ -1,13 +1,15 @@
 """Fine-tuning: the only loop, for part segmentation, semantic segmentation and classification.
 
-A run is a function of its seed: the order of samples follows from (seed, epoch), augmentation from (seed, epoch,
-sample), dropout from (seed, step). So a run that was stopped, within an epoch too, goes on to the same weights.
+A run is a function of its seed: the order of samples follows from (seed, epoch), augmentation and dropout from (seed,
+epoch, sample). So a run that was stopped, within an epoch too, goes on to the same weights, and several processes train
+what one would. Validation and tests are shared out among them too.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import logging
 import time
@@ -21,12 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from datasets.sampler import PairSampler
 from datasets.shapenet_render import SampleKey
 from datasets.streams import SampleStreams
 from datasets.transforms import PointAugmentation
 from downstream.features import frozen
 from models import ENCODER_ALIASES, ENCODERS, build_encoder, encoder_arguments, resolve_encoder_name
+from models.dropout import SampleDropout
 from models.segmentation import FineTuned
 from utils.checkpoint import (
     check_writable,
@@ -42,6 +44,7 @@ from utils.cli import (
     positive_int,
     write_json,
 )
+from utils.distributed import from_main, gather_rows, is_main, rank, world_size
 from utils.errors import CheckpointError, UserError
 from utils.loop import FREE_ON_RESUME, TrainingLoop, base_rate, build_optimizer
 from utils.tracking import RunFolder
@@ -52,6 +55,7 @@ SCHEDULERS = ("cosine", "step", "released")
 SMOOTHING = 0.2
 # Streams of the augmentation, apart from those of other purposes.
 AUGMENTATION_PURPOSE = 2
+DROPOUT_PURPOSE = 16  # and those that follow, one for each layer
 HEAD_SEED = 1_000_003
 Scores = dict[str, Any]
 
@@ -88,7 +92,7 @@ def add_training_arguments(
     g.add_argument("--dropout", type=float, metavar="P", help="of the head (default: as published)")
     g = parser.add_argument_group("optimisation")
     g.add_argument("--epochs", type=positive_int, default=200, metavar="E", help="passes over the training samples")
-    g.add_argument("--batch_size", type=positive_int, default=32, metavar="B", help="samples per step")
+    g.add_argument("--batch_size", type=positive_int, default=32, metavar="B", help="samples per process and step")
     g.add_argument("--test_batch_size", type=positive_int, default=16, metavar="B", help="samples per pass of testing")
     g.add_argument("--lr", type=float, default=1e-3, metavar="LR", help="highest rate of Adam; SGD takes 100 x this")
     g.add_argument(
@@ -134,13 +138,13 @@ def check_training_arguments(args: argparse.Namespace) -> None:
         raise UserError("--eval scores a finished model (--model_path); --pretrain_path only starts a training")
     if args.resume and args.overwrite:
         raise UserError("--resume goes on with a run and --overwrite replaces it: give one of them")
-    if args.batch_size < 2:
+    if args.batch_size * (1 if args.no_sync_bn else world_size()) < 2:
         raise UserError("--batch_size 1 gives batch norm no statistics; use 2 or more")
     if not 0 <= args.label_smoothing < 1:
         raise UserError(f"--label_smoothing {args.label_smoothing}: expected 0 or more and less than 1")
     if args.dropout is not None and not 0 <= args.dropout < 1:
         raise UserError(f"--dropout {args.dropout}: expected 0 or more and less than 1")
-    if args.json:
+    if args.json and is_main():
         check_writable(Path(args.json).absolute().parent)
 
 
@@ -304,6 +308,8 @@ def scores_of(
 ) -> Iterator[tuple[Tensor, list[Tensor]]]:
     """Run a model over samples in evaluation mode; its training mode comes back afterwards.
 
+    Several processes take turns at the batches and exchange the scores, so that each yields everything.
+
     Args:
         model: called with points (B, C, N) and ``inputs - 1`` further tensors.
         dataset: its items are points (N, C), the further inputs, then whatever else.
@@ -320,19 +326,22 @@ def scores_of(
     """
     part = dataset if chosen is None else Subset(dataset, [int(i) for i in chosen])
     loader = DataLoader(part, batch_size=batch_size, num_workers=workers, pin_memory=device.type == "cuda")
-    first = 0
+    numbered = enumerate(loader)
     with frozen(model):
-        for batch in loader:
+        while group := list(itertools.islice(numbered, world_size())):
+            # Where the last batches do not suffice for all, the rest repeat the first one; nobody looks at that.
+            turns = [*group, *[group[0]] * (world_size() - len(group))]
+            turn, batch = turns[rank()]
             points, *others = (tensor.to(device, non_blocking=True) for tensor in batch[:inputs])
             scores = model(points.mT, *others).float()
             if copies:
-                number = torch.arange(first, first + len(points), device=device)
+                number = torch.arange(len(points), device=device) + turn * batch_size
                 scores = scores.softmax(1)
                 for change in copies:
                     scores = scores + model(change(points, number).mT, *others).float().softmax(1)
                 scores = scores / (1 + len(copies))
-            first += len(points)
-            yield scores, batch
+            of_all = gather_rows(scores, [len(batch[0]) for _, batch in turns])
+            yield from zip(of_all[: len(group)], [batch for _, batch in group], strict=True)
 
 
 class FineTuning(TrainingLoop):
@@ -378,12 +387,15 @@ class FineTuning(TrainingLoop):
         super().__init__(args, folder, device)
         if len(chosen) < 2:
             raise UserError(f"{len(chosen)} training sample: batch norm needs at least two")
+        if len(chosen) < world_size():
+            raise UserError(f"{len(chosen)} training samples for {world_size()} processes: start fewer")
         self.kind = model.kind
         self.model = model.to(device)
+        self.network = self.share(self.model)
+        self.dropouts = SampleDropout.convert(self.model)
         self.dataset = _Keyed(dataset, chosen)
         # Fewer samples than a batch are one batch.
-        batch = min(args.batch_size, len(chosen))
-        self.sampler = PairSampler(len(chosen), global_batch=batch, seed=args.seed)
+        self.sampler = self.sampler_of(len(chosen), min(args.batch_size, len(chosen) // world_size()))
         self.optimizer = build_optimizer(self.model, args)
         self.validate, self.score, self.table = validate, score, dict(table)
         self.identity, self.augmentation, self.per_batch = identity, augmentation, per_batch
@@ -405,9 +417,12 @@ class FineTuning(TrainingLoop):
         if self.augmentation is not None:
             streams = SampleStreams(seed=args.seed, epoch=progress.epoch, index=index, purpose=AUGMENTATION_PURPOSE)
             points = self.augmentation(points, streams)
-        torch.manual_seed((args.seed * 1_000_003 + progress.step) % (1 << 63))  # dropout
+        for number, dropout in enumerate(self.dropouts, DROPOUT_PURPOSE):
+            # From the numbers as read: those on a GPU would have to be waited for.
+            streams = SampleStreams(seed=args.seed, epoch=progress.epoch, index=batch[0], purpose=number)
+            dropout.seeds = streams.seeds()
         with autocast(self.device, args.amp):
-            scores = self.model(points.mT, *others)
+            scores = self.network(points.mT, *others)
         loss = smoothed_cross_entropy(scores, target, args.label_smoothing)
         self.minimise(loss)
         return loss.detach()[None]
@@ -443,7 +458,7 @@ class FineTuning(TrainingLoop):
         Returns:
             ``best`` (None where nothing was validated) and ``last``: each with epoch, validation and test scores.
         """
-        records = {record["epoch"]: record for record in self.folder.metrics()}
+        records = {record["epoch"]: record for record in from_main(lambda: list(self.folder.metrics()))}
         prefix = f"{self.args.select_on}_"
 
         def entry(epoch: int) -> dict[str, Any]:
@@ -456,7 +471,7 @@ class FineTuning(TrainingLoop):
             best = last
         elif self.progress.best_epoch:
             path = self.folder / "best.pth"
-            self.load_weights(load_checkpoint(path), path)
+            self.load_weights(from_main(lambda: load_checkpoint(path)), path)
             best = entry(self.progress.best_epoch)
         return {"selected_on": self.args.select_on if best else None, "best": best, "last": last}
 
@@ -472,26 +487,33 @@ class FineTuning(TrainingLoop):
         checkpoint = folder.to_resume(args.resume)
         if checkpoint:
             self.resume(checkpoint)
-            if self.progress.epoch >= args.epochs and (folder / "result.json").exists():
+            result = from_main(self.earlier_result) if self.progress.epoch >= args.epochs else None
+            if result is not None:
                 logger.info("%s is finished", folder.path)
-                return json.loads((folder / "result.json").read_text(encoding="utf-8"))
+                return result
         folder.write_config(self.provenance())
         for line in report:
             logger.info(line)
         logger.info(
-            "%d training samples, %d steps of %d on %s",
-            *(len(self.dataset), self.total_steps, self.sampler.global_batch, self.device),
+            "%d training samples, %d steps of %d in %d process(es) on %s",
+            *(len(self.dataset), self.total_steps, self.sampler.global_batch, world_size(), self.device),
         )
-        if self.sampler.global_batch < args.batch_size:
-            logger.info("fewer samples than --batch_size %d: each step takes them all", args.batch_size)
+        if self.sampler.global_batch < args.batch_size * world_size():
+            logger.info("fewer samples than --batch_size %d asks for: each step takes them all", args.batch_size)
         if self.validate is None:
             logger.info("nothing is held out: there is no best epoch, the last one is reported")
         start = time.perf_counter()
         self.train()
         seconds = time.perf_counter() - start
         result = {**self.finish(test), "training_samples": len(self.dataset), "training_seconds": round(seconds, 1)}
-        write_json(folder / "result.json", result)
+        if is_main():
+            write_json(folder / "result.json", result)
         return result
+
+    def earlier_result(self) -> dict[str, Any] | None:
+        """What a finished run in the folder has found."""
+        path = self.folder / "result.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def run_folders(args: argparse.Namespace, names: Sequence[str]) -> list[RunFolder]:

@@ -47,7 +47,8 @@ from downstream.segmentation.engine import (
 )
 from models.segmentation import SemanticSegmentation
 from utils.checkpoint import fine_tuned_from_checkpoint
-from utils.cli import HelpFormatter, log_to_screen, positive_int, resolve_device, run, write_json
+from utils.cli import HelpFormatter, log_to_screen, positive_int, resolve_device, write_json
+from utils.distributed import is_main, launch, main_only
 from utils.errors import CheckpointError, DataError, UserError
 from utils.training import git_commit, versions
 
@@ -326,6 +327,7 @@ def score_checkpoints(args: argparse.Namespace) -> list[dict[str, Any]]:
     return records
 
 
+@main_only
 def draw(args: argparse.Namespace, scores: dict[str, Scores], what: str, folder: Path | None) -> None:
     """Draw the confusion matrix of each protocol, to ``--confusion_matrix`` or into the run folder."""
     for protocol, values in scores.items():
@@ -392,9 +394,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if folder or args.confusion_matrix:
             draw(args, metrics["six_fold"], "six-fold", folder)
     metrics |= {"versions": versions(), "commit": git_commit()}
-    write_json(args.json, metrics)
+    if is_main():
+        write_json(args.json, metrics)
     return metrics
 
 
 if __name__ == "__main__":
-    run(main)
+    launch(main)
