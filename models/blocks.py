@@ -66,7 +66,11 @@ def unmark(marked: Tensor) -> tuple[Tensor, Tensor]:
 
 def in_degree(neighbours: Tensor) -> Tensor:
     """How often each row is somebody's neighbour: (P, k) -> (P,) int64."""
-    return torch.bincount(neighbours.flatten(), minlength=len(neighbours))
+    if neighbours.device.type == "cpu":
+        return torch.bincount(neighbours.flatten(), minlength=len(neighbours))
+    # On a GPU bincount would wait for its result's size.
+    flat = neighbours.flatten()
+    return flat.new_zeros(len(neighbours)).scatter_add_(0, flat, torch.ones_like(flat))
 
 
 def neighbour_sum(table: Tensor, neighbours: Tensor) -> Tensor:

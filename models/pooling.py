@@ -65,16 +65,16 @@ class _Pool(torch.autograd.Function):
             return blocks_of_clouds(clouds, points, width, ELEMENTWISE_BLOCK.get(weight.device.type, 1 << 24))
 
         def product(c: slice, r: slice) -> Tensor:
-            x = torch.cat([part.view(clouds, points, -1)[c, r] for part in rows], dim=2)
-            return x.to(half) @ kernel
+            x = torch.cat([part.view(clouds, points, -1)[c, r] for part in rows], dim=2).to(half)
+            out = y[c, r].flatten(0, 1) if keep else None  # a view: blocks are contiguous
+            return at_least_float32(torch.mm(x.flatten(0, 1), kernel, out=out).unflatten(0, x.shape[:2]))
 
         if batch:
             # A mean from the inputs' is close enough to centre with; what it misses is taken off afterwards.
             centre = torch.cat([at_least_float32(part).mean(0) for part in rows]) @ at_least_float32(weight).T
             total, scatter = torch.zeros_like(centre), torch.zeros_like(centre)
             for c, r in blocks():
-                y[c, r] = product(c, r)
-                offset = at_least_float32(y[c, r]) - centre
+                offset = product(c, r) - centre
                 total += offset.sum((0, 1))
                 scatter += offset.square_().sum((0, 1))
             count = centre.new_full((), clouds * points)
@@ -94,9 +94,7 @@ class _Pool(torch.autograd.Function):
         marks = can_mark(maxima, points)
         marked = maxima.double() if marks else None
         for c, r in blocks():
-            if keep and not batch:
-                y[c, r] = product(c, r)
-            value = at_least_float32(y[c, r] if keep else product(c, r))
+            value = at_least_float32(y[c, r]) if batch else product(c, r)
             if with_mean:
                 means[c] += F.leaky_relu_(torch.addcmul(shift, value, scale), slope).sum(1)
             value = value * sign
