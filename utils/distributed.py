@@ -169,6 +169,12 @@ def replicated(model: nn.Module) -> nn.Module:
     return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 
 
+def averages_gradients(network: nn.Module, when: bool) -> contextlib.AbstractContextManager:
+    """Context of a backward pass: without ``when`` a ``replicated`` module keeps its gradients to this process."""
+    alone = when or not isinstance(network, DistributedDataParallel)
+    return contextlib.nullcontext() if alone else network.no_sync()
+
+
 def started_as_one_of_many() -> bool:
     """Whether torchrun, or a launcher that sets the same variables, started this process as one of several."""
     given = {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
@@ -186,7 +192,7 @@ def launch(main: Callable[[], Any]) -> NoReturn:
     if int(os.environ["RANK"]) > 0:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
     store, own, size = next(rendezvous("env://", timeout=TIMEOUT))
-    peers = _Peers(store, own, size)
+    peers = _Peers(own, size)
     code: Any = 0
     try:
         # Tensors in memory travel by gloo in any case: what the processes agree on never waits for a GPU.
@@ -230,14 +236,16 @@ class _Peers:
     stopped or cut off is noticed also where the others wait for it inside a GPU's collective, which raises no error.
 
     Args:
-        store: all processes have met in it.
         own: number of this process.
         size: number of processes.
     """
 
-    def __init__(self, store: dist.Store, own: int, size: int) -> None:
-        # A connection of its own: the main thread may wait for hours in the other one.
-        self.store = dist.PrefixStore("peers", store.clone())
+    def __init__(self, own: int, size: int) -> None:
+        # A connection of its own: the main thread may wait in the other one. A restart by torchrun starts afresh.
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        own_connection = dist.TCPStore(*address, is_master=False, timeout=TIMEOUT)
+        self.store = dist.PrefixStore(f"peers {attempt}", own_connection)
         self.own, self.neighbour = own, (own + 1) % size
         self.ending = threading.Lock()
         self.stopped = threading.Event()

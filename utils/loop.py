@@ -192,14 +192,20 @@ class TrainingLoop(ABC):
             SyncBatchNorm.convert(model)
         return replicated(model)
 
-    def sampler_of(self, size: int, batch: int) -> PairSampler:
-        """Batches for this process, ``batch`` samples for each process."""
+    def sampler_of(self, size: int, batch: int, *, parts: int = 1) -> PairSampler:
+        """Batches for this process, of ``batch`` samples for each process and each part of a step."""
         world = world_size()
-        return PairSampler(size, global_batch=batch * world, seed=self.args.seed, rank=rank(), world=world)
+        return PairSampler(
+            size, global_batch=batch * world * parts, seed=self.args.seed, rank=rank(), world=world, parts=parts
+        )
 
     def minimise(self, loss: torch.Tensor) -> None:
         """Backward pass and optimiser step, with loss scaling where it is on."""
         self.scaler.scale(loss).backward()
+        self.update()
+
+    def update(self) -> None:
+        """Optimiser step with the gradients there are."""
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -278,10 +284,10 @@ class TrainingLoop(ABC):
             self.save("last.pth")
             shown = "  ".join(f"{key} {value:.4g}" for key, value in record.items())
             logger.info(shown)
-            self.folder.draw_curves()
             tracker.log(record, step=progress.step)
             if any_process(self.stopping) and progress.epoch < args.epochs:
-                self.leave()
+                self.leave()  # at once: whoever sent SIGTERM waits only so long
+            self.folder.draw_curves()
         bar.close()
         tracker.finish()
         return record or from_main(lambda: next(reversed(list(self.folder.metrics())), {}))

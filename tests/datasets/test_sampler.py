@@ -1,8 +1,10 @@
 import pytest
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 from datasets.sampler import PairSampler
 from datasets.shapenet_render import SampleKey
+from datasets.streams import SampleStreams
 
 
 def batches(sampler, *, epoch=0, start=0):
@@ -50,3 +52,34 @@ def test_an_epoch_goes_on_from_any_batch(world):
 def test_a_batch_that_does_not_divide_is_refused():
     with pytest.raises(ValueError, match="global batch of 6 does not divide among 4"):
         PairSampler(40, global_batch=6, seed=1, world=4)
+
+
+class Streams(Dataset):
+    """For every sample the first numbers of its streams: of reading, of each augmentation, of the first dropouts."""
+
+    PURPOSES = (0, 1, 2, 16, 17, 18)
+
+    def __getitem__(self, key):
+        index = torch.tensor([key.index])
+        streams = [SampleStreams(seed=5, epoch=key.epoch, index=index, purpose=p) for p in self.PURPOSES]
+        return key.epoch, key.index, [(int(s.state), s.uniform(2).flatten().tolist()) for s in streams]
+
+
+def test_no_two_samples_share_a_stream_and_none_depends_on_workers_or_processes():
+    seen = []
+    for world, workers in ((1, 0), (1, 2), (2, 0), (2, 2), (3, 0)):
+        drawn = {}
+        for rank in range(world):
+            sampler = PairSampler(30, global_batch=6, seed=5, rank=rank, world=world)
+            for sampler.epoch in range(2):
+                loader = DataLoader(Streams(), batch_sampler=sampler, num_workers=workers, collate_fn=list)
+                for epoch, index, numbers in (sample for batch in loader for sample in batch):
+                    assert (epoch, index) not in drawn  # no sample twice in an epoch
+                    drawn[epoch, index] = numbers
+        assert len(drawn) == 60
+        states = [state for numbers in drawn.values() for state, _ in numbers]
+        assert len(set(states)) == len(states) == 60 * len(Streams.PURPOSES)
+        draws = [tuple(values) for numbers in drawn.values() for _, values in numbers]
+        assert len(set(draws)) == len(draws)
+        seen.append(drawn)
+    assert all(drawn == seen[0] for drawn in seen)

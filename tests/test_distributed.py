@@ -1,0 +1,392 @@
+"""Pretraining and fine-tuning in two processes (gloo): what one process trains, and how the processes end together."""
+
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import train_crossnet_con as pretraining
+from datasets.shapenet_render import ShapeNetRender, collate_pairs
+from downstream.classification import finetune
+from models import CrossNet
+from models.image import IMAGE_ENCODERS
+from tests.pairs import cloud_path, write_demo_set, write_pairs
+from tests.several import finish, output_of, run, start
+from tests.small_run import ROOT, TinyImageNet, arguments
+from train_crossnet_con import Pretraining
+from utils import distributed
+from utils.checkpoint import load_checkpoint
+from utils.cli import resolve_device
+from utils.errors import UserError
+from utils.tracking import RunFolder
+
+# Two epochs of two steps of eight pairs.
+SHORT = ("--epochs", 2, "--eval_every", 0)
+
+
+def double(samples):
+    """A batch in float64: rounding no longer hides what differs."""
+    batch = collate_pairs(samples)
+    return {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in batch.items()}
+
+
+def make_small(patch):
+    """A tiny image network, float64, no pictures of curves, quick news of errors; forked processes inherit it."""
+    patch.setitem(IMAGE_ENCODERS, "resnet18", TinyImageNet)
+    patch.setattr(RunFolder, "draw_curves", lambda self: None)
+    patch.setattr(pretraining, "CrossNet", lambda *args, **kwargs: CrossNet(*args, **kwargs).double())
+    patch.setattr(Pretraining, "collate", staticmethod(double))
+    patch.setattr(distributed, "BEAT_SECONDS", 0.3)
+    patch.setattr(distributed, "BEATS_UNTIL_LOST", 200)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    make_small(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """16 pairs and a labelled set."""
+    root = tmp_path_factory.mktemp("data")
+    write_pairs(root, 16)
+    write_demo_set(root)
+    return root
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same(ours, theirs, *, tolerance=1e-9):
+    """Two runs' folders agree up to the order of sums: weights, statistics, optimiser, scores."""
+    ours_last, theirs_last = (load_checkpoint(folder / "last.pth") for folder in (ours, theirs))
+    for part in ("point_encoder", "heads_and_image_encoders", "head"):
+        if part in theirs_last:
+            assert ours_last[part].keys() == theirs_last[part].keys()
+            for name, value in theirs_last[part].items():
+                torch.testing.assert_close(ours_last[part][name], value, rtol=0, atol=tolerance, msg=name)
+    for number, state in theirs_last["optimizer"]["state"].items():
+        for name, value in state.items():
+            found = ours_last["optimizer"]["state"][number][name]
+            torch.testing.assert_close(found, value, rtol=0, atol=tolerance, msg=f"{name} of parameter {number}")
+    varying = {"seconds", "waited", "sums"}
+    ours_stand, theirs_stand = (
+        {k: v for k, v in last["progress"].items() if k not in varying} for last in (ours_last, theirs_last)
+    )
+    assert ours_stand == theirs_stand
+    varying = {"shapes_per_s", "data_wait"}
+    records = [[{k: v for k, v in r.items() if k not in varying} for r in metrics(folder)] for folder in (ours, theirs)]
+    assert len(records[0]) == len(records[1])
+    for found, expected in zip(*records, strict=True):
+        assert found == pytest.approx(expected, rel=1e-6)
+
+
+CASES = {
+    "con, both": (),
+    "con, rgb": ("--image_modality", "rgb"),
+    "con, gray": ("--image_modality", "gray"),
+    "con, same object masked": ("--mask_same_object",),
+    "ave, both": ("--objective", "ave"),
+    "ave, rgb": ("--objective", "ave", "--image_modality", "rgb"),
+    "ave, gray": ("--objective", "ave", "--image_modality", "gray"),
+    "part segmentation": ("--model", "dgcnn_partseg"),
+    "semantic segmentation": ("--model", "dgcnn_semseg"),
+    "PointNet": ("--model", "pointnet_cls"),
+    "PointNet, parts": ("--model", "pointnet_partseg"),
+    "workers": ("--workers", 1),
+}
+
+
+@pytest.fixture(scope="module")
+def of_two(root, tmp_path_factory):
+    """Every case trained by two processes; one start for all."""
+    out = tmp_path_factory.mktemp("two")
+
+    def main():
+        for name, flags in CASES.items():
+            pretraining.main(arguments(root, out, *SHORT, *flags, "--batch_size", 4, "--exp_name", name))
+
+    with pytest.MonkeyPatch.context() as patch:
+        make_small(patch)
+        run(main, out / "logs")
+    return out
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_train_what_one_with_the_doubled_batch_trains(root, of_two, tmp_path, case):
+    pretraining.main(arguments(root, tmp_path, *SHORT, *CASES[case], "--batch_size", 8))
+    assert_same(of_two / case, tmp_path / "crossnet")
+    assert {path.name for path in (of_two / case).iterdir()} == {"last.pth", "config.json", "metrics.jsonl", "run.log"}
+    assert json.loads((of_two / case / "config.json").read_text())["processes"] == 2
+
+
+def test_only_the_main_process_writes_to_the_screen(of_two):
+    first, second = ((of_two / "logs" / f"{rank}.log").read_text() for rank in range(2))
+    assert second == "" and first.count("4 steps of 8 objects in 2 process(es)") == len(CASES)
+
+
+def test_without_shared_statistics_the_result_is_another(root, of_two, tmp_path):
+    run(lambda: pretraining.main(arguments(root, tmp_path, *SHORT, "--no_sync_bn")), tmp_path)
+    ours, theirs = (metrics(folder)[-1]["loss"] for folder in (tmp_path / "crossnet", of_two / "con, both"))
+    assert ours != pytest.approx(theirs, rel=1e-3)
+
+
+PROBED = ("--epochs", 2, "--eval_every", 1, "--save_every", 0)
+
+
+@pytest.fixture(scope="module")
+def whole(root, tmp_path_factory):
+    """An uninterrupted run of one process, probed."""
+    out = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        make_small(patch)
+        pretraining.main(arguments(root, out, *PROBED, "--batch_size", 8))
+    return out / "crossnet"
+
+
+def terminate_in(step, rank):
+    """SIGTERM to one process in one of its steps."""
+    original = Pretraining.step
+
+    def terminating(self, batch):
+        if self.progress.step == step and distributed.rank() == rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, batch)
+
+    Pretraining.step = terminating
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_a_stopped_run_goes_on_with_another_number_of_processes(root, whole, tmp_path, before, after):
+    def main(processes, *flags):
+        pretraining.main(arguments(root, tmp_path, *PROBED, "--batch_size", 8 // processes, *flags))
+
+    def interrupted():
+        terminate_in(2, before - 1)
+        main(before)
+
+    codes = finish(start(interrupted, tmp_path / "logs", before))
+    assert codes == [143] * before, output_of(tmp_path / "logs")
+    assert output_of(tmp_path / "logs").count("stopped by SIGTERM at step 3") == 1
+    assert load_checkpoint(tmp_path / "crossnet" / "last.pth")["progress"]["step"] == 3
+    run(lambda: main(after, "--resume"), tmp_path / "logs", after)
+    assert_same(tmp_path / "crossnet", whole)
+    assert load_checkpoint(tmp_path / "crossnet" / "best.pth")["progress"]["best"] > 0
+
+
+@pytest.mark.parametrize(
+    ("processes", "batch", "message"),
+    [
+        (1, 4, "--batch_size 8 in 1 process.* there, 4 in 1 here.*global batch of 4, not 8: --batch_size 8 fits"),
+        (2, 8, "--batch_size 8 in 1 process.* there, 8 in 2 here.*global batch of 16, not 8: --batch_size 4 fits"),
+        (3, 2, "global batch of 6, not 8: 3 processes cannot share it"),
+    ],
+)
+def test_another_global_batch_is_an_error_that_names_what_fits(
+    root, whole, tmp_path, monkeypatch, processes, batch, message
+):
+    monkeypatch.setattr("utils.loop.world_size", lambda: processes)
+    monkeypatch.setattr("utils.loop.replicated", lambda model: model)
+    argv = arguments(root, tmp_path, *PROBED, "--batch_size", batch, "--resume", whole / "last.pth")
+    with pytest.raises(UserError, match=message):
+        pretraining.main(argv)
+
+
+def one_message(folder, codes, message):
+    text = output_of(folder)
+    assert all(codes) and re.search(message, text), text
+    assert text.count("error:") == 1 and "Traceback" not in text, text
+
+
+def test_an_error_in_all_processes_or_in_one_ends_all_with_one_message(root, tmp_path):
+    codes = finish(start(lambda: pretraining.main(arguments(tmp_path / "absent", tmp_path)), tmp_path / "a"))
+    one_message(tmp_path / "a", codes, "absent does not exist")
+    write_pairs(tmp_path / "data", 16)
+    broken = cloud_path(tmp_path / "data", ShapeNetRender(tmp_path / "data").ids[3])
+    broken.write_text("ply\n")
+    strict = arguments(tmp_path / "data", tmp_path, *SHORT, "--strict_data")
+    codes = finish(start(lambda: pretraining.main(strict), tmp_path / "b"))
+    one_message(tmp_path / "b", codes, str(broken))
+    codes = finish(start(lambda: pretraining.main(["--batch_size", "x"]), tmp_path / "c"))
+    assert codes == [2, 2] and output_of(tmp_path / "c").count("error: argument --batch_size") == 1
+
+
+def test_unreadable_samples_of_all_processes_count_and_stop_all(tmp_path):
+    write_pairs(tmp_path / "data", 16)
+    broken = cloud_path(tmp_path / "data", ShapeNetRender(tmp_path / "data").ids[3])
+    broken.write_text("ply\n")
+    codes = finish(start(lambda: pretraining.main(arguments(tmp_path / "data", tmp_path, *SHORT)), tmp_path / "logs"))
+    one_message(tmp_path / "logs", codes, f"1 of (8|16) samples could not be read, more than 1 %.*{broken}")
+    assert f"skipped: {broken}" in (tmp_path / "crossnet" / "run.log").read_text()
+
+
+def fail_in_step(how):
+    """What happens to the second process in its second step."""
+    original = Pretraining.step
+
+    def step(self, batch):
+        if self.progress.step == 1 and distributed.rank() == 1:
+            how()
+        return original(self, batch)
+
+    Pretraining.step = step
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_other_with_a_message(root, tmp_path, victim):
+    def main():
+        original = Pretraining.update
+
+        def update(self):
+            if self.progress.step == 1 and distributed.rank() == victim:
+                os.kill(os.getpid(), signal.SIGKILL)
+            original(self)
+
+        Pretraining.update = update
+        pretraining.main(arguments(root, tmp_path, *SHORT))
+
+    begin = time.monotonic()
+    codes = finish(start(main, tmp_path / "logs"))
+    assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == distributed.EXIT_LOST_PROCESS
+    assert time.monotonic() - begin < 60
+    one_message(tmp_path / "logs", codes, "gone.* killed, perhaps for want of memory.* --resume")
+
+
+def test_a_process_that_stands_still_between_collectives_ends_the_other(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "BEATS_UNTIL_LOST", 10)
+
+    def main():
+        fail_in_step(lambda: os.kill(os.getpid(), signal.SIGSTOP))
+        pretraining.main(arguments(root, tmp_path, *SHORT))
+
+    processes = start(main, tmp_path / "logs")
+    assert finish(processes[:1]) == [distributed.EXIT_LOST_PROCESS]
+    processes[1].kill()
+    finish(processes)
+    one_message(tmp_path / "logs", [1], "process 1 has been silent for 3 seconds.* --resume")
+
+
+def test_a_process_that_hangs_ends_the_others_after_the_timeout(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "TIMEOUT", distributed.timedelta(seconds=8))
+
+    def main():
+        fail_in_step(lambda: time.sleep(600))
+        pretraining.main(arguments(root, tmp_path, *SHORT))
+
+    codes = finish(start(main, tmp_path / "logs"))
+    assert codes == [distributed.EXIT_LOST_PROCESS] * 2
+    one_message(tmp_path / "logs", codes, "another process does not answer, as process 0 found")
+
+
+def torchrun(*argv):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*command, "-m", "tests.small_run", *argv], cwd=ROOT, env=environment, **pipes)
+
+
+def wait_for(file, text, process):
+    """Until a running process has written ``text`` into a file."""
+    while process.poll() is None:
+        if file.exists() and text in file.read_text():
+            return
+        time.sleep(0.002)
+    raise AssertionError(process.communicate()[0])
+
+
+def test_torchrun_stopped_and_a_rank_killed_loses_nothing(root, tmp_path):
+    """The one test with torchrun itself, in float32: its processes do not inherit float64."""
+    flags = ("--epochs", 2, "--eval_every", 0, "--save_every", 1, "--batch_size", 1)  # sixteen steps of two pairs
+    argv = [*arguments(root, tmp_path, *flags), "--resume"]
+    log = tmp_path / "crossnet" / "run.log"
+    process = torchrun(*argv)
+    wait_for(log, "step 2/16", process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode and output.count("stopped by SIGTERM at step") == 1, output
+    stopped = load_checkpoint(tmp_path / "crossnet" / "last.pth")["progress"]["step"]
+    assert 2 <= stopped < 8
+    process = torchrun(*argv)
+    wait_for(log, f"step {stopped + 2}/16", process)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+    victim = next(
+        int(pid) for pid in children.stdout.split() if b"\0RANK=1\0" in open(f"/proc/{pid}/environ", "rb").read()
+    )
+    os.kill(victim, signal.SIGKILL)
+    begin = time.monotonic()
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode and time.monotonic() - begin < 60, output
+    assert output.count("error: another process is gone") == 1 and "--resume" in output, output
+    killed = load_checkpoint(tmp_path / "crossnet" / "last.pth")["progress"]["step"]
+    assert killed > stopped
+    run(lambda: pretraining.main(argv), tmp_path / "logs")
+    assert [record["step"] for record in metrics(tmp_path / "crossnet")] == [8, 16]
+
+
+def fine_tune(root, out, *more):
+    flags = "--dataset demo --k 4 --emb_dims 16 --num_points 32 --workers 0 --device cpu --epochs 2 --save_every 1"
+    sizes = ["--test_batch_size", "5", "--data_root", str(root), "--output_dir", str(out), "--exp_name", "a"]
+    return finetune.main([*flags.split(), *sizes, *map(str, more)])
+
+
+@pytest.fixture
+def fine_tuning_in_float64(monkeypatch):
+    start_model, item = finetune.start_model, finetune.Clouds.__getitem__
+
+    def started(*args, **kwargs):
+        model, report = start_model(*args, **kwargs)
+        return model.double(), report
+
+    monkeypatch.setattr(finetune, "start_model", started)
+    monkeypatch.setattr(finetune.Clouds, "__getitem__", lambda self, i: (item(self, i)[0].double(), item(self, i)[1]))
+
+
+def test_fine_tuning_in_two_processes_is_fine_tuning_in_one(root, tmp_path, fine_tuning_in_float64):
+    """Augmentation, dropout, validation and test included."""
+    logging.getLogger("crossnet").handlers.clear()
+    report = tmp_path / "report.json"
+    run(lambda: fine_tune(root, tmp_path / "two", "--batch_size", 3, "--json", report), tmp_path / "logs")
+    (expected,) = fine_tune(root, tmp_path / "one", "--batch_size", 6)["runs"]
+    assert_same(tmp_path / "two" / "a", tmp_path / "one" / "a", tolerance=1e-7)
+    (found,) = json.loads(report.read_text())["runs"]
+    assert found["best"] == expected["best"] and found["last"] == expected["last"]
+    assert (tmp_path / "two" / "a" / "result.json").exists()
+    # Again, and by another number of processes: the finished run gives its result.
+    assert fine_tune(root, tmp_path / "two", "--batch_size", 6, "--resume")["runs"][0]["last"] == found["last"]
+
+
+def test_processes_on_a_machine_do_not_share_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch, "empty", lambda size, device: torch.zeros(size))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for name in ("auto", "cuda"):
+        assert resolve_device(name) == torch.device("cuda:1")
+    assert resolve_device("cpu") == torch.device("cpu")
+    with pytest.raises(UserError, match="2 processes on this machine need a GPU each, it has 2 and --device is cuda:0"):
+        resolve_device("cuda:0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(UserError, match="3 processes .* it has 2 .*--nproc_per_node"):
+        resolve_device()
+
+
+def test_alone_without_a_launchers_variables(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    assert not distributed.started_as_one_of_many()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert not distributed.started_as_one_of_many()  # a scheduler's variable, but nobody to meet
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")
+    assert distributed.started_as_one_of_many()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert not distributed.started_as_one_of_many()
