@@ -6,12 +6,15 @@ centred sum of squares, and the functions here do with them what the module woul
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from models.precision import at_least_float32
 from utils.distributed import all_reduce_sum, gather_with_grad, world_size
 
 
@@ -102,11 +105,41 @@ def sign_of_gain(scale: Tensor) -> Tensor:
     return torch.where(scale.detach() < 0, -1.0, 1.0).to(scale.dtype)
 
 
+class _NormaliseTogether(torch.autograd.Function):
+    """Batch norm by the statistics of all processes, which keeps only its input for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: _BatchNorm) -> Tensor:
+        values = at_least_float32(x)
+        ctx.dims, ctx.norm = [0, *range(2, x.ndim)], norm
+        variance, mean = torch.var_mean(values, ctx.dims, correction=0)
+        count = values.new_full((), x.numel() // x.shape[1])  # filled there: a copy would wait for the device
+        moments = across_processes(Moments(count, mean, variance * count), norm)
+        variance = moments.scatter / moments.count
+        update_running_statistics(norm, moments.mean, variance, moments.count)
+        ctx.save_for_backward(x, weight, moments.mean, torch.rsqrt(variance + norm.eps), moments.count)
+        return F.batch_norm(values, moments.mean, variance, weight, bias, eps=norm.eps).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, rstd, count = ctx.saved_tensors
+        shape = [1, -1, *[1] * (x.ndim - 2)]
+        grad, centred = at_least_float32(grad), at_least_float32(x) - mean.reshape(shape)
+        sum_grad, grad_gain = grad.sum(ctx.dims), (grad * centred).sum(ctx.dims) * rstd
+        # The mean and the variance depend on every row of every process.
+        shared = sum_across_processes(torch.stack([sum_grad, grad_gain]), ctx.norm) / count
+        scale = rstd if weight is None else rstd * weight
+        grad_x = torch.addcmul(grad - shared[0].reshape(shape), centred, (-shared[1] * rstd).reshape(shape))
+        of_weight, of_bias = (None, None) if weight is None else (grad_gain, sum_grad)
+        return (grad_x * scale.reshape(shape)).to(x.dtype), of_weight, of_bias, None
+
+
 class SyncBatchNorm(_BatchNorm):
     """Batch norm over the rows of all processes, on gloo (CPU) as well as on NCCL.
 
-    ``torch.nn.SyncBatchNorm`` refuses CPU tensors. Counts, means and centred sums travel in one differentiable
-    all-reduce; parameter and buffer names are those of ``nn.BatchNorm``. In one process it is plain batch norm.
+    ``torch.nn.SyncBatchNorm`` refuses CPU tensors. Counts, means and centred sums travel in one all-reduce each way;
+    parameter and buffer names are those of ``nn.BatchNorm``. In one process it is plain batch norm.
     """
 
     def _check_input_dim(self, x: Tensor) -> None:
@@ -118,17 +151,7 @@ class SyncBatchNorm(_BatchNorm):
         if world_size() == 1 or not uses_batch_statistics(self):
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
-            values = x if x.dtype == torch.float64 else x.float()
-            dims = [d for d in range(x.ndim) if d != 1]
-            shape = [1, -1, *[1] * (x.ndim - 2)]
-            local_mean = values.mean(dims)
-            centred = values - local_mean.reshape(shape)
-            count = values.new_full((), x.numel() // x.shape[1])  # filled there: a copy would wait for the device
-            moments = across_processes(Moments(count, local_mean, centred.square().sum(dims)), self)
-            variance = moments.scatter / moments.count
-            update_running_statistics(self, moments.mean, variance, moments.count)
-            scale, shift = scale_and_shift(self, moments.mean - local_mean, variance)
-            return (centred * scale.reshape(shape) + shift.reshape(shape)).to(x.dtype)
+            return _NormaliseTogether.apply(x, self.weight, self.bias, self)
 
     @classmethod
     def convert(cls, module: nn.Module) -> nn.Module:

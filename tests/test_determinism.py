@@ -1,0 +1,86 @@
+"""Same seed, same machine: the same weights to the last bit, with any number of data workers; two processes too."""
+
+import pytest
+import torch
+
+from downstream.classification import finetune
+from models.image import IMAGE_ENCODERS
+from tests.pairs import write_demo_set, write_pairs
+from tests.several import run
+from tests.small_run import TinyImageNet, arguments
+from train_crossnet_con import main
+from utils.checkpoint import load_checkpoint
+from utils.tracking import RunFolder
+from utils.training import deterministic
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setitem(IMAGE_ENCODERS, "resnet18", TinyImageNet)
+    monkeypatch.setattr(RunFolder, "draw_curves", lambda self: None)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    write_pairs(root, 8)
+    write_demo_set(root)
+    return root
+
+
+def bits(path):
+    """Every tensor of a checkpoint as bytes, by name."""
+    payload = load_checkpoint(path)
+    parts = ("point_encoder", "heads_and_image_encoders", "head")
+    return {f"{part} {k}": v.numpy().tobytes() for part in parts for k, v in payload.get(part, {}).items()}
+
+
+def all_equal(paths):
+    first, *others = map(bits, paths)
+    assert first and all(other == first for other in others)
+
+
+def test_pretraining_repeats(root, tmp_path):
+    def pretrain(name, *more):
+        main(arguments(root, tmp_path, "--epochs", 2, "--eval_every", 0, "--exp_name", name, *more))
+        return tmp_path / name / "last.pth"
+
+    runs = [
+        pretrain("plain"),
+        pretrain("again", "--deterministic"),
+        pretrain("workers", "--deterministic", "--workers", 2),
+    ]
+    all_equal(runs)
+    assert bits(pretrain("other", "--seed", 2)) != bits(runs[0])
+
+
+def test_pretraining_in_two_processes_repeats(root, tmp_path):
+    flags = ("--epochs", 2, "--eval_every", 0, "--batch_size", 2, "--deterministic")
+
+    def twice():
+        for name, workers in (("a", 0), ("b", 1)):
+            main(arguments(root, tmp_path, *flags, "--exp_name", name, "--workers", workers))
+
+    run(twice, tmp_path / "logs")
+    all_equal([tmp_path / "a" / "last.pth", tmp_path / "b" / "last.pth"])
+
+
+def test_fine_tuning_repeats(root, tmp_path):
+    common = f"--dataset demo --data_root {root} --output_dir {tmp_path} --device cpu --epochs 2 --k 4 --emb_dims 16"
+    for name, more in (("a", "--workers 0"), ("b", "--workers 2 --deterministic")):
+        torch.rand(3)  # what was drawn before does not matter
+        finetune.main([*common.split(), *"--num_points 24 --batch_size 6 --exp_name".split(), name, *more.split()])
+    all_equal([tmp_path / "a" / "last.pth", tmp_path / "b" / "last.pth"])
+    all_equal([tmp_path / "a" / "best.pth", tmp_path / "b" / "best.pth"])
+
+
+def test_the_flag_holds_inside_training_only(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    cudnn = torch.backends.cudnn
+    before = (torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark)
+    with deterministic(False):
+        assert not torch.are_deterministic_algorithms_enabled()
+    with pytest.raises(KeyError), deterministic(True):
+        assert torch.are_deterministic_algorithms_enabled() and cudnn.deterministic and not cudnn.benchmark
+        raise KeyError
+    assert (torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark) == before
