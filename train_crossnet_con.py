@@ -21,6 +21,7 @@ curves.png. Evaluate last.pth with downstream/classification/main.py.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import logging
 from collections.abc import Mapping
@@ -36,6 +37,7 @@ from datasets.transforms import BACKGROUNDS, PointAugmentation, RenderTransform,
 from downstream.classification.probe import LinearProbe
 from downstream.features import CLASSIFICATION_SETS, find_datasets
 from models import ENCODER_ALIASES, ENCODERS, CrossNet, build_encoder, encoder_arguments
+from models.chunked import backward_in_chunks
 from models.crossnet import MODALITIES
 from models.image import IMAGE_ENCODERS
 from models.losses import OBJECTIVES, RELEASED_TEMPERATURE
@@ -51,7 +53,7 @@ from utils.cli import (
     resolve_device,
     write_json,
 )
-from utils.distributed import is_main, launch, messages_of_all, world_size
+from utils.distributed import averages_gradients, is_main, launch, messages_of_all, world_size
 from utils.errors import UserError
 from utils.loop import FREE_ON_RESUME, TrainingLoop, base_rate, build_optimizer
 from utils.tracking import RunFolder
@@ -133,6 +135,21 @@ def build_parser() -> argparse.ArgumentParser:
     )
     g = parser.add_argument_group("optimisation")
     g.add_argument("--batch_size", type=positive_int, default=32, metavar="B", help="objects per process and step")
+    g.add_argument(
+        "--accumulate",
+        type=positive_int,
+        default=1,
+        metavar="A",
+        help="batches per optimiser step, their gradients averaged; this adds no negatives: every batch has its own "
+        "loss. For more negatives in little memory use a large --batch_size with --chunk_size",
+    )
+    g.add_argument(
+        "--chunk_size",
+        type=positive_int,
+        metavar="C",
+        help="compute a batch in chunks of C objects: the memory of C, the loss and the negatives of --batch_size, "
+        "exact but for batch statistics, which are those of a chunk; takes about a third longer (default: off)",
+    )
     g.add_argument("--epochs", type=positive_int, default=250, metavar="E", help="passes over the data")
     g.add_argument(
         "--lr",
@@ -208,7 +225,7 @@ class Pretraining(TrainingLoop):
         )
         encoder = self.build_point_encoder()
         self.check_sizes()
-        self.sampler = self.sampler_of(len(self.dataset), args.batch_size)
+        self.sampler = self.sampler_of(len(self.dataset), args.batch_size, parts=args.accumulate)
         self.augmentation: PointAugmentation = pretraining_augmentation(args.num_points)
         self.model = CrossNet(
             encoder,
@@ -231,14 +248,17 @@ class Pretraining(TrainingLoop):
     def check_sizes(self) -> None:
         """Stop early where the settings do not fit the data."""
         args, size, processes = self.args, len(self.dataset), world_size()
-        if size < args.batch_size * processes:
-            times = f" in each of {processes} processes" if processes > 1 else ""
+        if size < args.batch_size * processes * args.accumulate:
+            times = f" x --accumulate {args.accumulate}" if args.accumulate > 1 else ""
+            times += f" in each of {processes} processes" if processes > 1 else ""
             raise UserError(
                 f"--batch_size {args.batch_size}{times} is larger than the data set: {args.data_root} has {size} "
-                f"pairs; use --batch_size {size // processes} or less"
+                f"pairs; use --batch_size {size // (processes * args.accumulate)} or less"
             )
         if args.batch_size * (1 if args.no_sync_bn else processes) < 2:
             raise UserError("--batch_size 1 gives the loss no negatives and batch norm no statistics; use 2 or more")
+        if args.chunk_size == 1:
+            raise UserError("--chunk_size 1 gives batch norm no statistics; use 2 or more")
         if args.num_points and args.num_points > self.dataset.cloud_size:
             raise UserError(
                 f"--num_points {args.num_points} is more than the clouds of {args.data_root} have: "
@@ -295,18 +315,47 @@ class Pretraining(TrainingLoop):
             base=base_rate(args),
         )
         set_learning_rate(self.optimizer, rate)
-        tensors = {name: value.to(self.device, non_blocking=True) for name, value in batch.items() if name != "bad"}
+        tensors = {name: value for name, value in batch.items() if name != "bad"}
+        parts = zip(*(value.tensor_split(args.accumulate) for value in tensors.values()), strict=True)
+        losses = []
+        for number, part in enumerate(parts, 1):
+            with averages_gradients(self.network, number == args.accumulate):
+                losses.append(self.add_gradients(self.inputs_of(dict(zip(tensors, part, strict=True)))))
+        self.update()
+        return torch.stack(losses).mean(0)
+
+    def inputs_of(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A batch on the device, its clouds in two augmented views: what the model takes."""
+        args = self.args
+        tensors = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
         images = {name: tensors[name] for name in ("rgb", "gray") if name in tensors}
         if args.channels_last:
             images = {name: image.contiguous(memory_format=torch.channels_last) for name, image in images.items()}
         streams = SampleStreams(
-            seed=args.seed, epoch=progress.epoch, index=tensors["index"], purpose=AUGMENTATION_PURPOSE
+            seed=args.seed, epoch=self.progress.epoch, index=tensors["index"], purpose=AUGMENTATION_PURPOSE
         )
         view1 = self.augmentation(tensors["points"], streams).mT
         view2 = self.augmentation(tensors["points"], streams).mT
-        with autocast(self.device, args.amp):
-            losses = self.network(view1, view2, **images)
-        self.minimise(losses.total)
+        return {"view1": view1, "view2": view2, **images}
+
+    def add_gradients(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Forward and backward pass; returns (3,) the losses."""
+        args = self.args
+
+        def scale(loss: torch.Tensor) -> torch.Tensor:
+            return self.scaler.scale(loss / args.accumulate)
+
+        def precision() -> contextlib.AbstractContextManager:
+            return autocast(self.device, args.amp)
+
+        if args.chunk_size:
+            losses = backward_in_chunks(
+                self.network, inputs, chunk_size=args.chunk_size, precision=precision, scale=scale
+            )
+        else:
+            with precision():
+                losses = self.network(**inputs)
+            scale(losses.total).backward()
         return torch.stack([losses.total, losses.intra, losses.cross]).detach().float()
 
     def look_at(self, batch: dict[str, Any]) -> None:

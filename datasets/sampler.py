@@ -22,16 +22,26 @@ class PairSampler(Sampler[list[SampleKey]]):
         global_batch: samples per step over all processes.
         seed: of the run.
         rank: this process.
-        world: number of processes; divides ``global_batch``.
+        world: number of processes.
+        parts: parts of a step whose losses are apart (gradient accumulation). Each is a slice of the order shared out
+            to the processes, and a process's samples are its share of the first part, of the second, and so on.
+
+    ``world * parts`` divides ``global_batch``.
 
     Attributes:
         epoch, start: set before iterating; the epoch's number and its first batch.
     """
 
-    def __init__(self, size: int, *, global_batch: int, seed: int, rank: int = 0, world: int = 1) -> None:
-        if global_batch % world:
-            raise ValueError(f"a global batch of {global_batch} does not divide among {world} processes")
+    def __init__(
+        self, size: int, *, global_batch: int, seed: int, rank: int = 0, world: int = 1, parts: int = 1
+    ) -> None:
+        if global_batch % (world * parts):
+            raise ValueError(
+                f"a global batch of {global_batch} does not divide among {world} processes"
+                + (f" in {parts} parts" if parts > 1 else "")
+            )
         self.size, self.global_batch, self.seed, self.rank, self.world = size, global_batch, seed, rank, world
+        self.parts = parts
         self.epoch, self.start = 0, 0
 
     def order(self) -> torch.Tensor:
@@ -41,10 +51,11 @@ class PairSampler(Sampler[list[SampleKey]]):
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         order = self.order().tolist()
-        share = self.global_batch // self.world
+        share = self.global_batch // (self.world * self.parts)
         for batch in range(self.start, len(self)):
             first = batch * self.global_batch + self.rank * share
-            yield [SampleKey(self.epoch, index) for index in order[first : first + share]]
+            starts = range(first, (batch + 1) * self.global_batch, self.world * share)
+            yield [SampleKey(self.epoch, index) for start in starts for index in order[start : start + share]]
 
     def __len__(self) -> int:
         """Batches of a whole epoch."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +12,15 @@ from models.image import build_image_encoder
 from models.losses import OBJECTIVES, Losses, crossnet_objective
 
 MODALITIES = ("both", "rgb", "gray")
+
+
+class Projections(NamedTuple):
+    """What the losses compare, each (B, 256); None for an image branch that is not built."""
+
+    view1: Tensor
+    view2: Tensor
+    rgb: Tensor | None
+    gray: Tensor | None
 
 
 class CrossNet(nn.Module):
@@ -68,7 +79,36 @@ class CrossNet(nn.Module):
             raise ValueError(f"the model has a {modality} branch but got no {modality} images")
         return self.image_heads[modality](self.image_encoders[modality](images))
 
-    def forward(self, view1: Tensor, view2: Tensor, *, rgb: Tensor | None = None, gray: Tensor | None = None) -> Losses:
+    def project(
+        self, view1: Tensor, view2: Tensor, *, rgb: Tensor | None = None, gray: Tensor | None = None
+    ) -> Projections:
+        """Encoders and heads; arguments as in ``forward``."""
+        return Projections(
+            *self.project_points(view1, view2), self.project_images("rgb", rgb), self.project_images("gray", gray)
+        )
+
+    def losses(self, projections: Projections) -> Losses:
+        """The objective."""
+        view1, view2, rgb, gray = projections
+        return crossnet_objective(
+            (view1, view2),
+            rgb=rgb,
+            gray=gray,
+            objective=self.objective,
+            alpha=self.alpha,
+            temperature=self.temperature,
+            mask_same_object=self.mask_same_object,
+        )
+
+    def forward(
+        self,
+        view1: Tensor,
+        view2: Tensor,
+        *,
+        rgb: Tensor | None = None,
+        gray: Tensor | None = None,
+        only_project: bool = False,
+    ) -> Losses | Projections:
         """One training step's losses.
 
         Args:
@@ -76,13 +116,7 @@ class CrossNet(nn.Module):
             view2: second augmented views (B, 3, N), row i of the same clouds.
             rgb: colour renders (B, 3, H, W) of the same objects; needed where that branch is built.
             gray: gray renders (B, 1, H, W); needed where that branch is built.
+            only_project: return the projections; for ``models.chunked``, in a module that wraps this one.
         """
-        return crossnet_objective(
-            self.project_points(view1, view2),
-            rgb=self.project_images("rgb", rgb),
-            gray=self.project_images("gray", gray),
-            objective=self.objective,
-            alpha=self.alpha,
-            temperature=self.temperature,
-            mask_same_object=self.mask_same_object,
-        )
+        projections = self.project(view1, view2, rgb=rgb, gray=gray)
+        return projections if only_project else self.losses(projections)

@@ -133,14 +133,14 @@ def test_the_loss_falls_far_below_chance(root, tmp_path, monkeypatch):
 
 def die_in_step(step, argv):
     """In a process of its own: train until SIGKILL in the middle of a step."""
-    original = Pretraining.minimise
+    original = Pretraining.update
 
-    def minimise(self, loss):
+    def update(self):
         if self.progress.step == step:
             os.kill(os.getpid(), signal.SIGKILL)
-        original(self, loss)
+        original(self)
 
-    Pretraining.minimise = minimise
+    Pretraining.update = update
     main(argv)
 
 
@@ -337,11 +337,11 @@ def test_a_loss_that_is_not_finite_stops_with_a_message_and_finite_checkpoints(r
 
 
 def test_weights_that_are_not_finite_are_never_saved(root, tmp_path, monkeypatch):
-    def break_weights(self, loss):
+    def break_weights(self):
         if self.progress.step == 2:
             self.model.point_head[0].weight.data[0, 0] = math.inf  # the loss before it was finite
 
-    monkeypatch.setattr(Pretraining, "minimise", break_weights)
+    monkeypatch.setattr(Pretraining, "update", break_weights)
     with pytest.raises(UserError, match="some weights are not finite at step 3"):
         train(root, tmp_path, *REFERENCE, "--save_every", 1)
     assert load_checkpoint(tmp_path / "crossnet" / "last.pth")["progress"]["step"] == 2
@@ -385,16 +385,46 @@ def test_switches_train(root, tmp_path, short, flags):
     assert record["loss"] != plain["loss"] or flags == "--channels_last"
 
 
+def test_one_chunk_trains_what_no_chunks_train(root, tmp_path, short):
+    ends = []
+    for flags in ((), ("--chunk_size", 4), ("--chunk_size", 2), ("--amp", "bf16", "--chunk_size", 2)):
+        train(root, tmp_path, *short, "--overwrite", *flags)
+        ends.append(load_checkpoint(tmp_path / "crossnet" / "last.pth")["point_encoder"])
+    assert equal(ends[0], ends[1])
+    assert not equal(ends[0], ends[2]) and not equal(ends[2], ends[3])
+
+
+def test_accumulated_batches_are_one_step_with_the_mean_of_their_losses(root, tmp_path, short):
+    """A rate too small to change anything: the losses of eight batches, two a step, and of the same batches alone."""
+    flags = (*short, "--epochs", 1, "--lr", "1e-30", "--save_every", 0)
+    alone = train(root, tmp_path, *flags, "--exp_name", "a")
+    both = train(root, tmp_path, *flags, "--exp_name", "b", "--accumulate", 2)
+    assert (alone["step"], both["step"]) == (2 * both["step"], alone["step"] // 2)
+    assert both["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--chunk_size", 1), "--chunk_size 1 gives batch norm no statistics"),
+        (("--accumulate", 5), "--batch_size 4 x --accumulate 5 is larger .*16 pairs; use --batch_size 3 or less"),
+    ],
+)
+def test_impossible_parts_of_a_batch_are_refused(root, tmp_path, flags, message):
+    with pytest.raises(UserError, match=message):
+        train(root, tmp_path, *flags)
+
+
 def test_learning_rates_of_both_schedules_and_optimisers(root, tmp_path, short):
     rates = []
-    step = Pretraining.minimise
+    step = Pretraining.update
 
-    def note(self, loss):
+    def note(self):
         rates.append((type(self.optimizer).__name__, self.optimizer.param_groups[0]["lr"]))
-        step(self, loss)
+        step(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Pretraining, "minimise", note)
+        patch.setattr(Pretraining, "update", note)
         two = (*short, "--epochs", 2, "--save_every", 0)
         train(root, tmp_path, *two, "--exp_name", "a")
         train(root, tmp_path, *two, "--exp_name", "b", "--lr_schedule", "released")

@@ -49,7 +49,20 @@ def test_an_epoch_goes_on_from_any_batch(world):
             assert batches(sampler, epoch=1, start=start) == whole[start:]
 
 
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_parts_of_a_step_hold_the_same_samples_whatever_the_processes(world):
+    alone = batches(PairSampler(24, global_batch=12, seed=3))
+    shares = [batches(PairSampler(24, global_batch=12, seed=3, rank=r, world=world, parts=3)) for r in range(world)]
+    for step, whole in enumerate(alone):
+        for part in range(3):
+            size = 4 // world
+            together = [key for share in shares for key in share[step][part * size : (part + 1) * size]]
+            assert together == whole[part * 4 : (part + 1) * 4]
+
+
 def test_a_batch_that_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match="global batch of 6 does not divide among 2 processes in 2 parts"):
+        PairSampler(40, global_batch=6, seed=1, world=2, parts=2)
     with pytest.raises(ValueError, match="global batch of 6 does not divide among 4"):
         PairSampler(40, global_batch=6, seed=1, world=4)
 
