@@ -34,7 +34,7 @@ def _one_of(count: int, rank: int, port: int, log: Path, main: Callable[[], Any]
     launch(main)
 
 
-def start(main: Callable[[], Any], folder: Path, count: int = 2) -> list[BaseProcess]:
+def start_together(main: Callable[[], Any], folder: Path, count: int = 2) -> list[BaseProcess]:
     """Start ``launch(main)`` in several processes; process i writes to ``<folder>/<i>.log``."""
     folder.mkdir(parents=True, exist_ok=True)
     fork, port = multiprocessing.get_context("fork"), free_port()
@@ -51,7 +51,7 @@ def output_of(folder: Path) -> str:
     return "".join(path.read_text() for path in sorted(folder.glob("*.log")))
 
 
-def finish(processes: list[BaseProcess]) -> list[int | None]:
+def exit_codes(processes: list[BaseProcess]) -> list[int | None]:
     """Wait for processes and return their exit codes."""
     for process in processes:
         process.join(300)
@@ -60,8 +60,8 @@ def finish(processes: list[BaseProcess]) -> list[int | None]:
     return [process.exitcode for process in processes]
 
 
-def run(main: Callable[[], Any], folder: Path, count: int = 2) -> str:
+def run_together(main: Callable[[], Any], folder: Path, count: int = 2) -> str:
     """Run ``main`` in several processes to a good end; returns what they wrote."""
-    codes = finish(start(main, folder, count))
+    codes = exit_codes(start_together(main, folder, count))
     assert codes == [0] * count, output_of(folder)
     return output_of(folder)

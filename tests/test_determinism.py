@@ -6,7 +6,7 @@ import torch
 from downstream.classification import finetune
 from models.image import IMAGE_ENCODERS
 from tests.pairs import write_demo_set, write_pairs
-from tests.several import run
+from tests.several import run_together
 from tests.small_run import TinyImageNet, arguments
 from train_crossnet_con import main
 from utils.checkpoint import load_checkpoint
@@ -61,7 +61,7 @@ def test_pretraining_in_two_processes_repeats(root, tmp_path):
         for name, workers in (("a", 0), ("b", 1)):
             main(arguments(root, tmp_path, *flags, "--exp_name", name, "--workers", workers))
 
-    run(twice, tmp_path / "logs")
+    run_together(twice, tmp_path / "logs")
     all_equal([tmp_path / "a" / "last.pth", tmp_path / "b" / "last.pth"])
 
 

@@ -18,7 +18,7 @@ from downstream.classification import finetune
 from models import CrossNet
 from models.image import IMAGE_ENCODERS
 from tests.pairs import cloud_path, write_demo_set, write_pairs
-from tests.several import finish, output_of, run, start
+from tests.several import exit_codes, output_of, run_together, start_together
 from tests.small_run import ROOT, TinyImageNet, arguments
 from train_crossnet_con import Pretraining
 from utils import distributed
@@ -119,7 +119,7 @@ def of_two(root, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         make_small(patch)
-        run(main, out / "logs")
+        run_together(main, out / "logs")
     return out
 
 
@@ -137,7 +137,7 @@ def test_only_the_main_process_writes_to_the_screen(of_two):
 
 
 def test_without_shared_statistics_the_result_is_another(root, of_two, tmp_path):
-    run(lambda: pretraining.main(arguments(root, tmp_path, *SHORT, "--no_sync_bn")), tmp_path)
+    run_together(lambda: pretraining.main(arguments(root, tmp_path, *SHORT, "--no_sync_bn")), tmp_path)
     ours, theirs = (metrics(folder)[-1]["loss"] for folder in (tmp_path / "crossnet", of_two / "con, both"))
     assert ours != pytest.approx(theirs, rel=1e-3)
 
@@ -176,11 +176,11 @@ def test_a_stopped_run_goes_on_with_another_number_of_processes(root, whole, tmp
         terminate_in(2, before - 1)
         main(before)
 
-    codes = finish(start(interrupted, tmp_path / "logs", before))
+    codes = exit_codes(start_together(interrupted, tmp_path / "logs", before))
     assert codes == [143] * before, output_of(tmp_path / "logs")
     assert output_of(tmp_path / "logs").count("stopped by SIGTERM at step 3") == 1
     assert load_checkpoint(tmp_path / "crossnet" / "last.pth")["progress"]["step"] == 3
-    run(lambda: main(after, "--resume"), tmp_path / "logs", after)
+    run_together(lambda: main(after, "--resume"), tmp_path / "logs", after)
     assert_same(tmp_path / "crossnet", whole)
     assert load_checkpoint(tmp_path / "crossnet" / "best.pth")["progress"]["best"] > 0
 
@@ -210,15 +210,17 @@ def one_message(folder, codes, message):
 
 
 def test_an_error_in_all_processes_or_in_one_ends_all_with_one_message(root, tmp_path):
-    codes = finish(start(lambda: pretraining.main(arguments(tmp_path / "absent", tmp_path)), tmp_path / "a"))
+    codes = exit_codes(
+        start_together(lambda: pretraining.main(arguments(tmp_path / "absent", tmp_path)), tmp_path / "a")
+    )
     one_message(tmp_path / "a", codes, "absent does not exist")
     write_pairs(tmp_path / "data", 16)
     broken = cloud_path(tmp_path / "data", ShapeNetRender(tmp_path / "data").ids[3])
     broken.write_text("ply\n")
     strict = arguments(tmp_path / "data", tmp_path, *SHORT, "--strict_data")
-    codes = finish(start(lambda: pretraining.main(strict), tmp_path / "b"))
+    codes = exit_codes(start_together(lambda: pretraining.main(strict), tmp_path / "b"))
     one_message(tmp_path / "b", codes, str(broken))
-    codes = finish(start(lambda: pretraining.main(["--batch_size", "x"]), tmp_path / "c"))
+    codes = exit_codes(start_together(lambda: pretraining.main(["--batch_size", "x"]), tmp_path / "c"))
     assert codes == [2, 2] and output_of(tmp_path / "c").count("error: argument --batch_size") == 1
 
 
@@ -226,7 +228,9 @@ def test_unreadable_samples_of_all_processes_count_and_stop_all(tmp_path):
     write_pairs(tmp_path / "data", 16)
     broken = cloud_path(tmp_path / "data", ShapeNetRender(tmp_path / "data").ids[3])
     broken.write_text("ply\n")
-    codes = finish(start(lambda: pretraining.main(arguments(tmp_path / "data", tmp_path, *SHORT)), tmp_path / "logs"))
+    codes = exit_codes(
+        start_together(lambda: pretraining.main(arguments(tmp_path / "data", tmp_path, *SHORT)), tmp_path / "logs")
+    )
     one_message(tmp_path / "logs", codes, f"1 of (8|16) samples could not be read, more than 1 %.*{broken}")
     assert f"skipped: {broken}" in (tmp_path / "crossnet" / "run.log").read_text()
 
@@ -257,7 +261,7 @@ def test_a_killed_process_ends_the_other_with_a_message(root, tmp_path, victim):
         pretraining.main(arguments(root, tmp_path, *SHORT))
 
     begin = time.monotonic()
-    codes = finish(start(main, tmp_path / "logs"))
+    codes = exit_codes(start_together(main, tmp_path / "logs"))
     assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == distributed.EXIT_LOST_PROCESS
     assert time.monotonic() - begin < 60
     one_message(tmp_path / "logs", codes, "gone.* killed, perhaps for want of memory.* --resume")
@@ -270,10 +274,10 @@ def test_a_process_that_stands_still_between_collectives_ends_the_other(root, tm
         fail_in_step(lambda: os.kill(os.getpid(), signal.SIGSTOP))
         pretraining.main(arguments(root, tmp_path, *SHORT))
 
-    processes = start(main, tmp_path / "logs")
-    assert finish(processes[:1]) == [distributed.EXIT_LOST_PROCESS]
+    processes = start_together(main, tmp_path / "logs")
+    assert exit_codes(processes[:1]) == [distributed.EXIT_LOST_PROCESS]
     processes[1].kill()
-    finish(processes)
+    exit_codes(processes)
     one_message(tmp_path / "logs", [1], "process 1 has been silent for 3 seconds.* --resume")
 
 
@@ -284,7 +288,7 @@ def test_a_process_that_hangs_ends_the_others_after_the_timeout(root, tmp_path, 
         fail_in_step(lambda: time.sleep(600))
         pretraining.main(arguments(root, tmp_path, *SHORT))
 
-    codes = finish(start(main, tmp_path / "logs"))
+    codes = exit_codes(start_together(main, tmp_path / "logs"))
     assert codes == [distributed.EXIT_LOST_PROCESS] * 2
     one_message(tmp_path / "logs", codes, "another process does not answer, as process 0 found")
 
@@ -330,7 +334,7 @@ def test_torchrun_stopped_and_a_rank_killed_loses_nothing(root, tmp_path):
     assert output.count("error: another process is gone") == 1 and "--resume" in output, output
     killed = load_checkpoint(tmp_path / "crossnet" / "last.pth")["progress"]["step"]
     assert killed > stopped
-    run(lambda: pretraining.main(argv), tmp_path / "logs")
+    run_together(lambda: pretraining.main(argv), tmp_path / "logs")
     assert [record["step"] for record in metrics(tmp_path / "crossnet")] == [8, 16]
 
 
@@ -356,7 +360,7 @@ def test_fine_tuning_in_two_processes_is_fine_tuning_in_one(root, tmp_path, fine
     """Augmentation, dropout, validation and test included."""
     logging.getLogger("crossnet").handlers.clear()
     report = tmp_path / "report.json"
-    run(lambda: fine_tune(root, tmp_path / "two", "--batch_size", 3, "--json", report), tmp_path / "logs")
+    run_together(lambda: fine_tune(root, tmp_path / "two", "--batch_size", 3, "--json", report), tmp_path / "logs")
     (expected,) = fine_tune(root, tmp_path / "one", "--batch_size", 6)["runs"]
     assert_same(tmp_path / "two" / "a", tmp_path / "one" / "a", tolerance=1e-7)
     (found,) = json.loads(report.read_text())["runs"]
