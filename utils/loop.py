@@ -409,12 +409,12 @@ class TrainingLoop(ABC):
         names = sorted(key for key in now if key not in self.free_on_resume and before.get(key, now[key]) != now[key])
         changes = [f"--{key} {before[key]} there, {now[key]} here" for key in names]
         there, here, batch = payload.get("processes", 1), world_size(), payload["global_batch"]
-        shares = here * self.sampler.parts
+        own, rest = divmod(batch, here * self.sampler.parts)
         if batch != self.sampler.global_batch:
             changes.append(
                 f"--batch_size {before['batch_size']} in {there} process(es) there, "
                 f"{self.args.batch_size} in {here} here, a global batch of {self.sampler.global_batch}, not {batch}: "
-                + (f"--batch_size {batch // shares} fits" if batch % shares == 0 else f"{here} processes cannot share it")
+                + (f"{here} processes cannot share it" if rest else f"--batch_size {own} fits")
             )
         if self.args.no_sync_bn and there != here:
             changes.append(f"--no_sync_bn in {there} process(es) there, {here} here")
