@@ -66,8 +66,10 @@ class _Pool(torch.autograd.Function):
 
         def product(c: slice, r: slice) -> Tensor:
             x = torch.cat([part.view(clouds, points, -1)[c, r] for part in rows], dim=2).to(half)
-            out = y[c, r].flatten(0, 1) if keep else None  # a view: blocks are contiguous
-            return at_least_float32(torch.mm(x.flatten(0, 1), kernel, out=out).unflatten(0, x.shape[:2]))
+            if keep:  # straight to where it stays: blocks are contiguous
+                y[c, r].flatten(0, 1).addmm_(x.flatten(0, 1), kernel, beta=0)
+                return at_least_float32(y[c, r])
+            return at_least_float32(x @ kernel)
 
         if batch:
             # A mean from the inputs' is close enough to centre with; what it misses is taken off afterwards.

@@ -385,6 +385,19 @@ def test_switches_train(root, tmp_path, short, flags):
     assert record["loss"] != plain["loss"] or flags == "--channels_last"
 
 
+def test_compiled_parts_train_what_plain_ones_train(root, tmp_path, short, monkeypatch):
+    """Traced and called through PyTorch's compiler; without its code generator, which needs a C++ compiler."""
+    plain = train(root, tmp_path, *short, "--exp_name", "plain")
+    compiled, original = [], torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self: (compiled.append(self), original(self, backend="eager"))
+    )
+    record = train(root, tmp_path, *short, "--compile")
+    assert len(compiled) == 5  # two image encoders, three heads
+    assert record["loss"] == pytest.approx(plain["loss"], rel=1e-5)
+    encoder_from_checkpoint(tmp_path / "crossnet" / "last.pth")
+
+
 def test_one_chunk_trains_what_no_chunks_train(root, tmp_path, short):
     ends = []
     for flags in ((), ("--chunk_size", 4), ("--chunk_size", 2), ("--amp", "bf16", "--chunk_size", 2)):

@@ -348,3 +348,24 @@ def test_nine_channels_change_the_first_layer_only():
     state = build_encoder("dgcnn_semseg", in_channels=9).state_dict()
     expected = {**PUBLISHED["dgcnn_semseg"], "conv1.0.weight": (64, 18, 1, 1)}
     assert {key: tuple(tensor.shape) for key, tensor in state.items()} == expected
+
+
+@pytest.mark.parametrize("layout", ["dgcnn_cls", "dgcnn_partseg"])
+def test_a_compiled_encoder_computes_the_same(layout):
+    encoder = small_encoder(layout)
+    x = clouds(encoder)
+    results = []
+    for called in (encoder, torch.compile(copy.deepcopy(encoder), backend="eager")):
+        pooled, local = called(x)
+        (pooled.sum() + local.square().sum()).backward()
+        results.append((pooled, local, *(p.grad for p in called.parameters())))
+    torch._dynamo.reset()
+    torch.testing.assert_close(results[1], results[0])
+
+
+@EVERY_LAYOUT
+def test_an_exported_encoder_computes_the_same(layout):
+    encoder = small_encoder(layout).eval()
+    x = clouds(encoder)
+    exported = torch.export.export(encoder, (x,)).module()
+    torch.testing.assert_close(exported(x), encoder(x))
