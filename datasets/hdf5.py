@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+import mmap
+import os
+import struct
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -32,6 +36,49 @@ def check_split(split: str) -> str:
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
     return split
+
+
+@contextlib.contextmanager
+def open_hdf5(path: str | os.PathLike[str]) -> Iterator[h5py.File]:
+    """Open a file read-only, after a look at its heaps, which hold texts and arrays of variable length.
+
+    Damage there makes the HDF5 library loop for ever (seen with version 2.0.0): this would be a hang without a message.
+
+    Raises:
+        OSError: missing, or no HDF5 file.
+        ValueError: a heap is damaged.
+    """
+    with h5py.File(path, "r") as file:
+        _check_heaps(file)
+        yield file
+
+
+def _check_heaps(file: h5py.File) -> None:
+    """Walk through every global heap collection of a file (HDF5 File Format Specification, III.E)."""
+    # Large arrays that lie in one piece are passed over: they are most of a file, and no heap.
+    arrays = [item for item in (file.get(name) for name in file) if isinstance(item, h5py.Dataset)]
+    extents = sorted((item.id.get_offset(), item.id.get_storage_size()) for item in arrays if item.id.get_offset())
+    begin = 0
+    with open(file.filename, "rb") as raw, mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        for start, size in [*((s, n) for s, n in extents if n >= FREE_BYTES), (len(data), 0)]:
+            while (at := data.find(b"GCOL\1\0\0\0", begin, start)) >= 0:
+                begin = at + 8
+                _check_heap(data, at)
+            begin = max(begin, start + size)
+
+
+def _check_heap(data: mmap.mmap, at: int) -> None:
+    """See that the objects of one heap follow one another up to its end."""
+    end = at + int.from_bytes(data[at + 8 : at + 16], "little")
+    if end > len(data):
+        return  # which the library notices
+    at += 16
+    while at + 16 <= end:
+        number, _, _, size = struct.unpack_from("<HHIQ", data, at)
+        size = 16 + (size + 7) // 8 * 8 if number else size  # number 0: the free rest, its head included
+        if not 16 <= size <= end - at:
+            raise ValueError("its heap of texts is damaged")
+        at += size
 
 
 def stored_array(file: h5py.File, name: str) -> h5py.Dataset:
@@ -81,7 +128,7 @@ def read_hdf5(path: Path, keys: Sequence[str], *, get: str = CHECK_COMMAND) -> d
     if not path.is_file():
         raise DataError(f"{path} is missing; expected {wanted}. Get it: {get}")
     try:
-        with h5py.File(path, "r") as file:
+        with open_hdf5(path) as file:
             for key in keys:
                 if not isinstance(file.get(key), h5py.Dataset):
                     found = ", ".join(f"'{name}'" for name in islice(file, 20)) or "nothing"

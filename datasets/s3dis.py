@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from datasets.hdf5 import CHECK_COMMAND, stored_array
+from datasets.hdf5 import CHECK_COMMAND, open_hdf5, stored_array
 from datasets.modelnet import listed_files
 from utils.errors import DataError, UserError
 
@@ -176,7 +176,7 @@ class _BlockFiles:
             f"'{name}' (n, N) of whole numbers" for name in self._arrays if name != "data"
         )
         try:
-            with h5py.File(path, "r") as file:
+            with open_hdf5(path) as file:
                 shapes, whole = {}, True
                 for name in self._arrays:
                     if not isinstance(file.get(name), h5py.Dataset):

@@ -17,7 +17,7 @@ from plyfile import PlyData
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datasets.hdf5 import stored_array
+from datasets.hdf5 import open_hdf5, stored_array
 from datasets.streams import SampleStreams
 from utils.errors import DataError
 
@@ -188,7 +188,7 @@ class PackedSource:
         self._file: h5py.File | None = None
         self._pid = -1
         try:
-            with h5py.File(self.path, "r") as file:
+            with open_hdf5(self.path) as file:
                 found = file.attrs.get("format"), file.attrs.get("version")
                 if found != (PACKED_FORMAT, PACKED_VERSION):
                     raise DataError(
@@ -233,9 +233,11 @@ class PackedSource:
 
     def _check_shards(self, file: h5py.File) -> None:
         """HDF5 reads zeros where a file behind a virtual data set is missing."""
+        self._shards: list[str] = []
         for name, stored in file.items():
             for part in stored.virtual_sources() if isinstance(stored, h5py.Dataset) and stored.is_virtual else ():
                 shard = self.path if part.file_name == "." else self.path.parent / part.file_name
+                self._shards.append(shard.name)
                 if not shard.is_file():
                     raise DataError(f"{shard} is missing: {self.path} takes '{name}' from it; put it back beside it")
 
@@ -256,10 +258,14 @@ class PackedSource:
         try:
             points = self._open()["points"][i].astype(np.float32)
         except Exception as error:  # h5py raises many kinds on malformed files
-            raise DataError(f"{self.where(i)} cannot be read ({error}); pack the file again") from error
+            raise self._unreadable(self.where(i), error) from error
         if (self._scale, self._shift) != (1, 0):
             points = points * np.float32(self._scale) + np.float32(self._shift)
         return check_cloud(points, self.where(i))
+
+    def _unreadable(self, where: str, error: Exception) -> DataError:
+        parts = f", which takes values from {', '.join(dict.fromkeys(self._shards[:3]))}," if self._shards else ""
+        return DataError(f"{where}{parts} cannot be read ({error}); pack the file again")
 
     def view_names(self, i: int) -> Sequence[str]:
         """Names of the renderings of shape i."""
@@ -271,7 +277,7 @@ class PackedSource:
         try:
             return self._open()["image_bytes"][self._image_offset[j] : self._image_offset[j + 1]].tobytes()
         except Exception as error:  # h5py raises many kinds on malformed files
-            raise DataError(f"{self.where(i, view)} cannot be read ({error}); pack the file again") from error
+            raise self._unreadable(self.where(i, view), error) from error
 
     def where(self, i: int, view: int | None = None) -> str:
         """File and shape, and the rendering's name."""

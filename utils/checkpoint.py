@@ -148,6 +148,8 @@ def content_of(path: str | os.PathLike[str]) -> Iterator[None]:
     """
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise CheckpointError(

@@ -1,15 +1,18 @@
 """Errors that are a user's to mend: shown as one message, without a traceback."""
 
+import re
+
 
 class UserError(Exception):
     """A wrong setting or input. The message says what was expected and what helps.
 
     Names come into messages from files of any origin, so what cannot be printed (control codes, broken Unicode) is
-    shown as its escape.
+    shown as its escape, and words of endless length are shortened.
     """
 
     def __init__(self, message: str = "") -> None:
-        super().__init__("".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in message))
+        printable = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in message)
+        super().__init__(re.sub(r"(\S{200})\S{200,}(\S{200})", r"\1...\2", printable))
 
 
 class DataError(UserError):

@@ -11,7 +11,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from datasets.sampler import PairSampler
 from models.norm import SyncBatchNorm
-from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.checkpoint import content_of, load_checkpoint, save_checkpoint
 from utils.cli import EXIT_TERMINATED
 from utils.distributed import (
     all_reduce_sum,
@@ -100,6 +100,13 @@ class Progress:
     best_epoch: int = 0  # and the epoch it is of; 0 = none yet
     bad: int = 0  # unreadable samples met so far
     read: int = 0  # samples read so far
+
+    def __post_init__(self) -> None:
+        kinds = {"int": int, "float": (int, float), "list[float]": list}
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if not isinstance(value, kinds[entry.type]) or (entry.type == "int" and value < 0):
+                raise ValueError(f"{entry.name} = {value!r}")
 
     @property
     def speed(self) -> float:
@@ -436,6 +443,15 @@ class TrainingLoop(ABC):
             CheckpointError: a checkpoint of another kind, other settings, or other data.
         """
         payload, has_best = from_main(lambda: self.read(path))
+        with content_of(path):
+            self.take_up(payload, path)
+        if not has_best:  # a new folder, or a lost file: the next score is the best there is
+            self.progress.best, self.progress.best_epoch = Progress.best, Progress.best_epoch
+        self.folder.cut_metrics(self.progress.epoch)
+        logger.info("resumed %s: %d epochs and %d steps done", path, self.progress.epoch, self.progress.step)
+
+    def take_up(self, payload: Mapping[str, Any], path: Path) -> None:
+        """See ``resume``."""
         if payload.get("kind") != self.kind or "optimizer" not in payload:
             kind = self.kind.removeprefix("crossnet-")
             raise CheckpointError(f"{path} is no {kind} checkpoint: --resume needs a last.pth of this script")
@@ -448,10 +464,10 @@ class TrainingLoop(ABC):
             raise CheckpointError(f"{path} was trained on other shapes than {self.args.data_root} holds")
         self.load_weights(payload, path)
         self.optimizer.load_state_dict(payload["optimizer"])
+        for parameter, state in self.optimizer.state.items():
+            for name, value in state.items():  # which PyTorch does not look at
+                if value is not None and value.shape not in ((), parameter.shape):
+                    raise ValueError(f"{name} of the optimiser is {tuple(value.shape)}, not {tuple(parameter.shape)}")
         self.scaler.load_state_dict(payload["scaler"])
         restore_random_states(payload["random"])
         self.progress = Progress(**payload["progress"])
-        if not has_best:  # a new folder, or a lost file: the next score is the best there is
-            self.progress.best, self.progress.best_epoch = Progress.best, Progress.best_epoch
-        self.folder.cut_metrics(self.progress.epoch)
-        logger.info("resumed %s: %d epochs and %d steps done", path, self.progress.epoch, self.progress.step)

@@ -6,6 +6,7 @@ import json
 import logging
 import logging.handlers
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,22 @@ from utils.distributed import from_main, is_main, main_only
 from utils.errors import UserError
 
 logger = logging.getLogger("crossnet")
+LOG_BYTES = 20_000_000  # some million steps
 RUN_FILES = ("last.pth", "best.pth", "config.json", "metrics.jsonl", "run.log", "curves.png", "result.json")
+
+
+class _RunLog(logging.handlers.RotatingFileHandler):
+    """``run.log``, moved to ``run.log.1`` when it is full; on a full disk lines are lost, not the run."""
+
+    told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self.told:
+            print(f"warning: cannot write {self.baseFilename}: {error.strerror or error}", file=sys.stderr)
+            self.told = True
 
 
 class RunFolder:
@@ -85,8 +101,10 @@ class RunFolder:
         """
         for name in self._replaced:
             (self.path / name).unlink()
+        for leftover in self.path.glob("*.tmp"):  # of a run that was killed while it wrote
+            leftover.unlink()
         write_json(self / "config.json", config)
-        to_file = logging.FileHandler(self / "run.log", encoding="utf-8")
+        to_file = _RunLog(self / "run.log", encoding="utf-8", maxBytes=LOG_BYTES, backupCount=1)
         to_file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         for early in [handler for handler in logger.handlers if isinstance(handler, logging.handlers.MemoryHandler)]:
             early.setTarget(to_file)
