@@ -15,9 +15,11 @@ import torch
 import train_crossnet_con as pretraining
 from datasets.shapenet_render import ShapeNetRender, collate_pairs
 from downstream.classification import finetune
+from downstream.segmentation import main_partseg, main_semseg
 from models import CrossNet
 from models.image import IMAGE_ENCODERS
 from tests.pairs import cloud_path, write_demo_set, write_pairs
+from tests.segmentation_sets import write_parts, write_rooms
 from tests.several import exit_codes, output_of, run_together, start_together
 from tests.small_run import ROOT, TinyImageNet, arguments
 from train_crossnet_con import Pretraining
@@ -368,6 +370,26 @@ def test_fine_tuning_in_two_processes_is_fine_tuning_in_one(root, tmp_path, fine
     assert (tmp_path / "two" / "a" / "result.json").exists()
     # Again, and by another number of processes: the finished run gives its result.
     assert fine_tune(root, tmp_path / "two", "--batch_size", 6, "--resume")["runs"][0]["last"] == found["last"]
+
+
+def test_segmentation_trained_and_scored_by_two_processes_scores_the_same_in_one(tmp_path):
+    """Three passes are shared out between two processes; confusion matrices are written once."""
+    write_parts(tmp_path)
+    write_rooms(tmp_path, [f"Area_{area}_{kind}_1" for area in (4, 5) for kind in ("hall", "office")], blocks=3)
+    common = f"--data_root {tmp_path} --output_dir {tmp_path} --workers 0 --device cpu --test_batch_size 2".split()
+    more = {"parts": (main_partseg, ["--votes", "2"]), "rooms": (main_semseg, ["--protocol", "both", "--train_area", "4"])}
+    small_model = "--k 4 --emb_dims 16 --batch_size 2 --epochs 1 --json".split()
+
+    def main():
+        for name, (script, flags) in more.items():
+            script.main([*common, *flags, "--exp_name", name, *small_model, str(tmp_path / f"{name}.json")])
+
+    run_together(main, tmp_path / "logs")
+    for name, (script, flags) in more.items():
+        (record,) = json.loads((tmp_path / f"{name}.json").read_text())["runs"]
+        (alone,) = script.main([*common, *flags, "--eval", "--model_path", str(tmp_path / name / "last.pth")])["runs"]
+        assert alone["test"] == record["last"]["test"]
+    assert (tmp_path / "rooms" / "confusion_rooms.png").exists()
 
 
 def test_processes_on_a_machine_do_not_share_a_gpu(monkeypatch):
