@@ -33,7 +33,13 @@ from torch import nn
 
 from datasets.shapenet_render import ShapeNetRender, collate_pairs, read_shape_list
 from datasets.streams import SampleStreams
-from datasets.transforms import BACKGROUNDS, PointAugmentation, RenderTransform, pretraining_augmentation
+from datasets.transforms import (
+    BACKGROUNDS,
+    PointAugmentation,
+    RenderAugmentation,
+    RenderPixels,
+    pretraining_augmentation,
+)
 from downstream.classification.probe import LinearProbe
 from downstream.features import CLASSIFICATION_SETS, find_datasets
 from models import ENCODER_ALIASES, ENCODERS, CrossNet, build_encoder, encoder_arguments
@@ -68,7 +74,7 @@ from utils.training import (
 
 logger = logging.getLogger("crossnet")
 # Streams of what happens to a batch on the device, apart from those of reading a sample.
-AUGMENTATION_PURPOSE = 1
+AUGMENTATION_PURPOSE, RENDER_PURPOSE = 1, 2
 # Settings of the probe change nothing that is learned; which shapes are listed is checked by their names.
 PROBE_SETTINGS = {"eval_every", "eval_dataset", "eval_root", "eval_points", "svm_c", "select_on", "list"}
 
@@ -219,7 +225,7 @@ class Pretraining(TrainingLoop):
         self.dataset = ShapeNetRender(
             args.data_root,
             seed=args.seed,
-            transform=RenderTransform(args.image_size, background=args.background, modality=args.image_modality),
+            transform=RenderPixels(args.image_size, background=args.background),
             only=read_shape_list(args.list) if args.list else None,
             strict=args.strict_data,
         )
@@ -227,6 +233,7 @@ class Pretraining(TrainingLoop):
         self.check_sizes()
         self.sampler = self.sampler_of(len(self.dataset), args.batch_size, parts=args.accumulate)
         self.augmentation: PointAugmentation = pretraining_augmentation(args.num_points)
+        self.render_augmentation = RenderAugmentation(args.image_size, modality=args.image_modality)
         self.model = CrossNet(
             encoder,
             image_model=args.image_model,
@@ -325,15 +332,15 @@ class Pretraining(TrainingLoop):
         return torch.stack(losses).mean(0)
 
     def inputs_of(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """A batch on the device, its clouds in two augmented views: what the model takes."""
+        """A batch on the device, its clouds in two augmented views, its renderings augmented: what the model takes."""
         args = self.args
-        tensors = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
-        images = {name: tensors[name] for name in ("rgb", "gray") if name in tensors}
+        tensors = {name: batch[name].to(self.device, non_blocking=True) for name in ("index", "points", "pixels")}
+        keys = {"seed": args.seed, "epoch": self.progress.epoch, "index": tensors["index"]}
+        streams = SampleStreams(**keys, purpose=RENDER_PURPOSE)
+        images = self.render_augmentation(tensors["pixels"], batch["sizes"], streams)
         if args.channels_last:
             images = {name: image.contiguous(memory_format=torch.channels_last) for name, image in images.items()}
-        streams = SampleStreams(
-            seed=args.seed, epoch=self.progress.epoch, index=tensors["index"], purpose=AUGMENTATION_PURPOSE
-        )
+        streams = SampleStreams(**keys, purpose=AUGMENTATION_PURPOSE)
         view1 = self.augmentation(tensors["points"], streams).mT
         view2 = self.augmentation(tensors["points"], streams).mT
         return {"view1": view1, "view2": view2, **images}

@@ -65,13 +65,16 @@ def provenance(device: torch.device | None = None) -> dict[str, Any]:
     return {"machine": machine(device), "versions": versions(), "commit": git_commit()}
 
 
-def seconds_of(action: Callable[[], Any], device: torch.device | None = None) -> float:
-    """Wall-clock seconds of a call, on a GPU until it has finished."""
+def seconds_of(action: Callable[[], Any], device: torch.device | None = None, *, cpu: bool = False) -> float:
+    """Wall-clock seconds of a call, on a GPU until it has finished; with ``cpu`` what this process took of all cores.
+
+    CPU time is that of the work alone: a busy machine lengthens it little.
+    """
 
     def now() -> float:
         if device is not None and device.type == "cuda":
             torch.cuda.synchronize(device)
-        return time.perf_counter()
+        return time.process_time() if cpu else time.perf_counter()
 
     start = now()
     action()
@@ -79,9 +82,9 @@ def seconds_of(action: Callable[[], Any], device: torch.device | None = None) ->
 
 
 def seconds_in_turn(
-    actions: Mapping[str, Callable[[], Any]], *, repeats: int, device: torch.device | None = None
+    actions: Mapping[str, Callable[[], Any]], *, repeats: int, device: torch.device | None = None, cpu: bool = False
 ) -> dict[str, list[float]]:
-    """Wall-clock seconds of every action, one after another in each round.
+    """Seconds of every action, one after another in each round.
 
     A machine that slows down meanwhile favours none of them. What a first call costs more is left to the caller, who
     may call each action once before.
@@ -90,6 +93,7 @@ def seconds_in_turn(
         actions: what to time, by name.
         repeats: rounds.
         device: waited for around each call when it is a GPU.
+        cpu: CPU time, see ``seconds_of``.
 
     Returns:
         ``repeats`` times for every name.
@@ -97,7 +101,7 @@ def seconds_in_turn(
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     for _ in range(repeats):
         for name, action in actions.items():
-            seconds[name].append(seconds_of(action, device))
+            seconds[name].append(seconds_of(action, device, cpu=cpu))
     return seconds
 
 

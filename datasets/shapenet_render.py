@@ -105,8 +105,8 @@ def check_cloud(points: np.ndarray, name: str) -> np.ndarray:
     """
     if len(points) == 0:
         raise DataError(f"{name} holds no points")
-    bad = ~np.isfinite(points).all(axis=1)
-    if bad.any():
+    if not np.isfinite(points).all():
+        bad = ~np.isfinite(points).all(axis=1)
         raise DataError(f"{name}: {bad.sum()} of {len(points)} points are not finite (NaN or infinite coordinates)")
     return points
 
@@ -174,10 +174,30 @@ class FolderSource:
         return str(self._rendering(name) / self._views[i][view])
 
 
+class _Block(NamedTuple):
+    """Where an array lies in a file."""
+
+    offset: int  # in bytes
+    row_type: np.dtype  # of one row, a subarray where rows have a shape
+
+
+def _block(file: h5py.File, name: str) -> _Block | None:
+    """Place of an array that lies in an HDF5 file in one uncompressed piece; None where it is stored otherwise."""
+    stored = file[name]
+    if not hasattr(os, "pread") or file.userblock_size or stored.is_virtual or stored.chunks or stored.external:
+        return None
+    offset = stored.id.get_offset()  # None where nothing was written yet
+    if offset is None or offset + stored.nbytes > os.path.getsize(file.filename):
+        return None
+    return _Block(offset, np.dtype((stored.dtype, stored.shape[1:])))
+
+
 class PackedSource:
     """One HDF5 file as ``python -m datasets.pack`` writes it (format in ``docs/datasets.md``).
 
-    The file is opened read-only, once per process, when a sample is first asked for.
+    The file is opened read-only, once per process, when a sample is first asked for. Where an array lies in it in one
+    piece, as ``datasets.pack`` writes them, its rows are read from there directly: HDF5's own way takes longer than the
+    reading.
 
     Raises:
         DataError: no packed file of this version, or its tables do not agree.
@@ -186,6 +206,7 @@ class PackedSource:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._file: h5py.File | None = None
+        self._plain: BinaryIO | None = None
         self._pid = -1
         try:
             with open_hdf5(self.path) as file:
@@ -206,6 +227,7 @@ class PackedSource:
                     for key in ("image_offset", "view_offset")
                 )
                 stored, images = stored_array(file, "points"), stored_array(file, "image_bytes")
+                self._blocks = {name: block for name in ("points", "image_bytes") if (block := _block(file, name))}
                 self._scale, self._shift = float(stored.attrs.get("scale", 1)), float(stored.attrs.get("offset", 0))
                 shapes_agree = (
                     stored.ndim == 3
@@ -250,13 +272,26 @@ class PackedSource:
             self._file, self._pid = h5py.File(self.path, "r"), os.getpid()
         return self._file
 
+    def _rows(self, name: str, first: int, last: int) -> np.ndarray:
+        """Rows of an array of the file, first to last - 1."""
+        block = self._blocks.get(name)
+        if block is None:
+            return self._open()[name][first:last]
+        if self._plain is None:
+            self._plain = self.path.open("rb", buffering=0)
+        size = block.row_type.itemsize
+        data = os.pread(self._plain.fileno(), (last - first) * size, block.offset + first * size)  # has no position
+        if len(data) != (last - first) * size:
+            raise OSError("it is truncated")
+        return np.frombuffer(data, block.row_type)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_file": None}
+        return {**self.__dict__, "_file": None, "_plain": None}
 
     def points(self, i: int) -> np.ndarray:
         """Cloud of shape i, (N, 3) float32."""
         try:
-            points = self._open()["points"][i].astype(np.float32)
+            points = self._rows("points", i, i + 1)[0].astype(np.float32)
         except Exception as error:  # h5py raises many kinds on malformed files
             raise self._unreadable(self.where(i), error) from error
         if (self._scale, self._shift) != (1, 0):
@@ -275,7 +310,7 @@ class PackedSource:
         """Encoded rendering."""
         j = self._view_offset[i] + view
         try:
-            return self._open()["image_bytes"][self._image_offset[j] : self._image_offset[j + 1]].tobytes()
+            return self._rows("image_bytes", self._image_offset[j], self._image_offset[j + 1]).tobytes()
         except Exception as error:  # h5py raises many kinds on malformed files
             raise self._unreadable(self.where(i, view), error) from error
 
@@ -361,8 +396,8 @@ class ShapeNetRender(Dataset):
 
     Args:
         root: folder in the released layout, a packed file, or a folder that holds ``shapenet_render.h5``.
-        seed: a sample's view, subset and image augmentation are functions of (seed, epoch, index).
-        transform: rendering and seed -> named tensors, see ``datasets.transforms.RenderTransform``; None: no image.
+        seed: a sample's view and subset are functions of (seed, epoch, index).
+        transform: decoded rendering -> pixels (H, W, 3), see ``datasets.transforms.RenderPixels``; None: no image.
         only: ids of the shapes to use, see ``choose_shapes``; None uses all that have a rendering.
         strict: raise at a sample that cannot be read. Otherwise the next readable one stands in for it, and the
             sample's ``bad`` says what happened.
@@ -384,7 +419,7 @@ class ShapeNetRender(Dataset):
         root: str | os.PathLike[str],
         *,
         seed: int = 1,
-        transform: Callable[[Image.Image, int], dict[str, Tensor]] | None = None,
+        transform: Callable[[Image.Image], Tensor] | None = None,
         only: Iterable[str] | None = None,
         strict: bool = False,
     ) -> None:
@@ -415,29 +450,50 @@ class ShapeNetRender(Dataset):
         """Sample of (epoch, index); a bare index means epoch 0.
 
         Returns:
-            ``index`` int as asked, ``points`` (N, 3) float32, the transform's tensors, ``bad``: messages of unreadable
-            samples that another one stands in for here, mostly empty.
+            ``index`` int as asked, ``points`` (N, 3) float32, the transform's ``pixels``, ``bad``: messages of
+            unreadable samples that another one stands in for here, mostly empty.
 
         Raises:
             DataError: with ``strict``, or when ``ATTEMPTS`` samples in a row are unreadable.
         """
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[SampleKey | int]) -> list[dict[str, Any]]:
+        """Samples of a batch, as PyTorch's loader asks for them: their random numbers are drawn together."""
+        keys = [key if isinstance(key, tuple) else SampleKey(0, key) for key in keys]
+        for key in keys:
+            if not 0 <= key.index < len(self):
+                raise IndexError(f"sample {key.index} of {len(self)}")
+        draws: dict[SampleKey, float] = {}
+        for epoch in {key.epoch for key in keys}:
+            of_epoch = [key for key in keys if key.epoch == epoch]
+            drawn = self._streams(epoch, [key.index for key in of_epoch]).uniform()
+            draws.update(zip(of_epoch, drawn.tolist(), strict=True))
+        return [self._sample(key, draws[key]) for key in keys]
+
+    def _streams(self, epoch: int, indices: Sequence[int]) -> SampleStreams:
+        return SampleStreams(seed=self.seed, epoch=epoch, index=torch.tensor(indices))
+
+    def _sample(self, key: SampleKey, draw: float) -> dict[str, Any]:
         bad: list[str] = []
         for attempt in range(self.ATTEMPTS):
             try:
-                return {**self._read(epoch, index, (index + attempt) % len(self)), "bad": bad}
+                return {**self._read(key, draw, (key.index + attempt) % len(self)), "bad": bad}
             except DataError as error:
                 if self.strict or attempt + 1 == self.ATTEMPTS:
                     raise
                 bad.append(str(error))
         raise AssertionError("unreachable")
 
-    def _read(self, epoch: int, index: int, stand_in: int) -> dict[str, Any]:
-        """Shape ``stand_in`` with the randomness of sample ``index``: no two samples of an epoch share theirs."""
+    def _read(self, key: SampleKey, draw: float, stand_in: int) -> dict[str, Any]:
+        """Shape ``stand_in`` with the randomness of sample ``key``: no two samples of an epoch share theirs.
+
+        Args:
+            key: of the sample asked for.
+            draw: its first random number, which chooses the view.
+            stand_in: whose files to read.
+        """
         i = self._chosen[stand_in]
-        streams = SampleStreams(seed=self.seed, epoch=epoch, index=torch.tensor([index]))
         points = torch.from_numpy(self.source.points(i))
         if len(points) < self.cloud_size:
             raise DataError(
@@ -445,12 +501,13 @@ class ShapeNetRender(Dataset):
                 "sample it again, or leave it out with --list"
             )
         if len(points) > self.cloud_size:
-            points = points[streams.uniform(len(points))[0].topk(self.cloud_size).indices]
-        sample = {"index": index, "points": points}
+            subset = self._streams(key.epoch, [key.index]).uniform(1 + len(points))[0, 1:]
+            points = points[subset.topk(self.cloud_size).indices]
+        sample = {"index": key.index, "points": points}
         if self.transform is not None:
-            view = int(streams.uniform(high=len(self.source.view_names(i))))
+            view = int(draw * len(self.source.view_names(i)))
             image = decode_image(self.source.image_file(i, view), self.source.where(i, view))
-            sample.update(self.transform(image, streams.seeds()[0]))
+            sample["pixels"] = self.transform(image)
         return sample
 
     def __repr__(self) -> str:
@@ -458,10 +515,22 @@ class ShapeNetRender(Dataset):
 
 
 def collate_pairs(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stack samples into a batch; ``bad`` becomes one list of messages."""
+    """Stack samples into a batch.
+
+    Returns:
+        ``index`` (B,), ``points`` (B, N, 3), ``bad``: all messages; and where there are images, ``pixels``
+        (B, H, W, 3) uint8, as large as the largest height and width, and ``sizes`` (B, 2), height and width of each.
+    """
     batch = {
-        name: torch.stack([sample[name] for sample in samples]) for name in samples[0] if name not in ("index", "bad")
+        "index": torch.tensor([sample["index"] for sample in samples]),
+        "points": torch.stack([sample["points"] for sample in samples]),
+        "bad": [message for sample in samples for message in sample["bad"]],
     }
-    batch["index"] = torch.tensor([sample["index"] for sample in samples])
-    batch["bad"] = [message for sample in samples for message in sample["bad"]]
+    if "pixels" in samples[0]:
+        sizes = torch.tensor([sample["pixels"].shape[:2] for sample in samples])
+        pixels = torch.zeros(len(samples), *sizes.amax(0).tolist(), 3, dtype=torch.uint8)
+        for sample, canvas in zip(samples, pixels, strict=True):
+            height, width, _ = sample["pixels"].shape
+            canvas[:height, :width] = sample["pixels"]
+        batch |= {"pixels": pixels, "sizes": sizes}
     return batch

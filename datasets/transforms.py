@@ -1,12 +1,12 @@
 """Augmentations of the pretraining pairs (settings in ``docs/fidelity.md``).
 
 Point transforms are pure functions of whole batches (B, N, 3), on the batch's device, with one random stream per
-sample.
-Image transforms are torchvision's, one image at a time.
+sample. Renderings are decoded one at a time, by the processes that read data, and augmented in batch likewise.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -207,39 +207,17 @@ def fine_tuning_augmentation() -> PointAugmentation:
     return PointAugmentation([RandomScaleAxes(), RandomShift()])
 
 
-class RenderTransform:
-    """A decoded render -> colour tensor (3, S, S) and gray tensor (1, S, S).
-
-    Colour: resize, colour jitter, horizontal flip, ImageNet normalisation. Gray: luminance, resize, horizontal flip of
-    its own, first channel's normalisation, no jitter.
+class RenderPixels:
+    """A decoded rendering -> its pixels (H, W, 3) uint8. What is left to do is done in batches: ``RenderAugmentation``.
 
     Args:
-        size: S in pixels.
+        size: a rendering with more than size x size pixels is resized to that here, as the augmentation would do first;
+            a smaller one is left to it, because fewer pixels are quicker to move.
         background: what transparent pixels are composited on, a key of ``BACKGROUNDS``.
-        modality: ``both``, ``rgb`` or ``gray``; what is not wanted is not computed.
     """
 
-    def __init__(self, size: int = 224, *, background: str = "black", modality: str = "both") -> None:
-        self.size, self.background, self.modality = size, background, modality
-        self.rgb = v2.Compose(
-            [
-                v2.Resize((size, size), antialias=True),
-                v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4),
-                v2.RandomHorizontalFlip(),
-                v2.PILToTensor(),
-                v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-            ]
-        )
-        self.gray = v2.Compose(
-            [
-                v2.Resize((size, size), antialias=True),
-                v2.RandomHorizontalFlip(),
-                v2.PILToTensor(),
-                v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize(IMAGENET_MEAN[:1], IMAGENET_STD[:1]),
-            ]
-        )
+    def __init__(self, size: int = 224, *, background: str = "black") -> None:
+        self.size, self.background = size, background
 
     def flatten(self, image: Image.Image) -> Image.Image:
         """Any PNG mode -> RGB on the chosen background."""
@@ -251,17 +229,127 @@ class RenderTransform:
             image = Image.alpha_composite(canvas, image)
         return image.convert("RGB")
 
-    def __call__(self, image: Image.Image, seed: int) -> dict[str, Tensor]:
-        """Transform with randomness from ``seed`` alone; the caller's random state is left as it was."""
+    def __call__(self, image: Image.Image) -> Tensor:
+        """(H, W, 3) uint8."""
         image = self.flatten(image)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            out = {}
-            if self.modality in ("both", "rgb"):
-                out["rgb"] = self.rgb(image)
-            if self.modality in ("both", "gray"):
-                out["gray"] = self.gray(image.convert("L"))
+        if image.width * image.height > self.size * self.size:
+            image = image.resize((self.size, self.size), Image.Resampling.BILINEAR)
+        return torch.from_numpy(np.array(image))
+
+    def __repr__(self) -> str:
+        return f"RenderPixels({self.size}, background={self.background!r})"
+
+
+def luminance(images: Tensor) -> Tensor:
+    """(B, 3, H, W) float32 of whole numbers 0 to 255 -> (B, 1, H, W) likewise, ITU-R 601, rounded as Pillow does.
+
+    The weights are in 65536ths: every intermediate is a whole number below 2^24, hence exact on any device.
+    """
+    red, green, blue = images.split(1, dim=1)
+    return (red * 19595 + green * 38470 + blue * 7471).add_(1 << 15).mul_(2.0**-16).floor_()
+
+
+def jitter_colours(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
+    """Brightness, contrast and saturation, for every image in an order of its own.
+
+    Each mixes the image with a gray one, f image + (1 - f) gray: black for brightness, the image's mean luminance for
+    contrast, its luminance for saturation. After each the values are cut off and rounded down, as Pillow's are.
+
+    Args:
+        images: (B, 3, H, W) float32, whole numbers 0 to 255.
+        factors: (B, 3) f of brightness, contrast and saturation.
+        order: (B, 3) numbers of the three in the order in which they are applied.
+
+    Returns:
+        As ``images``.
+    """
+    images = images.clone(memory_format=torch.contiguous_format)
+    for which in order[:, :, None, None, None].unbind(1):  # (B, 1, 1, 1)
+        gray = luminance(images)
+        # Summed in double precision, which is exact: a sample must not depend on the batch it is in.
+        mean = gray.mean((2, 3), keepdim=True, dtype=torch.float64).add_(0.5).floor_().to(gray.dtype)
+        gray = torch.where(which == 1, mean, gray).mul_(which != 0)
+        factor = factors.gather(1, which.flatten(1))[:, :, None, None]
+        images.sub_(gray).mul_(factor).add_(gray).clamp_(0, 255).floor_()
+    return images
+
+
+def resize_and_flip(images: Tensor, size: int, flip: Tensor) -> Tensor:
+    """(B, C, H, W) uint8 -> (B, C, size, size) uint8, bilinear; mirrored left to right where ``flip`` (B,) says so."""
+    if images.shape[2:] != (size, size):
+        images = v2.functional.resize(images, [size, size], antialias=True)
+    return torch.where(flip[:, None, None, None], images.flip(3), images)
+
+
+def normalize_images(images: Tensor) -> Tensor:
+    """(B, C, H, W) of 0 to 255 -> by ImageNet's mean and deviation of the first C of red, green and blue."""
+    scale, shift = _imagenet_constants(images.shape[1], images.device)
+    return torch.addcmul(shift, images, scale)
+
+
+@functools.cache
+def _imagenet_constants(channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Factor and summand (C, 1, 1) that bring 0 to 255 to mean 0 and deviation 1; kept, copying them takes time."""
+    mean, std = (torch.tensor(x[:channels], device=device)[:, None, None] for x in (IMAGENET_MEAN, IMAGENET_STD))
+    return 1 / (255 * std), -mean / std
+
+
+class RenderAugmentation:
+    """Pixels of a batch of renderings -> colour images (B, 3, S, S) and gray images (B, 1, S, S) on the device.
+
+    Colour: resize, colour jitter, horizontal flip, ImageNet normalisation. Gray: luminance, resize, horizontal flip of
+    its own, first channel's normalisation, no jitter.
+
+    Args:
+        size: S in pixels.
+        modality: ``both``, ``rgb`` or ``gray``; what is not wanted is not computed.
+        strength: of the jitter; its factors are uniform in [1 - strength, 1 + strength).
+    """
+
+    # Images taken together on a CPU: so many stay in its cache. A GPU takes all at once.
+    CPU_CHUNK = 4
+
+    def __init__(self, size: int = 224, *, modality: str = "both", strength: float = 0.4) -> None:
+        self.size, self.modality, self.strength = size, modality, strength
+
+    def __call__(self, pixels: Tensor, sizes: Tensor, streams: SampleStreams) -> dict[str, Tensor]:
+        """Augment; draws the same numbers whatever is wanted.
+
+        Args:
+            pixels: (B, H, W, 3) uint8 on the device wanted.
+            sizes: (B, 2) height and width of each rendering; what lies beyond is not looked at. In host memory, since
+                the shapes of what follows depend on it.
+            streams: of the batch's samples, on the same device as ``pixels``.
+
+        Returns:
+            ``rgb`` and ``gray``, float32, as far as wanted.
+        """
+        device = pixels.device
+        factors = streams.uniform(3, low=1 - self.strength, high=1 + self.strength)
+        order = streams.uniform(3).argsort(1)
+        flips = streams.uniform(2) < 0.5
+        out = {
+            name: torch.empty(len(pixels), channels, self.size, self.size, device=device)
+            for name, channels in (("rgb", 3), ("gray", 1))
+            if self.modality in ("both", name)
+        }
+        rows_of: dict[tuple[int, int], list[int]] = {}
+        for row, (height, width) in enumerate(sizes.tolist()):
+            rows_of.setdefault((height, width), []).append(row)
+        for (height, width), numbers in rows_of.items():
+            # Mostly all renderings have one size, and nothing is copied to the device.
+            every = (
+                torch.arange(len(pixels), device=device) if len(rows_of) == 1 else torch.tensor(numbers, device=device)
+            )
+            for rows in every.split(self.CPU_CHUNK if device.type == "cpu" else len(every)):
+                images = pixels[rows, :height, :width].permute(0, 3, 1, 2)
+                if "rgb" in out:
+                    rgb = resize_and_flip(images, self.size, flips[rows, 0]).float()
+                    out["rgb"][rows] = normalize_images(jitter_colours(rgb, factors[rows], order[rows]))
+                if "gray" in out:
+                    gray = resize_and_flip(luminance(images.float()).byte(), self.size, flips[rows, 1])
+                    out["gray"][rows] = normalize_images(gray.float())
         return out
 
     def __repr__(self) -> str:
-        return f"RenderTransform({self.size}, background={self.background!r}, modality={self.modality!r})"
+        return f"RenderAugmentation({self.size}, modality={self.modality!r}, strength={self.strength})"

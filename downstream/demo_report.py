@@ -15,9 +15,9 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from datasets.shapenet_render import ShapeNetRender, decode_image
+from datasets.shapenet_render import ShapeNetRender, collate_pairs, decode_image
 from datasets.streams import SampleStreams
-from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD, RenderTransform, pretraining_augmentation
+from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD, RenderAugmentation, RenderPixels, pretraining_augmentation
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>CrossNet demo</title>
 <style>body{{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem}}
@@ -59,15 +59,20 @@ def with_deviation(mean: float, std: float) -> str:
 
 def draw_pairs(data_root: str, *, seed: int, count: int = 6) -> Figure:
     """Example pairs: the cloud, its two augmented views, the colour and the gray rendering as the encoders see them."""
-    pairs = ShapeNetRender(data_root, transform=RenderTransform(96), seed=seed)
+    pairs = ShapeNetRender(data_root, transform=RenderPixels(96), seed=seed)
     chosen = np.linspace(0, len(pairs) - 1, count).astype(int)
     figure = Figure(figsize=(11, 2.1 * count), layout="constrained")
     FigureCanvasAgg(figure)
-    augmentation = pretraining_augmentation(min(VIEW_POINTS, pairs.cloud_size))
+    augmentation, render_augmentation = (
+        pretraining_augmentation(min(VIEW_POINTS, pairs.cloud_size)),
+        RenderAugmentation(96),
+    )
     for row, index in enumerate(chosen):
         sample = pairs[int(index)]
         streams = SampleStreams(seed=seed, epoch=0, index=torch.tensor([index]), purpose=1)
         views = [augmentation(sample["points"][None], streams)[0] for _ in range(2)]
+        batch = collate_pairs([sample])
+        images = render_augmentation(batch["pixels"], batch["sizes"], streams)
         clouds = [("cloud", sample["points"]), ("view 1", views[0]), ("view 2", views[1])]
         for column, (title, cloud) in enumerate(clouds):
             axes = figure.add_subplot(count, 6, 6 * row + column + 1, projection="3d")
@@ -79,8 +84,8 @@ def draw_pairs(data_root: str, *, seed: int, count: int = 6) -> Figure:
         image = decode_image(pairs.source.image_file(int(index), 0), pairs.source.where(int(index), 0))
         pictures = [
             ("rendering", np.asarray(image.convert("RGBA"))),
-            ("colour input", sample["rgb"]),
-            ("gray input", sample["gray"]),
+            ("colour input", images["rgb"][0]),
+            ("gray input", images["gray"][0]),
         ]
         for column, (title, picture) in enumerate(pictures):
             axes = figure.add_subplot(count, 6, 6 * row + column + 4)

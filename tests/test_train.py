@@ -515,10 +515,10 @@ def test_unreadable_samples_are_skipped_and_counted_and_stop_the_run_when_many(r
 
 
 def test_a_killed_data_worker_is_one_clear_error(root, tmp_path, short, monkeypatch):
-    def killed(self, key):
+    def killed(self, keys):
         os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(ShapeNetRender, "__getitem__", killed)
+    monkeypatch.setattr(ShapeNetRender, "__getitems__", killed)
     with pytest.raises(UserError, match="a process that reads data is gone .*--resume and fewer --workers"):
         train(root, tmp_path, *short, "--workers", 1)
 

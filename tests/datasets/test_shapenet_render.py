@@ -22,8 +22,7 @@ from datasets.shapenet_render import (
     read_ply,
     read_shape_list,
 )
-from datasets.streams import SampleStreams
-from datasets.transforms import RenderTransform
+from datasets.transforms import RenderPixels
 from tests.pairs import cloud, cloud_path, files_opened, png, view_path, write_pairs, write_ply
 from utils.errors import DataError
 
@@ -35,13 +34,17 @@ def packed_copy(root, out):
 
 
 def dataset(root, **kwargs):
-    return ShapeNetRender(root, **({"transform": RenderTransform(16)} | kwargs))
+    return ShapeNetRender(root, **({"transform": RenderPixels(16)} | kwargs))
 
 
 def equal(a, b):
-    return a.keys() == b.keys() and all(
-        torch.equal(a[key], b[key]) if isinstance(a[key], torch.Tensor) else a[key] == b[key] for key in a
-    )
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +93,8 @@ def test_samples_are_what_the_files_hold(pairs):
         sample = data[i]
         np.testing.assert_array_equal(sample["points"], cloud(int(name[-2:]), 30))
         assert sample["points"].shape == (30, 3) and sample["points"].dtype == torch.float32
-        assert sample["rgb"].shape == (3, 16, 16) and sample["gray"].shape == (1, 16, 16)
+        assert sample["pixels"].shape[2:] == (3,) and sample["pixels"].dtype == torch.uint8
+        assert sample["pixels"].shape[0] * sample["pixels"].shape[1] <= 16 * 16
         assert (sample["index"], sample["bad"]) == (i, [])
     with pytest.raises(IndexError):
         data[8]
@@ -99,9 +103,9 @@ def test_samples_are_what_the_files_hold(pairs):
 def test_every_view_is_drawn_about_equally_often(pairs):
     counts = {}
 
-    def note(image, seed):
+    def note(image):
         counts[image.size, image.mode] = counts.get((image.size, image.mode), 0) + 1
-        return {}
+        return torch.zeros(1, 1, 3, dtype=torch.uint8)
 
     data = ShapeNetRender(pairs[0], transform=note, only=["02691156/shape05"])  # four views, one size, four modes
     assert len(data.source.view_names(data._chosen[0])) == 4
@@ -112,12 +116,15 @@ def test_every_view_is_drawn_about_equally_often(pairs):
 
 def test_randomness_is_a_function_of_seed_epoch_and_index(pairs):
     a, same, other = dataset(pairs[0]), dataset(pairs[0]), dataset(pairs[0], seed=2)
+    keys = [SampleKey(epoch, index) for epoch in range(6) for index in (2, 5)]
     torch.manual_seed(1)
-    first = a[SampleKey(1, 2)]
+    first = a.__getitems__(keys)
     torch.manual_seed(2)
-    assert equal(first, same[SampleKey(1, 2)])
-    assert not torch.equal(first["rgb"], other[SampleKey(1, 2)]["rgb"])
-    assert not torch.equal(first["rgb"], a[SampleKey(2, 2)]["rgb"])
+    state = torch.get_rng_state()
+    assert equal(first, [same[key] for key in reversed(keys)][::-1])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not equal(first, other.__getitems__(keys))
+    assert len({sample["pixels"].numpy().tobytes() for sample in first}) > 2  # another epoch, another view
 
 
 def test_each_file_is_opened_once_a_sample(pairs):
@@ -210,13 +217,13 @@ def test_a_bad_sample_is_replaced_and_reported_or_raised_when_strict(pairs, tmp_
     assert batch["bad"] == sample["bad"] and batch["index"].tolist() == list(range(8))
 
 
-def test_a_stand_in_does_not_share_its_neighbours_randomness(pairs, tmp_path):
-    root, _, ids = pairs
-    copy = damaged(root, tmp_path, ids[3], BREAK["NaN"][0])
-    seeds = []
-    data = ShapeNetRender(copy, transform=lambda image, seed: seeds.append(seed) or {})
-    assert torch.equal(data[3]["points"], data[4]["points"])
-    assert seeds == SampleStreams(seed=1, epoch=0, index=torch.tensor([3, 4])).seeds()
+def test_a_stand_in_does_not_share_its_neighbours_randomness(tmp_path):
+    ids = write_pairs(tmp_path, 5, points=30, views=6)
+    cloud_path(tmp_path, ids[3]).write_text("hello")
+    data = dataset(tmp_path)
+    batches = [data.__getitems__([SampleKey(epoch, 3), SampleKey(epoch, 4)]) for epoch in range(20)]
+    assert all(torch.equal(a["points"], b["points"]) and len(a["bad"]) == 1 for a, b in batches)
+    assert any(not torch.equal(a["pixels"], b["pixels"]) for a, b in batches)  # views are chosen apart
 
 
 def test_many_bad_samples_in_a_row_are_an_error(pairs, tmp_path):
@@ -244,6 +251,18 @@ def test_larger_clouds_are_cut_to_random_subsets_of_the_first_ones_size(tmp_path
     assert not torch.equal(first, second)
     batch = collate_pairs([data[i] for i in range(4)])
     assert batch["points"].shape == (4, 30, 3) and batch["bad"] == []
+
+
+def test_collating_pads_renders_to_the_largest_height_and_width(pairs):
+    data = dataset(pairs[0], transform=RenderPixels(64))
+    samples = [data[SampleKey(0, i)] for i in (4, 0, 3, 6, 1)]
+    batch = collate_pairs(samples)
+    assert batch["index"].tolist() == [4, 0, 3, 6, 1] and len(batch["sizes"].unique(dim=0)) > 1
+    assert batch["pixels"].shape == (5, *batch["sizes"].amax(0).tolist(), 3)
+    for sample, pixels, (height, width) in zip(samples, batch["pixels"], batch["sizes"].tolist(), strict=True):
+        assert torch.equal(pixels[:height, :width], sample["pixels"])
+    without = ShapeNetRender(pairs[0])
+    assert collate_pairs([without[0], without[1]]).keys() == {"index", "points", "bad"}
 
 
 def test_views_vanishing_after_the_start_are_reported(pairs, tmp_path):
@@ -333,6 +352,29 @@ def test_a_wrong_packed_file_is_an_error_that_names_it(pairs, tmp_path, change, 
     with pytest.raises(DataError, match=message) as caught:
         PackedSource(file)
     assert "bad.h5" in str(caught.value)
+
+
+@pytest.mark.parametrize("how", ["chunks", "userblock", "late"])
+def test_arrays_in_pieces_are_read_the_slower_way(pairs, tmp_path, how):
+    """Chunked arrays, a file with a foreign first block, and a file that is cut after it was opened."""
+    expected = PackedSource(pairs[1])
+    assert set(expected._blocks) == {"points", "image_bytes"} and expected._file is None
+    file = tmp_path / "pairs.h5"
+    with h5py.File(pairs[1]) as old, h5py.File(file, "w", userblock_size=512 if how == "userblock" else 0) as new:
+        new.attrs.update(old.attrs)
+        for name, stored in old.items():
+            chunks = (2, *stored.shape[1:]) if how == "chunks" and name in ("points", "image_bytes") else None
+            new.create_dataset(name, data=stored[:], dtype=stored.dtype, chunks=chunks)
+    packed = PackedSource(file)
+    if how == "late":
+        file.write_bytes(file.read_bytes()[:500])
+        with pytest.raises(DataError, match="truncated"):
+            packed.points(7)
+        return
+    assert not packed._blocks
+    for i in range(8):
+        np.testing.assert_array_equal(packed.points(i), expected.points(i))
+        assert packed.image_file(i, 1) == expected.image_file(i, 1)
 
 
 def test_a_truncated_packed_file_is_an_error(pairs, tmp_path):

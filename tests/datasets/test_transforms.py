@@ -5,7 +5,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.functional import (
+    adjust_brightness,
+    adjust_contrast,
+    adjust_saturation,
+    hflip,
+    normalize,
+    resize,
+    to_tensor,
+)
 
+from datasets.shapenet_render import collate_pairs
 from datasets.streams import SampleStreams
 from datasets.transforms import (
     BACKGROUNDS,
@@ -19,7 +29,10 @@ from datasets.transforms import (
     RandomScale,
     RandomSubset,
     RandomTranslate,
-    RenderTransform,
+    RenderAugmentation,
+    RenderPixels,
+    jitter_colours,
+    luminance,
     pretraining_augmentation,
 )
 from tests.pairs import MODES, cloud, png
@@ -66,7 +79,8 @@ def test_transforms_are_pure_seeded_and_independent_of_neighbours(transform):
         (RandomInputDropout(), "RandomInputDropout(0.875)"),
         (RandomSubset(7), "RandomSubset(7)"),
         (NormalizeToUnitSphere(), "NormalizeToUnitSphere()"),
-        (RenderTransform(64), "RenderTransform(64, background='black', modality='both')"),
+        (RenderPixels(64), "RenderPixels(64, background='black')"),
+        (RenderAugmentation(64), "RenderAugmentation(64, modality='both', strength=0.4)"),
     ],
 )
 def test_repr_names_the_transform_and_its_released_settings(transform, expected):
@@ -177,7 +191,7 @@ def saved(picture, **options):
 @pytest.mark.parametrize("background", BACKGROUNDS)
 def test_transparency_is_composited_on_the_background(background):
     colour = BACKGROUNDS[background]
-    flatten = RenderTransform(4, background=background).flatten
+    flatten = RenderPixels(4, background=background).flatten
     rgba = image([[[200, 100, 50, 255], [200, 100, 50, 0], [200, 100, 50, 51]]])
     mixed = [round(0.2 * a + 0.8 * b) for a, b in zip((200, 100, 50), colour, strict=True)]
     np.testing.assert_allclose(np.asarray(flatten(rgba))[0], [[200, 100, 50], colour, mixed], atol=1)
@@ -193,62 +207,123 @@ def test_transparency_is_composited_on_the_background(background):
 
 
 def test_gray_pictures_of_any_depth_keep_their_brightness():
-    flatten = RenderTransform(4).flatten
+    flatten = RenderPixels(4).flatten
     assert np.asarray(flatten(image([[7, 200]])))[0].tolist() == [[7] * 3, [200] * 3]
     sixteen = saved(Image.fromarray(np.array([[0, 257 * 7, 257 * 200, 65535]], np.uint16)))
     assert np.asarray(flatten(sixteen))[0].tolist() == [[0] * 3, [7] * 3, [200] * 3, [255] * 3]
     assert np.asarray(flatten(Image.fromarray(np.array([[False, True]]))))[0].tolist() == [[0] * 3, [255] * 3]
 
 
+def photo(seed, size):
+    """Noise on a slope of colours, (width, height) as Pillow says it."""
+    slope = np.asarray(Image.open(io.BytesIO(png(seed, size=size))).convert("RGB"), np.int16)
+    noise = np.random.default_rng(seed).integers(-60, 60, slope.shape)
+    return image((slope + noise).clip(0, 255))
+
+
+def batch(*pictures, size=16):
+    pixels = RenderPixels(size)
+    return collate_pairs([{"index": 0, "points": torch.zeros(1, 3), "pixels": pixels(p), "bad": []} for p in pictures])
+
+
+def augment(transform, pictures, numbers):
+    made = batch(*pictures, size=transform.size)
+    return transform(made["pixels"], made["sizes"], numbers)
+
+
+def plain_form(picture, size, factors, order, flips):
+    """What the released code does to one image, by Pillow and torchvision, with the random numbers given."""
+    jitters = (adjust_brightness, adjust_contrast, adjust_saturation)
+    rgb = resize(picture, [size, size])
+    for which in order:
+        rgb = jitters[which](rgb, factors[which])
+    gray = resize(picture.convert("L"), [size, size])
+    rgb, gray = (hflip(x) if flip else x for x, flip in zip((rgb, gray), flips, strict=True))
+    return (
+        normalize(to_tensor(rgb), IMAGENET_MEAN, IMAGENET_STD),
+        normalize(to_tensor(gray), IMAGENET_MEAN[:1], IMAGENET_STD[:1]),
+    )
+
+
+def drawn(count, **kwargs):
+    """The factors, orders and flips that ``RenderAugmentation`` draws."""
+    numbers = streams(count, **kwargs)
+    factors, order = numbers.uniform(3, low=0.6, high=1.4), numbers.uniform(3).argsort(1)
+    return zip(factors.tolist(), order.tolist(), (numbers.uniform(2) < 0.5).tolist(), strict=True)
+
+
+@pytest.mark.parametrize(("size", "levels"), [((24, 24), 0), ((31, 17), 1), ((60, 33), 2)])
+def test_renders_equal_the_plain_form_up_to_the_rounding_of_the_resizing(size, levels):
+    count = 30
+    pictures = [photo(seed, size) for seed in range(count)]
+    out = augment(RenderAugmentation(24), pictures, streams(count))
+    for row, numbers in enumerate(drawn(count)):
+        rgb, gray = plain_form(pictures[row], 24, *numbers)
+        # A level more or less before the jitter can be some more after it.
+        for name, expected, most in (("rgb", rgb, 4 * levels), ("gray", gray, levels)):
+            deviation = torch.tensor(IMAGENET_STD[: len(expected)])[:, None, None]
+            difference = 255 * deviation * (out[name][row] - expected).abs()
+            assert difference.max() < most + 1e-3 and difference.mean() <= 0.3 * levels + 1e-3, (name, row)
+    orders, flips = (list(x) for x in list(zip(*drawn(count), strict=True))[1:])
+    assert len({tuple(x) for x in orders}) == 6 and len({tuple(x) for x in flips}) == 4
+
+
+def test_luminance_and_jitter_equal_pillow_to_the_last_bit():
+    every = np.random.default_rng(0).integers(0, 256, (64, 64, 3))
+    pixels = torch.from_numpy(np.ascontiguousarray(every)).permute(2, 0, 1)[None].float()
+    assert np.array_equal(luminance(pixels)[0, 0].numpy(), np.asarray(image(every).convert("L"), np.float32))
+    for factors, order in (([0.6, 1.4, 0.9], [2, 0, 1]), ([1.39, 0.61, 1.2], [1, 2, 0]), ([1, 1, 1], [0, 1, 2])):
+        expected = image(every)
+        for which in order:
+            expected = (adjust_brightness, adjust_contrast, adjust_saturation)[which](expected, factors[which])
+        out = jitter_colours(pixels, torch.tensor([factors]), torch.tensor([order]))[0]
+        assert np.array_equal(out.permute(1, 2, 0).numpy(), np.asarray(expected, np.float32))
+
+
+def test_a_render_depends_on_its_own_sample_alone():
+    sizes = [(16, 16), (9, 12), (16, 16), (9, 12), (30, 20), (16, 16), (9, 12)]
+    pictures = [photo(seed, size) for seed, size in enumerate(sizes)]
+    together = RenderAugmentation(16)
+    whole = augment(together, pictures, streams(7))
+    assert len(batch(*pictures)["sizes"].unique(dim=0)) == 2  # the largest was resized when it was read
+    for row in range(7):
+        alone = SampleStreams(seed=1, epoch=0, index=torch.tensor([row]))
+        single = augment(together, pictures[row : row + 1], alone)
+        assert all(torch.equal(single[name][0], whole[name][row]) for name in ("rgb", "gray"))
+    together.CPU_CHUNK = 3
+    again = augment(together, pictures, streams(7))
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+    other = augment(together, pictures, streams(7, epoch=1))
+    assert not torch.equal(other["rgb"], whole["rgb"])
+
+
 @pytest.mark.parametrize("mode", [*MODES, "LA", "1"])
 def test_every_mode_gives_normalised_tensors_of_the_size_asked(mode):
     decoded = Image.open(io.BytesIO(png(3, mode, (33, 17))))
-    out = RenderTransform(16)(decoded, 5)
-    assert {name: tuple(x.shape) for name, x in out.items()} == {"rgb": (3, 16, 16), "gray": (1, 16, 16)}
-    for name, x in out.items():
-        channels = len(x)
-        mean, std = (torch.tensor(values[:channels])[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    out = augment(RenderAugmentation(16), [decoded], streams(1))
+    assert {name: tuple(x.shape) for name, x in out.items()} == {"rgb": (1, 3, 16, 16), "gray": (1, 1, 16, 16)}
+    for name, (x,) in out.items():
+        mean, std = (torch.tensor(values[: len(x)])[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
         values = x * std + mean
         assert x.dtype == torch.float32 and values.min() > -1e-5 and values.max() < 1 + 1e-5, name
 
 
-def test_render_is_a_function_of_the_seed_and_leaves_the_global_generator_alone():
-    transform, picture = RenderTransform(12), Image.open(io.BytesIO(png(1)))
-    torch.manual_seed(3)
-    state = torch.get_rng_state()
-    first = transform(picture, 10)
-    assert torch.equal(torch.get_rng_state(), state)
-    torch.manual_seed(4)
-    again, other = transform(picture, 10), transform(picture, 11)
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    assert not torch.equal(first["rgb"], other["rgb"])
-
-
-def test_gray_is_luminance_with_a_flip_of_its_own_and_no_jitter():
-    transform, picture = RenderTransform(20), Image.open(io.BytesIO(png(1, size=(20, 20)))).convert("RGB")
-    luminance = torch.from_numpy(np.asarray(picture.convert("L")) / np.float32(255))
-    expected = ((luminance - IMAGENET_MEAN[0]) / IMAGENET_STD[0])[None]
-    flips = []
-    for seed in range(40):
-        gray, rgb = (transform(picture, seed)[name] for name in ("gray", "rgb"))
-        flipped = not torch.allclose(gray, expected, atol=1e-5)
-        torch.testing.assert_close(gray.flip(2) if flipped else gray, expected, atol=1e-5, rtol=0)
-        # The picture gets brighter from left to right in this channel or darker: a flip shows in the sign.
-        slope = (rgb[0, :, -1] - rgb[0, :, 0]).mean() * (picture.getpixel((19, 10))[0] - picture.getpixel((0, 10))[0])
-        flips.append((flipped, bool(slope < 0)))
-    assert {(a, b) for a, b in flips} == {(a, b) for a in (False, True) for b in (False, True)}
-    assert 10 <= sum(a for a, _ in flips) <= 30 and 10 <= sum(b for _, b in flips) <= 30
+@pytest.mark.parametrize(("size", "kept"), [((20, 20), (20, 20)), ((30, 13), (30, 13)), ((21, 20), (20, 20))])
+def test_only_renders_of_more_pixels_than_wanted_are_resized_when_read(size, kept):
+    assert tuple(RenderPixels(20)(photo(1, size)).shape) == (kept[1], kept[0], 3)
 
 
 def test_colour_jitter_changes_brightness_within_its_range():
-    transform, picture = RenderTransform(8), image(np.full((8, 8, 3), 100))
-    values = torch.stack([transform(picture, seed)["rgb"].mean((1, 2)) for seed in range(60)])
+    grays = [image(np.full((8, 8, 3), 100))] * 60
+    values = augment(RenderAugmentation(8), grays, streams(60))["rgb"].mean((2, 3))
     values = 255 * (values * torch.tensor(IMAGENET_STD) + torch.tensor(IMAGENET_MEAN))
     # 100 x U(0.6, 1.4): a flat gray does not change with contrast and saturation.
     assert 59 <= values.min() < 75 and 125 < values.max() <= 141
 
 
 @pytest.mark.parametrize("modality", ["rgb", "gray"])
-def test_only_the_wanted_modality_is_computed(modality):
-    picture = Image.open(io.BytesIO(png(1)))
-    assert list(RenderTransform(8, modality=modality)(picture, 1)) == [modality]
+def test_only_the_wanted_modality_is_computed_from_the_same_numbers(modality):
+    pictures = photo(1, (20, 20)), photo(2, (7, 5))
+    out = augment(RenderAugmentation(8, modality=modality), pictures, streams(2))
+    assert list(out) == [modality]
+    assert torch.equal(out[modality], augment(RenderAugmentation(8), pictures, streams(2))[modality])

@@ -1,0 +1,311 @@
+"""Reading and augmenting pretraining pairs: our data path against the textbook one, in samples per second of one core.
+
+Ours: clouds and encoded renderings lie in one packed file, a process that reads data (a worker) reads and decodes a
+rendering once, and everything random happens to whole batches on the training device. Textbook
+(tests/textbook_pairs.py): every view reads a file of its own, and clouds and images are augmented one by one, by NumPy,
+Pillow and torchvision.
+
+Three numbers, all of one thread: what a worker of ours does, what a worker of the textbook's does, and ours with the
+batch augmentation added, as if the training device were a core of this CPU too. The augmented tensors of both have the
+same sizes. Then the milliseconds of every stage. Files are in the page cache: the first round is not counted.
+
+  python -m benchmarks.loader --data_root data/shapenet2k               # real pairs, at the released sizes: a minute
+  python -m benchmarks.loader                                           # without them: the demo's, written out as files
+  python -m benchmarks.loader --workers 2                               # also counts what so many workers deliver
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+from PIL import Image
+from plyfile import PlyData, PlyElement
+from torch.utils.data import DataLoader, default_collate
+from torchvision.transforms import functional as F
+
+from benchmarks.measure import (
+    add_measuring_arguments,
+    compare,
+    place_text,
+    provenance,
+    ratio_text,
+    seconds_in_turn,
+    seconds_of,
+    text_table,
+)
+from datasets.pack import pack
+from datasets.sampler import PairSampler
+from datasets.shapenet_render import FolderSource, PairSource, ShapeNetRender, collate_pairs, decode_image, open_source
+from datasets.streams import SampleStreams
+from datasets.transforms import (
+    RenderAugmentation,
+    RenderPixels,
+    jitter_colours,
+    luminance,
+    normalize_images,
+    pretraining_augmentation,
+    resize_and_flip,
+)
+from tests.textbook_pairs import TextbookPairs, augment_cloud, read_cloud
+from utils.cli import HelpFormatter, non_negative_int, positive_int, run, write_json
+from utils.errors import UserError
+
+DEMO = Path(__file__).resolve().parents[1] / "data" / "demo"
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.loader", description=__doc__, formatter_class=HelpFormatter
+    )
+    g = parser.add_argument_group("what is measured")
+    g.add_argument("--data_root", default=str(DEMO), metavar="DIR", help="pairs: folders or a packed file")
+    g.add_argument("--shapes", type=positive_int, default=256, metavar="N", help="use so many of them")
+    g.add_argument("--batch", type=positive_int, default=32, metavar="B", help="samples per batch")
+    g.add_argument("--image_size", type=positive_int, default=224, metavar="PX", help="size of the images")
+    g.add_argument(
+        "--workers", type=non_negative_int, default=0, metavar="W", help="also measure loaders with W processes"
+    )
+    add_measuring_arguments(parser, repeats=3)
+    parser.set_defaults(threads=1)
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.shapes, args.batch, args.image_size, args.repeats = 8, 4, 32, 1
+    return args
+
+
+def write_folders(source: PairSource, chosen: Sequence[int], root: Path) -> None:
+    """Write shapes of any source as files of the released layout, points as binary PLY."""
+    for i in chosen:
+        name = source.ids[i]
+        rows = np.rec.fromarrays(source.points(i).T, names="x,y,z")
+        path = root / "ShapeNet" / f"{name}.ply"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        PlyData([PlyElement.describe(rows, "vertex")]).write(path)
+        folder = root / "ShapeNetRendering" / name / "rendering"
+        folder.mkdir(parents=True)
+        for view, file in enumerate(source.view_names(i)):
+            (folder / file).write_bytes(source.image_file(i, view))
+
+
+def prepare(args: argparse.Namespace, folder: Path) -> tuple[ShapeNetRender, TextbookPairs]:
+    """The same shapes as one packed file and as single files.
+
+    Raises:
+        UserError: fewer shapes than a batch.
+    """
+    source = open_source(args.data_root)
+    chosen = np.linspace(0, len(source.ids) - 1, min(args.shapes, len(source.ids))).astype(int).tolist()
+    if len(chosen) < args.batch:
+        raise UserError(f"--batch {args.batch} is more than the {len(chosen)} shapes of {args.data_root} in use")
+    write_folders(source, chosen, folder / "files")
+    files = FolderSource(folder / "files")
+    pack(files, folder / "pairs.h5", chosen=list(range(len(files.ids))), name="benchmark")
+    ours = ShapeNetRender(folder / "pairs.h5", seed=args.seed, transform=RenderPixels(args.image_size))
+    return ours, TextbookPairs(folder / "files", size=args.image_size)
+
+
+class DataPath:
+    """Everything our data path does with a batch."""
+
+    def __init__(self, dataset: ShapeNetRender, args: argparse.Namespace) -> None:
+        self.dataset, self.seed = dataset, args.seed
+        self.sampler = PairSampler(len(dataset), global_batch=args.batch, seed=args.seed)
+        self.clouds, self.renders = pretraining_augmentation(), RenderAugmentation(args.image_size)
+
+    def read(self) -> list[dict[str, Any]]:
+        """What a worker does: the batches of an epoch."""
+        return [collate_pairs(self.dataset.__getitems__(keys)) for keys in self.sampler]
+
+    def augment(self, batch: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+        """What the training device does: two views, colour and gray images."""
+        streams = SampleStreams(seed=self.seed, epoch=0, index=batch["index"])
+        views = [self.clouds(batch["points"], streams) for _ in range(2)]
+        images = self.renders(batch["pixels"], batch["sizes"], streams)
+        return (*views, images["rgb"], images["gray"])
+
+
+def stages(dataset: ShapeNetRender, textbook: TextbookPairs, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Milliseconds per sample of each stage, each measured by itself over one batch; the fastest of the rounds."""
+    count, size, source = args.batch, args.image_size, dataset.source
+    rounds = range(args.repeats + 1)
+
+    def ms(action: Callable[[int], Any]) -> float:
+        def over_batch() -> None:
+            for i in range(count):
+                action(i)
+
+        return 1e3 * min(seconds_of(over_batch, cpu=True) for _ in rounds) / count
+
+    def batch_ms(action: Callable[[], Any]) -> float:
+        return 1e3 * min(seconds_of(action, cpu=True) for _ in rounds) / count
+
+    where = [source.where(i, 0) for i in range(count)]
+    files = [source.image_file(i, 0) for i in range(count)]
+    pictures = [decode_image(data, name) for data, name in zip(files, where, strict=True)]
+    samples = dataset.__getitems__(list(range(count)))
+    batch = collate_pairs(samples)
+    streams = SampleStreams(seed=args.seed, epoch=0, index=batch["index"])
+    augmentation, pixels = pretraining_augmentation(), dataset.transform
+    factors, order = streams.uniform(3, low=0.6, high=1.4), streams.uniform(3).argsort(1)
+    flips = streams.uniform(1)[:, 0] < 0.5
+    pieces = []  # of one size, and so many at a time as the augmentation takes on a CPU
+    for pixels_size in batch["sizes"].unique(dim=0):
+        for rows in (batch["sizes"] == pixels_size).all(1).nonzero()[:, 0].split(RenderAugmentation.CPU_CHUNK):
+            height, width = pixels_size.tolist()
+            pieces.append((rows, batch["pixels"][rows, :height, :width].permute(0, 3, 1, 2)))
+    gray = [(rows, luminance(x.float()).byte()) for rows, x in pieces]
+    resized = [(rows, resize_and_flip(x, size, flips[rows]).float()) for rows, x in pieces]
+    ours = {
+        "read cloud": ms(source.points),
+        "read image file": ms(lambda i: source.image_file(i, 0)),
+        "decode": ms(lambda i: decode_image(files[i], where[i])),
+        "composite": ms(lambda i: pixels(pictures[i])),
+        "collate": batch_ms(lambda: collate_pairs(samples)),
+        "augment clouds*": batch_ms(lambda: [augmentation(batch["points"], streams) for _ in range(2)]),
+        "gray*": batch_ms(lambda: [luminance(x.float()).byte() for _, x in pieces]),
+        "resize and flip*": batch_ms(lambda: [resize_and_flip(x, size, flips[rows]) for rows, x in pieces + gray]),
+        "colour jitter*": batch_ms(lambda: [jitter_colours(x, factors[rows], order[rows]) for rows, x in resized]),
+        "normalise*": batch_ms(lambda: [(normalize_images(x), normalize_images(x[:, :1])) for _, x in resized]),
+    }
+    clouds, views = zip(*(textbook.pairs[i] for i in range(count)), strict=True)
+    arrays = [read_cloud(path) for path in clouds]
+    colour = [Image.open(view[0]).convert("RGB") for view in views]
+    large = [textbook.rgb.transforms[0](x) for x in colour]
+    luma = [x.convert("L") for x in large]
+    tensors = [F.to_tensor(x) for x in large]
+    examples = [textbook[i] for i in range(count)]
+    resize, jitter, flip, to_tensor, normalise = textbook.rgb.transforms
+    plain = {
+        "read cloud": 2 * ms(lambda i: read_cloud(clouds[i])),
+        "read image file": 2 * ms(lambda i: views[i][0].read_bytes()),
+        "decode": 2 * ms(lambda i: decode_image(files[i], where[i])),
+        "gray*": ms(lambda i: colour[i].convert("L")),
+        "collate": batch_ms(lambda: default_collate(examples)),
+        "augment clouds*": 2 * ms(lambda i: augment_cloud(arrays[i])),
+        "resize and flip*": ms(lambda i: flip(resize(colour[i]))) + ms(lambda i: flip(resize(luma[i]))),
+        "colour jitter*": ms(lambda i: jitter(large[i])),
+        "normalise*": ms(lambda i: normalise(to_tensor(large[i]))) + ms(lambda i: (to_tensor(luma[i]), tensors[i])),
+    }
+    return {"ours": ours, "textbook": plain}
+
+
+def with_workers(dataset: Any, workers: int, **kwargs: Any) -> float:
+    """Samples per second of PyTorch's loader with so many processes, over an epoch after one that is not counted."""
+    loader = DataLoader(dataset, num_workers=workers, persistent_workers=True, prefetch_factor=4, **kwargs)
+    count = 0
+
+    def epoch() -> None:
+        nonlocal count
+        count = sum(len(batch["index"] if isinstance(batch, dict) else batch[0]) for batch in loader)
+
+    epoch()
+    return count / seconds_of(epoch)
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Both data paths in turn."""
+    about = provenance()
+    with tempfile.TemporaryDirectory(prefix="crossnet-loader-") as folder:
+        dataset, textbook = prepare(args, Path(folder))
+        path = DataPath(dataset, args)
+        batches = list(path.sampler)
+        count = len(batches) * args.batch
+
+        def read_textbook() -> None:
+            for keys in batches:
+                default_collate([textbook[key.index] for key in keys])
+
+        def read_and_augment() -> None:
+            for batch in path.read():
+                path.augment(batch)
+
+        actions = {"ours": path.read, "textbook": read_textbook, "whole": read_and_augment}
+        seconds_in_turn(actions, repeats=1, cpu=True)
+        seconds = seconds_in_turn(actions, repeats=args.repeats, cpu=True)
+        per_sample = {name: [value / count for value in values] for name, values in seconds.items()}
+        result = compare(per_sample)
+        result["whole"] = {
+            "seconds": per_sample["whole"],
+            "seconds_median": statistics.median(per_sample["whole"]),
+            "time_ratio": statistics.median(
+                b / a for a, b in zip(per_sample["whole"], per_sample["textbook"], strict=True)
+            ),
+        }
+        for name in ("ours", "textbook", "whole"):
+            result[name]["samples_per_second"] = 1 / result[name]["seconds_median"]
+        result["stages_ms"] = stages(dataset, textbook, args)
+        if args.workers:
+            result["with_workers"] = {
+                "workers": args.workers,
+                "ours": with_workers(dataset, args.workers, batch_sampler=path.sampler, collate_fn=collate_pairs),
+                "textbook": with_workers(textbook, args.workers, batch_size=args.batch, shuffle=True, drop_last=True),
+            }
+    result["settings"] = {
+        **{key: getattr(args, key) for key in ("shapes", "batch", "image_size", "repeats", "threads", "seed", "quick")},
+        "data": Path(args.data_root).name,
+        "points": dataset.cloud_size,
+    }
+    return result | about
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result for people."""
+    settings = result["settings"]
+    rate = {name: result[name]["samples_per_second"] for name in ("ours", "textbook", "whole")}
+    stage = result["stages_ms"]
+    rows = [
+        ("", "ours", "textbook", "textbook / ours"),
+        ("samples/s of a worker", f"{rate['ours']:.0f}", f"{rate['textbook']:.0f}", ratio_text(result)),
+        (
+            "and batch augmentation",
+            f"{rate['whole']:.0f}",
+            f"{rate['textbook']:.0f}",
+            f"{result['whole']['time_ratio']:.2f}",
+        ),
+        ("ms per sample by stage", "", "", ""),
+    ]
+    for name in {**stage["ours"], **stage["textbook"]}:
+        cells = [f"{stage[form][name]:.3f}" if name in stage[form] else "" for form in ("ours", "textbook")]
+        rows.append((f"  {name}", *cells, ""))
+    if workers := result.get("with_workers"):
+        rows.append(
+            (f"samples/s, {workers['workers']} workers", f"{workers['ours']:.0f}", f"{workers['textbook']:.0f}", "")
+        )
+    return "\n".join(
+        [
+            f"{settings['shapes']} shapes of {settings['data']}, {settings['points']} points, both images at "
+            f"{settings['image_size']} px, batches of {settings['batch']}, CPU time, {place_text(result)}",
+            text_table(rows),
+            "* with ours on the training device, in batch; here on the CPU",
+        ]
+    )
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Measure, print the table, write the JSON object."""
+    args = parse_args(argv)
+    before = torch.get_num_threads()
+    torch.set_num_threads(args.threads)
+    try:
+        result = measure(args)
+    finally:
+        torch.set_num_threads(before)
+    print(table(result))
+    write_json(args.json, result)
+    return result
+
+
+if __name__ == "__main__":
+    run(main)

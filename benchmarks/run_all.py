@@ -1,0 +1,410 @@
+"""Run every benchmark, collect the results, and write the page docs/benchmarks.md with its pictures.
+
+Each benchmark runs in a process of its own. One that cannot run here, for want of a package or a GPU, gets the row "not
+run" with the reason. --quick takes sizes that say nothing, to see that everything works, and writes to runs/benchmarks.
+
+  python -m benchmarks.run_all --data_root data/shapenet2k     # a quarter of an hour on two quiet cores
+  python -m benchmarks.run_all --quick
+  python -m benchmarks.run_all --redraw                        # page and pictures from docs/benchmarks/results.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from benchmarks.measure import FORMULATIONS, ROOT
+from utils.cli import HelpFormatter, run, write_json
+from utils.errors import UserError
+
+RESULTS = "results.json"
+COLOURS = {"ours": "tab:blue", "textbook": "tab:orange"}
+
+
+class Job(NamedTuple):
+    """One run of one benchmark."""
+
+    name: str  # key of the results
+    module: str
+    arguments: str
+    quick: str = ""  # arguments after --quick
+
+
+def jobs(data_root: str | None, gpu: bool) -> list[Job]:
+    """What is run, in order."""
+    data = f" --data_root {data_root}" if data_root else ""
+    small = "--batch_size 4 --k 4 --emb_dims 16 --image_model resnet18 --image_size 32 --num_points 64 --device cpu"
+    todo = [
+        Job("step", "edgeconv", "--repeats 2"),
+        Job("step_8192", "edgeconv", "--alone --batch 4 --points 8192 --repeats 1"),
+        Job("step_partseg", "edgeconv", "--model dgcnn_partseg --batch 4 --repeats 1"),
+        Job("step_semseg", "edgeconv", "--model dgcnn_semseg --batch 4 --repeats 1"),
+        *(Job(f"points_{n}", "edgeconv", f"--batch 4 --points {n} --repeats 2") for n in (512, 1024, 2048)),
+        *(Job(f"k_{k}", "edgeconv", f"--batch 4 --points 1024 --k {k} --repeats 2") for k in (10, 40)),
+        *(Job(f"batch_{b}", "edgeconv", f"--batch {b} --points 1024 --repeats 2") for b in (2, 8)),
+        Job("layer", "dynamic_edgeconv", ""),
+        Job("loss", "losses", ""),
+        Job("loader", "loader", f"--workers 2{data}"),
+        Job("svm", "svm", ""),
+        Job("scores", "metrics", "", "--shapes 50 --points 64"),
+        Job(
+            "estimate",
+            "estimate",
+            "--shapes 2033 --epochs 6 --batch_size 32 --num_points 512 --image_model resnet18 --image_size 64 "
+            "--channels_last --workers 0 --threads 2 --seconds 15 --memory_gb 11 --check --device cpu",
+            f"--shapes 100 --epochs 2 --seconds 0.1 --threads 1 --workers 0 --check {small}",
+        ),
+    ]
+    if gpu:
+        todo += [
+            Job("gpu_step", "edgeconv", "--device cuda --repeats 10"),
+            Job("gpu_layer", "dynamic_edgeconv", "--device cuda --repeats 10"),
+            Job("gpu_loss", "losses", "--device cuda"),
+            Job("gpu_estimate", "estimate", "--amp bf16 --channels_last --batch_size 200 --check", "--seconds 1"),
+        ]
+    return todo
+
+
+def run_job(job: Job, *, quick: bool, folder: Path) -> dict[str, Any]:
+    """Run one benchmark in a fresh process; its result with the seconds and the command, or ``not_run``: why not."""
+    # metrics and estimate have sizes of their own for a try-out; the others know --quick.
+    own = job.module in ("metrics", "estimate")
+    words = (job.quick if own else f"--quick {job.quick}").split() if quick else job.arguments.split()
+    if quick and job.module == "edgeconv":
+        words += [w for w in ("--alone",) if w in job.arguments]
+    out = folder / f"{job.name}.json"
+    command = ["-m", f"benchmarks.{job.module}", *words]
+    print(f"\n$ python {' '.join(command)}", flush=True)
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, *command, "--json", str(out)], cwd=ROOT, stderr=subprocess.PIPE, text=True, check=False
+    )
+    about = {"command": f"python {' '.join(command)}", "wall_seconds": round(time.perf_counter() - start, 1)}
+    if done.returncode or not out.is_file():
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1].removeprefix("error: ")
+        print(f"not run: {reason}", flush=True)
+        return {"not_run": reason, **about}
+    return json.loads(out.read_text(encoding="utf-8")) | about
+
+
+def number(value: float) -> str:
+    """Three significant digits, thousands in full."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table; the first row is its head."""
+    head, *body = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([head, "|" + " --- |" * len(rows[0]), *body])
+
+
+def found(results: dict[str, Any], name: str) -> dict[str, Any] | None:
+    """A benchmark's result, None where it was not run."""
+    result = results.get(name)
+    return None if result is None or "not_run" in result else result
+
+
+def comparison_rows(results: dict[str, Any]) -> list[list[str]]:
+    """The table of all ratios."""
+    rows = [["what", "ours", "textbook", "ratio", "peak memory, MB: ours", "textbook", "ratio"]]
+
+    def add(text: str, part: dict[str, Any] | None, *, unit: str = "s", scale: float = 1.0, why: str = "") -> None:
+        if part is None:
+            rows.append([text, "not run" + (f": {why}" if why else ""), "not run", "", "", "", ""])
+            return
+        times = [f"{number(scale * part[form]['seconds_median'])} {unit}" for form in FORMULATIONS]
+        memory = ["", "", ""]
+        if "memory_ratio" in part:
+            memory = [*(number(part[form]["peak_mb"]) for form in FORMULATIONS), f"{part['memory_ratio']:.1f}"]
+        rows.append([text, *times, f"**{part['time_ratio']:.1f}**", *memory])
+
+    def reason(name: str) -> str:
+        return results.get(name, {}).get("not_run", "no GPU here" if name.startswith("gpu_") else "")
+
+    for name in ("step", "step_partseg", "step_semseg", "gpu_step"):
+        part = found(results, name)
+        text = f"training step of the encoder ({name})"
+        if part:
+            s = part["settings"]
+            text = f"training step, {s['model']}, {s['batch']} x {s['points']} points, k {s['k']}, {s['device']}"
+        add(text, part, why=reason(name))
+    for name in ("layer", "gpu_layer"):
+        part = found(results, name)
+        text = "one EdgeConv layer against torch_geometric"
+        if part:
+            s = part["settings"]
+            text += f"'s {part['textbook_is']}, {s['batch']} x {s['points']} points, {s['device']}"
+        add(text, part, why=reason(name))
+    for name in ("loss", "gpu_loss"):
+        part = found(results, name)
+        text = "NT-Xent against lightly's"
+        if part:
+            text += f", {part['settings']['batch']} pairs, {part['settings']['device']}"
+        add(text, part, unit="ms", scale=1e3, why=reason(name))
+    loader = found(results, "loader")
+    add("reading a sample, one worker", loader, unit="ms", scale=1e3, why=reason("loader"))
+    if loader:
+        whole = {**loader, "ours": loader["whole"], "time_ratio": loader["whole"]["time_ratio"]}
+        add("the same with the batch augmentation, which is the training device's", whole, unit="ms", scale=1e3)
+    svm = found(results, "svm")
+    s = svm["settings"] if svm else {}
+    size = f", {s['train']:,} + {s['test']:,} x {s['dims']:,}, {s['classes']} classes" if svm else ""
+    add(f"linear SVM{size}", svm and svm["svm"], why=reason("svm"))
+    size = f", {s['clouds']} clouds of {s['points']:,} points" if svm else ""
+    add(f"feature extraction{size}", svm and svm["features"], why=reason("svm"))
+    scores = found(results, "scores")
+    if scores:
+        for text, key in (("masks", "masks"), ("a loop over points", "points")):
+            cells = [number(1e3 * scores["seconds"]), number(1e3 * scores[f"loop_over_{key}_seconds"])]
+            ratio = f"**{scores[f'times_faster_than_{key}']:.1f}**"
+            rows.append([f"segmentation scores against {text}", *(f"{cell} ms" for cell in cells), ratio, "", "", ""])
+    return rows
+
+
+def sweep(results: dict[str, Any], key: str, names: Sequence[str]) -> list[dict[str, Any]]:
+    """The runs of a sweep that were done, by their setting ``key``."""
+    runs = [result for name in names if (result := found(results, name))]
+    return sorted(runs, key=lambda result: result["settings"][key])
+
+
+SWEEPS = {
+    "points": ("points_512", "points_1024", "points_2048"),
+    "k": ("k_10", "points_1024", "k_40"),
+    "batch": ("batch_2", "points_1024", "batch_8"),
+}
+
+
+def new_figure(columns: int) -> tuple[Figure, Any]:
+    """A row of axes."""
+    figure = Figure(figsize=(4.2 * columns, 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
+
+
+def draw_cost(results: dict[str, Any], path: Path) -> bool:
+    """Seconds of a training step against points, k and batch, and clouds per second; False where nothing was run."""
+    if not any(sweep(results, key, names) for key, names in SWEEPS.items()):
+        return False
+    figure, axes = new_figure(4)
+    for ax, (key, names) in zip(axes, SWEEPS.items(), strict=False):
+        runs = sweep(results, key, names)
+        for form in FORMULATIONS:
+            x = [result["settings"][key] for result in runs]
+            ax.plot(x, [result[form]["seconds_median"] for result in runs], "o-", color=COLOURS[form], label=form)
+        ax.set(xscale="log", yscale="log", xlabel=key, ylabel="seconds per step", xticks=x, xticklabels=x)
+        ax.minorticks_off()
+    runs = sweep(results, "batch", SWEEPS["batch"])
+    for form in FORMULATIONS:
+        x = [result["settings"]["batch"] for result in runs]
+        y = [result["settings"]["batch"] / result[form]["seconds_median"] for result in runs]
+        axes[3].plot(x, y, "o-", color=COLOURS[form], label=form)
+    axes[3].set(xlabel="batch", ylabel="clouds per second", ylim=(0, None), xticks=x)
+    axes[0].legend()
+    figure.savefig(path, dpi=90)
+    return True
+
+
+def draw_shares(bars: dict[str, dict[str, float]], title: str, unit: str, path: Path) -> None:
+    """Stacked bars, one for each form, of its stages."""
+    figure, (ax,) = new_figure(1)
+    figure.set_size_inches(9, 1.1 + 0.75 * len(bars))
+    stages = list(dict.fromkeys(stage for parts in bars.values() for stage in parts))
+    colours = [f"C{i % 10}" for i in range(len(stages))]
+    left = dict.fromkeys(bars, 0.0)
+    for stage, colour in zip(stages, colours, strict=True):
+        widths = [parts.get(stage, 0.0) for parts in bars.values()]
+        ax.barh(list(bars), widths, left=list(left.values()), color=colour, label=stage, edgecolor="white")
+        left = {form: start + width for (form, start), width in zip(left.items(), widths, strict=True)}
+    ax.invert_yaxis()
+    ax.set(title=title, xlabel=unit)
+    ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=90)
+
+
+def loader_bars(loader: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Milliseconds of the stages: textbook, and ours in the worker and with the training device's part."""
+    stages = loader["stages_ms"]
+    ours = {name.rstrip("*"): value for name, value in stages["ours"].items()}
+    return {
+        "textbook, worker": {name.rstrip("*"): value for name, value in stages["textbook"].items()},
+        "ours, worker": {name: value for name, value in stages["ours"].items() if not name.endswith("*")},
+        "ours, with the batch part": ours,
+    }
+
+
+def draw_speed(results: dict[str, Any], path: Path) -> bool:
+    """Samples per second of a worker, ours and textbook; False where the loader was not run."""
+    loader = found(results, "loader")
+    if not loader:
+        return False
+    figure, (ax,) = new_figure(1)
+    forms = {"textbook": "textbook", "whole": "ours, with\nthe batch part", "ours": "ours, worker"}
+    rates = [loader[form]["samples_per_second"] for form in forms]
+    ax.bar_label(ax.bar(list(forms.values()), rates, color=["tab:orange", "tab:cyan", "tab:blue"]), fmt="%.0f")
+    ax.axhline(62.5, color="gray", linestyle=":", label="1,000 shapes/s on 16 cores")
+    ax.set(ylabel="shapes per second and core")
+    ax.legend(fontsize=8)
+    figure.savefig(path, dpi=90)
+    return True
+
+
+def sections(results: dict[str, Any], folder: Path, link: str) -> list[str]:
+    """Everything below the page's head; draws the pictures into ``folder``."""
+    text = ["## All ratios", markdown(comparison_rows(results))]
+    if draw_cost(results, folder / "cost.png"):
+        text += [
+            "## Encoder step",
+            "Cost of a training step of DGCNN-cls (4 x 1,024 points, k 20, where nothing else is said).",
+            f"![seconds against points, k and batch]({link}/cost.png)",
+        ]
+    if alone := found(results, "step_8192"):
+        s, ours = alone["settings"], alone["ours"]
+        text.append(
+            f"At {s['batch']} x {s['points']:,} points a step takes {number(ours['seconds_median'])} s and the process "
+            f"{number(ours['peak_mb'])} MB at most."
+        )
+    if step := found(results, "step"):
+        draw_shares(
+            {"textbook (before)": step["profile"]["textbook"], "ours (after)": step["profile"]["ours"]},
+            "training step of DGCNN-cls",
+            "per cent of each form's own time",
+            folder / "profile.png",
+        )
+        text.append(f"![shares of the step by kind of operation]({link}/profile.png)")
+    if loader := found(results, "loader"):
+        draw_shares(loader_bars(loader), "a pretraining sample", "milliseconds on one core", folder / "loader.png")
+        draw_speed(results, folder / "speed.png")
+        stages = loader["stages_ms"]
+        rows = [["stage, ms per sample", "ours", "textbook"]]
+        for name in {**stages["ours"], **stages["textbook"]}:
+            rows.append([name, *(f"{stages[f][name]:.3f}" if name in stages[f] else "" for f in FORMULATIONS)])
+        s, rate = loader["settings"], loader["ours"]["samples_per_second"]
+        text += [
+            "## Data path",
+            f"{s['shapes']} shapes of {s['data']}, {s['points']:,} points, both images at {s['image_size']} px; CPU "
+            f"time of one thread. A worker of ours delivers {number(rate)} samples/s. Sixteen would deliver "
+            f"{number(16 * rate)}: that is a multiplication, not a measurement.",
+        ]
+        if workers := loader.get("with_workers"):
+            text.append(
+                f"PyTorch's loader with {workers['workers']} workers, wall-clock time on the machine as it was: ours "
+                f"{number(workers['ours'])}, textbook {number(workers['textbook'])} samples/s."
+            )
+        text += [
+            markdown(rows),
+            "Stages with a star are done in batch on the training device by ours; here their cost on one core.",
+            f"![stages of a sample]({link}/loader.png)",
+            f"![samples per second]({link}/speed.png)",
+        ]
+    if svm := found(results, "svm"):
+        text += [
+            "## Linear SVM",
+            f'{svm["svm"]["agreement"]:.2%} of the predictions agree with `SVC(kernel="linear")`; Gram matrix in '
+            f"float64; accuracy on these synthetic features {svm['svm']['ours']['accuracy']:.2f} and "
+            f"{svm['svm']['textbook']['accuracy']:.2f} %.",
+        ]
+    rows = [["run", "shapes/s", "hours", "peak memory, MB", "bottleneck", "check: predicted / measured s per step"]]
+    for name in ("estimate", "gpu_estimate"):
+        if part := found(results, name):
+            s = part["settings"]
+            check = part["check"]
+            rows.append(
+                [
+                    f"{s['shapes']:,} shapes, {s['epochs']} epochs, batch {s['batch_size']}, {s['num_points']} points, "
+                    f"{s['image_model']} at {s['image_size']} px, amp {s['amp']}",
+                    number(part["shapes_per_s"]),
+                    number(part["hours"]),
+                    number(part["peak_mb"]),
+                    part["bottleneck"],
+                    f"{number(check['predicted_seconds'])} / {number(check['measured_seconds'])} "
+                    f"({check['error_percent']:+.0f} %)",
+                ]
+            )
+    if len(rows) > 1:
+        text += [
+            "## Predicting a run",
+            "`python -m benchmarks.estimate`, checked by an epoch that followed.",
+            markdown(rows),
+        ]
+    return text
+
+
+def write_page(results: dict[str, Any], out: Path) -> Path:
+    """Write ``benchmarks.md`` and the pictures below ``out``; returns the page."""
+    folder = out / "benchmarks"
+    folder.mkdir(parents=True, exist_ok=True)
+    runs = [result for result in results["benchmarks"].values() if "machine" in result]
+    about = runs[0] if runs else {"machine": {"cpu": "?", "cores": 0}, "versions": {"torch": "?", "python": "?"}}
+    commits = sorted({result["commit"][:12] for result in runs})
+    load = max((result["machine"]["load_average_before"] for result in runs), default=0)
+    gpu = next((result["machine"]["gpu"] for result in runs if result["machine"]["gpu"]), None)
+    minutes = sum(result["wall_seconds"] for result in results["benchmarks"].values()) / 60
+    head = [
+        "# Benchmarks",
+        "Written by `python -m benchmarks.run_all`; edit that, not this page. Ours against the plain formulation of "
+        "the same thing (`tests/textbook.py`, `tests/textbook_pairs.py`, scikit-learn, lightly, torch_geometric), in "
+        "turn on the same machine, so that ratios hold where other work slows both down. What each compares, and how, "
+        "is in the script's `--help`.",
+        f"Machine: {about['machine']['cpu']}, {about['machine']['cores']} cores; GPU: {gpu or 'none, not run'}; Python "
+        f"{about['versions']['python']}, torch {about['versions']['torch']}; commit {', '.join(commits) or '?'}; load "
+        f"average up to {load:.1f} when a benchmark began; {minutes:.0f} minutes in all.",
+        *(["**A try-out at sizes that say nothing (`--quick`).**"] if results["quick"] else []),
+    ]
+    commands = "\n".join(result["command"] for result in results["benchmarks"].values())
+    parts = [*head, *sections(results["benchmarks"], folder, "benchmarks"), "## Commands", f"```\n{commands}\n```"]
+    page = out / "benchmarks.md"
+    page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return page
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Run everything, or redraw; returns the results by name."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.run_all", description=__doc__, formatter_class=HelpFormatter
+    )
+    parser.add_argument("--data_root", metavar="DIR", help="real pairs for the loader (default: the demo's)")
+    parser.add_argument("--output_dir", metavar="DIR", help="default: docs, or runs/benchmarks with --quick")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="run these only, and keep the other results there are"
+    )
+    parser.add_argument("--quick", action="store_true", help="sizes that say nothing, to see that everything works")
+    parser.add_argument("--redraw", action="store_true", help="run nothing, write the page anew")
+    parser.add_argument("--json", metavar="FILE", help="also write the results to FILE")
+    args = parser.parse_args(argv)
+    out = Path(args.output_dir or (ROOT / "runs" / "benchmarks" if args.quick else ROOT / "docs"))
+    stored = out / "benchmarks" / RESULTS
+    results: dict[str, Any] = {"quick": args.quick, "benchmarks": {}}
+    if args.redraw or args.only:
+        if not stored.is_file():
+            raise UserError(f"{stored} does not exist: run everything first, without --redraw and --only")
+        results = json.loads(stored.read_text(encoding="utf-8"))
+    if not args.redraw:
+        todo = jobs(args.data_root, torch.cuda.is_available())
+        if unknown := set(args.only or ()) - {job.name for job in todo}:
+            raise UserError(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(j.name for j in todo)}")
+        with tempfile.TemporaryDirectory(prefix="crossnet-benchmarks-") as folder:
+            for job in todo:
+                if not args.only or job.name in args.only:
+                    results["benchmarks"][job.name] = run_job(job, quick=args.quick, folder=Path(folder))
+        write_json(stored, results)
+    print(f"\nwrote {write_page(results, out)}")
+    write_json(args.json, results)
+    return results
+
+
+if __name__ == "__main__":
+    run(main)

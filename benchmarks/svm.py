@@ -1,0 +1,164 @@
+"""Scoring frozen features: our linear SVM and feature extraction against the plain ones.
+
+- The SVM by one Gram matrix (downstream/classification/svm.py) against ``sklearn.svm.SVC(kernel="linear")``, fit and
+  predict, C as released; how many predictions agree. Features are synthetic: classes are Gaussian clouds in a few
+  dimensions of their own, mixed at random into all of them, so close together that the SVM makes mistakes, as on real
+  features.
+- Feature extraction in evaluation mode, ours (no edge tensors, batches of 32) against the textbook encoder
+  (tests/textbook.py) in batches of 16, the released test batch.
+
+The textbook SVM at the size of ModelNet40 takes minutes: --svm_repeats says how often.
+
+  python -m benchmarks.svm                                         # ModelNet40's size
+  python -m benchmarks.svm --train 2460 --test 617 --repeats 3     # a quarter of it
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+from sklearn.svm import SVC
+
+from benchmarks.measure import (
+    add_measuring_arguments,
+    compare,
+    place_text,
+    provenance,
+    ratio_text,
+    seconds_in_turn,
+    text_table,
+)
+from downstream.classification.svm import RELEASED_C, linear_svm
+from downstream.features import extract_features, frozen
+from models import build_encoder
+from tests.textbook import TEXTBOOK_ENCODERS
+from utils.cli import HelpFormatter, positive_float, positive_int, run, write_json
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.svm", description=__doc__, formatter_class=HelpFormatter
+    )
+    g = parser.add_argument_group("what is measured")
+    g.add_argument("--train", type=positive_int, default=9840, metavar="N", help="training samples")
+    g.add_argument("--test", type=positive_int, default=2468, metavar="N", help="test samples")
+    g.add_argument("--classes", type=positive_int, default=40, metavar="C", help="classes")
+    g.add_argument("--dims", type=positive_int, default=2048, metavar="D", help="features")
+    g.add_argument("--svm_c", type=positive_float, default=RELEASED_C, metavar="C", help="of the SVM")
+    g.add_argument("--clouds", type=positive_int, default=64, metavar="N", help="clouds whose features are extracted")
+    g.add_argument("--points", type=positive_int, default=1024, metavar="N", help="points per cloud")
+    g.add_argument("--svm_repeats", type=positive_int, default=1, metavar="R", help="rounds of the SVM")
+    add_measuring_arguments(parser, repeats=3)
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.train, args.test, args.classes, args.dims = 120, 60, 4, 32
+        args.clouds, args.points, args.svm_repeats, args.repeats = 4, 64, 1, 1
+    return args
+
+
+def synthetic_features(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Training and test features (n, D) float32 of overlapping classes, with their labels; no value is negative."""
+    rng = np.random.default_rng(args.seed)
+    inner = min(64, args.dims)
+    centres = rng.normal(size=(args.classes, inner))
+    mixing = rng.normal(size=(inner, args.dims)) / np.sqrt(inner)
+    out = []
+    for count in (args.train, args.test):
+        labels = np.arange(count) % args.classes
+        hidden = centres[labels] + 1.8 * rng.normal(size=(count, inner))
+        noise = 0.3 * rng.normal(size=(count, args.dims))
+        out += [np.maximum(hidden @ mixing + noise, 0).astype(np.float32), labels]  # as after an activation
+    return tuple(out)
+
+
+def measure_svm(args: argparse.Namespace) -> dict[str, Any]:
+    """Fit and predict, both forms in turn."""
+    train_x, train_y, test_x, test_y = synthetic_features(args)
+    predicted: dict[str, np.ndarray] = {}
+
+    def ours() -> None:
+        predicted["ours"] = linear_svm(train_x, train_y, test_x, test_y, c_values=(args.svm_c,)).predictions
+
+    def textbook() -> None:
+        predicted["textbook"] = SVC(kernel="linear", C=args.svm_c).fit(train_x, train_y).predict(test_x)
+
+    result = compare(seconds_in_turn({"ours": ours, "textbook": textbook}, repeats=args.svm_repeats))
+    result["agreement"] = float(np.mean(predicted["ours"] == predicted["textbook"]))
+    for name in ("ours", "textbook"):
+        result[name]["accuracy"] = 100 * float(np.mean(predicted[name] == test_y))
+    return result
+
+
+def measure_features(args: argparse.Namespace) -> dict[str, Any]:
+    """Evaluation-mode features of random clouds, both encoders with the same weights in turn."""
+    torch.manual_seed(args.seed)
+    encoder = build_encoder("dgcnn_cls")
+    plain = TEXTBOOK_ENCODERS["dgcnn_cls"]()
+    plain.load_state_dict(encoder.state_dict())
+    clouds = torch.rand(args.clouds, args.points, 3, generator=torch.Generator().manual_seed(args.seed))
+    features: dict[str, np.ndarray] = {}
+
+    def ours() -> None:
+        features["ours"] = extract_features(encoder, clouds.numpy(), progress=False)
+
+    def textbook() -> None:
+        with frozen(plain):
+            features["textbook"] = np.concatenate([plain(part.mT)[0].numpy() for part in clouds.split(16)])
+
+    actions = {"ours": ours, "textbook": textbook}
+    seconds_in_turn(actions, repeats=1)
+    result = compare(seconds_in_turn(actions, repeats=args.repeats))
+    scale = np.abs(features["textbook"]).max()
+    # Neighbours of almost equal distance may change places in float32: the largest difference would be of those.
+    result["median_relative_difference"] = float(np.median(np.abs(features["ours"] - features["textbook"]) / scale))
+    return result
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result for people."""
+    settings, svm, features = result["settings"], result["svm"], result["features"]
+    rows = [("", "ours", "textbook", "textbook / ours")]
+    for text, part in (
+        (f"SVM, {settings['train']} + {settings['test']} x {settings['dims']}, {settings['classes']} classes, s", svm),
+        (f"features of {settings['clouds']} clouds of {settings['points']} points, s", features),
+    ):
+        rows.append((text, *(f"{part[form]['seconds_median']:.2f}" for form in ("ours", "textbook")), ratio_text(part)))
+    return "\n".join(
+        [
+            f"linear SVM (C = {settings['svm_c']:g}) and feature extraction (DGCNN-cls), {place_text(result)}",
+            text_table(rows),
+            f"{svm['agreement']:.2%} of the SVMs' predictions agree; accuracy {svm['ours']['accuracy']:.2f} and "
+            f"{svm['textbook']['accuracy']:.2f} %; features differ by {features['median_relative_difference']:.0e} of "
+            "their maximum, half of them by less",
+        ]
+    )
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Measure, print the table, write the JSON object."""
+    args = parse_args(argv)
+    before = torch.get_num_threads()
+    torch.set_num_threads(args.threads)
+    about = provenance()
+    try:
+        result: dict[str, Any] = {"svm": measure_svm(args), "features": measure_features(args)}
+    finally:
+        torch.set_num_threads(before)
+    result["settings"] = {key: value for key, value in vars(args).items() if key != "json"}
+    result |= about
+    print(table(result))
+    write_json(args.json, result)
+    return result
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,218 @@
+"""Every benchmark at sizes that say nothing: the keys it promises, and that what it compares is the same."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import dynamic_edgeconv, estimate, loader, losses, measure, run_all, svm
+from models.image import IMAGE_ENCODERS
+from tests.pairs import write_pairs
+from tests.small_run import TinyImageNet
+from tests.textbook_pairs import TextbookPairs, augment_cloud
+from utils.errors import UserError
+
+
+def is_comparison(result):
+    for form in ("ours", "textbook"):
+        assert len(result[form]["seconds"]) == len(result["time_ratios"]) and min(result[form]["seconds"]) > 0
+    return result["time_ratio"] == pytest.approx(np.median(result["time_ratios"]))
+
+
+def is_documented(result, path):
+    assert json.loads(path.read_text()) == result
+    return {"settings", "machine", "versions", "commit"} <= result.keys()
+
+
+def test_times_are_taken_in_turn_and_compared_pair_by_pair():
+    calls = []
+    seconds = measure.seconds_in_turn({name: lambda n=name: calls.append(n) for name in "ab"}, repeats=2)
+    assert calls == list("abab") and {name: len(times) for name, times in seconds.items()} == {"a": 2, "b": 2}
+    result = measure.compare(
+        {"ours": [1.0, 2.0, 4.0], "textbook": [2.0, 8.0, 12.0]},
+        {"ours": {"peak_mb": 20, "before_mb": 10}, "textbook": {"peak_mb": 60, "before_mb": 10}},
+    )
+    assert (result["time_ratios"], result["time_ratio"]) == ([2, 4, 3], 3)
+    assert (result["memory_ratio"], result["step_memory_ratio"], result["ours"]["peak_mb"]) == (3, 5, 20)
+
+
+def test_memory_counts_what_the_call_took():
+    found = measure.memory_of(lambda: np.ones(1 << 25).sum())  # 268 MB
+    assert found["peak_mb"] - found["before_mb"] > 200 or found["before_mb"] > 1000
+
+
+def test_a_fresh_process_that_fails_is_an_error_that_names_it():
+    with pytest.raises(UserError, match="python -m benchmarks.nothing --x ended with code 1 .*No module named"):
+        measure.in_fresh_process("benchmarks.nothing", ["--x"])
+
+
+def test_loader_compares_equal_work_on_pairs_of_any_source(tmp_path, capsys):
+    write_pairs(tmp_path / "data", 8, points=20)
+    arguments = ["--quick", "--data_root", str(tmp_path / "data"), "--json", str(tmp_path / "out.json")]
+    threads = torch.get_num_threads()
+    result = loader.main(arguments)
+    assert torch.get_num_threads() == threads
+    assert is_comparison(result) and is_documented(result, tmp_path / "out.json")
+    assert result["settings"]["points"] == 20
+    for form in ("ours", "textbook", "whole"):
+        assert result[form]["samples_per_second"] == pytest.approx(1 / result[form]["seconds_median"])
+    stages = result["stages_ms"]
+    assert set(stages["textbook"]) <= set(stages["ours"]) and "decode" in stages["textbook"]
+    assert "samples/s of a worker" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--batch 9 is more than the 8 shapes"):
+        loader.main(["--data_root", str(tmp_path / "data"), "--batch", "9"])
+
+
+def test_both_data_paths_give_tensors_of_the_same_sizes_and_ranges(tmp_path):
+    write_pairs(tmp_path / "data", 6, points=40)
+    args = loader.parse_args(["--data_root", str(tmp_path / "data"), "--batch", "6", "--image_size", "24"])
+    ours, textbook = loader.prepare(args, tmp_path)
+    path = loader.DataPath(ours, args)
+    (batch,) = path.read()
+    plain = [torch.stack(part) for part in zip(*(textbook[i] for i in range(6)), strict=True)]
+    for a, b in zip(path.augment(batch), plain, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype and a.isfinite().all() and b.isfinite().all()
+        assert abs(a.mean() - b.mean()) < 0.8 and 0.4 < a.std() / b.std() < 2.5
+
+
+def test_the_textbook_augments_each_view_by_itself(tmp_path):
+    points = np.random.default_rng(0).normal(size=(500, 3)).astype(np.float32)
+    np.random.seed(0)
+    views = torch.stack([augment_cloud(points) for _ in range(200)])
+    assert not torch.equal(views[0], views[1])
+    dropped = (views == views[:, :1]).all(2).double().mean(1)
+    assert dropped.max() > 0.8 and abs(dropped.mean() - 0.4375) < 0.06
+    write_pairs(tmp_path, 3, points=10, unpaired=1)
+    assert len(TextbookPairs(tmp_path)) == 3
+
+
+def test_svm_and_features_agree_with_the_textbook(tmp_path):
+    result = svm.main(["--quick", "--json", str(tmp_path / "out.json")])
+    assert is_comparison(result["svm"]) and is_comparison(result["features"])
+    assert is_documented(result, tmp_path / "out.json")
+    assert result["svm"]["agreement"] == 1 and result["svm"]["ours"]["accuracy"] > 30
+    assert result["features"]["median_relative_difference"] < 1e-4
+
+
+def test_synthetic_features_overlap():
+    args = svm.parse_args(["--train", "300", "--test", "100", "--classes", "5", "--dims", "64"])
+    train_x, train_y, test_x, test_y = svm.synthetic_features(args)
+    assert train_x.shape == (300, 64) and test_x.dtype == np.float32 and train_x.min() == 0
+    assert sorted(set(train_y)) == list(range(5))
+    distance = np.linalg.norm(test_x[:, None] - train_x[None], axis=2)
+    nearest = train_y[distance.argmin(1)] == test_y
+    assert 0.3 < nearest.mean() < 1
+
+
+def test_loss_equals_lightlys(tmp_path):
+    pytest.importorskip("lightly")
+    result = losses.main(["--quick", "--json", str(tmp_path / "out.json")])
+    assert is_comparison(result) and is_documented(result, tmp_path / "out.json")
+    assert result["loss_difference"] < 1e-5 and result["gradient_difference"] < 1e-4
+
+
+@pytest.mark.parametrize(("module", "needs"), [(losses, "lightly.loss"), (dynamic_edgeconv, "torch_geometric.nn")])
+def test_a_missing_package_is_one_clear_message(module, needs, monkeypatch):
+    monkeypatch.setitem(sys.modules, needs, None)
+    with pytest.raises(UserError, match="is not installed: pip install"):
+        module.main(["--quick"])
+
+
+def test_a_layer_equals_torch_geometrics(tmp_path):
+    pytest.importorskip("torch_geometric")
+    result = dynamic_edgeconv.main(["--quick", "--json", str(tmp_path / "out.json")])
+    assert is_comparison(result) and is_documented(result, tmp_path / "out.json")
+    assert result["difference"] < 1e-4 and result["gradient_difference"] < 1e-3 and "EdgeConv" in result["textbook_is"]
+
+
+SMALL = (
+    "--batch_size 4 --k 4 --emb_dims 16 --image_model resnet18 --image_size 16 --num_points 24 --workers 0 --device cpu"
+).split()
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Fresh processes run in this one, with a small image network; their arguments are kept."""
+    asked = []
+    monkeypatch.setitem(IMAGE_ENCODERS, "resnet18", TinyImageNet)
+    monkeypatch.setattr(estimate, "in_fresh_process", lambda module, argv: asked.append(argv) or estimate.main(argv))
+    return asked
+
+
+def test_estimate_measures_the_real_step_and_multiplies(tmp_path, here, capsys):
+    json_file = tmp_path / "out.json"
+    wanted = ["--shapes", "1000", "--epochs", "3", "--gpus", "2", "--memory_gb", "100", "--seconds", "0.05"]
+    result = estimate.main([*wanted, "--check", "--json", str(json_file), *SMALL])
+    assert is_documented(result, json_file)
+    assert result["steps"] == 3 * (1000 // 8)
+    per_step = result["step_seconds"] + result["load_seconds"]  # without workers one comes after the other
+    assert result["seconds_per_step"] == pytest.approx(per_step)
+    assert result["hours"] == pytest.approx(result["steps"] * per_step / 3600)
+    assert result["shapes_per_s"] == pytest.approx(8 / per_step)
+    assert result["bottleneck"] in ("reading data", "the training step") and result["peak_mb"] > 0
+    assert result["check"]["steps"] == estimate.BATCHES and result["check"]["measured_seconds"] > 0
+    assert [argv[argv.index("--batch_size") + 1] for argv in here] == ["4", "4"] and here[1][-1] == "2"
+    assert "hours" in capsys.readouterr().out
+
+
+def test_estimate_reads_the_data_named_and_knows_the_scripts_flags(tmp_path, here):
+    write_pairs(tmp_path, 9, points=30)
+    result = estimate.main(
+        ["--shapes", "9", "--epochs", "1", "--seconds", "0.05", "--data_root", str(tmp_path), *SMALL]
+    )
+    assert (result["steps"], result["settings"]["data"], "check" in result) == (2, tmp_path.name, False)
+    with pytest.raises(SystemExit):
+        estimate.main(["--no_such_flag"])
+    with pytest.raises(UserError, match="--shapes 3 do not fill one global batch of 4"):
+        estimate.main(["--shapes", "3", "--seconds", "0.05", *SMALL])
+
+
+def test_a_prediction_takes_the_slower_of_workers_and_device_and_the_memory_that_is_left():
+    args = estimate.parse_args(["--shapes", "100", "--epochs", "2", "--memory_gb", "2"])[0]
+    full = {"step_seconds": 2.0, "load_seconds": 3.0, "peak_mb": 1000.0}
+    run_ = type("Arguments", (), {"batch_size": 10, "workers": 4})
+    found = estimate.predict(args, full, {"peak_mb": 800.0}, run_)
+    assert (found["seconds_per_step"], found["bottleneck"]) == (3.0, "reading data")
+    assert found["hours"] == pytest.approx(20 * 3 / 3600)
+    assert (found["mb_per_object"], found["largest_batch"]) == (40, 35)
+    run_.workers = 0
+    assert estimate.predict(args, full, None, run_)["seconds_per_step"] == 5
+    assert estimate.predict(args, full, None, run_)["largest_batch"] is None
+
+
+def test_the_page_shows_what_was_run_and_what_was_not(tmp_path, monkeypatch):
+    job = run_all.Job("loss", "losses", "--batch 4")
+    monkeypatch.setattr(run_all, "jobs", lambda data_root, gpu: [job])
+    fake = json.dumps(
+        measure.compare({"ours": [1.0], "textbook": [3.0]})
+        | {
+            "settings": {"batch": 4, "device": "cpu"},
+            "machine": {"cpu": "a processor", "cores": 2, "gpu": None, "load_average_before": 0.5},
+            "versions": {"python": "3", "torch": "2"},
+            "commit": "c" * 40,
+        }
+    )
+
+    def completed(command, **kwargs):
+        assert command[1:] == ["-m", "benchmarks.losses", "--quick", "--json", command[-1]]
+        open(command[-1], "w").write(fake)
+        return type("Done", (), {"returncode": 0, "stderr": ""})
+
+    monkeypatch.setattr(run_all.subprocess, "run", completed)
+    results = run_all.main(["--quick", "--output_dir", str(tmp_path)])
+    page = (tmp_path / "benchmarks.md").read_text()
+    assert results["benchmarks"]["loss"]["time_ratio"] == 3
+    assert "| NT-Xent against lightly's, 4 pairs, cpu | 1,000 ms | 3,000 ms | **3.0** |" in page
+    assert "GPU: none, not run" in page and "a processor, 2 cores" in page and "--quick" in page
+    assert "not run: no GPU here" in page and "python -m benchmarks.losses --quick" in page
+
+    failed = type("Done", (), {"returncode": 2, "stderr": "error: lightly is not installed"})
+    monkeypatch.setattr(run_all.subprocess, "run", lambda *a, **k: failed)
+    run_all.main(["--quick", "--output_dir", str(tmp_path), "--only", "loss"])
+    assert "not run: lightly is not installed" in (tmp_path / "benchmarks.md").read_text()
+    with pytest.raises(UserError, match="no benchmark nothing; there are loss"):
+        run_all.main(["--output_dir", str(tmp_path), "--only", "nothing"])
+    with pytest.raises(UserError, match="results.json does not exist"):
+        run_all.main(["--output_dir", str(tmp_path / "new"), "--redraw"])
