@@ -68,7 +68,7 @@ SEGMENTATION = {
         script=main_partseg.main,
         encoder={"model": "dgcnn_partseg", "k": 8, "emb_dims": 128},
         pretraining={"epochs": 3, "num_points": 256, "image_size": 32},
-        fine_tuning={"epochs": 20, "num_points": 256, "batch_size": 8, "label_fraction": 0.1},
+        fine_tuning={"epochs": 30, "num_points": 256, "batch_size": 8, "label_fraction": 0.1, "eval_every": 3},
         validation=Score("instance mIoU, validation shapes", ("val_instance_miou",)),
         scores={
             "instance_miou": Score("instance mIoU", ("instance_miou",)),
@@ -80,7 +80,10 @@ SEGMENTATION = {
         script=main_semseg.main,
         encoder={"model": "dgcnn_semseg", "k": 8, "emb_dims": 128},
         pretraining={"epochs": 3, "num_points": 256, "image_size": 32},
-        fine_tuning={"epochs": 4, "num_points": 256, "batch_size": 8, "test_area": 5, "protocol": "both"},
+        fine_tuning={
+            **{"epochs": 12, "num_points": 256, "batch_size": 8, "eval_every": 2},
+            **{"train_area": "1,2", "test_area": 5, "protocol": "both"},
+        },
         validation=Score("mIoU, held-out rooms", ("val_mean_iou",)),
         scores={
             f"{protocol}_{key}": Score(f"{text}, {where}", (protocol, key))
