@@ -193,7 +193,8 @@ def segmentation_section(folder: Path, name: str, result: Mapping[str, Any], hea
 
 def settings_text(settings: Mapping[str, Any]) -> str:
     """Settings in words."""
-    return html.escape(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items()))
+    given = {name.replace("_", " "): "all" if value is None else value for name, value in settings.items()}
+    return html.escape(", ".join(f"{name} {value}" for name, value in given.items()))
 
 
 def write_page(
