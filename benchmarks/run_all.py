@@ -41,7 +41,7 @@ class Job(NamedTuple):
     name: str  # key of the results
     module: str
     arguments: str
-    quick: str = ""  # arguments after --quick
+    quick: str | None = "--quick"  # arguments of a try-out; None leaves it out
 
 
 def jobs(data_root: str | None, gpu: bool) -> list[Job]:
@@ -50,12 +50,13 @@ def jobs(data_root: str | None, gpu: bool) -> list[Job]:
     small = "--batch_size 4 --k 4 --emb_dims 16 --image_model resnet18 --image_size 32 --num_points 64 --device cpu"
     todo = [
         Job("step", "edgeconv", "--repeats 2"),
-        Job("step_8192", "edgeconv", "--alone --batch 4 --points 8192 --repeats 1"),
-        Job("step_partseg", "edgeconv", "--model dgcnn_partseg --batch 4 --repeats 1"),
-        Job("step_semseg", "edgeconv", "--model dgcnn_semseg --batch 4 --repeats 1"),
-        *(Job(f"points_{n}", "edgeconv", f"--batch 4 --points {n} --repeats 2") for n in (512, 1024, 2048)),
-        *(Job(f"k_{k}", "edgeconv", f"--batch 4 --points 1024 --k {k} --repeats 2") for k in (10, 40)),
-        *(Job(f"batch_{b}", "edgeconv", f"--batch {b} --points 1024 --repeats 2") for b in (2, 8)),
+        Job("step_8192", "edgeconv", "--alone --batch 4 --points 8192 --repeats 1", "--quick --alone"),
+        Job("step_partseg", "edgeconv", "--model dgcnn_partseg --batch 4 --repeats 1", None),
+        Job("step_semseg", "edgeconv", "--model dgcnn_semseg --batch 4 --repeats 1", None),
+        Job("points_1024", "edgeconv", "--batch 4 --points 1024 --repeats 2"),
+        *(Job(f"points_{n}", "edgeconv", f"--batch 4 --points {n} --repeats 2", None) for n in (512, 2048)),
+        *(Job(f"k_{k}", "edgeconv", f"--batch 4 --points 1024 --k {k} --repeats 2", None) for k in (10, 40)),
+        *(Job(f"batch_{b}", "edgeconv", f"--batch {b} --points 1024 --repeats 2", None) for b in (2, 8)),
         Job("layer", "dynamic_edgeconv", ""),
         Job("loss", "losses", ""),
         Job("loader", "loader", f"--workers 2{data}"),
@@ -71,21 +72,17 @@ def jobs(data_root: str | None, gpu: bool) -> list[Job]:
     ]
     if gpu:
         todo += [
-            Job("gpu_step", "edgeconv", "--device cuda --repeats 10"),
-            Job("gpu_layer", "dynamic_edgeconv", "--device cuda --repeats 10"),
-            Job("gpu_loss", "losses", "--device cuda"),
-            Job("gpu_estimate", "estimate", "--amp bf16 --channels_last --batch_size 200 --check", "--seconds 1"),
+            Job("gpu_step", "edgeconv", "--device cuda --repeats 10", "--quick --device cuda"),
+            Job("gpu_layer", "dynamic_edgeconv", "--device cuda --repeats 10", "--quick --device cuda"),
+            Job("gpu_loss", "losses", "--device cuda", "--quick --device cuda"),
+            Job("gpu_estimate", "estimate", "--amp bf16 --channels_last --batch_size 200 --check", None),
         ]
     return todo
 
 
 def run_job(job: Job, *, quick: bool, folder: Path) -> dict[str, Any]:
     """Run one benchmark in a fresh process; its result with the seconds and the command, or ``not_run``: why not."""
-    # metrics and estimate have sizes of their own for a try-out; the others know --quick.
-    own = job.module in ("metrics", "estimate")
-    words = (job.quick if own else f"--quick {job.quick}").split() if quick else job.arguments.split()
-    if quick and job.module == "edgeconv":
-        words += [w for w in ("--alone",) if w in job.arguments]
+    words = ((job.quick or "") if quick else job.arguments).split()
     out = folder / f"{job.name}.json"
     command = ["-m", f"benchmarks.{job.module}", *words]
     print(f"\n$ python {' '.join(command)}", flush=True)
@@ -398,7 +395,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             raise UserError(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(j.name for j in todo)}")
         with tempfile.TemporaryDirectory(prefix="crossnet-benchmarks-") as folder:
             for job in todo:
-                if not args.only or job.name in args.only:
+                if job.name in (args.only or [job.name]) and not (args.quick and job.quick is None):
                     results["benchmarks"][job.name] = run_job(job, quick=args.quick, folder=Path(folder))
         write_json(stored, results)
     print(f"\nwrote {write_page(results, out)}")

@@ -49,7 +49,8 @@ from datasets.s3dis_prepare import find_rooms, read_room
 from datasets.scanobjectnn import ScanObjectNN
 from datasets.shapenet_part import ShapeNetPart, official_taxonomy
 from datasets.shapenet_render import FolderSource, ShapeNetRender, decode_image, read_ply
-from datasets.transforms import RenderTransform
+from datasets.streams import SampleStreams
+from datasets.transforms import RenderAugmentation, RenderPixels
 from downstream.classification.finetune import Classification
 from models import build_encoder
 from models.image import IMAGE_ENCODERS
@@ -369,7 +370,7 @@ def read_labelled(dataset: Any) -> None:
 
 def read_pairs(root: Path) -> None:
     """Every pretraining sample, strictly and with stand-ins."""
-    transform = RenderTransform(16)
+    transform = RenderPixels(16)
     for strict in (False, True):
         dataset = ShapeNetRender(root, transform=transform, strict=strict)
         check(len(dataset) > 0, "no items")
@@ -377,13 +378,16 @@ def read_pairs(root: Path) -> None:
             sample = dataset[i]
             check_points(sample["points"])
             check(len(sample["points"]) == dataset.cloud_size, "clouds of different size")
-            check_image(sample)
+            check_image(sample["pixels"])
 
 
-def check_image(sample: dict[str, Any]) -> None:
-    """Colour and gray picture of the size asked for."""
+def check_image(pixels: torch.Tensor) -> None:
+    """(H, W, 3) uint8 that gives a colour and a gray picture of the size asked for."""
+    check(pixels.dtype == torch.uint8 and 0 < pixels.shape[0] * pixels.shape[1] <= 256, f"{tuple(pixels.shape)}")
+    streams = SampleStreams(seed=1, epoch=0, index=torch.zeros(1, dtype=torch.long))
+    images = RenderAugmentation(16)(pixels[None], torch.tensor([pixels.shape[:2]]), streams)
     for name, channels in (("rgb", 3), ("gray", 1)):
-        image = sample[name]
+        image = images[name][0]
         check(image.shape == (channels, 16, 16) and image.dtype == torch.float32, f"{name} {tuple(image.shape)}")
         check(bool(image.isfinite().all()), f"{name} not finite")
 
@@ -391,7 +395,7 @@ def check_image(sample: dict[str, Any]) -> None:
 def read_png(root: Path) -> None:
     """Every picture of a folder."""
     for path in sorted(root.glob("*.png")):
-        check_image(RenderTransform(16)(decode_image(path.read_bytes(), str(path)), 1))
+        check_image(RenderPixels(16)(decode_image(path.read_bytes(), str(path))))
 
 
 def read_parts(root: Path) -> None:
