@@ -267,6 +267,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """
     args = build_parser().parse_args(argv)
     log_to_screen()
+    commit = git_commit()  # of the code that runs, not of one made meanwhile
     check_arguments(args)
     train, test = open_splits(args)
     found = candidates(args)
@@ -317,7 +318,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "files": {part.split: [str(file) for file in part.files] for part in (train, test)},
         "runs": records,
         "versions": {**versions(), "scikit-learn": sklearn.__version__},
-        "commit": git_commit(),
+        "commit": commit,
     }
     print("\n" + result_table(metrics) + "\n")
     print("\n".join(notes(metrics)))

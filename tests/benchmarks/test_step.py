@@ -1,0 +1,22 @@
+"""The benchmark of the whole step at its smallest size."""
+
+import json
+
+import pytest
+
+from benchmarks import step
+from models.image import IMAGE_ENCODERS
+from tests.small_run import TinyImageNet
+
+
+def test_times_of_both_forms_and_memory_of_each_batch(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(IMAGE_ENCODERS, "resnet18", TinyImageNet)
+    monkeypatch.setattr(step, "in_fresh_process", lambda module, argv: step.main(argv))
+    result = step.main(["--quick", "--threads", "1", "--json", str(tmp_path / "step.json")])
+    assert [(m["batch"], m["chunk_size"]) for m in result["large_batches"]] == [(2, None), (2, 2), (4, None), (4, 2)]
+    assert all(m["seconds"] > 0 and m["peak_mb"] >= m["before_mb"] for m in result["large_batches"])
+    for name in ("ours", "textbook"):
+        assert result[name]["shapes_per_s"] == pytest.approx(2 / result[name]["seconds_median"])
+    assert json.loads((tmp_path / "step.json").read_text()) == result
+    shown = capsys.readouterr().out
+    assert "textbook / ours" in shown and "by the step, MB" in shown
