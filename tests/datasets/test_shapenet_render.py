@@ -397,3 +397,23 @@ def test_quantised_points_and_shards_are_read_and_a_missing_shard_is_an_error(pa
     (tmp_path / "shard.h5").unlink()
     with pytest.raises(DataError, match="shard.h5 is missing"):
         PackedSource(file)
+
+
+def test_a_ply_header_that_promises_more_rows_than_the_file_can_hold_is_refused(tmp_path):
+    write_ply(tmp_path / "a.ply", cloud(1))
+    whole = (tmp_path / "a.ply").read_bytes()
+    for rows in (b"1000000000000", b"1000", b"-1", b"x"):
+        (tmp_path / "a.ply").write_bytes(whole.replace(b"element vertex 48", b"element vertex " + rows))
+        with pytest.raises(DataError, match="a.ply is no readable PLY"):
+            read_ply(tmp_path / "a.ply")
+
+
+def test_pictures_that_claim_too_many_pixels_or_are_of_another_kind_are_refused():
+    for size, kind in (((5000, 4000), "PNG"), ((20, 20), "EPS"), ((20, 20), "TIFF")):
+        file = io.BytesIO()
+        Image.new("L", size).save(file, kind)
+        with pytest.raises(DataError, match="a/b.png is no readable PNG"):
+            decode_image(file.getvalue(), "a/b.png")
+    file = io.BytesIO()
+    Image.new("L", (4096, 4096)).save(file, "PNG")
+    assert decode_image(file.getvalue(), "x").size == (4096, 4096)

@@ -1,5 +1,6 @@
 import errno
 import logging
+import math
 import os
 import pickle
 import zipfile
@@ -285,3 +286,59 @@ def test_unwritable_folders_are_one_clear_error(tmp_path):
             check_writable(folder)
     check_writable(tmp_path / "new" / "folder")
     assert contents(tmp_path / "new") == {"folder": None}
+
+
+def test_a_compressed_checkpoint_is_refused_before_it_is_unpacked(tmp_path):
+    path = save(make("pointnet_cls"), tmp_path / "a.pth")
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as bomb:
+        for name in old.namelist():
+            bomb.writestr(name, old.read(name) + (bytes(10 << 20) if name.endswith("data/0") else b""))
+    refuse(tmp_path / "bomb.pth", "its members are compressed")
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.zeros(1).expand(10**12), torch.zeros(3).to_sparse(), torch.zeros(3, device="meta")],
+    ids=["expanded", "sparse", "meta"],
+)
+def test_tensors_whose_values_are_not_stored_are_refused(tensor, tmp_path):
+    encoder = make("pointnet_cls")
+    save(encoder, tmp_path / "a.pth", other={"deep": [tensor]})
+    refuse(tmp_path / "a.pth", "a.pth is damaged or no checkpoint .a tensor in it")
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"emb_dims": 10**12}, "tensors .*of another shape: conv5.weight"),
+        ({"emb_dims": 10**18}, "emb|overflow|size"),
+        ({"emb_dims": 24.0}, "sizes are no whole numbers"),
+        ({"emb_dims": None}, "sizes are no whole numbers"),
+    ],
+)
+def test_sizes_that_the_weights_do_not_have_take_no_memory(kwargs, message, tmp_path):
+    state = make("pointnet_cls").state_dict()
+    payload = {"encoder": {"name": "pointnet_cls", "kwargs": kwargs}, "point_encoder": state}
+    save_checkpoint(tmp_path / "a.pth", payload)
+    refuse(tmp_path / "a.pth", message)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_or_of_another_type_are_named(value, tmp_path):
+    encoder = make("pointnet_cls")
+    state = encoder.state_dict()
+    state["conv2.weight"][3] = value
+    save_checkpoint(tmp_path / "a.pth", {"encoder": describe_encoder(encoder), "point_encoder": state})
+    refuse(tmp_path / "a.pth", "tensors 1 not finite: conv2.weight")
+    state["conv2.weight"] = torch.zeros_like(state["conv2.weight"], dtype=torch.complex64)
+    state["bn1.num_batches_tracked"] = torch.tensor(1.5)
+    save_checkpoint(tmp_path / "a.pth", {"encoder": describe_encoder(encoder), "point_encoder": state})
+    refuse(tmp_path / "a.pth", "2 of another type: .*conv2.weight is torch.complex64")
+
+
+def test_entries_that_are_missing_or_of_another_kind_are_one_error(tmp_path):
+    encoder = make("pointnet_cls")
+    good = {"encoder": describe_encoder(encoder), "point_encoder": encoder.state_dict()}
+    for change in ({"encoder": 3}, {"encoder": {"name": "pointnet_cls"}}, {"point_encoder": [1]}, {"encoder": {}}):
+        save_checkpoint(tmp_path / "a.pth", good | change)
+        refuse(tmp_path / "a.pth", "does not hold what this version writes")

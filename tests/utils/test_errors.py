@@ -1,0 +1,18 @@
+"""What messages may contain, whatever names lead into them."""
+
+import pickle
+
+from utils.errors import DataError, UserError
+
+
+def test_control_codes_and_broken_unicode_are_shown_as_escapes():
+    error = DataError("a\x1b[2Jb\x07 \udcff \u202e file é\nsecond line")
+    assert str(error) == "a\\x1b[2Jb\\x07 \\udcff \\u202e file é\nsecond line"
+    str(error).encode()
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)  # as it comes back from a data worker
+
+
+def test_endless_words_are_shortened_and_long_paths_are_not():
+    path = "/data/" + "folder/" * 50
+    text = str(UserError(f"{path} lists {'9' * 5000} twice"))
+    assert text.startswith(path) and text.endswith(" twice") and "9...9" in text and len(text) < 900
