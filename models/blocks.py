@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # Elements of one block of rows that are changed element by element.
-ELEMENTWISE_BLOCK = {"cpu": 1 << 18, "cuda": 1 << 27}
+ELEMENTWISE_BLOCK = {"cpu": 1 << 18, "cuda": 1 << 24}
 # Elements of one block of gathered neighbours on a CPU.
 _GATHER_BLOCK = 1 << 18
 # float64 has this many more bits of mantissa than float32.

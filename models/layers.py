@@ -32,7 +32,7 @@ from models.pooling import leaky_relu_gradient, pool_pointwise
 from models.precision import at_least_float32
 
 # Elements of one block of edges in a two-layer EdgeConv.
-_EDGE_BLOCK = {"cpu": 1 << 22, "cuda": 1 << 27}
+_EDGE_BLOCK = {"cpu": 1 << 22, "cuda": 1 << 25}
 LEAKY_SLOPE = 0.2
 
 

@@ -9,7 +9,7 @@ from models.blocks import blocks_of_clouds
 from models.precision import at_least_float32
 
 # Elements of one block of the distance matrix: small enough for a CPU's cache, large enough to fill a GPU.
-_BLOCK = {"cpu": 1 << 19, "cuda": 1 << 27}
+_BLOCK = {"cpu": 1 << 19, "cuda": 1 << 25}
 # Selecting among more than this many times k values goes through the maxima of groups, on a CPU.
 _DIRECT_SELECTION, _GROUP = 16, 8
 
