@@ -124,7 +124,7 @@ def draw_sheet(
         up: upward axis of the clouds.
         title: heading.
     """
-    cell = 2.3 if up == "y" else 3.2
+    cell = 2.4  # inches
     figure = Figure(figsize=(4 * cell + 2.2, cell * 1.08 * len(items) + 0.5), layout="constrained")
     figure.suptitle(title, fontsize=11)
     grid = figure.subplots(len(items), 5, squeeze=False, gridspec_kw={"width_ratios": [1, 1, 1, 1, 0.85]})
@@ -134,7 +134,7 @@ def draw_sheet(
         wrong = np.mean(item.truth != item.predicted)
         for axes, (column, colours) in zip(row, coloured(item, table).items(), strict=False):
             heading = {"input": item.name, "errors": f"errors: {wrong:.1%} of the points"}.get(column, column)
-            size = np.clip(20_000 / len(seen), 0.6, 5)
+            size = np.clip(160 / np.sqrt(len(seen)), 0.8, 10)  # large enough to make out a sparse cloud
             draw_cloud(
                 axes,
                 item.points[seen],
@@ -150,7 +150,7 @@ def draw_sheet(
         labels = np.union1d(item.truth[seen], item.predicted[seen])
         handles = [Patch(color=table[label], label=names[label]) for label in labels]
         row[4].axis("off")
-        row[4].legend(handles=handles, loc="center left", fontsize=7, frameon=False, borderpad=0, handlelength=1.2)
+        row[4].legend(handles=handles, loc="center left", fontsize=9, frameon=False, borderpad=0, handlelength=1.2)
     save_figure(figure, path)
 
 
