@@ -24,7 +24,7 @@ help:  ## this list
 
 setup: $(STAMP)  ## create .venv and install requirements.txt (several GB: torch)
 
-demo: $(STAMP)  ## set-up, then pretrain and evaluate on the embedded demo set; the report is runs/demo/report.html
+demo: $(STAMP)  ## set-up, then pretrain, classify and segment on the embedded demo set; see runs/demo/report.html
 	$(PY) -m downstream.demo $(DEMO_ARGS)
 
 test: lint  ## set-up, ruff, then the whole test suite

@@ -1,6 +1,7 @@
 """The demo on tiny sets: what it compares, what it reports, and that its page shows it."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -64,6 +65,20 @@ def test_every_task_is_done_without_and_with_pretraining_and_shown(root, tmp_pat
     assert page.count('src="data:image/png;base64,') == 5 + 2 * 2
 
 
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Sheets and confusion matrices take seconds; one test is enough for them."""
+
+    def blank(words):
+        folder = Path(words[words.index("--output_dir") + 1])
+        folder.mkdir()
+        Figure().savefig(folder / "sheet.png")
+
+    monkeypatch.setattr(demo.visualize, "main", blank)
+    monkeypatch.setattr(demo.main_semseg, "draw", lambda *args: None)
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_both_starts_have_the_same_encoder_and_budget(root, tmp_path):
     run(root, "--tasks", "parts", "rooms")
     for name in demo.SEGMENTATION:
@@ -79,6 +94,7 @@ def test_both_starts_have_the_same_encoder_and_budget(root, tmp_path):
         assert encoders[0].endswith("starts fresh") and encoders[1].endswith("last.pth, all of it")
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_several_seeds_give_mean_and_deviation(root, tmp_path):
     report = run(root, "--tasks", "parts", "--seeds", 3, 8)
     assert "untrained" not in report and "rooms" not in report
