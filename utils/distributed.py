@@ -247,32 +247,51 @@ class _Peers:
         own_connection = dist.TCPStore(*address, is_master=False, timeout=TIMEOUT)
         self.store = dist.PrefixStore(f"peers {attempt}", own_connection)
         self.own, self.neighbour = own, (own + 1) % size
+        self.heard: tuple[bytes, bool] = b"", False  # the neighbour's count, and whether some process has failed
         self.ending = threading.Lock()
         self.stopped = threading.Event()
         self.store.set(f"beat {own}", "0")
-        self.thread = threading.Thread(target=self._watch, daemon=True)
-        self.thread.start()
+        # Two threads: the one that asks the store may wait for its answer, the other one never waits.
+        self.threads = [threading.Thread(target=task, daemon=True) for task in (self._exchange, self._watch)]
+        for thread in self.threads:
+            thread.start()
 
-    def _watch(self) -> None:
-        seen, missed, beat = b"", 0, 0
+    def _exchange(self) -> None:
+        beat, key = 0, f"beat {self.neighbour}"
         while not self.stopped.wait(BEAT_SECONDS):
             beat += 1
             try:
                 self.store.set(f"beat {self.own}", str(beat))
-                failed = self.store.check(["failures"])
-                key = f"beat {self.neighbour}"
-                now = self.store.get(key) if self.store.check([key]) else b""
+                count = self.store.get(key) if self.store.check([key]) else b""
+                self.heard = count, self.store.check(["failures"])
             except RuntimeError:
                 if not self.stopped.is_set():
                     self.end_all(_lost("the process that all meet in is gone"), EXIT_LOST_PROCESS)
                 return
+
+    def _watch(self) -> None:
+        last, missed = self.heard, 0
+        while not self.stopped.wait(BEAT_SECONDS):
             # Own beats, not the clock: a job that was suspended and goes on has lost nobody.
-            seen, missed = now, missed + 1 if now == seen else 0
-            if failed:
+            last, missed = self.heard, missed + 1 if self.heard == last else 0
+            if last[1]:
                 self.end_all("", EXIT_LOST_PROCESS)
             if missed >= BEATS_UNTIL_LOST:
                 silence = f"process {self.neighbour} has been silent for {missed * BEAT_SECONDS:.0f} seconds"
                 self.end_all(_lost(silence), EXIT_LOST_PROCESS)
+
+    def _fails_first(self) -> bool:
+        """Whether no other process has failed before, as far as is known: the store may be what failed."""
+        answers: list[int] = []
+
+        def ask() -> None:
+            with contextlib.suppress(Exception):
+                answers.append(self.store.add("failures", 1))
+
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(BEAT_SECONDS)
+        return answers in ([], [1])
 
     def end_all(self, message: str, code: int) -> NoReturn:
         """End this process at once, and the others within a beat; the first one to fail says why.
@@ -280,10 +299,7 @@ class _Peers:
         Nothing is waited for: an orderly exit would wait for the collectives that the others are in.
         """
         self.ending.acquire()  # never released: one thread ends the process
-        first = True
-        with contextlib.suppress(Exception):  # the store may be what failed
-            first = self.store.add("failures", 1) == 1
-        if first and message:
+        if self._fails_first() and message:
             print(message.rstrip("\n"), file=sys.__stderr__, flush=True)
         if self.own == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             self.stopped.wait(2 * BEAT_SECONDS)  # the store ends with this process: the others are to read it first
@@ -293,4 +309,5 @@ class _Peers:
     def stop(self) -> None:
         """No longer look after the others: all are done."""
         self.stopped.set()
-        self.thread.join()
+        for thread in self.threads:
+            thread.join(BEAT_SECONDS)

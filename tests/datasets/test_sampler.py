@@ -70,7 +70,7 @@ def test_a_batch_that_does_not_divide_is_refused():
 class Streams(Dataset):
     """For every sample the first numbers of its streams: of reading, of each augmentation, of the first dropouts."""
 
-    PURPOSES = (0, 1, 2, 16, 17, 18)
+    PURPOSES = (0, 1, 2, 3, 16, 17, 18)
 
     def __getitem__(self, key):
         index = torch.tensor([key.index])
