@@ -158,6 +158,8 @@ def smoothed_cross_entropy(scores: Tensor, target: Tensor, eps: float = SMOOTHIN
     """
     classes = scores.shape[1]
     smoothing = eps * classes / (classes - 1) if classes > 1 else 0.0
+    if scores.is_cuda and scores.ndim == 3:  # rows of points: the loss of (B, K, N) adds in another order every time
+        scores, target = scores.mT.flatten(0, 1), target.flatten()
     return F.cross_entropy(scores.float(), target, label_smoothing=smoothing)
 
 
