@@ -69,12 +69,12 @@ def geometric_layer(block: nn.Sequential, k: int) -> tuple[nn.Module, str]:
     """The same layer by torch_geometric, (points (B, N, C)) -> (B N, C), and what it is made of.
 
     Raises:
-        UserError: torch_geometric is not installed.
+        UserError: torch_geometric cannot be imported.
     """
     try:
         from torch_geometric.nn import DynamicEdgeConv, EdgeConv
     except ImportError as error:
-        raise UserError("torch_geometric is not installed: pip install torch_geometric") from error
+        raise UserError(f"torch_geometric cannot be imported ({error}): pip install torch_geometric") from error
     conv, norm, activation = block
     difference, centre = conv.weight.detach().flatten(1).chunk(2, dim=1)
     linear = nn.Linear(*reversed(conv.weight.shape[:2]), bias=False)

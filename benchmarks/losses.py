@@ -65,13 +65,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Measure, print the table, write the JSON object.
 
     Raises:
-        UserError: lightly is not installed.
+        UserError: lightly cannot be imported.
     """
     args = parse_args(argv)
     try:
         from lightly.loss import NTXentLoss
     except ImportError as error:
-        raise UserError("lightly is not installed: pip install -r requirements-dev.txt") from error
+        raise UserError(f"lightly cannot be imported ({error}): pip install -r requirements-dev.txt") from error
     before, device = torch.get_num_threads(), resolve_device(args.device)
     torch.set_num_threads(args.threads)
     about = provenance(device)

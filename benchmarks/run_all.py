@@ -49,14 +49,15 @@ def jobs(data_root: str | None, gpu: bool) -> list[Job]:
     data = f" --data_root {data_root}" if data_root else ""
     small = "--batch_size 4 --k 4 --emb_dims 16 --image_model resnet18 --image_size 32 --num_points 64 --device cpu"
     todo = [
-        Job("step", "edgeconv", "--repeats 2"),
-        Job("step_8192", "edgeconv", "--alone --batch 4 --points 8192 --repeats 1", "--quick --alone"),
-        Job("step_partseg", "edgeconv", "--model dgcnn_partseg --batch 4 --repeats 1", None),
-        Job("step_semseg", "edgeconv", "--model dgcnn_semseg --batch 4 --repeats 1", None),
+        Job("encoder", "edgeconv", "--repeats 2"),
+        Job("encoder_8192", "edgeconv", "--alone --batch 4 --points 8192 --repeats 1", "--quick --alone"),
+        Job("encoder_partseg", "edgeconv", "--model dgcnn_partseg --batch 4 --repeats 1", None),
+        Job("encoder_semseg", "edgeconv", "--model dgcnn_semseg --batch 4 --repeats 1", None),
         Job("points_1024", "edgeconv", "--batch 4 --points 1024 --repeats 2"),
         *(Job(f"points_{n}", "edgeconv", f"--batch 4 --points {n} --repeats 2", None) for n in (512, 2048)),
         *(Job(f"k_{k}", "edgeconv", f"--batch 4 --points 1024 --k {k} --repeats 2", None) for k in (10, 40)),
         *(Job(f"batch_{b}", "edgeconv", f"--batch {b} --points 1024 --repeats 2", None) for b in (2, 8)),
+        Job("step", "step", "--repeats 1"),
         Job("layer", "dynamic_edgeconv", ""),
         Job("loss", "losses", ""),
         Job("loader", "loader", f"--workers 2{data}"),
@@ -72,7 +73,8 @@ def jobs(data_root: str | None, gpu: bool) -> list[Job]:
     ]
     if gpu:
         todo += [
-            Job("gpu_step", "edgeconv", "--device cuda --repeats 10", "--quick --device cuda"),
+            Job("gpu_encoder", "edgeconv", "--device cuda --repeats 10", "--quick --device cuda"),
+            Job("gpu_step", "step", "--device cuda --batch 32 --amp bf16", "--quick --device cuda"),
             Job("gpu_layer", "dynamic_edgeconv", "--device cuda --repeats 10", "--quick --device cuda"),
             Job("gpu_loss", "losses", "--device cuda", "--quick --device cuda"),
             Job("gpu_estimate", "estimate", "--amp bf16 --channels_last --batch_size 200 --check", None),
@@ -132,12 +134,20 @@ def comparison_rows(results: dict[str, Any]) -> list[list[str]]:
     def reason(name: str) -> str:
         return results.get(name, {}).get("not_run", "no GPU here" if name.startswith("gpu_") else "")
 
-    for name in ("step", "step_partseg", "step_semseg", "gpu_step"):
+    for name in ("encoder", "encoder_partseg", "encoder_semseg", "gpu_encoder"):
         part = found(results, name)
         text = f"training step of the encoder ({name})"
         if part:
             s = part["settings"]
-            text = f"training step, {s['model']}, {s['batch']} x {s['points']} points, k {s['k']}, {s['device']}"
+            text = f"training step of {s['model']}, {s['batch']} x {s['points']:,} points, k {s['k']}, {s['device']}"
+        add(text, part, why=reason(name))
+    for name in ("step", "gpu_step"):
+        part = found(results, name)
+        text = f"whole pretraining step ({name})"
+        if part:
+            s = part["settings"]
+            text = f"whole pretraining step, {s['batch']} x {s['points']:,} points, two {s['image_model']} at "
+            text += f"{s['image_size']} px, amp {s['amp']}, {s['device']}"
         add(text, part, why=reason(name))
     for name in ("layer", "gpu_layer"):
         part = found(results, name)
@@ -232,6 +242,17 @@ def draw_shares(bars: dict[str, dict[str, float]], title: str, unit: str, path: 
     figure.savefig(path, dpi=90)
 
 
+def draw_memory(step: dict[str, Any], path: Path) -> None:
+    """Peak memory of a step against the batch, in one pass and in chunks."""
+    figure, (ax,) = new_figure(1)
+    for chunked, label in ((False, "one pass"), (True, f"chunks of {step['settings']['chunk_size']}")):
+        runs = [run_ for run_ in step["large_batches"] if bool(run_["chunk_size"]) == chunked]
+        ax.plot([run_["batch"] for run_ in runs], [run_["peak_mb"] for run_ in runs], "o-", label=label)
+    ax.set(xlabel="batch", ylabel="peak memory, MB", ylim=(0, None))
+    ax.legend()
+    figure.savefig(path, dpi=90)
+
+
 def loader_bars(loader: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Milliseconds of the stages: textbook, and ours in the worker and with the training device's part."""
     stages = loader["stages_ms"]
@@ -268,13 +289,13 @@ def sections(results: dict[str, Any], folder: Path, link: str) -> list[str]:
             "Cost of a training step of DGCNN-cls (4 x 1,024 points, k 20, where nothing else is said).",
             f"![seconds against points, k and batch]({link}/cost.png)",
         ]
-    if alone := found(results, "step_8192"):
+    if alone := found(results, "encoder_8192"):
         s, ours = alone["settings"], alone["ours"]
         text.append(
             f"At {s['batch']} x {s['points']:,} points a step takes {number(ours['seconds_median'])} s and the process "
             f"{number(ours['peak_mb'])} MB at most."
         )
-    if step := found(results, "step"):
+    if step := found(results, "encoder"):
         draw_shares(
             {"textbook (before)": step["profile"]["textbook"], "ours (after)": step["profile"]["ours"]},
             "training step of DGCNN-cls",
@@ -282,6 +303,17 @@ def sections(results: dict[str, Any], folder: Path, link: str) -> list[str]:
             folder / "profile.png",
         )
         text.append(f"![shares of the step by kind of operation]({link}/profile.png)")
+    for name in ("step", "gpu_step"):
+        if part := found(results, name):
+            s, picture = part["settings"], f"memory_{name}.png"
+            draw_memory(part, folder / picture)
+            text += [
+                f"## Whole step, {s['device']}",
+                f"Memory of one step, {s['memory_points']} points, {s['memory_image_model']} at "
+                f"{s['memory_image_size']} px: in one pass, and in chunks of {s['chunk_size']} (`--chunk_size`), in "
+                "which it stays flat while the loss sees the whole batch.",
+                f"![memory against the batch]({link}/{picture})",
+            ]
     if loader := found(results, "loader"):
         draw_shares(loader_bars(loader), "a pretraining sample", "milliseconds on one core", folder / "loader.png")
         draw_speed(results, folder / "speed.png")
