@@ -763,10 +763,9 @@ def _judge(copy: Copy, path: Path) -> tuple[str, str]:
         copy.target.read(copy.root)
     except (DataError, CheckpointError) as error:
         kind, text = "refused", str(error)
-        # Tables of a set name other files; what they lead to is named by its own path. Parts of a packed file are
-        # named as such.
-        named = str(path) in text or (path.name == "shard.h5" and path.name in text)
-        named = named or (path.suffix in (".txt", ".json") and str(copy.root) in text)
+        # Tables of a set name other files; what they lead to is named by its own path.
+        listing = path.suffix in (".txt", ".json")
+        named = str(copy.root) in text and (listing or path.name in text)
         if not named:
             kind = "unnamed"
         elif len(text) > MESSAGE_LENGTH or not text.isprintable():

@@ -291,7 +291,10 @@ def _encoder_from_payload(
 
     def build() -> nn.Module:
         try:
-            return build_encoder(name, **kwargs)
+            encoder = build_encoder(name, **kwargs)
+            if missing := sorted(encoder_arguments(name).keys() - kwargs.keys()):
+                raise ValueError(f"it does not say its {', '.join(missing)}")
+            return encoder
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"{path} describes an encoder that this version does not have ({error})") from error
 
