@@ -1,12 +1,10 @@
 import json
 import logging
 import math
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-import time
 import types
 
 import pytest
@@ -15,6 +13,7 @@ import torch
 from datasets.shapenet_render import ShapeNetRender
 from datasets.transforms import RandomSubset
 from models.image import IMAGE_ENCODERS
+from tests.faults import REFERENCE, equal, metrics, same_end, wait_for
 from tests.pairs import cloud_path, contents, write_demo_set, write_pairs
 from tests.small_run import ROOT, TinyImageNet, arguments
 from train_crossnet_con import LinearProbe, Pretraining, build_parser, main
@@ -24,9 +23,6 @@ from utils.errors import CheckpointError, DataError, UserError
 from utils.tracking import RunFolder
 
 KEYS = ["epoch", "step", "loss", "loss_intra", "loss_cross", "lr", "shapes_per_s", "data_wait"]
-SPEED = {"shapes_per_s", "data_wait"}
-# Three epochs of four steps, probed after the second and the last.
-REFERENCE = ("--epochs", "3", "--save_every", "2", "--eval_every", "2")
 
 
 @pytest.fixture(autouse=True)
@@ -50,24 +46,6 @@ def train(root, out, *more):
     return main(arguments(root, out, *more))
 
 
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def without_speed(records):
-    return [{key: value for key, value in record.items() if key not in SPEED} for record in records]
-
-
-def equal(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
-
-
 @pytest.fixture(scope="module")
 def reference(root, tmp_path_factory):
     """An uninterrupted run."""
@@ -76,18 +54,6 @@ def reference(root, tmp_path_factory):
         patch.setitem(IMAGE_ENCODERS, "resnet18", TinyImageNet)
         record = train(root, out, *REFERENCE, "--json", out / "result.json")
     return out / "crossnet", record
-
-
-def same_end(folder, reference):
-    """The run ended bitwise as the uninterrupted one did."""
-    for name in ("last.pth", "best.pth"):
-        ours, theirs = load_checkpoint(folder / name), load_checkpoint(reference / name)
-        for part in ("point_encoder", "heads_and_image_encoders", "optimizer", "scaler"):
-            assert equal(ours[part], theirs[part]), (name, part)
-        for progress in (ours["progress"], theirs["progress"]):
-            del progress["seconds"], progress["waited"]
-        assert ours["progress"] == theirs["progress"]
-    assert without_speed(metrics(folder)) == without_speed(metrics(reference))
 
 
 def test_run_folder_holds_what_is_promised(reference):
@@ -129,59 +95,6 @@ def test_the_loss_falls_far_below_chance(root, tmp_path, monkeypatch):
     train(root, tmp_path, *flags, "--num_points", 48)
     losses = [record["loss_intra"] for record in metrics(tmp_path / "crossnet")]
     assert losses[-1] < 0.5 * math.log(2 * 4 - 1) and losses[-1] < losses[0], losses
-
-
-def die_in_step(step, argv):
-    """In a process of its own: train until SIGKILL in the middle of a step."""
-    original = Pretraining.update
-
-    def update(self):
-        if self.progress.step == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-        original(self)
-
-    Pretraining.update = update
-    main(argv)
-
-
-def forked(function, *args):
-    process = multiprocessing.get_context("fork").Process(target=function, args=args)
-    process.start()
-    process.join()
-    return process.exitcode
-
-
-@pytest.mark.parametrize("deaths", [[5], [1, 4, 8, 10]], ids=["in an epoch", "before any save and often"])
-def test_a_killed_run_resumes_to_the_same_end(root, reference, tmp_path, deaths):
-    argv = arguments(root, tmp_path, *REFERENCE, "--resume")
-    for step in deaths:
-        assert forked(die_in_step, step, argv) == -signal.SIGKILL
-        assert step < 4 or len(metrics(tmp_path / "crossnet")) == step // 4
-    main(argv)
-    same_end(tmp_path / "crossnet", reference[0])
-
-
-def wait_for(file, text):
-    """Until a running process has written ``text`` into a file."""
-    give_up = time.monotonic() + 500
-    while time.monotonic() < give_up:
-        if file.exists() and text in file.read_text():
-            return
-        time.sleep(0.002)
-    raise AssertionError(f"{file} never said {text!r}")
-
-
-def test_a_run_killed_from_outside_with_its_workers_reading_resumes_to_the_same_end(root, reference, tmp_path):
-    argv = arguments(root, tmp_path, *REFERENCE, "--workers", "2", "--resume")
-    process = multiprocessing.get_context("fork").Process(target=main, args=(argv,))
-    process.start()
-    wait_for(tmp_path / "crossnet" / "run.log", "step 6/12")
-    process.kill()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    assert 4 <= load_checkpoint(tmp_path / "crossnet" / "last.pth")["progress"]["step"] < 12
-    main(argv)
-    same_end(tmp_path / "crossnet", reference[0])
 
 
 def test_sigterm_to_the_whole_group_saves_and_ends_cleanly(root, reference, tmp_path):
@@ -304,13 +217,6 @@ def test_a_damaged_last_checkpoint_is_never_started_over(root, reference, tmp_pa
     help_text = f"last.pth is damaged.*--resume {folder / 'best.pth'}.*--overwrite"
     refused(root, tmp_path, help_text, *REFERENCE, "--resume", kind=CheckpointError)
     train(root, tmp_path, *REFERENCE, "--resume", folder / "best.pth")
-    same_end(folder, reference[0])
-
-
-def test_a_lost_last_checkpoint_is_replaced_by_the_best(root, reference, tmp_path):
-    folder = copy_run(reference, tmp_path, "best.pth", "metrics.jsonl")
-    train(root, tmp_path, *REFERENCE, "--resume")
-    assert f"resumed {folder / 'best.pth'}" in (folder / "run.log").read_text()
     same_end(folder, reference[0])
 
 
@@ -512,15 +418,6 @@ def test_unreadable_samples_are_skipped_and_counted_and_stop_the_run_when_many(r
         training.look_at({"index": [0] * 4, "bad": ["b.ply is broken"]})
     training.progress = loop.Progress(read=296, bad=2)
     training.look_at({"index": [0] * 4, "bad": ["b.ply is broken"]})
-
-
-def test_a_killed_data_worker_is_one_clear_error(root, tmp_path, short, monkeypatch):
-    def killed(self, keys):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    monkeypatch.setattr(ShapeNetRender, "__getitems__", killed)
-    with pytest.raises(UserError, match="a process that reads data is gone .*--resume and fewer --workers"):
-        train(root, tmp_path, *short, "--workers", 1)
 
 
 def test_saving_counts_neither_as_training_nor_as_waiting(root, tmp_path, short, monkeypatch):
