@@ -78,15 +78,17 @@ def geometric_layer(block: nn.Sequential, k: int) -> tuple[nn.Module, str]:
     conv, norm, activation = block
     difference, centre = conv.weight.detach().flatten(1).chunk(2, dim=1)
     linear = nn.Linear(*reversed(conv.weight.shape[:2]), bias=False)
-    linear.weight.data = torch.cat([centre, difference], dim=1)  # it puts [x_i ; x_j - x_i] in this order
+    weight = torch.cat([centre, difference], dim=1)  # it puts [x_i ; x_j - x_i] in this order
     parts = nn.Sequential(linear, nn.BatchNorm1d(norm.num_features), nn.LeakyReLU(activation.negative_slope))
     try:
         import torch_cluster  # noqa: F401 - what DynamicEdgeConv searches neighbours with
     except ImportError:
         layer = EdgeConv(parts, aggr="max")
+        linear.weight.data = weight  # only now: the constructor draws weights of its own
         layer.run = lambda x: layer(x.flatten(0, 1), edges(textbook_knn(x.mT, k)))
         return layer, "EdgeConv, neighbours by the textbook (torch_cluster, which DynamicEdgeConv needs, is missing)"
     layer = DynamicEdgeConv(parts, k=k, aggr="max")
+    linear.weight.data = weight
     layer.run = lambda x: layer(x.flatten(0, 1), torch.arange(len(x), device=x.device).repeat_interleave(x.shape[1]))
     return layer, "DynamicEdgeConv"
 
