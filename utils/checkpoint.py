@@ -261,8 +261,10 @@ def _encoder_from_payload(
     """See ``encoder_from_checkpoint``."""
     if "encoder" in payload and "point_encoder" in payload:
         name, kwargs = payload["encoder"]["name"], dict(payload["encoder"]["kwargs"])
-        if not all(isinstance(value, int) and not isinstance(value, bool) for value in kwargs.values()):
-            raise CheckpointError(f"{path} describes an encoder whose sizes are no whole numbers: {kwargs}")
+        if not all(
+            isinstance(value, int) and not isinstance(value, bool) and value < 1 << 31 for value in kwargs.values()
+        ):
+            raise CheckpointError(f"{path} describes an encoder with sizes that are no such numbers: {kwargs}")
         state = payload["point_encoder"]
         if model is not None and resolve_encoder_name(model) != name:
             raise CheckpointError(f"{path} holds a {name}, not the {resolve_encoder_name(model)} that was asked for")

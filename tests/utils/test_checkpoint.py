@@ -311,10 +311,10 @@ def test_tensors_whose_values_are_not_stored_are_refused(tensor, tmp_path):
 @pytest.mark.parametrize(
     "kwargs, message",
     [
-        ({"emb_dims": 10**12}, "tensors .*of another shape: conv5.weight"),
-        ({"emb_dims": 10**18}, "emb|overflow|size"),
-        ({"emb_dims": 24.0}, "sizes are no whole numbers"),
-        ({"emb_dims": None}, "sizes are no whole numbers"),
+        ({"emb_dims": 10**9}, "tensors .*of another shape: conv5.weight"),
+        ({"emb_dims": 10**18}, "sizes that are no such numbers"),
+        ({"emb_dims": 24.0}, "sizes that are no such numbers"),
+        ({"emb_dims": None}, "sizes that are no such numbers"),
     ],
 )
 def test_sizes_that_the_weights_do_not_have_take_no_memory(kwargs, message, tmp_path):
