@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
@@ -28,9 +29,9 @@ from utils.errors import UserError
 
 # A collective that some process does not join for so long has failed: that process hangs.
 TIMEOUT = timedelta(minutes=10)
-# A process that is silent for so many beats of its neighbour's is lost: 45 seconds.
+# A process that is silent for so many beats of its neighbour's is lost: 35 seconds, so that all end within a minute.
 BEAT_SECONDS = 5.0
-BEATS_UNTIL_LOST = 9
+BEATS_UNTIL_LOST = 7
 EXIT_LOST_PROCESS = 3
 Result = TypeVar("Result")
 
@@ -246,7 +247,8 @@ class _Peers:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         own_connection = dist.TCPStore(*address, is_master=False, timeout=TIMEOUT)
         self.store = dist.PrefixStore(f"peers {attempt}", own_connection)
-        self.own, self.neighbour = own, (own + 1) % size
+        self.own, self.size, self.neighbour = own, size, (own + 1) % size
+        self.keeps_the_store = own == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         self.heard: tuple[bytes, bool] = b"", False  # the neighbour's count, and whether some process has failed
         self.ending = threading.Lock()
         self.stopped = threading.Event()
@@ -272,8 +274,10 @@ class _Peers:
     def _watch(self) -> None:
         last, missed = self.heard, 0
         while not self.stopped.wait(BEAT_SECONDS):
-            # Own beats, not the clock: a job that was suspended and goes on has lost nobody.
-            last, missed = self.heard, missed + 1 if self.heard == last else 0
+            # Own beats, not the clock: a job that was suspended and goes on has lost nobody. Nor is one lost that has
+            # not come yet; those that wait for it have their own timeout.
+            silent = self.heard == last and last[0] != b""
+            last, missed = self.heard, missed + 1 if silent else 0
             if last[1]:
                 self.end_all("", EXIT_LOST_PROCESS)
             if missed >= BEATS_UNTIL_LOST:
@@ -301,7 +305,7 @@ class _Peers:
         self.ending.acquire()  # never released: one thread ends the process
         if self._fails_first() and message:
             print(message.rstrip("\n"), file=sys.__stderr__, flush=True)
-        if self.own == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        if self.keeps_the_store:
             self.stopped.wait(2 * BEAT_SECONDS)  # the store ends with this process: the others are to read it first
         logging.shutdown()
         os._exit(code)
@@ -311,3 +315,7 @@ class _Peers:
         self.stopped.set()
         for thread in self.threads:
             thread.join(BEAT_SECONDS)
+        with contextlib.suppress(RuntimeError):
+            self.store.add("done", 1)
+            while self.keeps_the_store and self.store.add("done", 0) < self.size:
+                time.sleep(0.01)  # the others may be asking it still
