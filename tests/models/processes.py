@@ -17,8 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from models import CrossNet, build_encoder
 from models.layers import edge_block, edge_conv, edge_conv_two_layers
-from models.neighbours import flatten_neighbours, knn
 from models.losses import crossnet_objective, nt_xent
+from models.neighbours import flatten_neighbours, knn
 from models.norm import SyncBatchNorm
 from utils.distributed import all_reduce_sum, gather_with_grad, is_main, rank, world_size
 

@@ -130,9 +130,7 @@ CROSS_TERMS = {
     ("con", "both"): lambda t1, t2, rgb, gray, t: reference(torch.cat([t1, t2]), torch.cat([rgb, gray]), t),
     ("con", "rgb"): lambda t1, t2, rgb, gray, t: reference((t1 + t2) / 2, rgb, t),
     ("con", "gray"): lambda t1, t2, rgb, gray, t: reference((t1 + t2) / 2, gray, t),
-    ("ave", "both"): lambda t1, t2, rgb, gray, t: (
-        reference((t1 + t2) / 2, rgb, t) + reference((t1 + t2) / 2, gray, t)
-    ),
+    ("ave", "both"): lambda t1, t2, rgb, gray, t: reference((t1 + t2) / 2, rgb, t) + reference((t1 + t2) / 2, gray, t),
     ("ave", "rgb"): lambda t1, t2, rgb, gray, t: reference((t1 + t2) / 2, rgb, t),
     ("ave", "gray"): lambda t1, t2, rgb, gray, t: reference((t1 + t2) / 2, gray, t),
 }
