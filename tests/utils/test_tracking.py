@@ -1,3 +1,4 @@
+import gc
 import json
 import logging
 import sys
@@ -170,3 +171,14 @@ def test_wandb_that_cannot_start_is_one_clear_error(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="wandb cannot start"):
         WandbMirror("offline", name="x", folder=tmp_path, config={})
+
+
+def test_pictures_of_curves_leave_no_figure_in_memory(tmp_path):
+    from matplotlib.figure import Figure
+
+    folder = RunFolder(tmp_path / "run")
+    folder.append_metrics({"epoch": 1, "loss": 1.0, "loss_intra": 0.5, "loss_cross": 0.5, "lr": 0.1})
+    before = sum(isinstance(item, Figure) for item in gc.get_objects())
+    folder.draw_curves()
+    assert (folder / "curves.png").exists()
+    assert sum(isinstance(item, Figure) for item in gc.get_objects()) <= before
