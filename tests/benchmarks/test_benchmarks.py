@@ -216,3 +216,59 @@ def test_the_page_shows_what_was_run_and_what_was_not(tmp_path, monkeypatch):
         run_all.main(["--output_dir", str(tmp_path), "--only", "nothing"])
     with pytest.raises(UserError, match="results.json does not exist"):
         run_all.main(["--output_dir", str(tmp_path / "new"), "--redraw"])
+
+
+def made_up(ratio=3.0, **settings):
+    about = {"cpu": "a processor", "cores": 2, "gpu": None, "load_average_before": 0.5}
+    memory = {"ours": {"peak_mb": 700, "before_mb": 500}, "textbook": {"peak_mb": 2100, "before_mb": 500}}
+    return measure.compare({"ours": [1.0], "textbook": [ratio]}, memory) | {
+        **{"settings": {"k": 20, "batch": 4, "points": 1024, "device": "cpu", **settings}, "machine": about},
+        **{"versions": {"python": "3", "torch": "2"}, "commit": "c" * 40, "command": "python x", "wall_seconds": 60},
+    }
+
+
+def test_the_page_draws_every_result_there_may_be(tmp_path):
+    shares = {"ours": {"matrix products": 60, "other": 40}, "textbook": {"matrix products": 20, "other": 80}}
+    alone = made_up(points=8192)
+    del alone["textbook"], alone["time_ratio"]
+    loader_sizes = {"shapes": 8, "data": "pairs", "image_size": 224, "threads": 1}
+    stages = {"ours": {"decode": 0.4, "gray*": 0.1}, "textbook": {"decode": 0.8, "gray*": 0.2}}
+    rates = {form: {"samples_per_second": 100.0, "seconds_median": 0.01} for form in ("ours", "textbook")}
+    whole = {"samples_per_second": 50.0, "seconds_median": 0.02, "time_ratio": 2.0}
+    svm_sizes = {"train": 100, "test": 20, "dims": 8, "classes": 4, "clouds": 4}
+    svm_part = made_up(9.0) | {"agreement": 0.999, "ours": {"seconds_median": 1.0, "accuracy": 80.0}}
+    svm_part["textbook"] = {"seconds_median": 9.0, "accuracy": 80.1}
+    loader_part = made_up(10.0, **loader_sizes) | {"stages_ms": stages, "whole": whole, **rates}
+    del svm_part["memory_ratio"], loader_part["memory_ratio"]
+    steps = [
+        {"batch": b, "chunk_size": c, "peak_mb": 100.0 * (c or b), "seconds": 1.0} for b in (4, 8) for c in (None, 2)
+    ]
+    step_sizes = {"image_model": "resnet18", "image_size": 32, "amp": "off", "chunk_size": 2}
+    step_sizes |= {"memory_points": 64, "memory_image_model": "resnet18", "memory_image_size": 32}
+    run_sizes = {"shapes": 100, "epochs": 2, "batch_size": 4, "num_points": 64, "amp": "off", "image_model": "resnet18"}
+    cost = {"shapes_per_s": 7.0, "hours": 1.5, "peak_mb": 900.0, "bottleneck": "the training step"}
+    check = {"predicted_seconds": 1.0, "measured_seconds": 1.1, "error_percent": -9.0}
+    scores = {"seconds": 0.03, "loop_over_points_seconds": 3.0, "loop_over_masks_seconds": 0.4}
+    scores |= {"times_faster_than_points": 100.0, "times_faster_than_masks": 13.0, "command": "y", "wall_seconds": 1}
+    benchmarks = {
+        "encoder": made_up(8.0, model="dgcnn_cls") | {"profile": shares},
+        "encoder_8192": alone,
+        **{f"points_{n}": made_up(n / 100, points=n) for n in (512, 1024, 2048)},
+        **{f"k_{k}": made_up(k / 4, k=k) for k in (10, 40)},
+        **{f"batch_{b}": made_up(4.0, batch=b) for b in (2, 8)},
+        "step": made_up(5.0, **step_sizes) | {"large_batches": steps},
+        "layer": {"not_run": "torch_geometric cannot be imported", "command": "z", "wall_seconds": 1},
+        "loader": loader_part,
+        "svm": made_up(**svm_sizes) | {"svm": svm_part, "features": made_up(6.0)},
+        "scores": scores,
+        "estimate": made_up(**run_sizes, image_size=64) | cost | {"check": check},
+    }
+    page = run_all.write_page({"quick": False, "benchmarks": benchmarks}, tmp_path).read_text()
+    pictures = {path.name for path in (tmp_path / "benchmarks").glob("*.png")}
+    assert pictures == {"cost.png", "profile.png", "loader.png", "speed.png", "memory_step.png"}
+    assert all(f"(benchmarks/{name})" in page for name in pictures)
+    assert "Sixteen would deliver 1,600: that is a multiplication" in page
+    assert "not run: torch_geometric cannot be imported" in page and "99.90% of the predictions agree" in page
+    assert "| decode | 0.400 | 0.800 |" in page and "1 / 1.1 (-9 %)" in page
+    row = "| training step of dgcnn_cls, 4 x 1,024 points, k 20, cpu | 1 s | 8 s | **8.0** | 700 | 2,100 | 3.0 |"
+    assert row in page
