@@ -274,6 +274,7 @@ def draw_speed(results: dict[str, Any], path: Path) -> bool:
     rates = [loader[form]["samples_per_second"] for form in forms]
     ax.bar_label(ax.bar(list(forms.values()), rates, color=["tab:orange", "tab:cyan", "tab:blue"]), fmt="%.0f")
     ax.axhline(62.5, color="gray", linestyle=":", label="1,000 shapes/s on 16 cores")
+    ax.margins(y=0.25)
     ax.set(ylabel="shapes per second and core")
     ax.legend(fontsize=8)
     figure.savefig(path, dpi=90)
