@@ -176,6 +176,7 @@ class Place:
 
     def finish(self, out: Path, *more: Any) -> None:
         """Go on, compare the end with the uninterrupted run, and clean up."""
+        screen(out).unlink(missing_ok=True)  # data workers that were orphaned may complain there
         assert self.train(out, *(more or ("--resume",))) == 0, self.output(out)
         same_end(out / "crossnet", self.reference)
         assert "Traceback" not in self.output(out), self.output(out)
