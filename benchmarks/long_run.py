@@ -68,9 +68,12 @@ def children() -> list[int]:
 
 
 def private_megabytes(process: int) -> float:
-    """Memory that a process shares with no other, in MB (10^6 bytes)."""
+    """Memory that a process has written to and shares with no other, in MB (10^6 bytes).
+
+    Pages of libraries are left out: they count as shared or not by what other processes run.
+    """
     lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) * 1024 / 1e6
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty")) * 1024 / 1e6
 
 
 def open_files(process: int) -> int:
