@@ -14,8 +14,8 @@ Examples:
   python train_crossnet_con.py --data_root data/demo --exp_name small --epochs 10 --batch_size 64 \
       --num_points 512 --image_size 64 --image_model resnet18
 
-The run folder <output_dir>/<exp_name> gets last.pth, best.pth (by the probe), config.json, metrics.jsonl, run.log and
-curves.png. Evaluate last.pth with downstream/classification/main.py.
+The run folder <output_dir>/<exp_name> gets last.pth, previous.pth (the one before), best.pth (by the probe),
+config.json, metrics.jsonl, run.log and curves.png. Evaluate last.pth with downstream/classification/main.py.
 """
 
 from __future__ import annotations
@@ -421,9 +421,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         check_writable(Path(args.json).absolute().parent)
     folder.start_log()
     training = Pretraining(args, folder)
-    checkpoint = folder.to_resume(args.resume)
-    if checkpoint:
-        training.resume(checkpoint)
+    training.resume(args.resume)
     folder.write_config(training.provenance())
     logger.info(
         "%s; %d shapes without rendering left out; %d points a view; %d steps of %d objects in %d process(es) on %s",

@@ -47,8 +47,8 @@ from tests.small_run import TinyImageNet, arguments
 from train_crossnet_con import Pretraining, main
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.cli import EXIT_TERMINATED, EXIT_USER_ERROR, HelpFormatter, positive_int, run, write_json
-from utils.errors import CheckpointError, DataError, UserError
-from utils.tracking import RunFolder
+from utils.errors import DamagedCheckpointError, DataError, UserError
+from utils.tracking import CHECKPOINTS, RunFolder
 
 # Three epochs of four steps, probed after the second and the last.
 REFERENCE = ("--epochs", "3", "--save_every", "2", "--eval_every", "2")
@@ -234,8 +234,8 @@ class _DyingFile(io.FileIO):
 def _note_saves(journal: Path) -> None:
     """Write down every save that has returned."""
 
-    def save(path: Path, payload: dict[str, Any]) -> None:
-        save_checkpoint(path, payload)
+    def save(path: Path, payload: dict[str, Any], keep: Path | None) -> None:
+        save_checkpoint(path, payload, keep=keep)
         with open(journal, "a") as file:
             file.write(f"{path.name} {payload['progress']['step']}\n")
 
@@ -275,7 +275,7 @@ def sigkill_in_save(place: Place, rng: random.Random) -> None:
 
 
 def sigkill_around_replace(place: Place, rng: random.Random) -> None:
-    """SIGKILL when a checkpoint is written but not yet in its place, or just is."""
+    """SIGKILL when a checkpoint is written but not yet in its place, or just is; also the one before it."""
     out = place.new()
     nth, when = rng.randrange(7), rng.choice(("fsync", "before", "after"))
 
@@ -514,32 +514,48 @@ def many_bad_samples(place: Place, rng: random.Random) -> None:
 
 
 def damaged_checkpoint(place: Place, rng: random.Random) -> None:
-    """The disk damages last.pth: refused with the other checkpoint's name, from which the run goes on."""
+    """The disk damages the newest checkpoint, or the two newest, or all: the newest whole one is taken, if any."""
     out = place.copy()
-    last = out / "crossnet" / "last.pth"
-    whole = last.read_bytes()
-    changed = whole
-    while changed == whole:
-        changed = mutate(whole, rng.randbytes(1000), rng)[0]
-    last.write_bytes(changed)
-    try:
-        intact = equal(load_checkpoint(last), load_checkpoint(place.reference / "last.pth"))
-        assert intact, "a damaged checkpoint was read as another one"  # the zip format has bytes that nobody reads
-        place.finish(out)
-    except CheckpointError:
-        before = contents(out / "crossnet")
+    folder = out / "crossnet"
+    names = CHECKPOINTS[: rng.randint(1, 3)]
+    for path in (folder / name for name in names):
+        whole = path.read_bytes()
+        while (changed := mutate(whole, rng.randbytes(1000), rng)[0]) == whole or still_reads(path, changed):
+            pass  # the zip format has bytes that nobody reads
+    before = contents(folder)
+    if names == CHECKPOINTS:
         assert place.train(out, "--resume") == EXIT_USER_ERROR
-        message = place.output(out).split("error: ")[1]
-        assert "last.pth" in message and f"--resume {out / 'crossnet' / 'best.pth'}" in message
-        assert contents(out / "crossnet") == before
-        place.finish(out, "--resume", out / "crossnet" / "best.pth")
+        assert "is damaged; start again with --overwrite" in place.output(out).split("error: ")[1]
+        assert contents(folder) == before
+        place.finish(out, "--overwrite")
+        return
+    assert place.train(out, "--resume") == 0, place.output(out)
+    for name in names:
+        assert f"{name} is damaged" in place.output(out)
+        assert (folder / f"{name}.damaged").read_bytes() == before[name]
+    same_end(folder, place.reference)
+    remove(out)
+
+
+def still_reads(path: Path, changed: bytes) -> bool:
+    """Write changed bytes into a checkpoint; whether it still is one, which then holds what it held."""
+    before = load_checkpoint(path)
+    whole = path.read_bytes()
+    path.write_bytes(changed)
+    try:
+        assert equal(load_checkpoint(path), before), "a damaged checkpoint was read as another one"
+    except DamagedCheckpointError:
+        return False
+    path.write_bytes(whole)
+    return True
 
 
 def lost_checkpoint(place: Place, rng: random.Random) -> None:
-    """last.pth is gone: the run goes on from best.pth; other files of the run may be gone or cut off too."""
+    """last.pth is gone, or previous.pth too; other files of the run may be gone or cut off."""
     out = place.copy()
     folder = out / "crossnet"
-    (folder / "last.pth").unlink()
+    for name in CHECKPOINTS[: rng.randint(1, 2)]:
+        (folder / name).unlink()
     if rng.random() < 0.5:
         (folder / "config.json").unlink()
     if rng.random() < 0.5:
@@ -639,8 +655,8 @@ FAULTS: dict[str, tuple[Callable[[Place, random.Random], None], str]] = {
         (disk_full, SINCE),
         (bad_sample, "the sample"),
         (many_bad_samples, "nothing; the run stops"),
-        (damaged_checkpoint, "the epochs since best.pth, which are repeated bit for bit"),
-        (lost_checkpoint, "the epochs since best.pth, which are repeated bit for bit"),
+        (damaged_checkpoint, "the steps since the newest whole checkpoint, which are repeated bit for bit"),
+        (lost_checkpoint, "the steps since the newest checkpoint left, which are repeated bit for bit"),
         (leftovers, SINCE),
         (pickle_bomb, "nothing; refused"),
         (unsafe_archive, "nothing; refused"),

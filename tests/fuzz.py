@@ -487,7 +487,7 @@ def _run_folder(root: Path) -> Pretraining:
 def read_run(root: Path) -> None:
     """Take up a run."""
     training = _run_folder(root)
-    training.resume(root / "crossnet" / "last.pth")
+    training.resume(str(root / "crossnet" / "last.pth"))
     check_model(training.model.point_encoder)
     progress = training.progress
     check(all(isinstance(n, int) and n >= 0 for n in (progress.epoch, progress.step, progress.samples)), "progress")

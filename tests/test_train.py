@@ -20,7 +20,7 @@ from train_crossnet_con import LinearProbe, Pretraining, build_parser, main
 from utils import loop
 from utils.checkpoint import encoder_from_checkpoint, load_checkpoint, save_checkpoint
 from utils.errors import CheckpointError, DataError, UserError
-from utils.tracking import RunFolder
+from utils.tracking import CHECKPOINTS, RunFolder
 
 KEYS = ["epoch", "step", "loss", "loss_intra", "loss_cross", "lr", "shapes_per_s", "data_wait"]
 
@@ -58,7 +58,7 @@ def reference(root, tmp_path_factory):
 
 def test_run_folder_holds_what_is_promised(reference):
     folder, record = reference
-    files = {"last.pth", "best.pth", "config.json", "metrics.jsonl", "run.log", "curves.png"}
+    files = {"last.pth", "previous.pth", "best.pth", "config.json", "metrics.jsonl", "run.log", "curves.png"}
     assert {path.name for path in folder.iterdir()} == files
     records = metrics(folder)
     assert [list(r) for r in records] == [
@@ -210,14 +210,40 @@ def test_settings_that_change_nothing_learned_may_change_on_resume(root, referen
     assert (folder / "best.pth").read_bytes() == (reference[0] / "best.pth").read_bytes()
 
 
-def test_a_damaged_last_checkpoint_is_never_started_over(root, reference, tmp_path):
+def cut_in_half(path):
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+
+
+@pytest.mark.parametrize("damaged", [["last.pth"], ["last.pth", "previous.pth"], ["last.pth", "best.pth"]])
+def test_a_damaged_checkpoint_is_set_aside_for_the_newest_whole_one(root, reference, tmp_path, damaged):
     folder = copy_run(reference, tmp_path)
-    whole = (folder / "last.pth").read_bytes()
-    (folder / "last.pth").write_bytes(whole[: len(whole) // 2])
-    help_text = f"last.pth is damaged.*--resume {folder / 'best.pth'}.*--overwrite"
-    refused(root, tmp_path, help_text, *REFERENCE, "--resume", kind=CheckpointError)
-    train(root, tmp_path, *REFERENCE, "--resume", folder / "best.pth")
+    for name in damaged:
+        cut_in_half(folder / name)
+    left = {name: load_checkpoint(folder / name)["progress"]["step"] for name in CHECKPOINTS if name not in damaged}
+    before = contents(folder)
+    train(root, tmp_path, *REFERENCE, "--resume")
     same_end(folder, reference[0])
+    for name in damaged:
+        assert (folder / f"{name}.damaged").read_bytes() == before[name]
+        assert f"{name} is damaged" in (folder / "run.log").read_text()
+    newest = max(left, key=left.get)
+    assert f"going on from {folder / newest}, the newest that is whole" in (folder / "run.log").read_text()
+
+
+def test_a_damaged_checkpoint_stays_where_it_is_if_the_run_cannot_go_on(root, reference, tmp_path):
+    folder = copy_run(reference, tmp_path)
+    cut_in_half(folder / "last.pth")
+    help_text = "last.pth is damaged.*--resume without a path"
+    refused(root, tmp_path, help_text, *REFERENCE, "--resume", folder / "last.pth", kind=CheckpointError)
+    refused(root, tmp_path, "other settings", *REFERENCE, "--lr", "0.5", "--resume", kind=CheckpointError)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_never_started_over(root, reference, tmp_path):
+    folder = copy_run(reference, tmp_path)
+    for name in CHECKPOINTS:
+        cut_in_half(folder / name)
+    refused(root, tmp_path, "every checkpoint in .* is damaged.*--overwrite", *REFERENCE, "--resume")
 
 
 def test_resume_into_a_new_folder_leaves_the_old_one_and_finds_a_best_again(root, reference, tmp_path):

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from models import ENCODERS, build_encoder, encoder_arguments, resolve_encoder_name
 from models.segmentation import TASKS, FineTuned
-from utils.errors import CheckpointError, UserError
+from utils.errors import CheckpointError, DamagedCheckpointError, UserError
 
 FORMAT = 1
+OURS = {"format", "kind", "point_encoder"}  # entries of our checkpoints, none of which published files have
 logger = logging.getLogger("crossnet")
 
 # What published files hold besides the encoder: batch norms registered a second time under the block that owns them,
@@ -44,8 +45,13 @@ _EMBEDDING = {
 }
 
 
-def save_checkpoint(path: str | os.PathLike[str], payload: Mapping[str, Any]) -> None:
+def save_checkpoint(path: str | os.PathLike[str], payload: Mapping[str, Any], *, keep: Path | None = None) -> None:
     """Write a checkpoint; whoever looks sees the old file or the whole new one.
+
+    Args:
+        path: the file.
+        payload: plain types and tensors.
+        keep: where the old file stays, in the place of what is there.
 
     Raises:
         UserError: the file cannot be written; the old one is still there.
@@ -58,6 +64,8 @@ def save_checkpoint(path: str | os.PathLike[str], payload: Mapping[str, Any]) ->
             torch.save({"format": FORMAT, **payload}, file)
             file.flush()
             os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            _keep(path, keep)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
@@ -66,12 +74,25 @@ def save_checkpoint(path: str | os.PathLike[str], payload: Mapping[str, Any]) ->
         raise UserError(f"cannot write the checkpoint {path} ({reason}); an earlier one is unchanged") from error
 
 
+def _keep(path: Path, keep: Path) -> None:
+    """Give a file a second name, so that it is never without one; where files cannot have two, its other name."""
+    second = keep.with_name(keep.name + ".tmp")
+    second.unlink(missing_ok=True)
+    try:
+        os.link(path, second)
+    except OSError:
+        os.replace(path, keep)
+    else:
+        os.replace(second, keep)
+        second.unlink(missing_ok=True)  # replacing a file by itself leaves both names
+
+
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a checkpoint or a published state dict to the CPU, without running any code it may contain.
 
     Raises:
-        CheckpointError: missing, damaged, no checkpoint, of another format number, or it holds objects other than
-            tensors and plain types.
+        DamagedCheckpointError: damaged, or no checkpoint.
+        CheckpointError: missing, of another format number, or it holds objects other than tensors and plain types.
     """
     path = Path(path)
     if not os.path.isfile(path):
@@ -80,24 +101,31 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         _check_zip_sizes(path)
         payload = torch.load(path, map_location="cpu", weights_only=True)
         # torch does not look at the checksums that it writes; a published file may be written without any.
-        ours = isinstance(payload, dict) and "format" in payload
-        damaged = zipfile.ZipFile(path).testzip() if ours else None
+        damaged = _wrong_checksum(path) if isinstance(payload, dict) and not OURS.isdisjoint(payload) else None
         _check_tensors(payload)
     except Exception as error:  # torch raises many kinds on damaged files
-        if "GLOBAL" in str(error):  # pickle's word for a name to import and call
+        if "GLOBAL" in str(error) and not _wrong_checksum(path):  # pickle's word for a name to import and call
             raise CheckpointError(
                 f"{path} is refused: it holds objects other than tensors and plain types, which could run code"
             ) from error
         known = isinstance(error, (RuntimeError, EOFError, ValueError)) and str(error)
         reason = str(error).split(". ")[0].splitlines()[0] if known else "not what torch.save writes"
-        raise CheckpointError(f"{path} is damaged or no checkpoint ({reason}); train or copy it again") from error
+        raise DamagedCheckpointError(f"{path} is damaged or no checkpoint ({reason}); train or copy it again") from error
     if damaged:
-        raise CheckpointError(f"{path} is damaged (wrong checksum of {damaged}); train or copy it again")
+        raise DamagedCheckpointError(f"{path} is damaged (wrong checksum of {damaged}); train or copy it again")
     if not isinstance(payload, dict):
         raise CheckpointError(f"{path} holds a {type(payload).__name__}, not a checkpoint or a state dict")
     if "point_encoder" in payload and payload.get("format") != FORMAT:
         raise CheckpointError(f"{path} has checkpoint format {payload.get('format')}; this version reads {FORMAT}")
     return payload
+
+
+def _wrong_checksum(path: Path) -> str | None:
+    """The first member of a zip file that is not what was written, or the file's name where it is cut off."""
+    try:
+        return zipfile.ZipFile(path).testzip() if zipfile.is_zipfile(path) else None
+    except Exception:  # zipfile raises many kinds too
+        return path.name
 
 
 def _check_zip_sizes(path: Path) -> None:

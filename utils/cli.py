@@ -84,7 +84,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, exp_name: str, save_ev
         nargs="?",
         const="auto",
         metavar="auto|PATH",
-        help="go on from the run folder's last.pth (auto, or without a value) or from PATH, mid-epoch too",
+        help="go on from the run's newest whole checkpoint (auto, or without a value) or from PATH, mid-epoch too",
     )
     g.add_argument("--overwrite", action="store_true", help="replace the run in the folder")
     g.add_argument(

@@ -23,6 +23,10 @@ class CheckpointError(UserError):
     """A checkpoint that cannot be read or does not fit. The message names the file."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint whose file is cut off or changed: another one may do."""
+
+
 def plain_message(error: UserError) -> str:
     """The error's own message, also where a data worker's error comes wrapped in the text of its traceback."""
     kind = type(error)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from datasets.sampler import PairSampler
 from models.norm import SyncBatchNorm
-from utils.checkpoint import content_of, load_checkpoint, save_checkpoint
+from utils.checkpoint import content_of, save_checkpoint
 from utils.cli import EXIT_TERMINATED
 from utils.distributed import (
     all_reduce_sum,
@@ -388,7 +388,8 @@ class TrainingLoop(ABC):
             raise self.not_finite("some weights are", self.progress.step)
         save_checkpoint(
             self.folder / name,
-            {
+            keep=self.folder / "previous.pth" if name == "last.pth" else None,
+            payload={
                 "kind": self.kind,
                 **self.weights(),
                 "optimizer": self.optimizer.state_dict(),
@@ -427,28 +428,29 @@ class TrainingLoop(ABC):
             changes.append(f"--no_sync_bn in {there} process(es) there, {here} here")
         return changes
 
-    def read(self, path: Path) -> tuple[dict[str, Any], bool]:
-        """Content of the checkpoint to go on from, and whether the folder has a ``best.pth``."""
-        best = self.folder / "best.pth"
-        try:
-            return load_checkpoint(path), best.exists()
-        except CheckpointError as error:
-            other = f"go on from another one, as with --resume {best}, or " if best.exists() and path != best else ""
-            raise CheckpointError(f"{error}; {other}start again with --overwrite") from error
-
-    def resume(self, path: Path) -> None:
+    def resume(self, resume: str | None) -> bool:
         """Take up a run where its checkpoint stands.
 
+        Args:
+            resume: see ``RunFolder.to_resume``.
+
+        Returns:
+            Whether there is one.
+
         Raises:
-            CheckpointError: a checkpoint of another kind, other settings, or other data.
+            CheckpointError: one that cannot be read, of another kind, other settings, or other data.
         """
-        payload, has_best = from_main(lambda: self.read(path))
+        found = self.folder.to_resume(resume)
+        if found is None:
+            return False
+        path, payload = found
         with content_of(path):
             self.take_up(payload, path)
-        if not has_best:  # a new folder, or a lost file: the next score is the best there is
+        if not from_main((self.folder / "best.pth").exists):  # a new folder, or a lost file: the next score is the best there is
             self.progress.best, self.progress.best_epoch = Progress.best, Progress.best_epoch
         self.folder.cut_metrics(self.progress.epoch)
         logger.info("resumed %s: %d epochs and %d steps done", path, self.progress.epoch, self.progress.step)
+        return True
 
     def take_up(self, payload: Mapping[str, Any], path: Path) -> None:
         """See ``resume``."""

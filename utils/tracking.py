@@ -12,14 +12,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from utils.checkpoint import check_writable
+from utils.checkpoint import check_writable, load_checkpoint
 from utils.cli import log_to_screen, write_json
 from utils.distributed import from_main, is_main, main_only
-from utils.errors import UserError
+from utils.errors import CheckpointError, DamagedCheckpointError, UserError
 
 logger = logging.getLogger("crossnet")
 LOG_BYTES = 20_000_000  # some million steps
-RUN_FILES = ("last.pth", "best.pth", "config.json", "metrics.jsonl", "run.log", "curves.png", "result.json")
+CHECKPOINTS = ("last.pth", "previous.pth", "best.pth")
+RUN_FILES = (*CHECKPOINTS, "config.json", "metrics.jsonl", "run.log", "curves.png", "result.json")
 
 
 class _RunLog(logging.handlers.RotatingFileHandler):
@@ -53,6 +54,7 @@ class RunFolder:
     def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = False, resume: str | None = None) -> None:
         self.path = Path(path)
         self._replaced: list[str] = []
+        self._damaged: list[Path] = []
         if is_main():
             self._look(overwrite, resume)
 
@@ -70,20 +72,47 @@ class RunFolder:
     def __truediv__(self, name: str) -> Path:
         return self.path / name
 
-    def to_resume(self, resume: str | None) -> Path | None:
-        """Checkpoint that ``--resume`` means: None, ``auto`` (this run's newest one, if there is one) or a path."""
-        if resume != "auto":
-            return Path(resume) if resume else None
-        return from_main(self._newest)
+    def to_resume(self, resume: str | None) -> tuple[Path, dict[str, Any]] | None:
+        """Checkpoint that ``--resume`` means, and its content.
 
-    def _newest(self) -> Path | None:
-        for name in ("last.pth", "best.pth"):
-            if (self / name).exists():
-                return self / name
-        logger.info("%s does not exist yet: starting from the beginning", self / "last.pth")
-        if (self / "metrics.jsonl").exists():
-            self.cut_metrics(0)
-        return None
+        Args:
+            resume: None, ``auto`` (this run's newest one that is whole, if there is any) or a path.
+
+        Raises:
+            CheckpointError: the one asked for cannot be read, or all of this run are damaged.
+        """
+        if resume is None:
+            return None
+        return from_main(self._newest if resume == "auto" else lambda: self._named(Path(resume)))
+
+    def _named(self, path: Path) -> tuple[Path, dict[str, Any]]:
+        try:
+            return path, load_checkpoint(path)
+        except DamagedCheckpointError as error:
+            raise CheckpointError(f"{error}; --resume without a path takes the run's newest whole one") from error
+
+    def _newest(self) -> tuple[Path, dict[str, Any]] | None:
+        found = None
+        for path in (self / name for name in CHECKPOINTS):
+            if not path.exists() or (found and found[0].name == "last.pth"):
+                continue
+            try:
+                payload = load_checkpoint(path)
+            except DamagedCheckpointError as error:
+                logger.warning("%s", error)
+                self._damaged.append(path)
+                continue
+            if found is None or _steps(payload) > _steps(found[1]):
+                found = path, payload
+        if found and self._damaged:
+            logger.warning("going on from %s, the newest that is whole", found[0])
+        elif self._damaged:
+            raise CheckpointError(f"every checkpoint in {self.path} is damaged; start again with --overwrite")
+        elif found is None:
+            logger.info("%s does not exist yet: starting from the beginning", self / "last.pth")
+            if (self / "metrics.jsonl").exists():
+                self.cut_metrics(0)
+        return found
 
     def start_log(self) -> None:
         """Send the log to the screen and, from ``write_config`` on, to ``run.log``; an earlier run's file is closed."""
@@ -102,6 +131,8 @@ class RunFolder:
         """
         for name in self._replaced:
             (self.path / name).unlink()
+        for path in self._damaged:
+            os.replace(path, path.with_name(path.name + ".damaged"))
         for leftover in self.path.glob("*.tmp"):  # of a run that was killed while it wrote
             leftover.unlink()
         write_json(self / "config.json", config)
@@ -178,6 +209,13 @@ class RunFolder:
             os.replace(temporary, self / "curves.png")
         except OSError as error:  # a picture is no reason to end a run
             logger.warning("cannot write %s: %s", self / "curves.png", error.strerror or error)
+
+
+def _steps(payload: Mapping[str, Any]) -> int:
+    """Steps done at a checkpoint; -1 where it does not say."""
+    progress = payload.get("progress")
+    steps = progress.get("step") if isinstance(progress, Mapping) else None
+    return steps if isinstance(steps, int) else -1
 
 
 class WandbMirror:

@@ -486,9 +486,7 @@ class FineTuning(TrainingLoop):
         """
         args, folder = self.args, self.folder
         folder.start_log()
-        checkpoint = folder.to_resume(args.resume)
-        if checkpoint:
-            self.resume(checkpoint)
+        if self.resume(args.resume):
             result = from_main(self.earlier_result) if self.progress.epoch >= args.epochs else None
             if result is not None:
                 logger.info("%s is finished", folder.path)

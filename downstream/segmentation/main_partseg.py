@@ -332,7 +332,7 @@ def score_checkpoint(args: argparse.Namespace) -> dict[str, Any]:
     model, payload = fine_tuned_from_checkpoint(args.model_path, PartSegmentation, model=args.model, k=args.k)
     table = payload.get("table", {})
     choice = args.class_choice or table.get("class_choice")
-    if payload and table["class_choice"] != choice:
+    if "class_choice" in table and table["class_choice"] != choice:
         raise CheckpointError(
             f"{args.model_path} is a model of all categories; --class_choice {choice} needs one of its own "
             f"(--class_test {choice} scores this one on that category)"

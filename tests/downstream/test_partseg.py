@@ -145,6 +145,13 @@ def test_class_choice_trains_a_model_of_its_parts_alone(root, tmp_path):
         evaluate(root, path, "--class_choice", "brick")
 
 
+def test_a_model_whose_checkpoint_says_no_category_is_scored_too(root, tmp_path):
+    model = save_model(tmp_path / "m.pth")
+    save_checkpoint(tmp_path / "bare.pth", describe_fine_tuned(model))
+    whole, bare = (evaluate(root, tmp_path / name)["runs"][0]["test"] for name in ("m.pth", "bare.pth"))
+    assert bare == whole
+
+
 def test_class_test_scores_some_categories_of_a_model_of_all(root, tmp_path):
     save_model(tmp_path / "m.pth")
     everything = evaluate(root, tmp_path / "m.pth")["runs"][0]["test"]

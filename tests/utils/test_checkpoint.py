@@ -278,6 +278,29 @@ def test_a_failing_write_leaves_the_old_checkpoint(fails, tmp_path, monkeypatch)
     assert contents(tmp_path) == before and load_checkpoint(path)["encoder"]["name"] == "pointnet_cls"
 
 
+def version(path):
+    return load_checkpoint(path)["version"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_checkpoint_before_the_last_is_kept(links, tmp_path, monkeypatch):
+    last, previous = tmp_path / "last.pth", tmp_path / "previous.pth"
+    if not links:  # as on some network and memory-card file systems
+        monkeypatch.setattr(os, "link", lambda *args: (_ for _ in ()).throw(OSError(errno.EPERM, "not permitted")))
+    for number in range(3):
+        save_checkpoint(last, {"version": number}, keep=previous)
+        assert version(last) == number and (not number or version(previous) == number - 1)
+
+
+def test_a_checkpoint_that_is_kept_already_is_kept_still(tmp_path):
+    last, previous = tmp_path / "last.pth", tmp_path / "previous.pth"
+    save_checkpoint(last, {"version": 0})
+    os.link(last, previous)  # a process was killed between the two replacements
+    save_checkpoint(last, {"version": 1}, keep=previous)
+    assert (version(last), version(previous)) == (1, 0)
+    assert {path.name for path in tmp_path.iterdir()} == {"last.pth", "previous.pth"}
+
+
 def test_unwritable_folders_are_one_clear_error(tmp_path):
     (tmp_path / "file").write_text("a file, no folder")
     for folder in (tmp_path / "file", tmp_path / "file" / "deeper"):

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from tests.pairs import contents
+from utils.checkpoint import save_checkpoint
 from utils.errors import UserError
 from utils.tracking import RUN_FILES, RunFolder, WandbMirror
 
@@ -64,15 +65,23 @@ def test_a_continued_run_keeps_its_files_and_log(tmp_path):
 
 
 def test_resume_takes_the_newest_checkpoint_there_is(tmp_path):
-    folder = RunFolder(tmp_path)
+    folder = RunFolder(tmp_path / "run")
     assert folder.to_resume(None) is None and folder.to_resume("auto") is None
-    assert folder.to_resume("a/b.pth") == Path("a/b.pth")
     folder.append_metrics(record(1))
     assert folder.to_resume("auto") is None and list(folder.metrics()) == []  # starts again: no line twice
-    (tmp_path / "best.pth").write_text("")
-    assert folder.to_resume("auto") == tmp_path / "best.pth"
-    (tmp_path / "last.pth").write_text("")
-    assert folder.to_resume("auto") == tmp_path / "last.pth"
+
+    def save(path, step):
+        save_checkpoint(path, {"progress": {"step": step}})
+
+    save(tmp_path / "a.pth", 9)
+    assert folder.to_resume(str(tmp_path / "a.pth"))[0] == tmp_path / "a.pth"
+    for name, step, newest in (
+        *(("best.pth", 4, "best.pth"), ("previous.pth", 2, "best.pth"), ("previous.pth", 6, "previous.pth")),
+        ("last.pth", 8, "last.pth"),
+    ):
+        save(folder / name, step)
+        path, payload = folder.to_resume("auto")
+        assert path == folder / newest and payload["progress"]["step"] == max(step, 4)
 
 
 def test_metrics_are_cut_back_and_a_torn_last_line_is_left_out(tmp_path):
