@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -11,19 +12,24 @@ from torch import Tensor
 # Elements of one block of rows that are changed element by element.
 ELEMENTWISE_BLOCK = {"cpu": 1 << 18, "cuda": 1 << 24}
 # Elements of one block of gathered neighbours on a CPU.
-_GATHER_BLOCK = 1 << 18
+_GATHER_BLOCK = 1 << 19
 # float64 has this many more bits of mantissa than float32.
 _SPARE_BITS = 29
 _PLACE = (1 << _SPARE_BITS) - 1
+# Said once in every process that makes such a matrix; ours live for one product and are compared with plain gathers.
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
 
-def blocks_of_clouds(b: int, n: int, width: int, budget: int) -> Iterator[tuple[slice, slice]]:
+def blocks_of_clouds(
+    b: int, n: int, width: int, budget: int, *, multiple: int = 1
+) -> Iterator[tuple[slice, slice]]:
     """Cut (B, N, width) into blocks of about ``budget`` elements: several whole clouds, or rows of one cloud.
 
     Yields:
-        Slices of clouds and of rows.
+        Slices of clouds and of rows; rows start at multiples of ``multiple``.
     """
     clouds, rows = max(1, budget // max(n * width, 1)), max(1, min(n, budget // max(width, 1)))
+    rows = min(n, -(-rows // multiple) * multiple)
     for i in range(0, b, clouds):
         for j in range(0, n, rows):
             yield slice(i, min(i + clouds, b)), slice(j, min(j + rows, n))
@@ -38,6 +44,11 @@ def blocks_of_rows(x: Tensor) -> list[slice]:
 def can_mark(values: Tensor, places: int) -> bool:
     """Whether ``mark_places`` takes these values: float32 on a CPU, and not too many places."""
     return values.device.type == "cpu" and values.dtype == torch.float32 and places <= _PLACE
+
+
+def runs_eagerly() -> bool:
+    """Whether operations run as they are called, and are not recorded by torch.compile or torch.export."""
+    return not torch.compiler.is_compiling()
 
 
 def mark_places(values: Tensor, places: Tensor) -> Tensor:
@@ -88,28 +99,40 @@ def transposed_sum(table: Tensor, neighbours: Tensor) -> Tensor:
     return F.embedding_bag(order // k, table.detach().contiguous(), degree.cumsum(0) - degree, mode="sum")
 
 
-def neighbour_max(table: Tensor, neighbours: Tensor) -> tuple[Tensor, Tensor]:
+def neighbour_max(table: Tensor, neighbours: Tensor, sign: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Maximum over neighbours per channel, without gradient.
 
     Args:
         table: (P, C).
         neighbours: (P, k).
+        sign: (C,) of 1 and -1, where the minimum is wanted; None is all 1.
 
     Returns:
-        The maxima (P, C), and the rows that they come from (P, C), int32 or int64.
+        The maxima (P, C), minima where the sign is -1, and the rows that they come from (P, C), int32 or int64.
     """
     points, k = neighbours.shape
     table = table.detach()
-    if not can_mark(table, points):
+    if not (can_mark(table, points) and runs_eagerly()):
         starts = torch.arange(0, points * k, k, device=table.device)
-        maxima, _, _, chosen = torch.embedding_bag(table, neighbours.flatten(), starts, mode=2)
-        return maxima, chosen
-    marked = mark_places(table, torch.arange(points)[:, None])
+        signed = table if sign is None else table * sign
+        maxima, _, _, chosen = torch.embedding_bag(signed, neighbours.flatten(), starts, mode=2)
+        return maxima if sign is None else maxima.mul_(sign), chosen
     maxima, chosen = torch.empty_like(table), torch.empty_like(table, dtype=torch.int32)
-    rows = max(1, _GATHER_BLOCK // (k * table.shape[1]))
+    rows = max(1, _GATHER_BLOCK // table.shape[1])
+    ones, starts = table.new_ones(rows * k, dtype=torch.float64), torch.arange(0, rows * k + 1, k)
     for i in range(0, points, rows):
-        index = neighbours[i : i + rows]
-        best = marked.index_select(0, index.flatten()).unflatten(0, index.shape).amax(1)
-        maxima[i : i + rows], place = unmark(best)
+        index = neighbours[i : i + rows].flatten()
+        # Neighbours are of the same cloud, so a block needs a part of the table only.
+        lowest, highest = (int(end) for end in index.aminmax())
+        part = table[lowest : highest + 1]
+        marked = mark_places(part if sign is None else part * sign, torch.arange(lowest, highest + 1)[:, None])
+        # A matrix of ones with a maximum in the place of its sum: the neighbours of a row are never put side by side.
+        count = len(index) // k
+        picks = torch.sparse_csr_tensor(
+            *(starts[: count + 1], index - lowest, ones[: len(index)]),
+            size=(count, len(part)),
+            check_invariants=False,
+        )
+        maxima[i : i + rows], place = unmark(torch.sparse.mm(picks, marked, "amax"))
         chosen[i : i + rows] = place.clamp_max_(points - 1)  # also after a NaN it is some row
-    return maxima, chosen
+    return maxima if sign is None else maxima.mul_(sign), chosen

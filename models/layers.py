@@ -64,12 +64,11 @@ class _EdgeMoments(torch.autograd.Function):
         points, k = neighbours.shape
         degree = in_degree(neighbours).to(a.dtype)
         mean_a, mean_c = degree @ a / (points * k), c.mean(0)
-        sums = neighbour_sum(a, neighbours)
         scatter = torch.zeros_like(mean_a)
         for rows in blocks_of_rows(a):
             centred_a, centred_c = a[rows] - mean_a, c[rows] - mean_c
             scatter += degree[rows] @ centred_a.square_()
-            twice = sums[rows].sub_(mean_a, alpha=k).mul_(2).add_(centred_c, alpha=k)
+            twice = neighbour_sum(a, neighbours[rows]).sub_(mean_a, alpha=k).mul_(2).add_(centred_c, alpha=k)
             scatter += twice.mul_(centred_c).sum(0)
         ctx.save_for_backward(a, c, neighbours, degree, mean_a + mean_c)
         return mean_a + mean_c, scatter.clamp_min_(0)
@@ -98,11 +97,10 @@ class _LargestEdge(torch.autograd.Function):
     def forward(
         ctx: Any, a: Tensor, c: Tensor, scale: Tensor, shift: Tensor, neighbours: Tensor, slope: float
     ) -> Tensor:
-        sign = sign_of_gain(scale)
-        edge, chosen = neighbour_max(a * sign, neighbours)
+        edge, chosen = neighbour_max(a, neighbours, sign_of_gain(scale))
         out = torch.empty_like(edge)
         for rows in blocks_of_rows(edge):
-            edge[rows].mul_(sign).add_(c[rows])
+            edge[rows].add_(c[rows])
             out[rows] = F.leaky_relu_(torch.addcmul(shift, edge[rows], scale), slope)
         ctx.save_for_backward(edge, chosen, scale, shift)
         ctx.slope = slope

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from models.blocks import blocks_of_clouds
+from models.blocks import blocks_of_clouds, can_mark, mark_places, runs_eagerly, unmark
 from models.precision import at_least_float32
 
 # Elements of one block of the distance matrix: small enough for a CPU's cache, large enough to fill a GPU.
-_BLOCK = {"cpu": 1 << 19, "cuda": 1 << 25}
+_BLOCK = {"cpu": 1 << 20, "cuda": 1 << 25}
 # Selecting among more than this many times k values goes through the maxima of groups, on a CPU.
 _DIRECT_SELECTION, _GROUP = 16, 8
 
@@ -18,7 +18,8 @@ def largest(values: Tensor, k: int) -> Tensor:
     """Where the k largest values of every row are, in no particular order.
 
     On a CPU ``topk`` takes several nanoseconds for every value. So the maxima of groups are compared first, which is
-    fast: the k groups of the largest maxima hold k largest values, for each value elsewhere has those k before it.
+    fast: the k groups of the largest maxima hold k largest values, for each value elsewhere has those k before it. And
+    NumPy partitions with vector instructions, which need the places written into the values.
 
     Args:
         values: (R, N).
@@ -28,16 +29,26 @@ def largest(values: Tensor, k: int) -> Tensor:
         (R, k) int64.
     """
     rows, n = values.shape
-    if n <= _DIRECT_SELECTION * k or values.device.type != "cpu":
+    if not (can_mark(values, n) and runs_eagerly()):
         return values.topk(k, dim=1, sorted=False).indices
+    if n <= _DIRECT_SELECTION * k:
+        return _largest_places(values, torch.arange(n), k)
     groups = n // _GROUP
     grouped = groups * _GROUP  # group g is g, g + groups, g + 2 groups, ...: the maximum then runs over whole rows
-    chosen = largest(values[:, :grouped].unflatten(1, (_GROUP, groups)).amax(1), k)
+    chosen = _largest_places(values[:, :grouped].unflatten(1, (_GROUP, groups)).amax(1), torch.arange(groups), k)
     candidates = (chosen[:, None] + torch.arange(0, grouped, groups)[:, None]).flatten(1)
     if grouped < n:
         candidates = torch.cat([candidates, torch.arange(grouped, n).expand(rows, -1)], dim=1)
-    best = values.gather(1, candidates).topk(k, dim=1, sorted=False).indices
-    return candidates.gather(1, best)
+    return _largest_places(values.gather(1, candidates), candidates, k)
+
+
+def _largest_places(values: Tensor, places: Tensor, k: int) -> Tensor:
+    """The places, (N,) or (R, N), of the k largest of every row of (R, N) values."""
+    finite = torch.finfo(values.dtype)
+    marked = mark_places(values.clamp(finite.min, finite.max), places)  # an infinite value would become none
+    first = marked.shape[1] - k
+    marked.numpy().partition(first, axis=1)
+    return unmark(marked[:, first:])[1]
 
 
 def knn(points: Tensor, k: int) -> Tensor:

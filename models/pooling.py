@@ -14,12 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.blocks import ELEMENTWISE_BLOCK, blocks_of_clouds, can_mark, mark_places, unmark
+from models.blocks import ELEMENTWISE_BLOCK, blocks_of_clouds
 from models.norm import (
     Moments,
     across_processes,
     scale_and_shift,
-    sign_of_gain,
     sum_across_processes,
     update_running_statistics,
     uses_batch_statistics,
@@ -32,12 +31,17 @@ def leaky_relu_gradient(grad: Tensor, before: Tensor, slope: float) -> Tensor:
     return torch.ops.aten.leaky_relu_backward(grad, before, slope, False)
 
 
+# Points of a group: the maximum is found among the maxima of groups first.
+_GROUP = 16
+
+
 class _Pool(torch.autograd.Function):
     """See ``pool_pointwise``. Inputs: module, clouds, whether the mean and gradients are wanted, parameters, rows.
 
     With y = W x, the normalised s y + t and its activation z: the gradient with respect to s y + t is that of the mean,
-    the same for all points of a cloud, times the activation's slope there, plus that of the maximum at one point. Batch
-    norm's own backward then needs the sums of it and of it times y over all points.
+    the same for all points of a cloud, times the activation's slope d there, plus that of the maximum at one point.
+    Batch norm's own backward then needs the sums of it and of it times y over all points. Those of d and of d y over a
+    cloud are the same whatever the gradient is, so the forward pass takes them; they give the mean of z as well.
     """
 
     @staticmethod
@@ -59,10 +63,7 @@ class _Pool(torch.autograd.Function):
         batch = uses_batch_statistics(norm)
         keep = batch or trains
         y = rows[0].new_empty((clouds, points, width) if keep else (0,), dtype=half)
-        exact = weight.new_empty(0, dtype=at_least_float32(y).dtype)
-
-        def blocks() -> Iterator[tuple[slice, slice]]:
-            return blocks_of_clouds(clouds, points, width, ELEMENTWISE_BLOCK.get(weight.device.type, 1 << 24))
+        exact = at_least_float32(y).dtype
 
         def product(c: slice, r: slice) -> Tensor:
             x = torch.cat([part.view(clouds, points, -1)[c, r] for part in rows], dim=2).to(half)
@@ -71,72 +72,64 @@ class _Pool(torch.autograd.Function):
                 return at_least_float32(y[c, r])
             return at_least_float32(x @ kernel)
 
+        count = None
         if batch:
-            # A mean from the inputs' is close enough to centre with; what it misses is taken off afterwards.
-            centre = torch.cat([at_least_float32(part).mean(0) for part in rows]) @ at_least_float32(weight).T
-            total, scatter = torch.zeros_like(centre), torch.zeros_like(centre)
-            for c, r in blocks():
-                offset = product(c, r) - centre
-                total += offset.sum((0, 1))
-                scatter += offset.square_().sum((0, 1))
-            count = centre.new_full((), clouds * points)
-            offset = total / count
-            own = Moments(count, centre + offset, (scatter - count * offset.square()).clamp_min_(0))
-            moments = across_processes(own, norm)
-            variance = moments.scatter / moments.count
-            update_running_statistics(norm, moments.mean, variance, moments.count)
-            mean, count = moments.mean, moments.count
+            for c, r in _blocks(clouds, points, width, weight.device):
+                product(c, r)
+            running = [weight.new_zeros(width, dtype=exact) for _ in range(2)]  # not used; the result has their type
+            mean, variance = torch.batch_norm_update_stats(y.flatten(0, 1), *running, 1.0)
+            count = mean.new_full((), clouds * points)
+            moments = across_processes(Moments(count, mean, variance * count), norm)
+            mean, variance, count = moments.mean, moments.scatter / moments.count, moments.count
+            update_running_statistics(norm, mean, variance, count)
         else:
-            mean, variance, count = norm.running_mean, norm.running_var, None
-        scale, shift = (value.to(exact.dtype) for value in scale_and_shift(norm, mean, variance))
-        sign = sign_of_gain(scale)
-        maxima = exact.new_full((clouds, width), float("-inf"))
-        places = torch.zeros_like(maxima, dtype=torch.int64)
-        means = torch.zeros_like(maxima)
-        marks = can_mark(maxima, points)
-        marked = maxima.double() if marks else None
-        for c, r in blocks():
-            value = at_least_float32(y[c, r]) if batch else product(c, r)
+            mean, variance = norm.running_mean, norm.running_var
+        mean, variance = mean.to(exact), variance.to(exact)
+        scale, shift = scale_and_shift(norm, torch.zeros_like(mean), variance)  # of what is centred
+        groups = -(-points // _GROUP)
+        maxima = mean.new_empty((clouds, groups, width))
+        sum_slope, sum_slope_y = (mean.new_zeros(clouds, width) for _ in range(2))
+        one = mean.new_ones(())
+        for c, r in _blocks(clouds, points, width, weight.device):
+            value = (at_least_float32(y[c, r]) if batch else product(c, r)) - mean
+            before = torch.addcmul(shift, value, scale)
             if with_mean:
-                means[c] += F.leaky_relu_(torch.addcmul(shift, value, scale), slope).sum(1)
-            value = value * sign
-            if marks:
-                place = torch.arange(r.start, r.stop)[:, None]
-                torch.maximum(marked[c], mark_places(value, place).amax(1), out=marked[c])
-            else:
-                best, place = value.max(1)
-                better = best > maxima[c]
-                maxima[c] = torch.where(better, best, maxima[c])
-                places[c] = torch.where(better, place + r.start, places[c])
-        if marks:
-            maxima, places = unmark(marked)
-            places.clamp_max_(points - 1)
-        before = torch.addcmul(shift, maxima * sign, scale)
-        ctx.save_for_backward(y, places, scale, shift, mean, variance, count, weight, gain, bias, *rows)
-        ctx.norm, ctx.slope = norm, slope
-        return F.leaky_relu(before, slope), means / points
+                sum_slope[c] += leaky_relu_gradient(one.expand_as(value), before, slope).sum(1)
+                sum_slope_y[c] += leaky_relu_gradient(value, before, slope).sum(1)
+            if rest := before.shape[1] % _GROUP:  # the last points of a cloud
+                before = F.pad(before, (0, 0, 0, _GROUP - rest), value=float("-inf"))
+            first = r.start // _GROUP
+            maxima[c, first : first + before.shape[1] // _GROUP] = before.unflatten(1, (-1, _GROUP)).amax(2)
+        if not keep:
+            pooled, places = maxima.amax(1), None
+        else:
+            pooled, group = maxima.max(1)
+            inside = torch.arange(_GROUP, device=y.device)[None, :, None]
+            candidates = (group[:, None] * _GROUP + inside).clamp_max(points - 1)
+            values = torch.addcmul(shift, at_least_float32(y.gather(1, candidates)) - mean, scale)
+            places = candidates.gather(1, values.argmax(1, keepdim=True))
+        ctx.save_for_backward(
+            *(y, places, pooled, sum_slope, sum_slope_y, scale, shift, mean, variance, count, weight, gain, bias, *rows)
+        )
+        ctx.norm, ctx.slope, ctx.with_mean = norm, slope, with_mean
+        means = (sum_slope_y * scale + sum_slope * shift) / points
+        return F.leaky_relu(pooled, slope), means
 
     @staticmethod
     def backward(ctx: Any, grad_max: Tensor, grad_mean: Tensor) -> tuple[Tensor | None, ...]:
-        y, places, scale, shift, mean, variance, count, weight, gain, bias, *rows = ctx.saved_tensors
+        y, places, pooled, sum_slope, sum_slope_y, scale, shift, mean, variance, count, weight, gain, bias, *rows = (
+            ctx.saved_tensors
+        )
         clouds, points, width = y.shape
         half = y.dtype
         kernel = weight.to(half)
-        grad_mean = (grad_mean / points)[:, None]
-
-        def blocks() -> Iterator[tuple[slice, slice]]:
-            return blocks_of_clouds(clouds, points, width, ELEMENTWISE_BLOCK.get(weight.device.type, 1 << 24))
-
-        best = at_least_float32(y.gather(1, places[:, None])[:, 0])
-        peak = leaky_relu_gradient(grad_max, torch.addcmul(shift, best, scale), ctx.slope)
-        sum_grad, sum_grad_y = peak.sum(0), (peak * best).sum(0)
-        for c, r in blocks():
-            value = at_least_float32(y[c, r])
-            grad = leaky_relu_gradient(grad_mean[c].expand_as(value), torch.addcmul(shift, value, scale), ctx.slope)
-            sum_grad += grad.sum((0, 1))
-            sum_grad_y += grad.mul_(value).sum((0, 1))
+        grad_mean = grad_mean / points
+        peak = leaky_relu_gradient(grad_max, pooled, ctx.slope)
+        best = at_least_float32(y.gather(1, places)[:, 0]) - mean
+        sum_grad = peak.sum(0) + (grad_mean * sum_slope).sum(0)
+        sum_grad_y = (peak * best).sum(0) + (grad_mean * sum_slope_y).sum(0)
         rstd = torch.rsqrt(variance + ctx.norm.eps)
-        grad_gain = (sum_grad_y - mean * sum_grad) * rstd
+        grad_gain = sum_grad_y * rstd
         if count is None:
             slope_y = constant = torch.zeros_like(scale)
         else:
@@ -144,17 +137,20 @@ class _Pool(torch.autograd.Function):
             shared = sum_across_processes(torch.stack([sum_grad, grad_gain]), ctx.norm) / count
             slope_y = -scale * rstd * shared[1]
             constant = -scale * shared[0] - slope_y * mean
-        peak, grad_mean = peak * scale, grad_mean * scale
+        peak, grad_mean = peak * scale, (grad_mean * scale)[:, None]
+        shift = shift - mean * scale
         grad_rows = [torch.empty_like(part) for part in rows]
         grad_weight = torch.zeros_like(weight, dtype=scale.dtype)
         sizes = [part.shape[1] for part in rows]
-        for c, r in blocks():
+        for c, r in _blocks(clouds, points, width, weight.device):
             value = at_least_float32(y[c, r])
-            grad = leaky_relu_gradient(grad_mean[c].expand_as(value), torch.addcmul(shift, value, scale), ctx.slope)
-            grad.addcmul_(value, slope_y).add_(constant)
+            grad = torch.addcmul(constant, value, slope_y)
+            if ctx.with_mean:
+                before = torch.addcmul(shift, value, scale)
+                grad += leaky_relu_gradient(grad_mean[c].expand_as(value), before, ctx.slope)
             inside = (places[c] >= r.start) & (places[c] < r.stop)
             place = (places[c] - r.start).clamp(0, r.stop - r.start - 1)
-            grad.scatter_add_(1, place[:, None], (peak[c] * inside)[:, None])
+            grad.scatter_add_(1, place, peak[c, None] * inside)
             grad = grad.to(half).flatten(0, 1)
             x = torch.cat([part.view(clouds, points, -1)[c, r] for part in rows], dim=2).to(half).flatten(0, 1)
             if half == grad_weight.dtype:
@@ -170,6 +166,12 @@ class _Pool(torch.autograd.Function):
             None if bias is None else sum_grad.to(bias.dtype),
             *grad_rows,
         )
+
+
+def _blocks(clouds: int, points: int, width: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
+    """Blocks of clouds and points, of whole groups but for the last points of a cloud."""
+    budget = ELEMENTWISE_BLOCK.get(device.type, 1 << 24)
+    return blocks_of_clouds(clouds, points, width, budget, multiple=_GROUP)
 
 
 def pool_pointwise(

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import functools
 import json
 import multiprocessing
@@ -797,7 +798,10 @@ def _child(channel: Any, copy: Copy, cases: list[int], seed: int, keep: Path | N
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + EXTRA_MEMORY, -1))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    gc.collect()
+    gc.freeze()
     for case in cases:
+        gc.collect()  # a reader that failed may hold a file: HDF5 would take what it has read of it for the changed one
         path, valid, how = copy.change(case, seed)
         channel.send((case, how))
         signal.setitimer(signal.ITIMER_REAL, SECONDS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import re
@@ -99,7 +100,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise CheckpointError(f"{path} does not exist; a pretraining run writes checkpoints/<exp_name>/last.pth")
     try:
         _check_zip_sizes(path)
-        payload = torch.load(path, map_location="cpu", weights_only=True)
+        payload = _load(path)
         # torch does not look at the checksums that it writes; a published file may be written without any.
         damaged = _wrong_checksum(path) if isinstance(payload, dict) and not OURS.isdisjoint(payload) else None
         _check_tensors(payload)
@@ -118,6 +119,23 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     if "point_encoder" in payload and payload.get("format") != FORMAT:
         raise CheckpointError(f"{path} has checkpoint format {payload.get('format')}; this version reads {FORMAT}")
     return payload
+
+
+class _Bounded(io.BufferedReader):
+    """A file that is never asked for more than is left of it: a length that it claims would be allocated first."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        """See ``io.BufferedReader.read``."""
+        left = max(0, os.fstat(self.fileno()).st_size - self.tell())
+        return super().read(left if size is None or size < 0 else min(size, left))
+
+
+def _load(path: Path) -> Any:
+    """Content of a checkpoint in PyTorch's zip form or its older one."""
+    if zipfile.is_zipfile(path):
+        return torch.load(path, map_location="cpu", weights_only=True)
+    with _Bounded(io.FileIO(path)) as file:
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _wrong_checksum(path: Path) -> str | None:

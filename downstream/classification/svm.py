@@ -1,14 +1,16 @@
 """Linear SVM on frozen features, by one Gram matrix.
 
 A linear kernel needs the features only through their inner products. One matrix product gives them all; every fit
-(cross-validation folds, values of C) then works on blocks of that matrix. Predictions are those of
-``sklearn.svm.SVC(kernel="linear")``, several times faster.
+(cross-validation folds, values of C) then works on blocks of that matrix. Test features meet one weight vector for each
+pair of classes, not every support vector. Predictions are those of ``sklearn.svm.SVC(kernel="linear")``, several times
+faster.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
@@ -38,12 +40,33 @@ class FewLabelResult(NamedTuple):
     short_classes: Mapping[int, int]  # label -> training samples, for classes with fewer than asked: all are taken
 
 
-def _fit_predict(train_gram: np.ndarray, train_y: np.ndarray, test_gram: np.ndarray, c: float) -> np.ndarray:
-    """Fit on a (n, n) Gram matrix and predict the rows of a (m, n) one."""
+def _fit(gram: np.ndarray, labels: np.ndarray, c: float) -> SVC:
+    """Fit on the inner products (n, n) of the training samples."""
     with warnings.catch_warnings():
         # One label of every class is as many classes as samples; scikit-learn takes that for regression targets.
         warnings.filterwarnings("ignore", message="The number of unique classes is greater than 50%")
-        return SVC(kernel="precomputed", C=c).fit(train_gram, train_y).predict(test_gram)
+        return SVC(kernel="precomputed", C=c).fit(gram, labels)
+
+
+def _predict(machine: SVC, train_x: np.ndarray, test_x: np.ndarray) -> np.ndarray:
+    """Labels of (m, D) samples: the votes of all pairs of classes, each with one weight vector.
+
+    ``machine.predict`` wants the inner products of all test and training samples for that.
+    """
+    classes = len(machine.classes_)
+    ends = np.cumsum([0, *machine.n_support_])
+    members = [slice(*ends[i : i + 2]) for i in range(classes)]
+    # Row r of a class's part is its share in the pair with the r-th of the other classes.
+    shares = [machine.dual_coef_[:, part] @ train_x[machine.support_[part]] for part in members]
+    pairs = list(combinations(range(classes), 2))
+    weights = np.stack([shares[i][j - 1] + shares[j][i] for i, j in pairs])
+    decisions = test_x @ weights.T + machine.intercept_
+    if classes == 2:  # scikit-learn turns the sign then
+        decisions = -decisions
+    first, second = np.array(pairs).T
+    winners = np.where(decisions > 0, first, second) + classes * np.arange(len(test_x))[:, None]
+    votes = np.bincount(winners.ravel(), minlength=classes * len(test_x)).reshape(-1, classes)
+    return machine.classes_[votes.argmax(1)]
 
 
 def _percent(predicted: np.ndarray, truth: np.ndarray) -> float:
@@ -63,12 +86,13 @@ def _check(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, test_y:
 
 
 def cross_validate(
-    gram: np.ndarray, labels: np.ndarray, *, c_values: Sequence[float], folds: int = 5, seed: int = 0
+    x: np.ndarray, gram: np.ndarray, labels: np.ndarray, *, c_values: Sequence[float], folds: int = 5, seed: int = 0
 ) -> dict[float, float]:
     """Accuracy of each C by stratified cross-validation on the training split.
 
     Args:
-        gram: (n, n) inner products of the training features.
+        x: (n, D) training features, float64.
+        gram: (n, n) their inner products.
         labels: (n,) classes.
         c_values: the values to compare; all see the same folds.
         folds: number of folds, lowered to the size of the largest class where that is smaller.
@@ -88,9 +112,10 @@ def cross_validate(
     # The splitter only needs positions: each fold is a block of the one Gram matrix, nothing is computed again.
     splitter = StratifiedKFold(folds, shuffle=True, random_state=seed)
     for fit, held in splitter.split(np.zeros(len(labels)), labels):
-        fit_gram, held_gram = gram[np.ix_(fit, fit)], gram[np.ix_(held, fit)]
+        fit_gram = gram[np.ix_(fit, fit)]
         for c in correct:
-            correct[c] += int(np.sum(_fit_predict(fit_gram, labels[fit], held_gram, c) == labels[held]))
+            predicted = _predict(_fit(fit_gram, labels[fit], c), x[fit], x[held])
+            correct[c] += int(np.sum(predicted == labels[held]))
     return {c: 100.0 * count / len(labels) for c, count in correct.items()}
 
 
@@ -126,11 +151,10 @@ def linear_svm(
     if not c_values or c_values[0] <= 0:
         raise ValueError(f"C must be positive, got {c_values}")
     # In double precision, as SVC computes its kernel; 9,840 x 9,840 takes 0.8 GB.
-    train_x = np.ascontiguousarray(train_x, dtype=np.float64)
+    train_x, test_x = (np.ascontiguousarray(x, dtype=np.float64) for x in (train_x, test_x))
     gram = train_x @ train_x.T
-    test_gram = np.asarray(test_x, dtype=np.float64) @ train_x.T
-    cv = cross_validate(gram, train_y, c_values=c_values, folds=folds, seed=seed) if len(c_values) > 1 else {}
-    predictions = {c: _fit_predict(gram, train_y, test_gram, c) for c in c_values}
+    cv = cross_validate(train_x, gram, train_y, c_values=c_values, folds=folds, seed=seed) if len(c_values) > 1 else {}
+    predictions = {c: _predict(_fit(gram, train_y, c), train_x, test_x) for c in c_values}
     chosen = max(c_values, key=lambda c: cv.get(c, 0.0))
     scores = {c: _percent(predicted, test_y) for c, predicted in predictions.items()}
     return SVMResult(scores[chosen], chosen, predictions[chosen], scores, cv)
@@ -179,7 +203,8 @@ def few_label_svm(
         chosen = draw_labels(train_y, shots, draw=draw, seed=seed)
         scaler = StandardScaler()
         support = scaler.fit_transform(train_x[chosen].astype(np.float64))
-        predicted = _fit_predict(support @ support.T, train_y[chosen], scaler.transform(test_x) @ support.T, 1.0)
+        machine = _fit(support @ support.T, train_y[chosen], 1.0)
+        predicted = machine.predict(scaler.transform(test_x) @ support.T)  # fewer samples than pairs of classes
         accuracies.append(_percent(predicted, test_y))
     classes, sizes = np.unique(train_y, return_counts=True)
     short = {int(label): int(size) for label, size in zip(classes, sizes, strict=True) if size < shots}

@@ -29,8 +29,8 @@ def test_predicts_what_the_linear_kernel_predicts(classes, seed, c):
 
 def test_cross_validation_equals_sklearns():
     train_x, train_y, _, _ = problem()
-    values = [0.001, 0.01, 1.0]
-    ours = cross_validate(train_x.astype(float) @ train_x.T.astype(float), train_y, c_values=values, folds=4, seed=3)
+    x, values = train_x.astype(float), [0.001, 0.01, 1.0]
+    ours = cross_validate(x, x @ x.T, train_y, c_values=values, folds=4, seed=3)
     for c in values:
         folds = StratifiedKFold(4, shuffle=True, random_state=3)
         scores = cross_val_score(SVC(kernel="linear", C=c), train_x, train_y, cv=folds)
@@ -58,9 +58,9 @@ def test_of_equally_good_values_the_smallest_is_taken():
 def test_small_classes_lower_the_folds():
     x, y = np.arange(5.0)[:, None], np.array([0, 0, 0, 1, 1])
     with pytest.warns(UserWarning, match="least populated"):
-        assert set(cross_validate(x @ x.T, y, c_values=[1.0], folds=10)) == {1.0}
+        assert set(cross_validate(x, x @ x.T, y, c_values=[1.0], folds=10)) == {1.0}
     with pytest.raises(ValueError, match="one value of C"):
-        cross_validate(x[:2] @ x[:2].T, np.array([0, 1]), c_values=[1.0])
+        cross_validate(x[:2], x[:2] @ x[:2].T, np.array([0, 1]), c_values=[1.0])
 
 
 def test_few_labels_equal_the_textbook_pipeline():

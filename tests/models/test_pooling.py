@@ -72,7 +72,7 @@ def test_equals_the_plain_modules(monkeypatch, mean, train, budget):
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-def test_float32_marks_places_and_agrees(train):
+def test_float32_agrees_over_several_groups_of_points(train):
     inputs = example(dtype=torch.float32, points=70, gains="non-zero")
     inputs[2].train(train)
     actual, expected = (outcome(f, *inputs, mean=True) for f in (ours(True), plain))
@@ -96,12 +96,14 @@ def test_identical_points_share_one_gradient():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_under_autocast_only_the_product_is_in_half_precision(dtype):
-    inputs = example(dtype=torch.float32, points=60, gains="non-zero")
-    mixed, single = (outcome(ours(True), *inputs, mean=True, dtype=d) for d in (dtype, None))
-    assert mixed["maximum"].dtype == torch.float32 and mixed["grad of 0.weight"].dtype == torch.float32
-    for name, value in single.items():
-        error = (mixed[name] - value).double().norm() / value.double().norm()
-        assert error < 0.1, name
+    errors = []
+    for _ in range(5):
+        inputs = example(dtype=torch.float32, points=60, gains="non-zero")
+        mixed, single = (outcome(ours(True), *inputs, mean=True, dtype=d) for d in (dtype, None))
+        assert mixed["maximum"].dtype == torch.float32 and mixed["grad of 0.weight"].dtype == torch.float32
+        errors.append([((mixed[n] - v).double().norm() / v.double().norm()).item() for n, v in single.items()])
+    # Rounding may make another point the maximum, which moves a gradient far: the usual error counts.
+    assert torch.tensor(errors).median(0).values.max() < 0.03
 
 
 def test_without_parameters_or_running_statistics():

@@ -3,6 +3,7 @@ import logging
 import math
 import os
 import pickle
+import tracemalloc
 import zipfile
 
 import pytest
@@ -318,6 +319,17 @@ def test_a_compressed_checkpoint_is_refused_before_it_is_unpacked(tmp_path):
         for name in old.namelist():
             bomb.writestr(name, old.read(name) + (bytes(10 << 20) if name.endswith("data/0") else b""))
     refuse(tmp_path / "bomb.pth", "its members are compressed")
+
+
+def test_a_length_that_an_older_file_claims_takes_no_memory(tmp_path):
+    path = tmp_path / "older.pth"
+    path.write_bytes(b"\x80\x02X" + (2**31 - 1).to_bytes(4, "little") + b"text")  # a text of 2 GB
+    tracemalloc.start()
+    with pytest.raises(CheckpointError, match="older.pth is damaged or no checkpoint"):
+        load_checkpoint(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10 << 20
 
 
 @pytest.mark.parametrize(
