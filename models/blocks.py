@@ -20,9 +20,7 @@ _PLACE = (1 << _SPARE_BITS) - 1
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
 
-def blocks_of_clouds(
-    b: int, n: int, width: int, budget: int, *, multiple: int = 1
-) -> Iterator[tuple[slice, slice]]:
+def blocks_of_clouds(b: int, n: int, width: int, budget: int, *, multiple: int = 1) -> Iterator[tuple[slice, slice]]:
     """Cut (B, N, width) into blocks of about ``budget`` elements: several whole clouds, or rows of one cloud.
 
     Yields:

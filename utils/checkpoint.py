@@ -111,7 +111,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
             ) from error
         known = isinstance(error, (RuntimeError, EOFError, ValueError)) and str(error)
         reason = str(error).split(". ")[0].splitlines()[0] if known else "not what torch.save writes"
-        raise DamagedCheckpointError(f"{path} is damaged or no checkpoint ({reason}); train or copy it again") from error
+        again = "train or copy it again"
+        raise DamagedCheckpointError(f"{path} is damaged or no checkpoint ({reason}); {again}") from error
     if damaged:
         raise DamagedCheckpointError(f"{path} is damaged (wrong checksum of {damaged}); train or copy it again")
     if not isinstance(payload, dict):

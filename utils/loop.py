@@ -446,7 +446,8 @@ class TrainingLoop(ABC):
         path, payload = found
         with content_of(path):
             self.take_up(payload, path)
-        if not from_main((self.folder / "best.pth").exists):  # a new folder, or a lost file: the next score is the best there is
+        # In a new folder, or after the file was lost, the next score is the best there is.
+        if not from_main((self.folder / "best.pth").exists):
             self.progress.best, self.progress.best_epoch = Progress.best, Progress.best_epoch
         self.folder.cut_metrics(self.progress.epoch)
         logger.info("resumed %s: %d epochs and %d steps done", path, self.progress.epoch, self.progress.step)
