@@ -367,7 +367,7 @@ def worker_killed(place: Place, rng: random.Random) -> None:
     which = rng.randrange(2)
     harm = at_step(rng.randrange(STEPS - 1), lambda: multiprocessing.active_children()[which].kill())
     assert place.train(out, "--workers", 2, harm=harm) == EXIT_USER_ERROR, place.output(out)
-    assert "error: a process that reads data is gone" in place.output(out)
+    assert "error: a process that reads data is gone" in place.output(out), place.output(out)
     place.finish(out)
 
 
@@ -525,7 +525,7 @@ def damaged_checkpoint(place: Place, rng: random.Random) -> None:
     before = contents(folder)
     if names == CHECKPOINTS:
         assert place.train(out, "--resume") == EXIT_USER_ERROR
-        assert "is damaged; start again with --overwrite" in place.output(out).split("error: ")[1]
+        assert "are damaged; begin with --overwrite" in place.output(out).split("error: ")[1]
         assert contents(folder) == before
         place.finish(out, "--overwrite")
         return

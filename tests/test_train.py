@@ -215,7 +215,7 @@ def cut_in_half(path):
     path.write_bytes(whole[: len(whole) // 2])
 
 
-@pytest.mark.parametrize("damaged", [["last.pth"], ["last.pth", "previous.pth"], ["last.pth", "best.pth"]])
+@pytest.mark.parametrize("damaged", [["last.pth"], ["last.pth", "previous.pth"]])
 def test_a_damaged_checkpoint_is_set_aside_for_the_newest_whole_one(root, reference, tmp_path, damaged):
     folder = copy_run(reference, tmp_path)
     for name in damaged:
@@ -231,6 +231,17 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_newest_whole_one(root, refere
     assert f"going on from {folder / newest}, the newest that is whole" in (folder / "run.log").read_text()
 
 
+def test_a_best_checkpoint_that_is_damaged_too_is_found_again(root, reference, tmp_path):
+    folder = copy_run(reference, tmp_path)
+    for name in ("last.pth", "best.pth"):
+        cut_in_half(folder / name)
+    train(root, tmp_path, *REFERENCE, "--resume")
+    assert (folder / "best.pth.damaged").exists()
+    assert load_checkpoint(folder / "best.pth")["progress"]["epoch"] == 3
+    ours, theirs = (load_checkpoint(path / "last.pth") for path in (folder, reference[0]))
+    assert equal(ours["point_encoder"], theirs["point_encoder"]) and equal(ours["optimizer"], theirs["optimizer"])
+
+
 def test_a_damaged_checkpoint_stays_where_it_is_if_the_run_cannot_go_on(root, reference, tmp_path):
     folder = copy_run(reference, tmp_path)
     cut_in_half(folder / "last.pth")
@@ -243,7 +254,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_never_started_over(root, ref
     folder = copy_run(reference, tmp_path)
     for name in CHECKPOINTS:
         cut_in_half(folder / name)
-    refused(root, tmp_path, "every checkpoint in .* is damaged.*--overwrite", *REFERENCE, "--resume")
+    refused(root, tmp_path, "no whole checkpoint: .*are damaged.*--overwrite", *REFERENCE, "--resume")
 
 
 def test_resume_into_a_new_folder_leaves_the_old_one_and_finds_a_best_again(root, reference, tmp_path):

@@ -66,6 +66,27 @@ def leave_signals_to_the_main_process(worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE))
 
 
+@contextlib.contextmanager
+def postponed(number: int) -> Iterator[None]:
+    """Inside, a signal waits for the end: PyTorch answers the end of a data worker by an error, wherever it comes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came = False
+
+    def remember(*_: object) -> None:
+        nonlocal came
+        came = True
+
+    before = signal.signal(number, remember)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+        if came and callable(before):
+            before(number, None)
+
+
 def stop_workers(loader: DataLoader) -> None:
     """End the data workers: after an error its traceback keeps their iterator alive, which would end them late."""
     if loader._iterator is not None:
@@ -386,21 +407,21 @@ class TrainingLoop(ABC):
         floats = [value for value in self.model.state_dict().values() if value.is_floating_point()]
         if not torch.stack([value.isfinite().all() for value in floats]).all():
             raise self.not_finite("some weights are", self.progress.step)
-        save_checkpoint(
-            self.folder / name,
-            keep=self.folder / "previous.pth" if name == "last.pth" else None,
-            payload={
-                "kind": self.kind,
-                **self.weights(),
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "progress": asdict(self.progress),
-                "global_batch": self.sampler.global_batch,
-                "shapes": self.fingerprint(),
-                "random": random_states(),
-                **self.provenance(),
-            },
-        )
+        payload = {
+            "kind": self.kind,
+            **self.weights(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "progress": asdict(self.progress),
+            "global_batch": self.sampler.global_batch,
+            "shapes": self.fingerprint(),
+            "random": random_states(),
+            **self.provenance(),
+        }
+        with postponed(signal.SIGCHLD):
+            save_checkpoint(
+                self.folder / name, payload, keep=self.folder / "previous.pth" if name == "last.pth" else None
+            )
 
     def provenance(self) -> dict[str, Any]:
         """What a result depends on besides the data."""
@@ -447,7 +468,7 @@ class TrainingLoop(ABC):
         with content_of(path):
             self.take_up(payload, path)
         # In a new folder, or after the file was lost, the next score is the best there is.
-        if not from_main((self.folder / "best.pth").exists):
+        if not from_main(self.folder.has_best):
             self.progress.best, self.progress.best_epoch = Progress.best, Progress.best_epoch
         self.folder.cut_metrics(self.progress.epoch)
         logger.info("resumed %s: %d epochs and %d steps done", path, self.progress.epoch, self.progress.step)

@@ -107,12 +107,21 @@ class RunFolder:
         if found and self._damaged:
             logger.warning("going on from %s, the newest that is whole", found[0])
         elif self._damaged:
-            raise CheckpointError(f"every checkpoint in {self.path} is damaged; start again with --overwrite")
+            names = ", ".join(path.name for path in self._damaged)
+            verb = "is" if len(self._damaged) == 1 else "are"
+            raise CheckpointError(
+                f"{self.path} has no whole checkpoint: {names} {verb} damaged; begin with --overwrite"
+            )
         elif found is None:
             logger.info("%s does not exist yet: starting from the beginning", self / "last.pth")
             if (self / "metrics.jsonl").exists():
                 self.cut_metrics(0)
         return found
+
+    def has_best(self) -> bool:
+        """Whether there is a ``best.pth`` that is not known to be damaged."""
+        best = self / "best.pth"
+        return best.exists() and best not in self._damaged
 
     def start_log(self) -> None:
         """Send the log to the screen and, from ``write_config`` on, to ``run.log``; an earlier run's file is closed."""
