@@ -602,7 +602,8 @@ def pickle_bomb(place: Place, rng: random.Random) -> None:
         bomb.write_bytes(pickle.dumps({"a": Bomb(marker)}, protocol=rng.choice((0, 2, 4, 5))))
     else:
         torch.save(payload, bomb, _use_new_zipfile_serialization=form == "zip")
-    shutil.copy(bomb, out / "crossnet" / "last.pth")
+    for name in CHECKPOINTS:  # a bare pickle is no checkpoint, for which another one would be taken
+        shutil.copy(bomb, out / "crossnet" / name)
     common = ["--device", "cpu", "--data_root", str(place.root), "--dataset", "demo"]
     tuning = ["--workers", "0", "--output_dir", str(out), "--exp_name", "tuned"]
     readers = (
