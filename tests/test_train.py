@@ -242,6 +242,20 @@ def test_a_best_checkpoint_that_is_damaged_too_is_found_again(root, reference, t
     assert equal(ours["point_encoder"], theirs["point_encoder"]) and equal(ours["optimizer"], theirs["optimizer"])
 
 
+def test_a_signal_waits_until_a_checkpoint_is_written():
+    happened = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: happened.append("signal"))
+    try:
+        with loop.postponed(signal.SIGUSR1):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            happened.append("saved")
+        assert happened == ["saved", "signal"]
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert happened[2:] == ["signal"]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
 def test_a_damaged_checkpoint_stays_where_it_is_if_the_run_cannot_go_on(root, reference, tmp_path):
     folder = copy_run(reference, tmp_path)
     cut_in_half(folder / "last.pth")

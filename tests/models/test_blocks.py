@@ -26,6 +26,13 @@ def test_blocks_cover_every_row_of_every_cloud_once(budget):
     assert (seen == 1).all()
 
 
+@pytest.mark.parametrize("budget", [1, 40, 10**6])
+def test_blocks_begin_at_multiples(budget):
+    rows = [rows for _, rows in blocks_of_clouds(1, 21, 5, budget, multiple=4)]
+    assert all(r.start % 4 == 0 for r in rows) and [r.start for r in rows[1:]] == [r.stop for r in rows[:-1]]
+    assert rows[0].start == 0 and rows[-1].stop == 21
+
+
 def test_reductions_over_neighbours_by_hand():
     table = torch.tensor([[1.0, -1.0], [2.0, -2.0], [4.0, -4.0]])
     neighbours = torch.tensor([[0, 1], [1, 2], [1, 1]])
@@ -39,15 +46,20 @@ def test_reductions_over_neighbours_by_hand():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("budget", [1, 100, 10**6])
-def test_maximum_over_neighbours_is_exact_and_names_its_row(monkeypatch, dtype, budget):
+@pytest.mark.parametrize("sign", [None, [1, -1, 1, 1, -1, -1]], ids=["maxima", "both"])
+def test_maximum_over_neighbours_is_exact_and_names_its_row(monkeypatch, dtype, budget, sign):
     monkeypatch.setattr(blocks, "_GATHER_BLOCK", budget)
     table = torch.randn(40, 6, dtype=dtype)
     table[10:20] = table[:1]
     table[20:30] *= torch.finfo(torch.float32).tiny  # subnormal numbers and zeros too
     table[30:33] = 0
     neighbours = torch.randint(40, (40, 5))
-    maxima, chosen = neighbour_max(table, neighbours)
-    assert maxima.dtype == dtype and torch.equal(maxima, table[neighbours].amax(1))
+    if sign is not None:
+        sign = torch.tensor(sign, dtype=dtype)
+    maxima, chosen = neighbour_max(table, neighbours, sign)
+    signed = table if sign is None else table * sign
+    expected = signed[neighbours].amax(1) * (1 if sign is None else sign)
+    assert maxima.dtype == dtype and torch.equal(maxima, expected)
     chosen = chosen.long()
     assert torch.equal(table.gather(0, chosen), maxima)
     assert (neighbours[:, :, None] == chosen[:, None]).any(1).all()

@@ -1,5 +1,7 @@
 """kNN against a sort of float64 differences."""
 
+import math
+
 import pytest
 import torch
 
@@ -78,6 +80,17 @@ def test_selection_among_equal_values_names_different_places():
     values[:, 123] = 1
     found = largest(values, 4)
     assert all(123 in row and len(set(row)) == 4 for row in found.tolist())
+
+
+@pytest.mark.parametrize("n", [40, 700])
+def test_selection_among_values_that_are_not_finite(n):
+    values = torch.randn(2, n)
+    values[:, 5:20] = -math.inf
+    values[0, 30], values[1, 31] = math.inf, 1e38
+    found = largest(values, 3)
+    assert 30 in found[0] and 31 in found[1] and not ((found >= 5) & (found < 20)).any()
+    values[0, 7] = math.nan  # wherever it comes, places are valid ones
+    assert sorted(set(largest(values, n)[0].tolist())) == list(range(n))
 
 
 @pytest.mark.parametrize("n", [300, 1023])
