@@ -184,7 +184,8 @@ def segmentation_section(folder: Path, name: str, result: Mapping[str, Any], hea
             f"({settings_text(result['pretraining'])}).{deviation}</p>",
             embedded(
                 draw_validation(result["runs"], result["validation"]["key"], result["validation"]["heading"]),
-                "score on held-out training data by epoch",
+                "score on held-out training data by epoch; from scratch the running statistics of batch norm are still "
+                "near their start in the first epochs, which explains most of the early difference",
             ),
             embedded(folder / name / "pictures" / "sheet.png", "pretrained: input, truth, prediction and errors"),
         ]

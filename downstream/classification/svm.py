@@ -69,7 +69,7 @@ def _predict(machine: SVC, train_x: np.ndarray, test_x: np.ndarray) -> np.ndarra
     return machine.classes_[votes.argmax(1)]
 
 
-def _percent(predicted: np.ndarray, truth: np.ndarray) -> float:
+def _accuracy(predicted: np.ndarray, truth: np.ndarray) -> float:
     return 100.0 * float(np.mean(predicted == truth))
 
 
@@ -156,7 +156,7 @@ def linear_svm(
     cv = cross_validate(train_x, gram, train_y, c_values=c_values, folds=folds, seed=seed) if len(c_values) > 1 else {}
     predictions = {c: _predict(_fit(gram, train_y, c), train_x, test_x) for c in c_values}
     chosen = max(c_values, key=lambda c: cv.get(c, 0.0))
-    scores = {c: _percent(predicted, test_y) for c, predicted in predictions.items()}
+    scores = {c: _accuracy(predicted, test_y) for c, predicted in predictions.items()}
     return SVMResult(scores[chosen], chosen, predictions[chosen], scores, cv)
 
 
@@ -205,7 +205,7 @@ def few_label_svm(
         support = scaler.fit_transform(train_x[chosen].astype(np.float64))
         machine = _fit(support @ support.T, train_y[chosen], 1.0)
         predicted = machine.predict(scaler.transform(test_x) @ support.T)  # fewer samples than pairs of classes
-        accuracies.append(_percent(predicted, test_y))
+        accuracies.append(_accuracy(predicted, test_y))
     classes, sizes = np.unique(train_y, return_counts=True)
     short = {int(label): int(size) for label, size in zip(classes, sizes, strict=True) if size < shots}
     mean, std = mean_and_std(accuracies)
