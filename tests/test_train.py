@@ -242,6 +242,22 @@ def test_a_best_checkpoint_that_is_damaged_too_is_found_again(root, reference, t
     assert equal(ours["point_encoder"], theirs["point_encoder"]) and equal(ours["optimizer"], theirs["optimizer"])
 
 
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+def test_a_worker_that_is_killed_while_it_hands_over_a_batch(error):
+    class Loader:
+        num_workers = 2
+
+        def __iter__(self):
+            yield 1
+            raise error
+
+    with pytest.raises(UserError, match="a process that reads data is gone .*--resume"):
+        list(loop.batches(Loader()))
+    Loader.num_workers = 0
+    with pytest.raises(type(error)):
+        list(loop.batches(Loader()))
+
+
 def test_a_signal_waits_until_a_checkpoint_is_written():
     happened = []
     before = signal.signal(signal.SIGUSR1, lambda *_: happened.append("signal"))

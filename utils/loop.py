@@ -87,6 +87,35 @@ def postponed(number: int) -> Iterator[None]:
             before(number, None)
 
 
+def worker_gone(error: Exception) -> UserError:
+    """The error for a killed data worker."""
+    reason = (str(error).splitlines() or [type(error).__name__])[0].strip()
+    return UserError(
+        f"a process that reads data is gone ({reason}), perhaps for want of memory or /dev/shm: go on with "
+        "--resume and fewer --workers"
+    )
+
+
+def batches(loader: DataLoader) -> Iterator[Any]:
+    """Batches of a loader; a worker that is killed while it hands one over is an error that says so.
+
+    Raises:
+        UserError: see above.
+    """
+    iterator = iter(loader)
+    while True:
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            return
+        except (ConnectionError, EOFError, FileNotFoundError) as error:
+            # A worker's own error comes with the text of its traceback; this one is of the pipe to it.
+            if not loader.num_workers or str(error).startswith("Caught "):
+                raise
+            raise worker_gone(error) from error
+        yield batch
+
+
 def stop_workers(loader: DataLoader) -> None:
     """End the data workers: after an error its traceback keeps their iterator alive, which would end them late."""
     if loader._iterator is not None:
@@ -267,10 +296,7 @@ class TrainingLoop(ABC):
             # PyTorch raises this at any moment, from its handler of SIGCHLD.
             if not str(error).startswith("DataLoader worker"):
                 raise
-            raise UserError(
-                f"a process that reads data is gone ({str(error).splitlines()[0].strip()}), perhaps for want of memory "
-                "or /dev/shm: go on with --resume and fewer --workers"
-            ) from error
+            raise worker_gone(error) from error
         finally:
             if listens:
                 signal.signal(signal.SIGTERM, before)
@@ -327,7 +353,7 @@ class TrainingLoop(ABC):
         sampler.epoch, sampler.start = progress.epoch, progress.samples // sampler.global_batch
         pending: list[torch.Tensor] = []
         last = time.perf_counter()
-        for batch in loader:
+        for batch in batches(loader):
             progress.waited += time.perf_counter() - last
             self.look_at(batch)
             pending.append(self.step(batch))
