@@ -18,7 +18,7 @@ from models.layers import (
 )
 from models.neighbours import flatten_neighbours, knn
 from models.pooling import pool_pointwise
-from models.precision import at_least_float32
+from models.precision import at_least_float32, without_autocast
 
 
 class _DGCNN(nn.Module):
@@ -120,7 +120,7 @@ class DGCNNPartSeg(_DGCNNSeg):
         """See the class for shapes."""
         points = self.to_points(x)
         matrices = self.transform_net(points, self.neighbours(points))
-        with torch.autocast(points.device.type, enabled=False):  # rounded coordinates would have other neighbours
+        with without_autocast(points.device):  # rounded coordinates would have other neighbours
             points = at_least_float32(points)
             aligned = points @ matrices.to(points.dtype)
         return self.edge_convs(aligned, self.neighbours(aligned))

@@ -29,7 +29,7 @@ from models.norm import (
     uses_batch_statistics,
 )
 from models.pooling import leaky_relu_gradient, pool_pointwise
-from models.precision import at_least_float32
+from models.precision import at_least_float32, without_autocast
 
 # Elements of one block of edges in a two-layer EdgeConv.
 _EDGE_BLOCK = {"cpu": 1 << 22, "cuda": 1 << 25}
@@ -157,7 +157,7 @@ def edge_conv(x: Tensor, neighbours: Tensor, block: nn.Sequential) -> Tensor:
     Returns:
         (P, C_out), at least float32: a_j + c_i is a small difference of large numbers, which half precision would lose.
     """
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         a, c, scale, shift = first_edge_layer(at_least_float32(x), neighbours, block)
         return _LargestEdge.apply(a, c, scale, shift, neighbours, block[2].negative_slope)
 
@@ -178,7 +178,7 @@ def edge_conv_two_layers(x: Tensor, neighbours: Tensor, first: nn.Sequential, se
     Returns:
         (P, C_out), at least float32.
     """
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         a, c, scale, shift = first_edge_layer(at_least_float32(x), neighbours, first)
         weight, norm = second[0].weight.flatten(1), second[1]
         # Folding the first norm into a and c leaves one gather, one sum and the activation per edge.

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.precision import at_least_float32
+from models.precision import at_least_float32, without_autocast
 from utils.distributed import gather_with_grad, rank
 
 OBJECTIVES = ("con", "ave")
@@ -38,7 +38,7 @@ def nt_xent(a: Tensor, b: Tensor, *, temperature: float, objects: Tensor | None 
         raise ValueError(f"expected two (B, C) tensors of the same shape, got {tuple(a.shape)} and {tuple(b.shape)}")
     if not temperature > 0:
         raise ValueError(f"temperature = {temperature}: expected a number above 0")
-    with torch.autocast(a.device.type, enabled=False):
+    with without_autocast(a.device):
         a = F.normalize(at_least_float32(a), dim=1)
         b = F.normalize(at_least_float32(b), dim=1)
         all_a, all_b = gather_with_grad(a), gather_with_grad(b)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from models.blocks import blocks_of_clouds, can_mark, mark_places, runs_eagerly, unmark
-from models.precision import at_least_float32
+from models.precision import at_least_float32, without_autocast
 
 # Elements of one block of the distance matrix: small enough for a CPU's cache, large enough to fill a GPU.
 _BLOCK = {"cpu": 1 << 20, "cuda": 1 << 25}
@@ -70,7 +70,7 @@ def knn(points: Tensor, k: int) -> Tensor:
     b, n, _ = points.shape
     if not 1 <= k <= n:
         raise ValueError(f"k = {k} neighbours of a cloud of {n} points: k must lie between 1 and the number of points")
-    with torch.no_grad(), torch.autocast(points.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(points.device):
         x = at_least_float32(points.detach())
         x = x - x.mean(dim=1, keepdim=True)
         # x_i . x_j - |x_j|^2 / 2 orders the j as the distance does, largest first; one product gives it.

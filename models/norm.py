@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from models.precision import at_least_float32
+from models.precision import at_least_float32, without_autocast
 from utils.distributed import all_reduce_sum, gather_with_grad, world_size
 
 
@@ -150,7 +150,7 @@ class SyncBatchNorm(_BatchNorm):
         """Shape: (B, C, ...) -> the same."""
         if world_size() == 1 or not uses_batch_statistics(self):
             return super().forward(x)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             return _NormaliseTogether.apply(x, self.weight, self.bias, self)
 
     @classmethod

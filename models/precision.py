@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -17,3 +19,13 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
     if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return x.dtype
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Context in which operations take their inputs' own precision; nothing where autocast is off.
+
+    (torch.export of PyTorch 2.4 cannot record the context.)
+    """
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
