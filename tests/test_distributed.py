@@ -375,7 +375,7 @@ def test_fine_tuning_in_two_processes_is_fine_tuning_in_one(root, tmp_path, fine
     assert fine_tune(root, tmp_path / "two", "--batch_size", 6, "--resume")["runs"][0]["last"] == found["last"]
 
 
-def test_segmentation_trained_and_scored_by_two_processes_scores_the_same_in_one(tmp_path):
+def test_fine_tuned_trained_and_scored_by_two_processes_scores_the_same_in_one(tmp_path):
     """Three passes are shared out between two processes; confusion matrices are written once."""
     write_parts(tmp_path)
     write_rooms(tmp_path, [f"Area_{area}_{kind}_1" for area in (4, 5) for kind in ("hall", "office")], blocks=3)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from models import ENCODERS, build_encoder, encoder_arguments, resolve_encoder_name
-from models.segmentation import TASKS, FineTuned
+from models.fine_tuned import TASKS, FineTuned
 from utils.errors import CheckpointError, DamagedCheckpointError, UserError
 
 FORMAT = 1

@@ -42,7 +42,7 @@ from downstream.segmentation.engine import (
     scores_of,
     start_model,
 )
-from models.segmentation import Classification
+from models.fine_tuned import Classification
 from utils.checkpoint import fine_tuned_from_checkpoint
 from utils.cli import HelpFormatter, log_to_screen, resolve_device, write_json
 from utils.distributed import is_main, launch

@@ -29,7 +29,7 @@ from datasets.transforms import PointAugmentation
 from downstream.features import frozen
 from models import ENCODER_ALIASES, ENCODERS, build_encoder, encoder_arguments, resolve_encoder_name
 from models.dropout import SampleDropout
-from models.segmentation import FineTuned
+from models.fine_tuned import FineTuned
 from utils.checkpoint import (
     check_writable,
     describe_encoder,

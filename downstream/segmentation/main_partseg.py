@@ -48,7 +48,7 @@ from downstream.segmentation.engine import (
     scores_of,
     start_model,
 )
-from models.segmentation import PartSegmentation
+from models.fine_tuned import PartSegmentation
 from utils.checkpoint import fine_tuned_from_checkpoint
 from utils.cli import HelpFormatter, log_to_screen, positive_int, resolve_device, write_json
 from utils.distributed import is_main, launch

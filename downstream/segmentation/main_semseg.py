@@ -45,7 +45,7 @@ from downstream.segmentation.engine import (
     scores_of,
     start_model,
 )
-from models.segmentation import SemanticSegmentation
+from models.fine_tuned import SemanticSegmentation
 from utils.checkpoint import fine_tuned_from_checkpoint
 from utils.cli import HelpFormatter, log_to_screen, positive_int, resolve_device, write_json
 from utils.distributed import is_main, launch, main_only

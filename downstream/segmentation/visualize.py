@@ -32,7 +32,7 @@ from downstream.segmentation.engine import scores_of
 from downstream.segmentation.main_partseg import Parts, check_fits, predict_parts
 from downstream.segmentation.main_semseg import predict_room
 from models import ENCODER_ALIASES, ENCODERS
-from models.segmentation import FineTuned, PartSegmentation, SemanticSegmentation
+from models.fine_tuned import FineTuned, PartSegmentation, SemanticSegmentation
 from utils.checkpoint import fine_tuned_from_checkpoint, load_checkpoint
 from utils.cli import HelpFormatter, add_common_arguments, log_to_screen, positive_int, resolve_device, run, write_json
 from utils.errors import CheckpointError, UserError

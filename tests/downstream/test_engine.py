@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from datasets.transforms import fine_tuning_augmentation
 from downstream.segmentation import engine
 from models import build_encoder
-from models.segmentation import Classification
+from models.fine_tuned import Classification
 from utils.errors import CheckpointError, UserError
 from utils.tracking import RunFolder
 

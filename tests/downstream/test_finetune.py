@@ -5,7 +5,7 @@ import torch
 
 from downstream.classification import finetune as script
 from models import build_encoder
-from models.segmentation import Classification
+from models.fine_tuned import Classification
 from tests.pairs import write_demo_set
 from utils.checkpoint import describe_encoder, describe_fine_tuned, encoder_from_checkpoint, save_checkpoint
 from utils.errors import CheckpointError, DataError, UserError

@@ -8,7 +8,7 @@ import torch
 from datasets.shapenet_part import ShapeNetPart
 from downstream.segmentation import main_partseg as script
 from models import build_encoder
-from models.segmentation import PartSegmentation, SemanticSegmentation
+from models.fine_tuned import PartSegmentation, SemanticSegmentation
 from tests.segmentation_sets import write_parts
 from utils.checkpoint import describe_encoder, describe_fine_tuned, save_checkpoint
 from utils.errors import CheckpointError, DataError, UserError

@@ -7,7 +7,7 @@ import torch
 from datasets.s3dis import CLASS_NAMES, S3DIS
 from downstream.segmentation import main_semseg as script
 from models import build_encoder
-from models.segmentation import PartSegmentation, SemanticSegmentation
+from models.fine_tuned import PartSegmentation, SemanticSegmentation
 from tests.segmentation_sets import write_rooms
 from utils.checkpoint import describe_encoder, describe_fine_tuned, fine_tuned_from_checkpoint, save_checkpoint
 from utils.errors import CheckpointError, DataError, UserError

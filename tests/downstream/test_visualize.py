@@ -9,7 +9,7 @@ from plyfile import PlyData
 from datasets.s3dis import CLASS_COLOURS
 from downstream.segmentation import visualize as script
 from models import build_encoder
-from models.segmentation import Classification, PartSegmentation, SemanticSegmentation
+from models.fine_tuned import Classification, PartSegmentation, SemanticSegmentation
 from tests.segmentation_sets import write_parts, write_rooms
 from utils.checkpoint import describe_fine_tuned, save_checkpoint
 from utils.errors import CheckpointError, UserError

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from models import build_encoder
-from models.segmentation import Classification, PartSegmentation, SemanticSegmentation, cloud_and_points
+from models.fine_tuned import Classification, PartSegmentation, SemanticSegmentation, cloud_and_points
 
 SMALL = {"dgcnn_partseg": {"k": 4}, "dgcnn_semseg": {"k": 4}, "dgcnn_cls": {"k": 4}}
 CASES = [
