@@ -121,7 +121,10 @@ def stage_shares(encoder: nn.Module, clouds: torch.Tensor) -> dict[str, float]:
         with torch.profiler.record_function("_largest_places"):
             return select(*inputs)
 
-    with mock.patch.object(neighbours, "_largest_places", recorded), torch.profiler.profile(activities) as profile:
+    with (
+        mock.patch.object(neighbours, "_largest_places", recorded),
+        torch.profiler.profile(activities=activities) as profile,
+    ):
         training_step(encoder, clouds)
     shares = dict.fromkeys([*STAGES, OTHER], 0.0)
     for event in profile.key_averages():
