@@ -27,6 +27,7 @@ if __package__ in (None, ""):
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from benchmarks.measure import FORMULATIONS, ROOT
 from utils.cli import HelpFormatter, run, write_json
@@ -229,6 +230,8 @@ def draw_cost(results: dict[str, Any], path: Path) -> bool:
             ax.plot(x, [result[form]["seconds_median"] for result in runs], "o-", color=COLOURS[form], label=form)
         ax.set(xscale="log", yscale="log", xlabel=key, ylabel="seconds per step", xticks=x, xticklabels=x)
         ax.minorticks_off()
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter("{x:g}")
     runs = sweep(results, "batch", SWEEPS["batch"])
     for form in FORMULATIONS:
         x = [result["settings"]["batch"] for result in runs]
