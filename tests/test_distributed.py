@@ -286,6 +286,24 @@ def test_a_process_that_stands_still_ends_the_other(root, tmp_path, monkeypatch,
     one_message(tmp_path / "logs", [1], f"process {victim} has been silent for 3 seconds.* --resume")
 
 
+def test_the_process_in_which_all_meet_stands_still_at_once(root, tmp_path, monkeypatch):
+    """Before the others have heard of it: its store does not answer then."""
+    monkeypatch.setattr(distributed, "BEAT_SECONDS", 1.5)
+    monkeypatch.setattr(distributed, "BEATS_UNTIL_LOST", 4)
+
+    def main():
+        if distributed.rank() == 0:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        pretraining.main(arguments(root, tmp_path, *SHORT))
+
+    processes = start_together(main, tmp_path / "logs")
+    processes[1].join(60)
+    for process in processes:
+        process.kill()
+    assert exit_codes(processes) == [-signal.SIGKILL, distributed.EXIT_LOST_PROCESS]
+    one_message(tmp_path / "logs", [1], "process 0 has been silent for 6 seconds.* --resume")
+
+
 def test_a_process_that_hangs_ends_the_others_after_the_timeout(root, tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "TIMEOUT", distributed.timedelta(seconds=6))
 

@@ -249,7 +249,8 @@ class _Peers:
         self.store = dist.PrefixStore(f"peers {attempt}", own_connection)
         self.own, self.size, self.neighbour = own, size, (own + 1) % size
         self.keeps_the_store = own == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        self.heard: tuple[bytes, bool] = b"", False  # the neighbour's count, and whether some process has failed
+        # The neighbour's count, whether some process has failed, and how often the store has answered.
+        self.heard: tuple[bytes, bool, int] = b"", False, 0
         self.ending = threading.Lock()
         self.stopped = threading.Event()
         self.store.set(f"beat {own}", "0")
@@ -265,7 +266,7 @@ class _Peers:
             try:
                 self.store.set(f"beat {self.own}", str(beat))
                 count = self.store.get(key) if self.store.check([key]) else b""
-                self.heard = count, self.store.check(["failures"])
+                self.heard = count, self.store.check(["failures"]), beat
             except RuntimeError:
                 if not self.stopped.is_set():
                     self.end_all(_lost("the process that all meet in is gone"), EXIT_LOST_PROCESS)
@@ -276,12 +277,15 @@ class _Peers:
         while not self.stopped.wait(BEAT_SECONDS):
             # Own beats, not the clock: a job that was suspended and goes on has lost nobody. Nor is one lost that has
             # not come yet; those that wait for it have their own timeout.
-            silent = self.heard == last and last[0] != b""
-            last, missed = self.heard, missed + 1 if silent else 0
+            heard = self.heard
+            unanswered = heard[2] == last[2]
+            silent = unanswered or heard[0] == last[0] != b""
+            last, missed = heard, missed + 1 if silent else 0
             if last[1]:
                 self.end_all("", EXIT_LOST_PROCESS)
             if missed >= BEATS_UNTIL_LOST:
-                silence = f"process {self.neighbour} has been silent for {missed * BEAT_SECONDS:.0f} seconds"
+                lost = 0 if unanswered else self.neighbour  # the store is process 0's, or of the agent beside it
+                silence = f"process {lost} has been silent for {missed * BEAT_SECONDS:.0f} seconds"
                 self.end_all(_lost(silence), EXIT_LOST_PROCESS)
 
     def _fails_first(self) -> bool:
