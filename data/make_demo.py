@@ -181,7 +181,7 @@ EXTRA_MEMBERS = {
 class Model:
     """One catalogue entry: where the model lies and what is known about it."""
 
-    library: Path
+    collection: Path
     key: str  # unique: "<library>-<catalogue id>", lower case
     name: str
     category: str
@@ -296,7 +296,7 @@ def read_catalogue(library: Path) -> list[Model]:
             obj = entry["model"].lstrip("/")
             models.append(
                 Model(
-                    library=library,
+                    collection=library,
                     key=f"{library.stem.lower()}-{slug(entry['id'].split('#', 1)[1])}",
                     name=entry["name"],
                     category=entry["category"],
@@ -771,7 +771,7 @@ def build_shape(job: tuple[Model, int, int, int, int]) -> Shape | str:
     rng = np.random.default_rng([seed, zlib.crc32(model.key.encode())])
     first, second = (int(s) for s in rng.integers(2**31, size=2))
     try:
-        with zipfile.ZipFile(model.library) as archive:
+        with zipfile.ZipFile(model.collection) as archive:
             mesh = place(read_obj(archive, model.obj), model)
         metres, colour, material = sample_surface(mesh, count, first)
         points, centre, radius = to_unit_sphere(metres)
@@ -928,7 +928,7 @@ def write_pack(out: Path, models: Sequence[Model], shapes: Sequence[Shape]) -> N
         catalogue = file.create_group("catalogue")
         for name in ("name", "category", "tags", "creator", "licence", "source"):
             write_text_table(catalogue, name, [getattr(model, name) for model in models])
-        write_text_table(catalogue, "library", [model.library.stem for model in models])
+        write_text_table(catalogue, "library", [model.collection.stem for model in models])
         write_text_table(catalogue, "class", [class_of(model) or "" for model in models])
 
 
@@ -989,7 +989,7 @@ def write_attribution(out: Path, models: Sequence[Model]) -> None:
         "",
     ]
     for library, (licence, holders) in LIBRARIES.items():
-        chosen = [model for model in models if model.library.stem == library]
+        chosen = [model for model in models if model.collection.stem == library]
         if chosen:
             lines += ["", f"## {library}: {len(chosen)} models, `{licence}`", "", f"Copyright: {holders}.", ""]
             lines += ["| id | name | creator | licence | origin |", "| --- | --- | --- | --- | --- |"]

@@ -45,7 +45,7 @@ def project(points: np.ndarray, *, azimuth: float = 38, elevation: float = 22) -
     return np.stack([right, y * np.cos(e) - toward * np.sin(e), y * np.sin(e) + toward * np.cos(e)], axis=1)
 
 
-def draw_points(ax: Axes, points: np.ndarray, x: float, y: float, *, size: float, colour: str) -> None:
+def scatter_cloud(ax: Axes, points: np.ndarray, x: float, y: float, *, size: float, colour: str) -> None:
     """Scatter a cloud of the unit sphere around (x, y); near points are drawn last and darkest."""
     seen = project(points)
     seen = seen[np.argsort(seen[:, 2])]
@@ -160,7 +160,7 @@ def draw(data_root: str, *, model: str = MODEL, seed: int = 1) -> Figure:
 
     # One object: its cloud and its rendering.
     ax.text(12.5, 86.5, "one object, no label", ha="center", va="center", fontsize=10, color=INK, weight="bold")
-    draw_points(ax, points, 12.5, top, size=9.5, colour=INK)
+    scatter_cloud(ax, points, 12.5, top, size=9.5, colour=INK)
     ax.text(12.5, top - 12.5, "point cloud", ha="center", va="center", fontsize=9, color=INK)
     draw_picture(ax, image, 12.5, low, size=15)
     ax.text(12.5, low - 10, "rendering", ha="center", va="center", fontsize=9, color=INK)
@@ -171,7 +171,7 @@ def draw(data_root: str, *, model: str = MODEL, seed: int = 1) -> Figure:
     for view, y, name, bend in zip(views, rows, ("view $t_1$", "view $t_2$"), (-0.12, 0.12), strict=True):
         draw_arrow(ax, (22.5, top + (1.5 if bend < 0 else -1.5)), (34.5, y), bend=bend)
         radius = np.linalg.norm(view, axis=1).max()
-        draw_points(ax, view / radius, 42.5, y, size=8.3, colour=POINT)
+        scatter_cloud(ax, view / radius, 42.5, y, size=8.3, colour=POINT)
         ax.text(33.0, y + 6.0 * np.sign(y - top), name, ha="center", va="center", fontsize=9, color=POINT)
         draw_arrow(ax, (51, y), (58.3, top + 0.30 * (y - top)), bend=0.0)
     ax.text(28.4, top, "augment", ha="left", va="center", fontsize=8.5, color=INK, style="italic")

@@ -32,7 +32,7 @@ def test_training_learns_the_classes_and_its_encoder_can_be_used_again(root, tmp
     (record,) = metrics["runs"]
     assert (record["training_samples"], record["validation_samples"], record["labels_used"]) == (27, 3, 30)
     # Three validation clouds choose the best epoch nearly at random; of 12 test clouds chance gets 4.
-    assert record["last"]["test"]["overall_accuracy"] > 50
+    assert record["last"]["test"]["overall_accuracy"] > 60
     assert "best on val" in capsys.readouterr().out
     path = tmp_path / "runs/a/best.pth"
     again = run(root, "--eval", "--model_path", path, small=["--num_points", 32])
