@@ -25,8 +25,9 @@ from tests.small_run import ROOT, TinyImageNet, arguments
 from train_crossnet_con import Pretraining
 from utils import distributed
 from utils.checkpoint import load_checkpoint
-from utils.cli import resolve_device
+from utils.cli import EXIT_TERMINATED, resolve_device
 from utils.errors import UserError
+from utils.loop import TrainingLoop
 from utils.tracking import RunFolder
 
 # Two steps of eight pairs.
@@ -268,6 +269,38 @@ def test_a_killed_process_ends_the_other_with_a_message(root, tmp_path, victim):
     assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == distributed.EXIT_LOST_PROCESS
     assert time.monotonic() - begin < 60
     one_message(tmp_path / "logs", codes, "gone.* killed, perhaps for want of memory.* --resume")
+
+
+def test_a_process_that_torchrun_ends_because_another_is_gone_still_says_so(root, tmp_path):
+    """Also where the signal comes after the loop has failed and before the message is written."""
+
+    def main():
+        original = TrainingLoop.train
+
+        def train(self):
+            try:
+                return original(self)
+            except RuntimeError:
+                os.kill(os.getpid(), signal.SIGTERM)
+                raise
+
+        TrainingLoop.train = train
+        fail_in_step(lambda: os.kill(os.getpid(), signal.SIGKILL), 1)
+        pretraining.main(arguments(root, tmp_path, *SHORT))
+
+    codes = exit_codes(start_together(main, tmp_path / "logs"))
+    assert codes == [distributed.EXIT_LOST_PROCESS, -signal.SIGKILL]
+    one_message(tmp_path / "logs", codes, "another process is gone, as process 0 found.* --resume")
+
+
+def test_a_process_ended_outside_of_training_ends_soon(tmp_path):
+    def main():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    begin = time.monotonic()
+    assert exit_codes(start_together(main, tmp_path / "logs")) == [EXIT_TERMINATED] * 2
+    assert time.monotonic() - begin < 30
 
 
 @pytest.mark.parametrize("victim", [0, 1])

@@ -59,6 +59,7 @@ def save_checkpoint(path: str | os.PathLike[str], payload: Mapping[str, Any], *,
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
+    moved = False
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -66,26 +67,34 @@ def save_checkpoint(path: str | os.PathLike[str], payload: Mapping[str, Any], *,
             file.flush()
             os.fsync(file.fileno())
         if keep is not None and path.exists():
-            _keep(path, keep)
+            moved = _keep(path, keep)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        if moved:
+            with contextlib.suppress(OSError):
+                os.replace(keep, path)
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UserError(f"cannot write the checkpoint {path} ({reason}); an earlier one is unchanged") from error
 
 
-def _keep(path: Path, keep: Path) -> None:
-    """Give a file a second name, so that it is never without one; where files cannot have two, its other name."""
+def _keep(path: Path, keep: Path) -> bool:
+    """Give a file a second name, so that it is never without one; where files cannot have two, its other name.
+
+    Returns:
+        Whether the file has lost its first name.
+    """
     second = keep.with_name(keep.name + ".tmp")
     second.unlink(missing_ok=True)
     try:
         os.link(path, second)
     except OSError:
         os.replace(path, keep)
-    else:
-        os.replace(second, keep)
-        second.unlink(missing_ok=True)  # replacing a file by itself leaves both names
+        return True
+    os.replace(second, keep)
+    second.unlink(missing_ok=True)  # replacing a file by itself leaves both names
+    return False
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import logging
 import os
+import signal
 import sys
 import threading
 import time
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from utils.cli import explain, run
+from utils.cli import EXIT_TERMINATED, explain, run
 from utils.errors import UserError
 
 # A collective that some process does not join for so long has failed: that process hangs.
@@ -190,6 +191,7 @@ def launch(main: Callable[[], Any]) -> NoReturn:
     """
     if not started_as_one_of_many():
         run(main)
+    signal.signal(signal.SIGTERM, _end_soon)
     if int(os.environ["RANK"]) > 0:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
     store, own, size = next(rendezvous("env://", timeout=TIMEOUT))
@@ -210,6 +212,16 @@ def launch(main: Callable[[], Any]) -> NoReturn:
     peers.stop()
     dist.destroy_process_group()
     sys.exit(code)
+
+
+def _end_soon(*_: object) -> None:
+    """Handler of SIGTERM, also outside of training: torchrun sends it as soon as one process is gone.
+
+    Another process that is about to say so has time for it; torchrun kills after 30 seconds.
+    """
+    ending = threading.Timer(4 * BEAT_SECONDS, os._exit, [EXIT_TERMINATED])
+    ending.daemon = True
+    ending.start()
 
 
 def _explain_failure(error: BaseException) -> tuple[str, int]:

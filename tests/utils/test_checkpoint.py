@@ -293,6 +293,26 @@ def test_the_checkpoint_before_the_last_is_kept(links, tmp_path, monkeypatch):
         assert version(last) == number and (not number or version(previous) == number - 1)
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_that_cannot_be_replaced_stays_the_last(links, tmp_path, monkeypatch):
+    last, previous = tmp_path / "last.pth", tmp_path / "previous.pth"
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *args: (_ for _ in ()).throw(OSError(errno.EPERM, "not permitted")))
+    for number in range(2):
+        save_checkpoint(last, {"version": number}, keep=previous)
+    replace = os.replace
+
+    def fails(source, target):
+        if str(source).endswith("last.pth.tmp"):
+            raise OSError(errno.EIO, "input/output error")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(UserError, match="an earlier one is unchanged"):
+        save_checkpoint(last, {"version": 2}, keep=previous)
+    assert version(last) == 1 and not list(tmp_path.glob("*.tmp"))
+
+
 def test_a_checkpoint_that_is_kept_already_is_kept_still(tmp_path):
     last, previous = tmp_path / "last.pth", tmp_path / "previous.pth"
     save_checkpoint(last, {"version": 0})
