@@ -32,7 +32,8 @@ from benchmarks.measure import (
     seconds_in_turn,
     text_table,
 )
-from models.layers import edge_block, edge_conv
+from models.edge_conv import edge_conv
+from models.layers import edge_block
 from models.neighbours import knn
 from tests.textbook import textbook_knn
 from utils.cli import HelpFormatter, positive_int, resolve_device, run, write_json

@@ -6,19 +6,47 @@ Parameter names (``conv1.0.weight``, ``conv1.1.running_mean``, ...) are those of
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.edge_conv import edge_conv, edge_conv_two_layers
 from models.features import PointFeatures
-from models.layers import (
-    TransformNet,
-    edge_block,
-    edge_conv,
-    edge_conv_two_layers,
-    point_block,
-)
+from models.layers import LEAKY_SLOPE, edge_block, point_block
 from models.neighbours import flatten_neighbours, knn
 from models.pooling import pool_pointwise
 from models.precision import at_least_float32, without_autocast
+
+
+class TransformNet(nn.Module):
+    """Spatial transformer of DGCNN part segmentation: predicts a 3x3 matrix that aligns the cloud.
+
+    Parameter names are those of the published DGCNN repositories. Starts at the identity.
+
+    Shape:
+        (B, N, 3), neighbours (B * N, k) -> (B, 3, 3)
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = edge_block(6, 64)
+        self.conv2 = edge_block(64, 128)
+        self.conv3 = point_block(128, 1024)
+        self.linear1 = nn.Linear(1024, 512, bias=False)
+        self.bn3 = nn.BatchNorm1d(512)
+        self.linear2 = nn.Linear(512, 256, bias=False)
+        self.bn4 = nn.BatchNorm1d(256)
+        self.transform = nn.Linear(256, 9)
+        nn.init.zeros_(self.transform.weight)
+        with torch.no_grad():
+            self.transform.bias.copy_(torch.eye(3).flatten())
+
+    def forward(self, points: Tensor, neighbours: Tensor) -> Tensor:
+        """See the class for shapes."""
+        rows = edge_conv_two_layers(points.flatten(0, 1), neighbours, self.conv1, self.conv2)
+        x, _ = pool_pointwise([rows], len(points), self.conv3)
+        x = F.leaky_relu(self.bn3(self.linear1(x)), LEAKY_SLOPE)
+        x = F.leaky_relu(self.bn4(self.linear2(x)), LEAKY_SLOPE)
+        return self.transform(x).unflatten(1, (3, 3))
 
 
 class _DGCNN(nn.Module):

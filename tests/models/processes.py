@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from models import CrossNet, build_encoder
-from models.layers import edge_block, edge_conv, edge_conv_two_layers
+from models.edge_conv import edge_conv, edge_conv_two_layers
+from models.layers import edge_block
 from models.losses import crossnet_objective, nt_xent
 from models.neighbours import flatten_neighbours, knn
 from models.norm import SyncBatchNorm
