@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # Elements of one block of rows that are changed element by element.
-ELEMENTWISE_BLOCK = {"cpu": 1 << 18, "cuda": 1 << 24}
-# Elements of one block of gathered neighbours on a CPU.
-_GATHER_BLOCK = 1 << 19
+ELEMENTWISE_BLOCK = {"cpu": 1 << 20, "cuda": 1 << 24}
+# Elements of one block of neighbours that are gathered or reduced.
+_GATHER_BLOCK = {"cpu": 1 << 19, "cuda": 1 << 24}
 # float64 has this many more bits of mantissa than float32.
 _SPARE_BITS = 29
 _PLACE = (1 << _SPARE_BITS) - 1
@@ -37,6 +37,13 @@ def blocks_of_rows(x: Tensor) -> list[slice]:
     """Cut (P, C) into blocks of rows for element-by-element work."""
     budget = ELEMENTWISE_BLOCK.get(x.device.type, 1 << 24)
     return [rows for _, rows in blocks_of_clouds(1, len(x), x.shape[1], budget)]
+
+
+def whole_clouds(x: Tensor, clouds: int, width: int) -> list[slice]:
+    """Cut (P, C) rows between clouds of P / clouds rows, for work on neighbours that makes ``width`` channels."""
+    points = len(x) // clouds
+    together = max(1, _GATHER_BLOCK.get(x.device.type, 1 << 24) // max(points * width, 1))
+    return [slice(i * points, min(i + together, clouds) * points) for i in range(0, clouds, together)]
 
 
 def can_mark(values: Tensor, places: int) -> bool:
@@ -116,7 +123,7 @@ def neighbour_max(table: Tensor, neighbours: Tensor, sign: Tensor | None = None)
         maxima, _, _, chosen = torch.embedding_bag(signed, neighbours.flatten(), starts, mode=2)
         return maxima if sign is None else maxima.mul_(sign), chosen
     maxima, chosen = torch.empty_like(table), torch.empty_like(table, dtype=torch.int32)
-    rows = max(1, _GATHER_BLOCK // table.shape[1])
+    rows = max(1, _GATHER_BLOCK["cpu"] // table.shape[1])
     ones, starts = table.new_ones(rows * k, dtype=torch.float64), torch.arange(0, rows * k + 1, k)
     for i in range(0, points, rows):
         index = neighbours[i : i + rows].flatten()

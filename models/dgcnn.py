@@ -99,7 +99,7 @@ class DGCNNCls(_DGCNN):
         points = self.to_points(x)
         shape, rows, layers = points.shape, points.flatten(0, 1), []
         for block in (self.conv1, self.conv2, self.conv3, self.conv4):
-            rows = edge_conv(rows, self.neighbours(rows.unflatten(0, shape[:2])), block)
+            rows = edge_conv(rows, self.neighbours(rows.unflatten(0, shape[:2])), block, clouds=len(x))
             layers.append(rows)
         pooled = torch.cat(pool_pointwise(layers, len(x), self.conv5, with_mean=True), dim=1)
         return PointFeatures(pooled, self.to_local(layers, shape))
@@ -123,7 +123,7 @@ class _DGCNNSeg(_DGCNN):
         shape = points.shape
         x1 = edge_conv_two_layers(points.flatten(0, 1), first_neighbours, self.conv1, self.conv2)
         x2 = edge_conv_two_layers(x1, self.neighbours(x1.unflatten(0, shape[:2])), self.conv3, self.conv4)
-        x3 = edge_conv(x2, self.neighbours(x2.unflatten(0, shape[:2])), self.conv5)
+        x3 = edge_conv(x2, self.neighbours(x2.unflatten(0, shape[:2])), self.conv5, clouds=len(points))
         layers = [x1, x2, x3]
         pooled, _ = pool_pointwise(layers, len(points), self.conv6)
         return PointFeatures(pooled, self.to_local(layers, shape))

@@ -16,13 +16,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from models.blocks import blocks_of_rows, in_degree, neighbour_max, neighbour_sum, transposed_sum
+from models.blocks import blocks_of_rows, in_degree, neighbour_max, neighbour_sum, transposed_sum, whole_clouds
 from models.layers import max_over_points
 from models.norm import (
     Moments,
     across_processes,
+    gradient_of_statistics,
     merge_moments,
     scale_and_shift,
     sign_of_gain,
@@ -36,88 +38,196 @@ from models.precision import at_least_float32, without_autocast
 _EDGE_BLOCK = {"cpu": 1 << 22, "cuda": 1 << 25}
 
 
-def edge_terms(x: Tensor, conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
-    """The terms of ``conv([x_j - x_i ; x_i]) = a_j + c_i``.
+def edge_terms(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The terms of ``weight [x_j - x_i ; x_i] = a_j + c_i``.
 
     Args:
         x: (P, C) rows.
-        conv: 1x1 convolution of 2 C channels, without bias (batch norm follows).
+        weight: (C_out, 2 C), of a 1x1 convolution without bias (batch norm follows).
 
     Returns:
         a, c: each (P, C_out).
     """
-    weight = conv.weight.flatten(1)
     neighbour, centre = weight.split(x.shape[1], dim=1)
     return F.linear(x, neighbour), F.linear(x, centre - neighbour)
 
 
-class _EdgeMoments(torch.autograd.Function):
-    """Mean and centred sum of squares of ``h_ij = a_j + c_i`` over all edges, from sums over points.
+def edge_moments(a: Tensor, c: Tensor, neighbours: Tensor, degree: Tensor) -> Moments:
+    """Moments of ``h_ij = a_j + c_i`` over all edges, from sums over points, without gradient.
 
-    With a and c centred, so that no large mean cancels, d_j how often j is chosen and S_i = sum_j a_j:
-    sum (h - mean)^2 = sum_j d_j a_j^2 + 2 sum_i c_i S_i + k sum_i c_i^2.
-    The derivatives are 2 (d_j a_j + T_j) for a_j, with T_j = sum of the c_i that chose j, and 2 (S_i + k c_i) for c_i.
+    With a and c centred, so that no large mean cancels, d_j how often j is chosen and S_i = sum_j a_j over the
+    neighbours j of i: sum (h - mean)^2 = sum_j d_j a_j^2 + 2 sum_i c_i S_i + k sum_i c_i^2.
+
+    Args:
+        a: (P, C).
+        c: (P, C).
+        neighbours: (P, k).
+        degree: (P,) d_j.
+    """
+    points, k = neighbours.shape
+    mean_a, mean_c = degree @ a / (points * k), c.mean(0)
+    scatter = torch.zeros_like(mean_a)
+    for rows in blocks_of_rows(a):
+        centred_a, centred_c = a[rows] - mean_a, c[rows] - mean_c
+        scatter += degree[rows] @ centred_a.square_()
+        twice = neighbour_sum(a, neighbours[rows]).sub_(mean_a, alpha=k).mul_(2).add_(centred_c, alpha=k)
+        scatter += twice.mul_(centred_c).sum(0)
+    return Moments(a.new_full((), points * k), mean_a + mean_c, scatter.clamp_min_(0))
+
+
+class _EdgeMoments(torch.autograd.Function):
+    """Mean and scatter of ``edge_moments``, of which the count is no function.
+
+    The derivatives of the scatter are 2 (d_j a_j + T_j) for a_j, with T_j = sum of the c_i that chose j, and
+    2 (S_i + k c_i) for c_i, a and c centred.
     """
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, c: Tensor, neighbours: Tensor) -> tuple[Tensor, Tensor]:
-        points, k = neighbours.shape
         degree = in_degree(neighbours).to(a.dtype)
-        mean_a, mean_c = degree @ a / (points * k), c.mean(0)
-        scatter = torch.zeros_like(mean_a)
-        for rows in blocks_of_rows(a):
-            centred_a, centred_c = a[rows] - mean_a, c[rows] - mean_c
-            scatter += degree[rows] @ centred_a.square_()
-            twice = neighbour_sum(a, neighbours[rows]).sub_(mean_a, alpha=k).mul_(2).add_(centred_c, alpha=k)
-            scatter += twice.mul_(centred_c).sum(0)
-        ctx.save_for_backward(a, c, neighbours, degree, mean_a + mean_c)
-        return mean_a + mean_c, scatter.clamp_min_(0)
+        moments = edge_moments(a, c, neighbours, degree)
+        ctx.save_for_backward(a, c, neighbours, degree, moments.mean)
+        return moments.mean, moments.scatter
 
     @staticmethod
     def backward(ctx: Any, grad_mean: Tensor, grad_scatter: Tensor) -> tuple[Tensor, Tensor, None]:
         a, c, neighbours, degree, mean = ctx.saved_tensors
         points, k = neighbours.shape
-        twice = 2 * grad_scatter
-        grad_a, grad_c = transposed_sum(c, neighbours), neighbour_sum(a, neighbours)
-        constant_a = grad_mean / (points * k) - twice * mean
-        constant_c = grad_mean / points - twice * mean * k
-        for rows in blocks_of_rows(a):
-            grad_a[rows].mul_(twice).addcmul_(degree[rows, None], torch.addcmul(constant_a, a[rows], twice))
-            grad_c[rows].add_(c[rows], alpha=k).mul_(twice).add_(constant_c)
-        return grad_a, grad_c, None
+        slope = 2 * grad_scatter
+        return *edge_gradients(a, c, neighbours, degree, slope, grad_mean / (points * k) - slope * mean), None
 
 
-class _LargestEdge(torch.autograd.Function):
-    """Maximum over neighbours j of ``act(scale * (a_j + c_i) + shift)``: extreme, affine map and activation in one.
+def edge_gradients(
+    a: Tensor, c: Tensor, neighbours: Tensor, degree: Tensor, slope: Tensor, constant: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients with respect to a and c where that with respect to each edge is ``slope * (a_j + c_i) + constant``.
 
-    Only a_extreme + c and the places of the extremes are kept for the backward pass.
+    Args:
+        a: (P, C).
+        c: (P, C).
+        neighbours: (P, k).
+        degree: (P,) how often each row is a neighbour.
+        slope: (C,).
+        constant: (C,).
+
+    Returns:
+        ``slope (d_j a_j + T_j) + d_j constant``, T_j being the sum of the c_i that chose j, and
+        ``slope (S_i + k c_i) + k constant``, S_i being the sum of the neighbours' a_j; each (P, C).
+    """
+    k = neighbours.shape[1]
+    grad_a, grad_c = transposed_sum(c, neighbours), neighbour_sum(a, neighbours)
+    for rows in blocks_of_rows(a):
+        grad_a[rows].mul_(slope).addcmul_(degree[rows, None], torch.addcmul(constant, a[rows], slope))
+        grad_c[rows].add_(c[rows], alpha=k).mul_(slope).add_(constant, alpha=k)
+    return grad_a, grad_c
+
+
+class _EdgeConv(torch.autograd.Function):
+    """See ``edge_conv``. Inputs: rows, the convolution's weight, the gain, the bias; the rest has no gradient.
+
+    A block of clouds at a time, so that a and c stay in a cache. Between forward and backward only the extremes
+    ``e_i = a_j + c_i`` and their places are kept; a and c are two small products and are taken again.
+
+    The gradient with respect to h_ij is ``scale * g_i`` where ij is an extreme, g being that with respect to the
+    normalised value, and everywhere ``slope * h_ij + constant`` from the batch statistics.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, a: Tensor, c: Tensor, scale: Tensor, shift: Tensor, neighbours: Tensor, slope: float
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        gain: Tensor | None,
+        bias: Tensor | None,
+        norm: nn.BatchNorm2d,
+        slope: float,
+        neighbours: Tensor,
+        clouds: int,
+        trains: bool,
     ) -> Tensor:
-        edge, chosen = neighbour_max(a, neighbours, sign_of_gain(scale))
-        out = torch.empty_like(edge)
-        for rows in blocks_of_rows(edge):
-            edge[rows].add_(c[rows])
-            out[rows] = F.leaky_relu_(torch.addcmul(shift, edge[rows], scale), slope)
-        ctx.save_for_backward(edge, chosen, scale, shift)
-        ctx.slope = slope
+        batch, blocks = uses_batch_statistics(norm), whole_clouds(x, clouds, len(weight))
+        # For any m the layer is W [x_j - x_i ; x_i - m] + B m, and with the mean as m no large offset costs digits.
+        offset = x.mean(0)
+        constant = F.linear(offset, weight[:, len(offset) :])
+        sign = sign_of_gain(weight.new_ones(len(weight)) if gain is None else gain).to(x.dtype)
+        extremes = x.new_empty(len(x), len(weight))
+        longest = max(rows.stop - rows.start for rows in blocks)
+        places = (
+            torch.empty_like(extremes, dtype=torch.int16 if longest <= 1 << 15 else torch.int32) if trains else None
+        )
+        parts = []
+        for rows in blocks:
+            near = neighbours[rows] - rows.start
+            a, c = edge_terms(x[rows] - offset, weight)
+            if batch:
+                parts.append(edge_moments(a, c, near, in_degree(near).to(a.dtype)))
+            largest, chosen = neighbour_max(a, near, sign)
+            extremes[rows] = largest.add_(c)
+            if trains:
+                places[rows] = chosen
+        if batch:
+            moments = merge_moments(*map(torch.stack, zip(*parts, strict=True)))
+            moments = across_processes(moments._replace(mean=moments.mean + constant), norm)
+            mean, variance, count = moments.mean, moments.scatter / moments.count, moments.count
+            update_running_statistics(norm, mean, variance, count)
+        else:
+            mean, variance, count = norm.running_mean, norm.running_var, None
+        mean = mean - constant
+        scale, shift = scale_and_shift(norm, mean, variance)
+        out = torch.empty_like(extremes) if trains else extremes
+        for rows in blocks_of_rows(out):
+            out[rows] = F.leaky_relu_(torch.addcmul(shift, extremes[rows], scale), slope)
+        if trains:
+            ctx.save_for_backward(
+                x, weight, gain, bias, neighbours, extremes, places, offset, scale, shift, mean, variance, count
+            )
+            ctx.norm, ctx.slope, ctx.clouds = norm, slope, clouds
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        edge, chosen, scale, shift = ctx.saved_tensors
-        grad_a, grad_c = torch.zeros_like(grad), torch.empty_like(grad)
-        grad_scale, grad_shift = torch.zeros_like(scale), torch.zeros_like(shift)
-        for rows in blocks_of_rows(edge):
-            inner = leaky_relu_gradient(grad[rows], torch.addcmul(shift, edge[rows], scale), ctx.slope)
-            grad_shift += inner.sum(0)
-            grad_scale += (inner * edge[rows]).sum(0)
-            grad_c[rows] = inner.mul_(scale)
-            grad_a.scatter_add_(0, chosen[rows].to(torch.int64), inner)
-        return grad_a, grad_c, grad_scale, grad_shift, None, None
+        x, weight, gain, bias, neighbours, extremes, places, offset, scale, shift, mean, variance, count = (
+            ctx.saved_tensors
+        )
+
+        def normalised_gradient(rows: slice) -> Tensor:
+            return leaky_relu_gradient(grad[rows], torch.addcmul(shift, extremes[rows], scale), ctx.slope)
+
+        sum_grad, sum_grad_h = torch.zeros_like(scale), torch.zeros_like(scale)
+        for rows in blocks_of_rows(extremes):
+            inner = normalised_gradient(rows)
+            sum_grad += inner.sum(0)
+            sum_grad_h += inner.mul_(extremes[rows] - mean).sum(0)
+        slope, constant, grad_gain = gradient_of_statistics(
+            ctx.norm, sum_grad, sum_grad_h, scale=scale, mean=mean, variance=variance, count=count
+        )
+        width = x.shape[1]
+        of_neighbour, of_centre = weight[:, :width], weight[:, width:] - weight[:, :width]
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        sum_a, sum_c = (weight.new_zeros(len(weight), width) for _ in range(2))
+        total = torch.zeros_like(scale)
+        for rows in whole_clouds(x, ctx.clouds, len(weight)):
+            centred = x[rows] - offset
+            grad_c = normalised_gradient(rows).mul_(scale)
+            if count is None:
+                grad_a = torch.zeros_like(grad_c).scatter_add_(0, places[rows].to(torch.int64), grad_c)
+            else:
+                near = neighbours[rows] - rows.start
+                a, c = edge_terms(centred, weight)
+                grad_a, of_statistics = edge_gradients(a, c, near, in_degree(near).to(a.dtype), slope, constant)
+                grad_a.scatter_add_(0, places[rows].to(torch.int64), grad_c)
+                grad_c += of_statistics
+            total += grad_c.sum(0)
+            sum_a.addmm_(grad_a.T, centred)
+            sum_c.addmm_(grad_c.T, centred)
+            if grad_x is not None:
+                grad_x[rows] = (grad_a @ of_neighbour).addmm_(grad_c, of_centre)
+        grad_weight = torch.cat([sum_a - sum_c, sum_c + torch.outer(total, offset)], dim=1)
+        return (
+            *(grad_x, grad_weight, None if gain is None else grad_gain, None if bias is None else sum_grad),
+            *(None, None, None, None, None),
+        )
 
 
 def first_edge_layer(x: Tensor, neighbours: Tensor, block: nn.Sequential) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -132,13 +242,13 @@ def first_edge_layer(x: Tensor, neighbours: Tensor, block: nn.Sequential) -> tup
         a (P, C_out), c (P, C_out), scale (C_out,), shift (C_out,) such that the normalised value of edge ij is
         ``scale * (a_j + c_i) + shift``.
     """
-    conv, norm = block[0], block[1]
+    weight, norm = block[0].weight.flatten(1), block[1]
     if not uses_batch_statistics(norm):
-        return *edge_terms(x, conv), *scale_and_shift(norm, norm.running_mean, norm.running_var)
+        return *edge_terms(x, weight), *scale_and_shift(norm, norm.running_mean, norm.running_var)
     # For any m the layer is W [x_j - x_i ; x_i - m] + B m, and with the mean as m no large offset costs digits.
     offset = x.detach().mean(0)
-    a, c = edge_terms(x - offset, conv)
-    constant = F.linear(offset, conv.weight.flatten(1)[:, len(offset) :])
+    a, c = edge_terms(x - offset, weight)
+    constant = F.linear(offset, weight[:, len(offset) :])
     mean, scatter = _EdgeMoments.apply(a, c, neighbours)
     moments = across_processes(Moments(a.new_full((), neighbours.numel()), mean + constant, scatter), norm)
     variance = moments.scatter / moments.count
@@ -146,20 +256,24 @@ def first_edge_layer(x: Tensor, neighbours: Tensor, block: nn.Sequential) -> tup
     return a, c, *scale_and_shift(norm, moments.mean - constant, variance)
 
 
-def edge_conv(x: Tensor, neighbours: Tensor, block: nn.Sequential) -> Tensor:
+def edge_conv(x: Tensor, neighbours: Tensor, block: nn.Sequential, *, clouds: int = 1) -> Tensor:
     """One-layer EdgeConv: max over neighbours j of ``block([x_j - x_i ; x_i])``.
 
     Args:
         x: (P, C) rows.
-        neighbours: (P, k) indices into the rows.
-        block: Conv2d (1x1, 2 C channels), batch norm, leaky ReLU.
+        neighbours: (P, k) indices into the rows; those of a row are of its cloud.
+        block: Conv2d (1x1, 2 C channels), batch norm, leaky ReLU. Running statistics are updated as the module would.
+        clouds: how many clouds the rows are, each P / clouds of them.
 
     Returns:
         (P, C_out), at least float32: a_j + c_i is a small difference of large numbers, which half precision would lose.
     """
+    conv, norm, activation = block
     with without_autocast(x.device):
-        a, c, scale, shift = first_edge_layer(at_least_float32(x), neighbours, block)
-        return _LargestEdge.apply(a, c, scale, shift, neighbours, block[2].negative_slope)
+        return _EdgeConv.apply(
+            *(at_least_float32(x), conv.weight.flatten(1), norm.weight, norm.bias),
+            *(norm, activation.negative_slope, neighbours, clouds, torch.is_grad_enabled()),
+        )
 
 
 def edge_conv_two_layers(x: Tensor, neighbours: Tensor, first: nn.Sequential, second: nn.Sequential) -> Tensor:

@@ -9,7 +9,7 @@ from models.blocks import blocks_of_clouds, can_mark, mark_places, runs_eagerly,
 from models.precision import at_least_float32, without_autocast
 
 # Elements of one block of the distance matrix: small enough for a CPU's cache, large enough to fill a GPU.
-_BLOCK = {"cpu": 1 << 20, "cuda": 1 << 25}
+_BLOCK = {"cpu": 1 << 21, "cuda": 1 << 25}
 # Selecting among more than this many times k values goes through the maxima of groups, on a CPU.
 _DIRECT_SELECTION, _GROUP = 16, 8
 
@@ -77,8 +77,11 @@ def knn(points: Tensor, k: int) -> Tensor:
         last = torch.full_like(x[..., :1], -0.5)
         queries, others = torch.cat([x, last], dim=2), torch.cat([x, x.square().sum(2, keepdim=True)], dim=2).mT
         index = torch.empty(b, n, k, dtype=torch.int64, device=x.device)
+        space = None  # every block's product takes the memory of the first, the largest
         for clouds, rows in blocks_of_clouds(b, n, n, _BLOCK.get(x.device.type, 1 << 24)):
-            closeness = queries[clouds, rows] @ others[clouds]
+            part = queries[clouds, rows]
+            space = part.new_empty(len(part), part.shape[1], n) if space is None else space
+            closeness = torch.bmm(part, others[clouds], out=space[: len(part), : part.shape[1]])
             index[clouds, rows] = largest(closeness.flatten(0, 1), k).unflatten(0, closeness.shape[:2])
     return index
 

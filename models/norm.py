@@ -100,6 +100,43 @@ def scale_and_shift(norm: _BatchNorm, mean: Tensor, variance: Tensor) -> tuple[T
     return scale, shift
 
 
+def gradient_of_statistics(
+    norm: _BatchNorm,
+    sum_grad: Tensor,
+    sum_grad_y: Tensor,
+    *,
+    scale: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    count: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The part of batch norm's gradient that every input gets, because the statistics depend on it.
+
+    With g the gradient with respect to ``scale * y + shift``, that with respect to y is
+    ``scale * g + slope * y + constant``.
+
+    Args:
+        norm: whether its statistics are shared with other processes.
+        sum_grad: (C,) sum of g over all y of this process.
+        sum_grad_y: (C,) sum of g times the centred y.
+        scale: (C,), see ``scale_and_shift``.
+        mean: (C,).
+        variance: (C,), biased.
+        count: number of y, in all processes; None where running statistics are used.
+
+    Returns:
+        slope (C,), constant (C,), and the gradient of the gain (C,); that of the bias is ``sum_grad``.
+    """
+    rstd = torch.rsqrt(variance + norm.eps)
+    grad_gain = sum_grad_y * rstd
+    if count is None:
+        return torch.zeros_like(scale), torch.zeros_like(scale), grad_gain
+    # The mean and the variance depend on every y of every process.
+    shared = sum_across_processes(torch.stack([sum_grad, grad_gain]), norm) / count
+    slope = -scale * rstd * shared[1]
+    return slope, -scale * shared[0] - slope * mean, grad_gain
+
+
 def sign_of_gain(scale: Tensor) -> Tensor:
     """+1 where ``x * scale + shift`` is non-decreasing in x, also for a scale of zero, and -1 where it decreases."""
     return torch.where(scale.detach() < 0, -1.0, 1.0).to(scale.dtype)

@@ -18,8 +18,8 @@ from models.blocks import ELEMENTWISE_BLOCK, blocks_of_clouds
 from models.norm import (
     Moments,
     across_processes,
+    gradient_of_statistics,
     scale_and_shift,
-    sum_across_processes,
     update_running_statistics,
     uses_batch_statistics,
 )
@@ -128,15 +128,9 @@ class _Pool(torch.autograd.Function):
         best = at_least_float32(y.gather(1, places)[:, 0]) - mean
         sum_grad = peak.sum(0) + (grad_mean * sum_slope).sum(0)
         sum_grad_y = (peak * best).sum(0) + (grad_mean * sum_slope_y).sum(0)
-        rstd = torch.rsqrt(variance + ctx.norm.eps)
-        grad_gain = sum_grad_y * rstd
-        if count is None:
-            slope_y = constant = torch.zeros_like(scale)
-        else:
-            # The mean and the variance depend on every point of every process.
-            shared = sum_across_processes(torch.stack([sum_grad, grad_gain]), ctx.norm) / count
-            slope_y = -scale * rstd * shared[1]
-            constant = -scale * shared[0] - slope_y * mean
+        slope_y, constant, grad_gain = gradient_of_statistics(
+            ctx.norm, sum_grad, sum_grad_y, scale=scale, mean=mean, variance=variance, count=count
+        )
         peak, grad_mean = peak * scale, (grad_mean * scale)[:, None]
         shift = shift - mean * scale
         grad_rows = [torch.empty_like(part) for part in rows]

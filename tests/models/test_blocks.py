@@ -48,7 +48,7 @@ def test_reductions_over_neighbours_by_hand():
 @pytest.mark.parametrize("budget", [1, 100, 10**6])
 @pytest.mark.parametrize("sign", [None, [1, -1, 1, 1, -1, -1]], ids=["maxima", "both"])
 def test_maximum_over_neighbours_is_exact_and_names_its_row(monkeypatch, dtype, budget, sign):
-    monkeypatch.setattr(blocks, "_GATHER_BLOCK", budget)
+    monkeypatch.setitem(blocks._GATHER_BLOCK, "cpu", budget)
     table = torch.randn(40, 6, dtype=dtype)
     table[10:20] = table[:1]
     table[20:30] *= torch.finfo(torch.float32).tiny  # subnormal numbers and zeros too

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from models import blocks
 from models import edge_conv as module
 from models.dgcnn import TransformNet
 from models.edge_conv import edge_conv, edge_conv_two_layers
@@ -39,8 +40,12 @@ def blocks_of(widths, *, dtype=torch.float64, gammas="positive", momentum=0.1):
 def ours(x, index, blocks):
     """(B, C, N), (B, N, k) -> (B, C_out, N) by the layers under test."""
     b, _, n = x.shape
-    function = {1: edge_conv, 2: edge_conv_two_layers}[len(blocks)]
-    rows = function(x.transpose(1, 2).reshape(b * n, -1), flatten_neighbours(index), *blocks)
+    rows, neighbours = x.transpose(1, 2).reshape(b * n, -1), flatten_neighbours(index)
+    rows = (
+        edge_conv(rows, neighbours, *blocks, clouds=b)
+        if len(blocks) == 1
+        else edge_conv_two_layers(rows, neighbours, *blocks)
+    )
     return rows.unflatten(0, (b, n)).transpose(1, 2)
 
 
@@ -176,6 +181,36 @@ def test_two_layers_in_blocks_of_any_size(monkeypatch, budget, train):
     index = knn(x.mT, 5)
     actual, expected = (outcome(f, x, index, blocks, train=train) for f in (ours, textbook))
     assert_same(actual, expected, tolerance=1e-10, without=without_undefined(EVERY_GAMMA, (3, 7, 6)))
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("budget", [1, 2 * 20 * 7, 10**6], ids=["a cloud", "two clouds, then one", "all"])
+def test_one_layer_in_blocks_of_whole_clouds(monkeypatch, budget, train):
+    """Far-apart clouds: the statistics of blocks differ, those of the layer are of all."""
+    monkeypatch.setitem(blocks._GATHER_BLOCK, "cpu", budget)
+    x = torch.randn(3, 3, 20, dtype=torch.float64) + torch.tensor([0, 5, -20])[:, None, None]
+    layers = blocks_of((3, 7), gammas=EVERY_GAMMA)
+    index = knn(x.mT, 5)
+    actual, expected = (outcome(f, x, index, layers, train=train) for f in (ours, textbook))
+    assert_same(actual, expected, tolerance=1e-10, without=without_undefined(EVERY_GAMMA, (3, 7)))
+
+
+def test_one_layer_on_a_cloud_of_more_points_than_two_bytes_count():
+    x = torch.randn(1, 2, 40_000, dtype=torch.float64)
+    index = torch.randint(40_000, (1, 40_000, 3))
+    layers = blocks_of((2, 3), gammas=EVERY_GAMMA)
+    actual, expected = (outcome(f, x, index, layers) for f in (ours, textbook))
+    assert_same(actual, expected, tolerance=1e-8, without=without_undefined(EVERY_GAMMA, (2, 3)))
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_second_gradient_is_refused(trains):
+    (block,) = blocks_of((3, 4))
+    x = torch.randn(10, 3, dtype=torch.float64, requires_grad=True)
+    block.train(trains)
+    (gradient,) = torch.autograd.grad(edge_conv(x, knn(x[None], 4)[0], block).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
 
 
 @pytest.mark.parametrize("widths", [(3, 6), (3, 6, 5)], ids=["one layer", "two layers"])
