@@ -27,6 +27,7 @@ from models.norm import (
     gradient_of_statistics,
     merge_moments,
     scale_and_shift,
+    shares_statistics,
     sign_of_gain,
     update_running_statistics,
     uses_batch_statistics,
@@ -206,6 +207,8 @@ class _EdgeConv(torch.autograd.Function):
         of_neighbour, of_centre = weight[:, :width], weight[:, width:] - weight[:, :width]
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         sum_a, sum_c = (weight.new_zeros(len(weight), width) for _ in range(2))
+        # What batch norm passes on sums to zero over its batch; rounding would come back times the offset.
+        sums_to_zero = count is not None and not shares_statistics(ctx.norm)
         total = torch.zeros_like(scale)
         for rows in whole_clouds(x, ctx.clouds, len(weight)):
             centred = x[rows] - offset
@@ -218,7 +221,8 @@ class _EdgeConv(torch.autograd.Function):
                 grad_a, of_statistics = edge_gradients(a, c, near, in_degree(near).to(a.dtype), slope, constant)
                 grad_a.scatter_add_(0, places[rows].to(torch.int64), grad_c)
                 grad_c += of_statistics
-            total += grad_c.sum(0)
+            if not sums_to_zero:
+                total += grad_c.sum(0)
             sum_a.addmm_(grad_a.T, centred)
             sum_c.addmm_(grad_c.T, centred)
             if grad_x is not None:

@@ -46,12 +46,17 @@ def moments_of(rows: Tensor) -> Moments:
     return Moments(rows.new_full((), len(rows)), mean, (rows - mean).square().sum(0))
 
 
+def shares_statistics(norm: _BatchNorm) -> bool:
+    """Whether the batch statistics of ``norm`` are those of several processes."""
+    return world_size() > 1 and isinstance(norm, SyncBatchNorm)
+
+
 def across_processes(moments: Moments, norm: _BatchNorm) -> Moments:
     """Merge every process's moments by one differentiable all-reduce, where ``norm`` is a ``SyncBatchNorm``.
 
     A single process, and any other batch norm, keeps its own.
     """
-    if world_size() == 1 or not isinstance(norm, SyncBatchNorm):
+    if not shares_statistics(norm):
         return moments
     packed = torch.cat([moments.count.reshape(1).to(moments.mean.dtype), moments.mean, moments.scatter.flatten()])
     channels = len(moments.mean)
@@ -62,7 +67,7 @@ def across_processes(moments: Moments, norm: _BatchNorm) -> Moments:
 
 def sum_across_processes(x: Tensor, norm: _BatchNorm) -> Tensor:
     """Sum of every process's ``x`` where ``norm`` is a ``SyncBatchNorm``; any other batch norm keeps its own."""
-    return all_reduce_sum(x) if isinstance(norm, SyncBatchNorm) else x
+    return all_reduce_sum(x) if shares_statistics(norm) else x
 
 
 def uses_batch_statistics(norm: _BatchNorm) -> bool:

@@ -226,6 +226,21 @@ def test_a_large_common_offset_does_not_cancel_the_variance(widths):
 
 
 @pytest.mark.parametrize("widths", [(3, 6), (3, 6, 5)], ids=["one layer", "two layers"])
+def test_a_large_common_offset_leaves_the_gradient_its_digits(widths):
+    """Batch norm takes the offset away, so no gradient depends on it."""
+    x = torch.randn(2, 3, 32) + 300
+    layers = nn.ModuleList(blocks_of(widths, dtype=torch.float32))
+    index = knn(x.mT, 6)
+    target = torch.randn(2, widths[-1], 32)
+    exact = copy.deepcopy(layers).double()
+    (textbook((x - 300).double(), index, exact) * target.double()).sum().backward()
+    (ours(x, index, layers) * target).sum().backward()
+    for (name, actual), expected in zip(layers.named_parameters(), exact.parameters(), strict=True):
+        error = (actual.grad.double() - expected.grad).abs().max() / expected.grad.abs().max()
+        assert error < 5e-5, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("widths", [(3, 6), (3, 6, 5)], ids=["one layer", "two layers"])
 def test_edge_conv_under_autocast_is_that_of_float32(widths):
     x = torch.randn(2, 3, 24)
     blocks = blocks_of(widths, dtype=torch.float32)
