@@ -6,7 +6,7 @@ the last three quarters: before, PyTorch and the memory allocator settle. A run 
 would multiply a slope per 1,000 steps by 450.
 
 Example:
-  python -m benchmarks.long_run --steps 2000 --json long_run.json --picture long_run.png
+  python -m benchmarks.long_run --steps 6000 --json long_run.json --picture long_run.png      # about 8 minutes
 """
 
 from __future__ import annotations
