@@ -77,7 +77,7 @@ def edge_moments(a: Tensor, c: Tensor, neighbours: Tensor, degree: Tensor) -> Mo
 
 
 class _EdgeMoments(torch.autograd.Function):
-    """Mean and scatter of ``edge_moments``, of which the count is no function.
+    """Mean and scatter of ``edge_moments``, with gradient.
 
     The derivatives of the scatter are 2 (d_j a_j + T_j) for a_j, with T_j = sum of the c_i that chose j, and
     2 (S_i + k c_i) for c_i, a and c centred.
@@ -271,7 +271,12 @@ def edge_conv(x: Tensor, neighbours: Tensor, block: nn.Sequential, *, clouds: in
 
     Returns:
         (P, C_out), at least float32: a_j + c_i is a small difference of large numbers, which half precision would lose.
+
+    Raises:
+        ValueError: the rows are not so many clouds of one size.
     """
+    if len(x) % clouds:
+        raise ValueError(f"{len(x)} rows are not {clouds} clouds of one size")
     conv, norm, activation = block
     with without_autocast(x.device):
         return _EdgeConv.apply(

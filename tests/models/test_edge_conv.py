@@ -203,6 +203,12 @@ def test_one_layer_on_a_cloud_of_more_points_than_two_bytes_count():
     assert_same(actual, expected, tolerance=1e-8, without=without_undefined(EVERY_GAMMA, (2, 3)))
 
 
+def test_rows_that_are_not_so_many_clouds_are_refused():
+    (block,) = blocks_of((3, 4))
+    with pytest.raises(ValueError, match="10 rows are not 3 clouds"):
+        edge_conv(torch.randn(10, 3, dtype=torch.float64), torch.zeros(10, 2, dtype=torch.int64), block, clouds=3)
+
+
 @pytest.mark.parametrize("trains", [True, False])
 def test_a_second_gradient_is_refused(trains):
     (block,) = blocks_of((3, 4))
