@@ -285,18 +285,21 @@ class _Peers:
                 return
 
     def _watch(self) -> None:
-        last, missed = self.heard, 0
+        last, missed, answers = self.heard, 0, 0
         while not self.stopped.wait(BEAT_SECONDS):
             # Own beats, not the clock: a job that was suspended and goes on has lost nobody. Nor is one lost that has
             # not come yet; those that wait for it have their own timeout.
             heard = self.heard
             unanswered = heard[2] == last[2]
             silent = unanswered or heard[0] == last[0] != b""
+            # The two threads' beats may fall together, so that an answer now and then seems to be missing.
+            answers = answers + (not unanswered) if silent else 0
             last, missed = heard, missed + 1 if silent else 0
             if last[1]:
                 self.end_all("", EXIT_LOST_PROCESS)
             if missed >= BEATS_UNTIL_LOST:
-                lost = 0 if unanswered else self.neighbour  # the store is process 0's, or of the agent beside it
+                # The store is process 0's, or of the agent beside it.
+                lost = 0 if answers < missed / 2 else self.neighbour
                 silence = f"process {lost} has been silent for {missed * BEAT_SECONDS:.0f} seconds"
                 self.end_all(_lost(silence), EXIT_LOST_PROCESS)
 
