@@ -16,6 +16,7 @@ Python and libraries included, and what the step added to it; on a GPU what PyTo
   python -m benchmarks.edgeconv --batch 2 --points 256           # a try-out: seconds
   python -m benchmarks.edgeconv --model dgcnn_partseg --json runs/edgeconv.json
   python -m benchmarks.edgeconv --device cuda --batch 32 --repeats 20
+  CROSSNET_KERNELS=torch python -m benchmarks.edgeconv --device cuda     # without Triton kernels (models/kernels.py)
   python -m benchmarks.edgeconv --alone --points 8192            # ours only, where the textbook's edges do not fit
 """
 
@@ -55,9 +56,9 @@ from utils.errors import UserError
 QUICK = {"batch": 2, "points": 128, "emb_dims": 64, "repeats": 2}
 # Kinds of operations in a profile, by parts of their names; the first that fits counts.
 STAGES = {
-    "selection of neighbours": ("topk", "sort", "_largest_places"),
+    "selection of neighbours": ("topk", "sort", "_largest", "_nearest"),
     "gather, scatter, reduce over neighbours": (
-        *("index", "gather", "scatter", "embedding_bag", "max", "bincount", "sparse"),
+        *("index", "gather", "scatter", "embedding_bag", "max", "bincount", "sparse", "_edge_", "_gradient_of_"),
     ),
     "matrix products": ("mm", "convolution", "linear", "matmul"),
     "batch norm and activation": ("norm", "relu", "addcmul", "mul", "div", "sub", "add", "square", "sum", "mean"),

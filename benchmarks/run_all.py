@@ -36,6 +36,7 @@ from utils.errors import UserError
 RESULTS = "results.json"
 # glibc keeps what is freed for the next allocation, where it would give large blocks back to the system.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}
+PLAIN_KERNELS = {"CROSSNET_KERNELS": "torch"}
 COLOURS = {"ours": "tab:blue", "textbook": "tab:orange"}
 
 
@@ -81,6 +82,7 @@ def jobs(data_root: str | None, gpu: bool) -> list[Job]:
     if gpu:
         todo += [
             Job("gpu_encoder", "edgeconv", "--device cuda --repeats 10", "--quick --device cuda"),
+            Job("gpu_encoder_plain", "edgeconv", "--device cuda --repeats 10", None, PLAIN_KERNELS),
             Job("gpu_step", "step", "--device cuda --batch 32 --amp bf16", "--quick --device cuda"),
             Job("gpu_layer", "dynamic_edgeconv", "--device cuda --repeats 10", "--quick --device cuda"),
             Job("gpu_loss", "losses", "--device cuda", "--quick --device cuda"),
@@ -147,7 +149,8 @@ def comparison_rows(results: dict[str, Any]) -> list[list[str]]:
     def reason(name: str) -> str:
         return results.get(name, {}).get("not_run", "no GPU here" if name.startswith("gpu_") else "")
 
-    for name in ("encoder", "encoder_kept", "encoder_partseg", "encoder_semseg", "gpu_encoder"):
+    of_every_kind = ("encoder", "encoder_kept", "encoder_partseg", "encoder_semseg", "gpu_encoder", "gpu_encoder_plain")
+    for name in of_every_kind:
         part = found(results, name)
         text = f"training step of the encoder ({name})"
         if part:
@@ -155,7 +158,9 @@ def comparison_rows(results: dict[str, Any]) -> list[list[str]]:
             text = f"training step of {s['model']}, {s['batch']} x {s['points']:,} points, k {s['k']}, {s['device']}"
             if name == "encoder_kept":
                 text += ", both with freed memory kept (see [Encoder step](#encoder-step))"
-        elif name == "encoder_kept":
+            if name == "gpu_encoder_plain":
+                text += ", ours without Triton kernels"
+        elif name in ("encoder_kept", "gpu_encoder_plain"):
             continue
         add(text, part, why=reason(name))
     for name in ("step", "gpu_step"):

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from models.blocks import blocks_of_rows, in_degree, neighbour_max, neighbour_sum, transposed_sum, whole_clouds
+from models.kernels import kernels_for
 from models.layers import max_over_points
 from models.norm import (
     Moments,
@@ -95,10 +96,10 @@ class _EdgeMoments(torch.autograd.Function):
         a, c, neighbours, degree, mean = ctx.saved_tensors
         points, k = neighbours.shape
         slope = 2 * grad_scatter
-        return *edge_gradients(a, c, neighbours, degree, slope, grad_mean / (points * k) - slope * mean), None
+        return *gradients_of_all_edges(a, c, neighbours, degree, slope, grad_mean / (points * k) - slope * mean), None
 
 
-def edge_gradients(
+def gradients_of_all_edges(
     a: Tensor, c: Tensor, neighbours: Tensor, degree: Tensor, slope: Tensor, constant: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients with respect to a and c where that with respect to each edge is ``slope * (a_j + c_i) + constant``.
@@ -121,6 +122,44 @@ def edge_gradients(
         grad_a[rows].mul_(slope).addcmul_(degree[rows, None], torch.addcmul(constant, a[rows], slope))
         grad_c[rows].add_(c[rows], alpha=k).mul_(slope).add_(constant, alpha=k)
     return grad_a, grad_c
+
+
+def edge_extremes(
+    a: Tensor, c: Tensor, neighbours: Tensor, sign: Tensor, *, with_moments: bool
+) -> tuple[Tensor, Tensor, Moments | None]:
+    """Extremes over the neighbours j of ``h_ij = a_j + c_i``, and its moments, without gradient.
+
+    Args:
+        a: (P, C).
+        c: (P, C).
+        neighbours: (P, k).
+        sign: (C,) of 1 and -1, where the minimum is wanted.
+        with_moments: whether those are wanted.
+
+    Returns:
+        Extremes (P, C), the rows j that they come from (P, C), and the moments over all edges or None.
+    """
+    if kernels := kernels_for(a):
+        about = a.mean(0) + c.mean(0) if with_moments else None  # close to the mean, so that no digits cancel
+        extremes, places, total, squares = kernels.edge_extremes(a, c, neighbours, sign, about=about)
+        if about is None:
+            return extremes, places, None
+        offset = total / neighbours.numel()
+        scatter = (squares - total * offset).clamp_min_(0)
+        return extremes, places, Moments(a.new_full((), neighbours.numel()), about + offset, scatter)
+    moments = edge_moments(a, c, neighbours, in_degree(neighbours).to(a.dtype)) if with_moments else None
+    largest, places = neighbour_max(a, neighbours, sign)
+    return largest.add_(c), places, moments
+
+
+def edge_gradients(
+    a: Tensor, c: Tensor, neighbours: Tensor, slope: Tensor, constant: Tensor, peaks: Tensor, places: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``gradients_of_all_edges``, and at the edge of each extreme (its row j in ``places``) also ``peaks``, (P, C)."""
+    if kernels := kernels_for(a):
+        return kernels.edge_gradients(a, c, neighbours, slope, constant, peaks, places)
+    grad_a, grad_c = gradients_of_all_edges(a, c, neighbours, in_degree(neighbours).to(a.dtype), slope, constant)
+    return grad_a.scatter_add_(0, places.to(torch.int64), peaks), grad_c.add_(peaks)
 
 
 class _EdgeConv(torch.autograd.Function):
@@ -160,10 +199,8 @@ class _EdgeConv(torch.autograd.Function):
         for rows in blocks:
             near = neighbours[rows] - rows.start
             a, c = edge_terms(x[rows] - offset, weight)
-            if batch:
-                parts.append(edge_moments(a, c, near, in_degree(near).to(a.dtype)))
-            largest, chosen = neighbour_max(a, near, sign)
-            extremes[rows] = largest.add_(c)
+            extremes[rows], chosen, moments = edge_extremes(a, c, near, sign, with_moments=batch)
+            parts.append(moments)
             if trains:
                 places[rows] = chosen
         if batch:
@@ -218,9 +255,7 @@ class _EdgeConv(torch.autograd.Function):
             else:
                 near = neighbours[rows] - rows.start
                 a, c = edge_terms(centred, weight)
-                grad_a, of_statistics = edge_gradients(a, c, near, in_degree(near).to(a.dtype), slope, constant)
-                grad_a.scatter_add_(0, places[rows].to(torch.int64), grad_c)
-                grad_c += of_statistics
+                grad_a, grad_c = edge_gradients(a, c, near, slope, constant, grad_c, places[rows])
             if not sums_to_zero:
                 total += grad_c.sum(0)
             sum_a.addmm_(grad_a.T, centred)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from models.blocks import blocks_of_clouds, can_mark, mark_places, runs_eagerly, unmark
+from models.kernels import kernels_for
 from models.precision import at_least_float32, without_autocast
 
 # Elements of one block of the distance matrix: small enough for a CPU's cache, large enough to fill a GPU.
@@ -29,6 +30,8 @@ def largest(values: Tensor, k: int) -> Tensor:
         (R, k) int64.
     """
     rows, n = values.shape
+    if (kernels := kernels_for(values)) and n <= kernels.MAX_ROW:
+        return kernels.largest(values, k)
     if not (can_mark(values, n) and runs_eagerly()):
         return values.topk(k, dim=1, sorted=False).indices
     if n <= _DIRECT_SELECTION * k:
@@ -73,6 +76,8 @@ def knn(points: Tensor, k: int) -> Tensor:
     with torch.no_grad(), without_autocast(points.device):
         x = at_least_float32(points.detach())
         x = x - x.mean(dim=1, keepdim=True)
+        if (kernels := kernels_for(x)) and n <= kernels.MAX_ROW and x.shape[2] <= kernels.MAX_COORDINATES:
+            return kernels.nearest(x, k)
         # x_i . x_j - |x_j|^2 / 2 orders the j as the distance does, largest first; one product gives it.
         last = torch.full_like(x[..., :1], -0.5)
         queries, others = torch.cat([x, last], dim=2), torch.cat([x, x.square().sum(2, keepdim=True)], dim=2).mT

@@ -1,0 +1,108 @@
+"""Compile the Triton kernels for GPUs, on a machine that needs none: what tests/models/test_kernels.py cannot see.
+
+The interpreter runs kernels that a compiler may refuse. Here every launch of the functions in models/triton_kernels.py
+is compiled down to machine code instead of being run, for tensors as an encoder has them. Needs Triton 3.2 or newer.
+
+  python -m tests.compile_kernels                  # compute capabilities 7.5, 8.0 and 9.0
+  python -m tests.compile_kernels --capability 90 --points 4096
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime import JITFunction
+
+from models import triton_kernels
+from utils.cli import HelpFormatter
+
+TYPES = {torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32"}
+ALIGNED = [["tt.divisibility", 16]]  # as Triton finds pointers and round sizes in a real launch
+
+
+class CompileOnly:
+    """Stands for a kernel: a launch compiles it and runs nothing."""
+
+    def __init__(self, kernel: JITFunction, capability: int, done: Callable[[str, int], None]) -> None:
+        self.kernel, self.target, self.done = kernel, GPUTarget("cuda", capability, 32), done
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return self.launch
+
+    def launch(self, *positional: Any, num_warps: int = 4, **named: Any) -> None:
+        names = self.kernel.arg_names
+        values = dict(zip(names, positional, strict=False)) | named
+        signature, constants, attributes = {}, {}, {}
+        for i, name in enumerate(names):
+            value = values[name]
+            if self.kernel.params[i].is_constexpr:
+                signature[name], constants[(i,)] = "constexpr", value
+                continue
+            signature[name] = TYPES[value.dtype] if torch.is_tensor(value) else "i32"
+            if torch.is_tensor(value) or value % 16 == 0:
+                attributes[(i,)] = ALIGNED
+        source = ASTSource(fn=self.kernel, signature=signature, constexprs=constants, attrs=attributes)
+        compiled = triton.compile(source, target=self.target, options={"num_warps": num_warps})
+        self.done(self.kernel.__name__, len(compiled.asm["cubin"]))
+
+
+def compile_all(*, capability: int, points: int, k: int, width: int) -> list[str]:
+    """Compile every kernel that the module's functions launch; a line about each."""
+    lines = []
+
+    def done(name: str, size: int) -> None:
+        lines.append(f"{name} for compute capability {capability / 10}: {size} bytes")
+        print(lines[-1], flush=True)
+
+    # Kernels are launched by the module's public functions; a kernel without a launch is part of another.
+    kernels = {name: x for name, x in vars(triton_kernels).items() if isinstance(x, JITFunction)}
+    launched = {name for name in kernels if f"{name}[" in Path(triton_kernels.__file__).read_text(encoding="utf-8")}
+    stand_ins = {name: CompileOnly(kernels[name], capability, done) for name in launched}
+    cloud = torch.randn(1, points, 3)
+    a, c, peaks = torch.randn(3, points, width)
+    slope, constant = torch.randn(2, width)
+    near = torch.arange(points * k).view(points, k) % points
+    with mock.patch.multiple(triton_kernels, **stand_ins):
+        triton_kernels.nearest(cloud, k)
+        triton_kernels.largest(cloud[..., 0].expand(2, -1), k)
+        _, places, *_ = triton_kernels.edge_extremes(a, c, near, constant.sign(), about=slope)
+        triton_kernels.edge_extremes(a, c, near, constant.sign(), about=None)
+        triton_kernels.edge_gradients(a, c, near, slope, constant, peaks, places)
+    missing = [name for name in launched if not any(line.startswith(f"{name} ") for line in lines)]
+    if missing:
+        raise RuntimeError(f"not compiled: {', '.join(missing)}")
+    return lines
+
+
+def main(argv: list[str] | None = None) -> list[str]:
+    """Compile for each capability asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.prog = "python -m tests.compile_kernels"
+    parser.add_argument("--capability", type=int, nargs="+", default=[75, 80, 90], metavar="CC", help="75 is 7.5")
+    parser.add_argument("--points", type=int, default=2048, metavar="N", help="points of a cloud")
+    parser.add_argument("--k", type=int, default=20, help="neighbours per point")
+    parser.add_argument("--width", type=int, default=128, metavar="C", help="channels of a layer")
+    args = parser.parse_args(argv)
+    return [
+        line
+        for capability in args.capability
+        for line in compile_all(capability=capability, points=args.points, k=args.k, width=args.width)
+    ]
+
+
+if __name__ == "__main__":
+    main()

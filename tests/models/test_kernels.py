@@ -1,0 +1,255 @@
+"""Triton kernels against plain formulas: on a GPU where there is one, else by Triton's interpreter."""
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from models import build_encoder, kernels
+from models.edge_conv import edge_conv
+from models.layers import edge_block
+from models.neighbours import flatten_neighbours, knn
+from utils.errors import UserError
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+from models import triton_kernels  # noqa: E402
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
+pytestmark = pytest.mark.skipif(
+    DEVICE.type == "cpu" and VERSION < (3, 1), reason="no GPU, and Triton 3.0's interpreter does not write its outputs"
+)
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def chosen(monkeypatch):
+    """A function that sets CROSSNET_KERNELS; what an earlier check found is forgotten."""
+    kernels._checked.cache_clear()
+    yield lambda choice: monkeypatch.setenv(kernels.VARIABLE, choice)
+    kernels._checked.cache_clear()
+
+
+@pytest.fixture
+def unchecked(monkeypatch, chosen):
+    """``chosen``, the check at first use left out: it has a test of its own, and the interpreter is slow."""
+    monkeypatch.setattr(kernels, "check", lambda *_: None)
+    return chosen
+
+
+def first_of_the_largest(values, k):
+    """Places of the k largest, ascending; of equal ones the first."""
+    return values.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
+
+
+@pytest.mark.parametrize("n", [1, 5, 32, 45])
+def test_selection_of_every_number(n):
+    values = torch.randn(2, n)
+    values[0, n // 2 :] = values[0, 0]  # ties, some of them at the k-th value
+    for k in {1, (n + 1) // 2, n}:
+        found = triton_kernels.largest(values.to(DEVICE), k).cpu()
+        torch.testing.assert_close(found, first_of_the_largest(values, k))
+
+
+def test_selection_among_special_values():
+    values = torch.tensor(
+        [
+            [-0.0, 0.0, 0.0, -0.0, -1.0],
+            [float("inf"), 3e38, -float("inf"), -3e38, float("inf")],
+            [1e-45, -1e-45, 0.0, 2e-45, -2e-45],
+            [7.0, 7.0, 7.0, 7.0, 7.0],
+        ]
+    )
+    for k in (1, 2, 3, 5):
+        found = triton_kernels.largest(values.to(DEVICE), k).cpu()
+        torch.testing.assert_close(found, first_of_the_largest(values, k))
+
+
+def test_selection_with_values_that_are_not_numbers_names_different_places():
+    values = torch.full((1, 9), float("nan"))
+    values[0, 3] = 1.0
+    found = triton_kernels.largest(values.to(DEVICE), 4).cpu()
+    assert found.unique().numel() == 4 and 0 <= found.min() and found.max() < 9
+
+
+@pytest.mark.parametrize("coordinates", [1, 3, 4])
+def test_nearest_points(coordinates):
+    points = torch.randn(2, 21, coordinates)
+    points[1, 5:15] = points[1, 0]  # as input dropout leaves them
+    distances = (points[:, :, None] - points[:, None]).square().sum(-1)
+    expected = first_of_the_largest(-distances.flatten(0, 1), 6).unflatten(0, (2, 21))
+    torch.testing.assert_close(triton_kernels.nearest(points.to(DEVICE), 6).cpu(), expected)
+
+
+def test_nearest_points_of_a_strided_cloud():
+    points = torch.randn(3, 2, 12).to(DEVICE).permute(1, 2, 0)
+    torch.testing.assert_close(triton_kernels.nearest(points, 3), triton_kernels.nearest(points.contiguous(), 3))
+
+
+@pytest.mark.parametrize(("points", "k", "width"), [(1, 1, 1), (9, 3, 16), (21, 7, 130)])
+def test_edges_against_autograd(points, k, width):
+    a, c, peaks = torch.randn(3, points, width).to(DEVICE)
+    slope, constant, about = torch.randn(3, width).to(DEVICE)
+    sign = torch.where(constant < 0, -1.0, 1.0)
+    near = torch.rand(points, points).topk(k, dim=1).indices.to(DEVICE)
+    near[: points // 2, -1] = near[: points // 2, 0]  # a row may be the same row's neighbour twice
+    exact_a, exact_c = (x.double().requires_grad_() for x in (a, c))
+    h = exact_a[near] + exact_c[:, None]
+    extremes = (h * sign).amax(1) * sign
+
+    found, places, total, squares = triton_kernels.edge_extremes(a, c, near, sign, about=about)
+    torch.testing.assert_close(found.double(), extremes, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(a.gather(0, places.long()) + c, found)
+    torch.testing.assert_close(total.double(), (h - about).sum((0, 1)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(squares.double(), (h - about).square().sum((0, 1)), rtol=1e-5, atol=1e-5)
+    same, _, *sums = triton_kernels.edge_extremes(a, c, near, sign, about=None)
+    assert torch.equal(same, found) and not any(part.any() for part in sums)
+
+    energy = (slope * h.square() / 2 + constant * h).sum()
+    energy = energy + (peaks * (exact_a.gather(0, places.long()) + exact_c)).sum()
+    expected = torch.autograd.grad(energy, (exact_a, exact_c))
+    for mine, exact in zip(
+        triton_kernels.edge_gradients(a, c, near, slope, constant, peaks, places), expected, strict=True
+    ):
+        torch.testing.assert_close(mine.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_not_a_number_stays_among_the_extremes():
+    a, c = torch.zeros(3, 1), torch.zeros(3, 1)
+    a[1] = float("nan")
+    near, sign = torch.tensor([[0, 1, 2], [1, 2, 0], [0, 2, 2]]), torch.ones(1)
+    extremes, *_ = triton_kernels.edge_extremes(*(x.to(DEVICE) for x in (a, c, near, sign)), about=None)
+    assert extremes.isnan().flatten().tolist() == [True, True, False]
+
+
+def assert_same(found, expected, tolerance):
+    """Both name the same tensors, which differ by rounding."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        atol = tolerance * max(1.0, value.abs().max().item())
+        torch.testing.assert_close(found[name], value, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def layer_outcome(x, near, clouds, train):
+    """Output, gradients and buffers of one EdgeConv."""
+    torch.manual_seed(1)
+    block = edge_block(2 * x.shape[1], 6).to(DEVICE).train(train)
+    with torch.no_grad():
+        block[1].weight.copy_(torch.tensor([1.0, -0.5, 0.0, 2.0, -1.0, 0.7]))
+    x = x.clone().requires_grad_()
+    out = edge_conv(x, near, block, clouds=clouds)
+    (out * torch.randn(out.shape).to(DEVICE)).sum().backward()
+    return {"output": out, "x": x.grad, **{name: p.grad for name, p in block.named_parameters()}, **block.state_dict()}
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_a_layer_is_the_same_in_both_forms(unchecked, train):
+    clouds = torch.randn(2, 11, 4) + 100.0
+    clouds[1, 3:9] = clouds[1, 0]  # rows 14 to 19 are row 11; which of them is the extreme is open
+    unchecked("torch")
+    near = flatten_neighbours(knn(clouds.to(DEVICE), 4))
+    rows = clouds.flatten(0, 1).to(DEVICE)
+    plain = layer_outcome(rows, near, 2, train)
+    unchecked("triton")
+    assert kernels.kernels_for(rows) is triton_kernels
+    found = layer_outcome(rows, near, 2, train)
+    for outcome in (plain, found):
+        outcome["x"][11] += outcome["x"][14:20].sum(0)
+        outcome["x"][14:20] = 0
+        del outcome["1.weight"]  # at a gain of zero all edges tie
+    assert_same(found, plain, 1e-5)
+
+
+def test_an_encoder_is_the_same_in_both_forms(unchecked):
+    clouds = torch.randn(2, 3, 14).to(DEVICE)
+    outcomes = []
+    for choice in ("torch", "triton"):
+        unchecked(choice)
+        torch.manual_seed(2)
+        encoder = build_encoder("dgcnn_cls", k=3, emb_dims=8).to(DEVICE)
+        pooled, local = encoder(clouds)
+        (pooled.square().sum() + local.sum()).backward()
+        outcomes.append({"pooled": pooled, "local": local, **{n: p.grad for n, p in encoder.named_parameters()}})
+    assert_same(*outcomes, 1e-4)
+
+
+def test_the_check_at_first_use_passes(chosen, caplog):
+    chosen("triton")
+    with caplog.at_level(logging.INFO, logger="crossnet.kernels"):
+        assert kernels.kernels_for(torch.zeros(1, device=DEVICE)) is triton_kernels
+        assert kernels.kernels_for(torch.zeros(1, device=DEVICE)) is triton_kernels
+    assert len(caplog.records) == 1 and "CROSSNET_KERNELS=torch turns them off" in caplog.text
+
+
+@pytest.mark.parametrize("wrong", ["nearest", "largest", "edge_extremes", "edge_gradients"])
+def test_a_kernel_that_is_wrong_is_noticed(wrong):
+    def spoiled(*inputs, **named):
+        out = getattr(triton_kernels, wrong)(*inputs, **named)
+        if torch.is_tensor(out):
+            return (out + 1) % 20
+        return out[0], out[1] * 1.01, *out[2:]
+
+    names = ("nearest", "largest", "edge_extremes", "edge_gradients")
+    faulty = SimpleNamespace(**{name: getattr(triton_kernels, name) for name in names})
+    setattr(faulty, wrong, spoiled)
+    with pytest.raises(RuntimeError, match="differ from the plain formula"):
+        kernels.check(faulty, DEVICE)
+
+
+def test_without_working_kernels_the_plain_form_runs_with_a_warning(monkeypatch, chosen, caplog):
+    def broken(*_):
+        raise RuntimeError("no compiler here\nand a long trace")
+
+    monkeypatch.setattr(kernels, "check", broken)
+    monkeypatch.setattr(kernels, "wanted", lambda: "auto")
+    on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.float32, device=torch.device("cuda"))
+    with caplog.at_level(logging.WARNING, logger="crossnet.kernels"):
+        assert kernels.kernels_for(on_gpu) is None
+        assert kernels.kernels_for(on_gpu) is None
+    assert [record.getMessage() for record in caplog.records] == [
+        "Triton kernels are not used on cuda, PyTorch's operations are: no compiler here"
+    ]
+    monkeypatch.setattr(kernels, "wanted", lambda: "triton")
+    with pytest.raises(UserError, match="CROSSNET_KERNELS=triton, but .* on cuda: no compiler here"):
+        kernels.kernels_for(on_gpu)
+
+
+def test_where_the_kernels_do_not_apply(unchecked):
+    x = torch.zeros(1, device=DEVICE)
+    unchecked("triton")
+    assert kernels.kernels_for(x.double()) is None and kernels.kernels_for(x.half()) is None
+    unchecked("torch")
+    assert kernels.kernels_for(x) is None
+    unchecked("auto")
+    assert kernels.kernels_for(torch.zeros(1)) is None  # a CPU
+    unchecked("cuda")
+    with pytest.raises(UserError, match="CROSSNET_KERNELS=cuda .* auto, triton, torch"):
+        kernels.kernels_for(x)
+
+
+@pytest.mark.skipif(VERSION < (3, 2) or sys.platform != "linux", reason="needs Triton 3.2 and its assembler")
+def test_every_kernel_compiles_for_gpus(tmp_path):
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-m", "tests.compile_kernels", "--capability", "80", "90", "--points", "700"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    names = ("_nearest", "_largest", "_edge_forward", "_gradient_of_centres", "_gradient_of_neighbours")
+    for capability in ("8.0", "9.0"):
+        for name in names:
+            assert f"{name} for compute capability {capability}: " in done.stdout
+
+
+def test_rows_too_wide_for_the_kernels_take_the_plain_form(unchecked, monkeypatch):
+    monkeypatch.setattr(triton_kernels, "MAX_ROW", 8)
+    unchecked("triton")
+    for coordinates in (3, 5):
+        points = torch.randn(1, 9, coordinates, device=DEVICE)
+        found = knn(points, 2).sort(-1).values
+        distances = torch.cdist(points, points)
+        torch.testing.assert_close(found, distances.topk(2, largest=False).indices.sort(-1).values)
