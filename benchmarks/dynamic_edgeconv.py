@@ -1,8 +1,9 @@
 """One EdgeConv layer, ours against torch_geometric's, forward and backward with the search for neighbours.
 
 torch_geometric is no requirement of this project; install it for the comparison (``pip install torch_geometric``).
-Its ``DynamicEdgeConv`` needs the package torch_cluster for the neighbours. Where that is missing too, its ``EdgeConv``
-is called on the neighbours of tests/textbook.py, and the result says so.
+Its ``DynamicEdgeConv`` searches neighbours by torch_cluster up to version 2.6, by pyg-lib from 2.7 on. Without them its
+``EdgeConv`` is called on the neighbours of tests/textbook.py, and the result says so. torch_cluster is compiled on the
+spot, a quarter of an hour: ``pip install "torch_geometric<2.7"; pip install --no-build-isolation torch_cluster``.
 
 The layer is DGCNN's second: 64 channels to 64, batch norm and leaky ReLU, k neighbours in the space of the features.
 Both compute the same: batch norm is over all edges in both. How far they differ is printed.
@@ -82,13 +83,12 @@ def geometric_layer(block: nn.Sequential, k: int) -> tuple[nn.Module, str]:
     weight = torch.cat([centre, difference], dim=1)  # it puts [x_i ; x_j - x_i] in this order
     parts = nn.Sequential(linear, nn.BatchNorm1d(norm.num_features), nn.LeakyReLU(activation.negative_slope))
     try:
-        import torch_cluster  # noqa: F401 - what DynamicEdgeConv searches neighbours with
-    except ImportError:
+        layer = DynamicEdgeConv(parts, k=k, aggr="max")
+    except ImportError:  # its search of neighbours is in torch_cluster, from torch_geometric 2.7 on in pyg-lib
         layer = EdgeConv(parts, aggr="max")
         linear.weight.data = weight  # only now: the constructor draws weights of its own
         layer.run = lambda x: layer(x.flatten(0, 1), edges(textbook_knn(x.mT, k)))
-        return layer, "EdgeConv, neighbours by the textbook (torch_cluster, which DynamicEdgeConv needs, is missing)"
-    layer = DynamicEdgeConv(parts, k=k, aggr="max")
+        return layer, "EdgeConv, neighbours by the textbook (the library that DynamicEdgeConv needs is missing)"
     linear.weight.data = weight
     layer.run = lambda x: layer(x.flatten(0, 1), torch.arange(len(x), device=x.device).repeat_interleave(x.shape[1]))
     return layer, "DynamicEdgeConv"

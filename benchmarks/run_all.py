@@ -64,6 +64,8 @@ def jobs(data_root: str | None, gpu: bool) -> list[Job]:
         *(Job(f"points_{n}", "edgeconv", f"--batch 4 --points {n} --repeats 2", None) for n in (512, 2048)),
         *(Job(f"k_{k}", "edgeconv", f"--batch 4 --points 1024 --k {k} --repeats 2", None) for k in (10, 40)),
         *(Job(f"batch_{b}", "edgeconv", f"--batch {b} --points 1024 --repeats 2", None) for b in (2, 8)),
+        Job("neighbours", "neighbours", ""),
+        Job("neighbours_8192", "neighbours", "--batch 4 --points 8192 --widths 3 --repeats 3", None),
         Job("step", "step", "--repeats 1 --batch 4 --batches 16 64"),
         Job("layer", "dynamic_edgeconv", ""),
         Job("loss", "losses", ""),
@@ -83,6 +85,7 @@ def jobs(data_root: str | None, gpu: bool) -> list[Job]:
         todo += [
             Job("gpu_encoder", "edgeconv", "--device cuda --repeats 10", "--quick --device cuda"),
             Job("gpu_encoder_plain", "edgeconv", "--device cuda --repeats 10", None, PLAIN_KERNELS),
+            Job("gpu_neighbours", "neighbours", "--device cuda", "--quick --device cuda"),
             Job("gpu_step", "step", "--device cuda --batch 32 --amp bf16", "--quick --device cuda"),
             Job("gpu_layer", "dynamic_edgeconv", "--device cuda --repeats 10", "--quick --device cuda"),
             Job("gpu_loss", "losses", "--device cuda", "--quick --device cuda"),
@@ -204,6 +207,21 @@ def comparison_rows(results: dict[str, Any]) -> list[list[str]]:
             ratio = f"**{scores[f'times_faster_than_{key}']:.1f}**"
             rows.append([f"segmentation scores against {text}", *(f"{cell} ms" for cell in cells), ratio, "", "", ""])
     return rows
+
+
+def neighbour_rows(results: dict[str, Any]) -> list[list[str]]:
+    """The table of searches for neighbours; empty where none was run."""
+    rows = [["clouds", "channels", "way", "ms", "times ours", "differ"]]
+    for name in ("neighbours", "neighbours_8192", "gpu_neighbours"):
+        part = found(results, name) or {"widths": {}}
+        for width, ways in part["widths"].items():
+            s = part["settings"]
+            for way, times in ways.items():
+                seconds = times["seconds_median"]
+                ratio = number(seconds / ways["ours"]["seconds_median"])
+                place = f"{s['batch']} x {s['points']:,} points, {s['device']}"
+                rows.append([place, width, way, number(1e3 * seconds), ratio, f"{times['different']:.0e}"])
+    return rows if len(rows) > 1 else []
 
 
 def sweep(results: dict[str, Any], key: str, names: Sequence[str]) -> list[dict[str, Any]]:
@@ -337,6 +355,13 @@ def sections(results: dict[str, Any], folder: Path, link: str) -> list[str]:
             folder / "profile.png",
         )
         text.append(f"![shares of the step by kind of operation]({link}/profile.png)")
+    if rows := neighbour_rows(results):
+        text += [
+            "## Search for neighbours",
+            "All ways are exact; `tree` is SciPy's k-d tree, for coordinates only, on a CPU. The last column is the "
+            "share of places in the sorted lists that differ from a search in float64.",
+            markdown(rows),
+        ]
     for name in ("step", "gpu_step"):
         if part := found(results, name):
             s, picture = part["settings"], f"memory_{name}.png"

@@ -1,13 +1,14 @@
 """Every benchmark at sizes that say nothing: the keys it promises, and that what it compares is the same."""
 
 import json
+import os
 import sys
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import dynamic_edgeconv, estimate, loader, losses, measure, run_all, svm
+from benchmarks import dynamic_edgeconv, estimate, loader, losses, measure, neighbours, run_all, svm
 from models.image import IMAGE_ENCODERS
 from tests.pairs import write_pairs
 from tests.small_run import TinyImageNet
@@ -94,6 +95,29 @@ def test_svm_and_features_agree_with_the_textbook(tmp_path):
     assert is_documented(result, tmp_path / "out.json")
     assert result["svm"]["agreement"] == 1 and result["svm"]["ours"]["accuracy"] > 30
     assert result["features"]["median_relative_difference"] < 1e-4
+
+
+def test_ways_to_neighbours_find_the_same(tmp_path, capsys):
+    result = neighbours.main(["--quick", "--widths", "3", "5", "--json", str(tmp_path / "out.json")])
+    assert is_documented(result, tmp_path / "out.json")
+    assert {width: set(ways) for width, ways in result["widths"].items()} == {
+        "3": {"ours", "textbook", "cdist", "tree"},
+        "5": {"ours", "textbook", "cdist"},
+    }
+    for ways in result["widths"].values():
+        for part in ways.values():
+            assert part["different"] < 0.02 and part["seconds_median"] > 0
+    assert "4 neighbours of 2 x 64 points" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--k 9 neighbours need at least as many points, not --points 8"):
+        neighbours.main(["--k", "9", "--points", "8"])
+
+
+def test_the_plain_way_uses_no_kernels_and_leaves_the_choice_as_it_was(monkeypatch):
+    seen = []
+    monkeypatch.setenv("CROSSNET_KERNELS", "triton")
+    monkeypatch.setattr(neighbours, "knn", lambda points, k: seen.append(os.environ["CROSSNET_KERNELS"]))
+    neighbours.plain(torch.zeros(1, 4, 3), 2)
+    assert seen == ["torch"] and os.environ["CROSSNET_KERNELS"] == "triton"
 
 
 def test_synthetic_features_overlap():
@@ -250,9 +274,11 @@ def test_the_page_draws_every_result_there_may_be(tmp_path):
     check = {"predicted_seconds": 1.0, "measured_seconds": 1.1, "error_percent": -9.0}
     scores = {"seconds": 0.03, "loop_over_points_seconds": 3.0, "loop_over_masks_seconds": 0.4}
     scores |= {"times_faster_than_points": 100.0, "times_faster_than_masks": 13.0, "command": "y", "wall_seconds": 1}
+    ways = {"ours": {"seconds_median": 0.1, "different": 0.0}, "tree": {"seconds_median": 0.25, "different": 1e-5}}
     benchmarks = {
         "encoder": made_up(8.0, model="dgcnn_cls") | {"profile": shares},
         "encoder_8192": alone,
+        "neighbours": made_up() | {"widths": {"3": ways}},
         **{f"points_{n}": made_up(n / 100, points=n) for n in (512, 1024, 2048)},
         **{f"k_{k}": made_up(k / 4, k=k) for k in (10, 40)},
         **{f"batch_{b}": made_up(4.0, batch=b) for b in (2, 8)},
@@ -270,5 +296,6 @@ def test_the_page_draws_every_result_there_may_be(tmp_path):
     assert "Sixteen would deliver 1,600: that is a multiplication" in page
     assert "not run: torch_geometric cannot be imported" in page and "99.90% of the predictions agree" in page
     assert "| decode | 0.400 | 0.800 |" in page and "1 / 1.1 (-9 %)" in page
+    assert "| 4 x 1,024 points, cpu | 3 | tree | 250 | 2.5 | 1e-05 |" in page
     row = "| training step of dgcnn_cls, 4 x 1,024 points, k 20, cpu | 1 s | 8 s | **8.0** | 700 | 2,100 | 3.0 |"
     assert row in page
