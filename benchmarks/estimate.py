@@ -3,7 +3,7 @@
 The real training step runs at the settings given, in a process of its own: a warm-up step, then steps until the time is
 up, two at least. Then the loader alone. A second process repeats this with half the batch; from both follow the memory
 per object and the largest batch that fits into --memory_gb. Of processes that train together only one is measured: what
-they lose by talking to each other is not in the estimate.
+they lose by talking to each other, or by sharing a machine, is not in the estimate; --check trains with all of them.
 
 All flags of train_crossnet_con.py count: --batch_size, --num_points, --image_model, --image_size, --model, --k, --amp,
 --workers and so on. Name your data with --data_root, and its reading is measured as it is. Without, the demo's
@@ -20,6 +20,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -74,7 +76,7 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, l
     g = parser.add_argument_group("how")
     g.add_argument("--seconds", type=positive_float, default=40.0, metavar="S", help="of timed steps")
     g.add_argument("--threads", type=positive_int, metavar="T", help="CPU threads of PyTorch (default: its own choice)")
-    g.add_argument("--check", action="store_true", help="then train an epoch of the stand-in and compare")
+    g.add_argument("--check", action="store_true", help="then train an epoch of the data and compare")
     g.add_argument("--json", metavar="FILE", help="also write the result to FILE")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)  # what the fresh processes run
     args, training = parser.parse_known_args(argv)
@@ -208,20 +210,51 @@ def predict(
     return result
 
 
-def check(training: list[str], full: dict[str, float], workers: bool, threads: int | None) -> dict[str, float]:
-    """Train an epoch of the data measured with, and compare.
+def train_alone(training: list[str], threads: int | None) -> dict[str, Any]:
+    """Train in this process; the epoch's record."""
+    with started(training, threads) as run_:
+        run_.folder.write_config(run_.provenance())
+        run_.train()
+        return next(iter(run_.folder.metrics()))
+
+
+def train_together(training: list[str], threads: int | None, processes: int) -> dict[str, Any]:
+    """Train by torchrun, in several processes on this machine; the epoch's record.
+
+    Raises:
+        UserError: that failed, for instance because there are fewer GPUs.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
+    with tempfile.TemporaryDirectory(prefix="crossnet-estimate-") as folder:
+        command += [str(ROOT / "train_crossnet_con.py"), *training]
+        command += ["--eval_every", "0", "--output_dir", folder, "--exp_name", "check"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            lines = done.stderr.strip().splitlines()
+            reason = next((line for line in lines if line.startswith("error: ")), lines[-1] if lines else "no message")
+            raise UserError(f"--check: {processes} processes cannot train together here: {reason}")
+        return next(iter(RunFolder(Path(folder) / "check", resume="auto").metrics()))
+
+
+def check(
+    training: list[str], full: dict[str, float], *, batch: int, workers: bool, threads: int | None, processes: int
+) -> dict[str, float]:
+    """Train an epoch of the data measured with, in as many processes as the run would have, and compare.
 
     Returns:
         Predicted and measured seconds per step and the error in per cent.
+
+    Raises:
+        UserError: so many processes cannot train here.
     """
-    with started([*training, "--epochs", "1", "--save_every", "0"], threads) as run_:
-        run_.folder.write_config(run_.provenance())
-        run_.train()
-        record = next(iter(run_.folder.metrics()))
-        measured = run_.sampler.global_batch / record["shapes_per_s"]
+    training = [*training, "--epochs", "1", "--save_every", "0"]
+    record = train_alone(training, threads) if processes == 1 else train_together(training, threads, processes)
+    measured = batch * processes / record["shapes_per_s"]
     step, load = full["step_seconds"], full["load_seconds"]
     predicted = max(step, load) if workers else step + load
     return {
+        "processes": processes,
         "steps": record["step"],
         "predicted_seconds": predicted,
         "measured_seconds": measured,
@@ -248,7 +281,7 @@ def table(result: dict[str, Any]) -> str:
     if found := result.get("check"):
         rows.append(
             (
-                f"check: an epoch of {found['steps']} steps, seconds per step",
+                f"check: an epoch of {found['steps']} steps, {found['processes']} process(es), seconds per step",
                 f"{found['measured_seconds']:.3f}, predicted {found['predicted_seconds']:.3f} "
                 f"({found['error_percent']:+.0f} %)",
             )
@@ -275,7 +308,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="crossnet-estimate-") as folder:
         if args.data_root is None:
             points = run_.num_points or RELEASED_POINTS
-            source = StandIn(open_source(ROOT / "data" / "demo"), shapes=BATCHES * batch, points=points)
+            source = StandIn(open_source(ROOT / "data" / "demo"), shapes=BATCHES * batch * args.gpus, points=points)
             data = str(Path(folder) / "pairs.h5")
             pack(source, data, chosen=list(range(len(source.ids))), name="stand-in")
         else:
@@ -290,7 +323,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         half = measured(batch // 2, 0.1) if batch >= 4 else None
         result = predict(args, full, half, run_)
         if args.check:
-            result["check"] = check([*training, "--data_root", data], full, bool(run_.workers), args.threads)
+            result["check"] = check(
+                *([*training, "--data_root", data], full),
+                **{"batch": batch, "workers": bool(run_.workers), "threads": args.threads, "processes": args.gpus},
+            )
     keys = ("batch_size", "num_points", "model", "k", "image_model", "image_size", "amp", "channels_last", "workers")
     result["settings"] = {key: getattr(run_, key) for key in keys} | {
         **{key: getattr(args, key) for key in ("shapes", "epochs", "gpus", "memory_gb", "seconds")},

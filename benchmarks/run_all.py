@@ -53,6 +53,8 @@ class Job(NamedTuple):
 def jobs(data_root: str | None, gpu: bool) -> list[Job]:
     """What is run, in order."""
     data = f" --data_root {data_root}" if data_root else ""
+    run_ = "--shapes 2033 --epochs 6 --num_points 512 --image_model resnet18 --image_size 64 --channels_last"
+    run_ += " --workers 0 --seconds 15 --check --device cpu"
     small = "--batch_size 4 --k 4 --emb_dims 16 --image_model resnet18 --image_size 32 --num_points 64 --device cpu"
     todo = [
         Job("encoder", "edgeconv", "--repeats 2"),
@@ -76,10 +78,10 @@ def jobs(data_root: str | None, gpu: bool) -> list[Job]:
         Job(
             "estimate",
             "estimate",
-            "--shapes 2033 --epochs 6 --batch_size 32 --num_points 512 --image_model resnet18 --image_size 64 "
-            "--channels_last --workers 0 --threads 2 --seconds 15 --memory_gb 11 --check --device cpu",
+            f"{run_} --batch_size 32 --threads 2 --memory_gb 11",
             f"--shapes 100 --epochs 2 --seconds 0.1 --threads 1 --workers 0 --check {small}",
         ),
+        Job("estimate_two", "estimate", f"{run_} --batch_size 16 --threads 1 --gpus 2", None),
     ]
     if gpu:
         todo += [
@@ -414,14 +416,14 @@ def sections(results: dict[str, Any], folder: Path, link: str) -> list[str]:
             f"process: {ratios} times the textbook's speed, one after the other."
         )
     rows = [["run", "shapes/s", "hours", "peak memory, MB", "bottleneck", "check: predicted / measured s per step"]]
-    for name in ("estimate", "gpu_estimate"):
+    for name in ("estimate", "estimate_two", "gpu_estimate"):
         if part := found(results, name):
             s = part["settings"]
             check = part["check"]
             rows.append(
                 [
-                    f"{s['shapes']:,} shapes, {s['epochs']} epochs, batch {s['batch_size']}, {s['num_points']} points, "
-                    f"{s['image_model']} at {s['image_size']} px, amp {s['amp']}",
+                    f"{s['shapes']:,} shapes, {s['epochs']} epochs, {s['gpus']} process(es), batch {s['batch_size']}, "
+                    f"{s['num_points']} points, {s['image_model']} at {s['image_size']} px, amp {s['amp']}",
                     number(part["shapes_per_s"]),
                     number(part["hours"]),
                     number(part["peak_mb"]),
@@ -433,7 +435,9 @@ def sections(results: dict[str, Any], folder: Path, link: str) -> list[str]:
     if len(rows) > 1:
         text += [
             "## Predicting a run",
-            "`python -m benchmarks.estimate`, checked by an epoch that followed.",
+            "`python -m benchmarks.estimate`, checked by an epoch that followed, in as many processes. One process is "
+            "measured: what several lose on one machine, by sharing its memory and by waiting for each other, is the "
+            "check's to show.",
             markdown(rows),
         ]
     return text

@@ -176,7 +176,8 @@ def test_estimate_measures_the_real_step_and_multiplies(tmp_path, here, capsys):
     assert result["hours"] == pytest.approx(result["steps"] * per_step / 3600)
     assert result["shapes_per_s"] == pytest.approx(8 / per_step)
     assert result["bottleneck"] in ("reading data", "the training step") and result["peak_mb"] > 0
-    assert result["check"]["steps"] == estimate.BATCHES and result["check"]["measured_seconds"] > 0
+    assert (result["check"]["steps"], result["check"]["processes"]) == (estimate.BATCHES, 2)
+    assert result["check"]["measured_seconds"] > 0
     assert [argv[argv.index("--batch_size") + 1] for argv in here] == ["4", "4"] and here[1][-1] == "2"
     assert "hours" in capsys.readouterr().out
 
@@ -191,6 +192,19 @@ def test_estimate_reads_the_data_named_and_knows_the_scripts_flags(tmp_path, her
         estimate.main(["--no_such_flag"])
     with pytest.raises(UserError, match="--shapes 3 do not fill one global batch of 4"):
         estimate.main(["--shapes", "3", "--seconds", "0.05", *SMALL])
+
+
+def test_a_check_in_one_process_trains_here(here):
+    result = estimate.main(["--shapes", "9", "--epochs", "1", "--seconds", "0.05", "--check", *SMALL])
+    assert (result["check"]["steps"], result["check"]["processes"]) == (estimate.BATCHES, 1)
+
+
+def test_processes_that_cannot_train_together_are_one_message(monkeypatch):
+    said = "W1: a launcher's word\nerror: 4 processes on this machine need a GPU each, it has 1\nE1: a trace"
+    failed = type("Done", (), {"returncode": 1, "stderr": said})
+    monkeypatch.setattr(estimate.subprocess, "run", lambda *a, **k: failed)
+    with pytest.raises(UserError, match="--check: 4 processes cannot train together here: error: 4 processes on this"):
+        estimate.train_together(["--batch_size", "2"], None, 4)
 
 
 def test_a_prediction_takes_the_slower_of_workers_and_device_and_the_memory_that_is_left():
@@ -270,6 +284,7 @@ def test_the_page_draws_every_result_there_may_be(tmp_path):
     step_sizes = {"image_model": "resnet18", "image_size": 32, "amp": "off", "chunk_size": 2}
     step_sizes |= {"memory_points": 64, "memory_image_model": "resnet18", "memory_image_size": 32}
     run_sizes = {"shapes": 100, "epochs": 2, "batch_size": 4, "num_points": 64, "amp": "off", "image_model": "resnet18"}
+    run_sizes |= {"gpus": 1}
     cost = {"shapes_per_s": 7.0, "hours": 1.5, "peak_mb": 900.0, "bottleneck": "the training step"}
     check = {"predicted_seconds": 1.0, "measured_seconds": 1.1, "error_percent": -9.0}
     scores = {"seconds": 0.03, "loop_over_points_seconds": 3.0, "loop_over_masks_seconds": 0.4}
