@@ -178,9 +178,10 @@ def test_an_encoder_is_the_same_in_both_forms(unchecked):
     assert_same(*outcomes, 1e-4)
 
 
-def test_the_check_at_first_use_passes(chosen, caplog):
+@pytest.mark.parametrize("context", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_the_check_at_first_use_passes(chosen, caplog, context):
     chosen("triton")
-    with caplog.at_level(logging.INFO, logger="crossnet.kernels"):
+    with caplog.at_level(logging.INFO, logger="crossnet.kernels"), context():
         assert kernels.kernels_for(torch.zeros(1, device=DEVICE)) is triton_kernels
         assert kernels.kernels_for(torch.zeros(1, device=DEVICE)) is triton_kernels
     assert len(caplog.records) == 1 and "CROSSNET_KERNELS=torch turns them off" in caplog.text
@@ -191,7 +192,7 @@ def test_a_kernel_that_is_wrong_is_noticed(wrong):
     def spoiled(*inputs, **named):
         out = getattr(triton_kernels, wrong)(*inputs, **named)
         if torch.is_tensor(out):
-            return (out + 1) % 20
+            return (out + 1) % 12
         return out[0], out[1] * 1.01, *out[2:]
 
     names = ("nearest", "largest", "edge_extremes", "edge_gradients")
@@ -236,13 +237,11 @@ def test_where_the_kernels_do_not_apply(unchecked):
 def test_every_kernel_compiles_for_gpus(tmp_path):
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-m", "tests.compile_kernels", "--capability", "80", "90", "--points", "700"]
+    command = [sys.executable, "-m", "tests.compile_kernels", "--capability", "90", "--points", "700"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     names = ("_nearest", "_largest", "_edge_forward", "_gradient_of_centres", "_gradient_of_neighbours")
-    for capability in ("8.0", "9.0"):
-        for name in names:
-            assert f"{name} for compute capability {capability}: " in done.stdout
+    assert all(f"{name} for compute capability 9.0: " in done.stdout for name in names)
 
 
 def test_rows_too_wide_for_the_kernels_take_the_plain_form(unchecked, monkeypatch):
