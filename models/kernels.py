@@ -53,6 +53,8 @@ def kernels_for(x: Tensor) -> ModuleType | None:
         return None
     choice = wanted()
     interpreted = choice == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if choice == "triton" and not (x.is_cuda or interpreted):
+        raise UserError(f"{VARIABLE}=triton in the environment: they need a GPU and the encoder runs on {x.device}")
     if choice == "torch" or not (x.is_cuda or interpreted):
         return None
     kernels, reason = _checked(x.device)

@@ -228,9 +228,17 @@ def test_where_the_kernels_do_not_apply(unchecked):
     assert kernels.kernels_for(x) is None
     unchecked("auto")
     assert kernels.kernels_for(torch.zeros(1)) is None  # a CPU
+
+
+def test_a_choice_that_cannot_be_is_an_error(unchecked, monkeypatch):
     unchecked("cuda")
-    with pytest.raises(UserError, match="CROSSNET_KERNELS=cuda .* auto, triton, torch"):
-        kernels.kernels_for(x)
+    for action in (lambda: kernels.kernels_for(torch.zeros(1)), lambda: build_encoder("dgcnn_cls")):
+        with pytest.raises(UserError, match="CROSSNET_KERNELS=cuda .* auto, triton, torch"):
+            action()
+    unchecked("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(UserError, match="CROSSNET_KERNELS=triton .*they need a GPU and the encoder runs on cpu"):
+        kernels.kernels_for(torch.zeros(1))
 
 
 @pytest.mark.skipif(VERSION < (3, 2) or sys.platform != "linux", reason="needs Triton 3.2 and its assembler")
