@@ -51,11 +51,10 @@ def kernels_for(x: Tensor) -> ModuleType | None:
     """
     if x.dtype != torch.float32 or not runs_eagerly():
         return None
-    choice = wanted()
-    interpreted = choice == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    choice, interpreted = wanted(), os.environ.get("TRITON_INTERPRET") == "1"
     if choice == "triton" and not (x.is_cuda or interpreted):
         raise UserError(f"{VARIABLE}=triton in the environment: they need a GPU and the encoder runs on {x.device}")
-    if choice == "torch" or not (x.is_cuda or interpreted):
+    if choice == "torch" or (choice == "auto" and (interpreted or not x.is_cuda)):
         return None
     kernels, reason = _checked(x.device)
     if kernels is None and choice == "triton":
@@ -65,13 +64,26 @@ def kernels_for(x: Tensor) -> ModuleType | None:
 
 @functools.cache
 def _checked(device: torch.device) -> tuple[ModuleType | None, str]:
-    """The kernels if they work on a device, or None and the reason; found out once."""
+    """The kernels if they work on a device, or None and the reason; found out once.
+
+    Raises:
+        UserError: they failed in a way after which the device takes no more work.
+    """
     try:
         kernels = importlib.import_module("models.triton_kernels")
         with torch.inference_mode(False), torch.enable_grad():  # gradients are compared, whatever the caller needs
             check(kernels, device)
+    except torch.cuda.OutOfMemoryError:
+        raise  # says nothing about the kernels
     except Exception as error:  # whatever a compiler, a driver or a device may raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        try:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        except Exception as broken:
+            raise UserError(
+                f"a check of the Triton kernels left {device} unusable ({reason}): start again with {VARIABLE}=torch"
+            ) from broken
         logger.warning("Triton kernels are not used on %s, PyTorch's operations are: %s", device, reason)
         return None, reason
     logger.info("Triton kernels are used on %s (%s=torch turns them off)", device, VARIABLE)
@@ -79,48 +91,64 @@ def _checked(device: torch.device) -> tuple[ModuleType | None, str]:
 
 
 def check(kernels: ModuleType, device: torch.device) -> None:
-    """Compare every kernel with the plain formula, in float64, on a small cloud.
+    """Compare every kernel with the plain formula, in float64 on the CPU.
+
+    On a GPU also at a size that is compiled as a run's is: several warps to a row, aligned loads, several tiles.
 
     Raises:
         RuntimeError: one differs by more than rounding.
     """
-    clouds, points, k, width = 2, 12, 4, 20
+    _check_size(kernels, device, clouds=2, points=12, k=5, width=20)
+    if device.type == "cuda":
+        _check_size(kernels, device, clouds=2, points=1040, k=20, width=144)
+
+
+def _check_size(kernels: ModuleType, device: torch.device, *, clouds: int, points: int, k: int, width: int) -> None:
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float32).to(device)
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
     def compare(what: str, found: Tensor, expected: Tensor) -> None:
-        error = ((found.double() - expected).abs().max() / expected.abs().max()).item()
+        error = ((found.cpu().double() - expected).abs().max() / expected.abs().max()).item()
         if not error < 1e-5:
             raise RuntimeError(f"{what} on {device} differ from the plain formula by {error:.1e} of the largest")
 
     cloud = random(clouds, points, 3)
+    cloud[:, points // 2 :] = cloud[:, :1]  # as input dropout leaves them: more equal distances than k
     distances = (cloud[:, :, None] - cloud[:, None]).double().square().sum(-1)
-    smallest = distances.sort(-1).values[..., :k]
-    inside = kernels.nearest(cloud, k)
-    compare("nearest points", distances.gather(-1, inside).sort(-1).values, smallest)
-    selected = kernels.largest(-distances.float().flatten(0, 1), k).unflatten(0, (clouds, points))
-    compare("largest values", distances.gather(-1, selected).sort(-1).values, smallest)
+    smallest, nearest = (part[..., :k] for part in distances.sort(dim=-1, stable=True))
+    selected = kernels.largest(-distances.float().flatten(0, 1).to(device), k).unflatten(0, (clouds, points))
+    for what, found in (("nearest points", kernels.nearest(cloud.to(device), k)), ("largest values", selected)):
+        index = found.cpu()
+        if index.min() < 0 or index.max() >= points or (index.diff(dim=-1) <= 0).any():
+            raise RuntimeError(f"{what} on {device} are not different places: they differ from the plain formula")
+        compare(what, distances.gather(-1, index).sort(-1).values, smallest)
 
-    near = (inside + points * torch.arange(clouds, device=device)[:, None, None]).flatten(0, 1)
+    near = (nearest + points * torch.arange(clouds)[:, None, None]).flatten(0, 1)
     a, c, peaks = (random(clouds * points, width) for _ in range(3))
     slope, constant, about = (random(width) for _ in range(3))
     sign = torch.where(slope < 0, -1.0, 1.0)
     exact_a, exact_c = (x.double().requires_grad_() for x in (a, c))
     h = exact_a[near] + exact_c[:, None]
-    signed, place = (h * sign).max(1)
-    energy = (slope * h.square() / 2 + constant * h).sum() + (peaks * sign * signed).sum()
+    inputs = [x.to(device) for x in (a, c, near, sign)]
+    for given in (about.to(device), None):
+        extremes, places, total, squares = kernels.edge_extremes(*inputs, about=given)
+        compare("extremes", extremes, ((h * sign).amax(1) * sign).detach())
+        compare("places of extremes", extremes, (exact_a.gather(0, _rows(places, len(a))) + exact_c).detach())
+        if given is not None:
+            compare("sums of edges", total, (h - about).sum((0, 1)).detach())
+            compare("sums of squares", squares, (h - about).square().sum((0, 1)).detach())
+    energy = (slope * h.square() / 2 + constant * h).sum()
+    energy = energy + (peaks * (exact_a.gather(0, _rows(places, len(a))) + exact_c)).sum()
     expected = torch.autograd.grad(energy, (exact_a, exact_c))
-    extremes, places, total, squares = kernels.edge_extremes(a, c, near, sign, about=about)
-    compare("extremes", extremes, (signed * sign).detach())
-    compare("places of extremes", places, near.gather(1, place))
-    compare("sums of edges", total, (h - about).sum((0, 1)).detach())
-    compare("sums of squares", squares, (h - about).square().sum((0, 1)).detach())
-    for what, found, exact in zip(
-        ("gradients of neighbours", "gradients of centres"),
-        kernels.edge_gradients(a, c, near, slope, constant, peaks, places),
-        expected,
-        strict=True,
-    ):
-        compare(what, found, exact)
+    for places_type in (torch.int16, torch.int32):
+        of_edges = [*inputs[:3], *(x.to(device) for x in (slope, constant, peaks)), places.to(places_type)]
+        gradients = kernels.edge_gradients(*of_edges)
+        for what, found, exact in zip(("neighbours", "centres"), gradients, expected, strict=True):
+            compare(f"gradients of {what}", found, exact)
+
+
+def _rows(places: Tensor, rows: int) -> Tensor:
+    """Places from a kernel as an index; one that is out of range becomes the next, whose value then is wrong."""
+    return places.cpu().long().clamp(0, rows - 1)

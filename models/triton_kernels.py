@@ -73,6 +73,16 @@ def _nearest(points, out, n, coordinates: tl.constexpr, k: tl.constexpr, WIDTH: 
 
 
 @triton.jit
+def _tile(points, width, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows and channels of a program, which of them there are, and where they lie in a (points, width) tensor."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    channel = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    exists = row < points
+    inside = exists[:, None] & (channel < width)[None, :]
+    return row, channel, exists, inside, row[:, None] * width + channel[None, :]
+
+
+@triton.jit
 def _edge_forward(
     a,
     c,
@@ -91,11 +101,7 @@ def _edge_forward(
     TOGETHER: tl.constexpr,
 ):
     """One pass over the neighbours: extreme, its place, and the sums of h - about and of its square."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    channel = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    exists = row < points
-    inside = exists[:, None] & (channel < width)[None, :]
-    at = row[:, None] * width + channel[None, :]
+    row, channel, exists, inside, at = _tile(points, width, ROWS, WIDTH)
     centre = tl.load(c + at, mask=inside, other=0.0)
     direction = tl.load(sign + channel, mask=channel < width, other=1.0)[None, :]
     centred = centre - tl.load(about + channel, mask=channel < width, other=0.0)[None, :]
@@ -142,11 +148,7 @@ def _gradient_of_centres(
     TOGETHER: tl.constexpr,
 ):
     """Write slope (sum of the neighbours' a + k c) + k constant + peak."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    channel = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    exists = row < points
-    inside = exists[:, None] & (channel < width)[None, :]
-    at = row[:, None] * width + channel[None, :]
+    row, channel, exists, inside, at = _tile(points, width, ROWS, WIDTH)
     total = k * tl.load(c + at, mask=inside, other=0.0)
     for first in range(0, k, TOGETHER):
         for step in tl.static_range(TOGETHER):

@@ -30,7 +30,7 @@ from triton.runtime import JITFunction
 from models import triton_kernels
 from utils.cli import HelpFormatter
 
-TYPES = {torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32"}
+TYPES = {torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32", torch.int16: "*i16"}
 ALIGNED = [["tt.divisibility", 16]]  # as Triton finds pointers and round sizes in a real launch
 
 
@@ -49,7 +49,7 @@ class CompileOnly:
         signature, constants, attributes = {}, {}, {}
         for i, name in enumerate(names):
             value = values[name]
-            if self.kernel.params[i].is_constexpr:
+            if self.kernel.params[i].is_constexpr or (not torch.is_tensor(value) and value == 1):
                 signature[name], constants[(i,)] = "constexpr", value
                 continue
             signature[name] = TYPES[value.dtype] if torch.is_tensor(value) else "i32"
@@ -81,7 +81,8 @@ def compile_all(*, capability: int, points: int, k: int, width: int) -> list[str
         triton_kernels.largest(cloud[..., 0].expand(2, -1), k)
         _, places, *_ = triton_kernels.edge_extremes(a, c, near, constant.sign(), about=slope)
         triton_kernels.edge_extremes(a, c, near, constant.sign(), about=None)
-        triton_kernels.edge_gradients(a, c, near, slope, constant, peaks, places)
+        for places_type in (torch.int16, torch.int32):
+            triton_kernels.edge_gradients(a, c, near, slope, constant, peaks, places.to(places_type))
     missing = [name for name in launched if not any(line.startswith(f"{name} ") for line in lines)]
     if missing:
         raise RuntimeError(f"not compiled: {', '.join(missing)}")

@@ -178,7 +178,7 @@ def test_an_encoder_is_the_same_in_both_forms(unchecked):
     assert_same(*outcomes, 1e-4)
 
 
-@pytest.mark.parametrize("context", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_the_check_at_first_use_passes(chosen, caplog, context):
     chosen("triton")
     with caplog.at_level(logging.INFO, logger="crossnet.kernels"), context():
@@ -187,17 +187,53 @@ def test_the_check_at_first_use_passes(chosen, caplog, context):
     assert len(caplog.records) == 1 and "CROSSNET_KERNELS=torch turns them off" in caplog.text
 
 
-@pytest.mark.parametrize("wrong", ["nearest", "largest", "edge_extremes", "edge_gradients"])
+PUBLIC = ("nearest", "largest", "edge_extremes", "edge_gradients")
+
+
+@pytest.mark.parametrize("wrong", PUBLIC)
 def test_a_kernel_that_is_wrong_is_noticed(wrong):
     def spoiled(*inputs, **named):
         out = getattr(triton_kernels, wrong)(*inputs, **named)
         if torch.is_tensor(out):
             return (out + 1) % 12
-        return out[0], out[1] * 1.01, *out[2:]
+        return out[0], out[1] + 1, *out[2:]
 
-    names = ("nearest", "largest", "edge_extremes", "edge_gradients")
-    faulty = SimpleNamespace(**{name: getattr(triton_kernels, name) for name in names})
-    setattr(faulty, wrong, spoiled)
+    faulty = SimpleNamespace(**{name: getattr(triton_kernels, name) for name in PUBLIC} | {wrong: spoiled})
+    with pytest.raises(RuntimeError, match="differ from the plain formula"):
+        kernels.check(faulty, DEVICE)
+
+
+def ties_are_lost(values, k):
+    out = triton_kernels.largest(values, k)
+    ties = (values.sort(1, descending=True).values.diff(dim=1)[:, k - 1] == 0)[:, None]
+    return torch.where(ties, torch.zeros_like(out), out)
+
+
+def one_place_twice(points, k):
+    out = triton_kernels.nearest(points, k)
+    out[..., 1] = torch.where(out[..., 0] == 0, out[..., 0], out[..., 1])
+    return out
+
+
+def nothing_without_moments(*inputs, about):
+    extremes, *others = triton_kernels.edge_extremes(*inputs, about=about)
+    return extremes * (about is not None), *others
+
+
+def nothing_from_short_places(*inputs):
+    return tuple(part * (inputs[-1].dtype != torch.int16) for part in triton_kernels.edge_gradients(*inputs))
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    zip(
+        ("largest", "nearest", *PUBLIC[2:]),
+        (ties_are_lost, one_place_twice, nothing_without_moments, nothing_from_short_places),
+        strict=True,
+    ),
+)
+def test_a_kernel_that_is_wrong_in_one_case_only_is_noticed(name, fault):
+    faulty = SimpleNamespace(**{public: getattr(triton_kernels, public) for public in PUBLIC} | {name: fault})
     with pytest.raises(RuntimeError, match="differ from the plain formula"):
         kernels.check(faulty, DEVICE)
 
@@ -207,7 +243,9 @@ def test_without_working_kernels_the_plain_form_runs_with_a_warning(monkeypatch,
         raise RuntimeError("no compiler here\nand a long trace")
 
     monkeypatch.setattr(kernels, "check", broken)
-    monkeypatch.setattr(kernels, "wanted", lambda: "auto")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    chosen("auto")
     on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.float32, device=torch.device("cuda"))
     with caplog.at_level(logging.WARNING, logger="crossnet.kernels"):
         assert kernels.kernels_for(on_gpu) is None
@@ -215,12 +253,27 @@ def test_without_working_kernels_the_plain_form_runs_with_a_warning(monkeypatch,
     assert [record.getMessage() for record in caplog.records] == [
         "Triton kernels are not used on cuda, PyTorch's operations are: no compiler here"
     ]
-    monkeypatch.setattr(kernels, "wanted", lambda: "triton")
+    chosen("triton")
     with pytest.raises(UserError, match="CROSSNET_KERNELS=triton, but .* on cuda: no compiler here"):
         kernels.kernels_for(on_gpu)
 
 
-def test_where_the_kernels_do_not_apply(unchecked):
+@pytest.mark.parametrize("error", [RuntimeError("illegal memory access"), torch.cuda.OutOfMemoryError("full")])
+def test_a_check_that_breaks_the_device_or_finds_no_memory_is_not_taken_for_an_answer(monkeypatch, chosen, error):
+    def failing(*_):
+        raise error
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(kernels, "check", failing)
+    monkeypatch.setattr(torch.cuda, "synchronize", failing)
+    chosen("auto")
+    on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.float32, device=torch.device("cuda"))
+    expected = UserError if "illegal" in str(error) else torch.cuda.OutOfMemoryError
+    with pytest.raises(expected, match="left cuda unusable .*CROSSNET_KERNELS=torch|full"):
+        kernels.kernels_for(on_gpu)
+
+
+def test_where_the_kernels_do_not_apply(unchecked, monkeypatch):
     x = torch.zeros(1, device=DEVICE)
     unchecked("triton")
     assert kernels.kernels_for(x.double()) is None and kernels.kernels_for(x.half()) is None
@@ -228,6 +281,10 @@ def test_where_the_kernels_do_not_apply(unchecked):
     assert kernels.kernels_for(x) is None
     unchecked("auto")
     assert kernels.kernels_for(torch.zeros(1)) is None  # a CPU
+    with monkeypatch.context() as interpreting:
+        interpreting.setenv("TRITON_INTERPRET", "1")  # slower than anything else, so only when asked for
+        on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.float32, device=torch.device("cuda"))
+        assert kernels.kernels_for(on_gpu) is None
 
 
 def test_a_choice_that_cannot_be_is_an_error(unchecked, monkeypatch):
