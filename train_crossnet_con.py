@@ -85,7 +85,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_common_arguments(parser)
     add_run_arguments(parser, exp_name="crossnet", save_every=500)
     g = parser.add_argument_group("data")
-    g.add_argument("--list", metavar="FILE", help="use only these shapes: one <synset>/<model_id> a line")
+    g.add_argument(
+        "--list", metavar="FILE", help="use only these shapes: one <synset>/<model_id>, or <model_id>, a line"
+    )
     g.add_argument(
         "--num_points",
         type=positive_int,

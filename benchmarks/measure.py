@@ -166,6 +166,8 @@ def in_fresh_process(module: str, argv: Sequence[str]) -> dict[str, Any]:
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if result.returncode:
         reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
+        if reason.startswith("error: "):  # said for people already
+            raise UserError(reason.removeprefix("error: "))
         raise UserError(
             f"python -m {module} {' '.join(argv)} ended with code {result.returncode} ({reason}); try a smaller size"
         )

@@ -1,11 +1,13 @@
-"""Run every benchmark, collect the results, and write the page docs/benchmarks.md with its pictures.
+"""Run every benchmark, collect the results, and write a page about them with its pictures, benchmarks.md.
 
 Each benchmark runs in a process of its own. One that cannot run here, for want of a package or a GPU, gets the row "not
-run" with the reason. --quick takes sizes that say nothing, to see that everything works, and writes to runs/benchmarks.
+run" with the reason. --quick takes sizes that say nothing, to see that everything works. The page of this repository,
+docs/benchmarks.md, was written with --output_dir docs.
 
-  python -m benchmarks.run_all --data_root data/shapenet2k     # 15 to 20 minutes on two quiet cores
-  python -m benchmarks.run_all --quick
-  python -m benchmarks.run_all --redraw                        # page and pictures from docs/benchmarks/results.json
+  python -m benchmarks.run_all                                 # about 25 minutes on two quiet cores
+  python -m benchmarks.run_all --data_root data                # with your pairs for the loader
+  python -m benchmarks.run_all --quick --output_dir runs/benchmarks_quick
+  python -m benchmarks.run_all --redraw                        # page and pictures from benchmarks/results.json below it
 """
 
 from __future__ import annotations
@@ -477,7 +479,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         prog="python -m benchmarks.run_all", description=__doc__, formatter_class=HelpFormatter
     )
     parser.add_argument("--data_root", metavar="DIR", help="real pairs for the loader (default: the demo's)")
-    parser.add_argument("--output_dir", metavar="DIR", help="default: docs, or runs/benchmarks with --quick")
+    parser.add_argument("--output_dir", default="runs/benchmarks", metavar="DIR", help="folder of the page")
     parser.add_argument(
         "--only", nargs="+", metavar="NAME", help="run these only, and keep the other results there are"
     )
@@ -485,7 +487,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--redraw", action="store_true", help="run nothing, write the page anew")
     parser.add_argument("--json", metavar="FILE", help="also write the results to FILE")
     args = parser.parse_args(argv)
-    out = Path(args.output_dir or (ROOT / "runs" / "benchmarks" if args.quick else ROOT / "docs"))
+    if args.data_root and not Path(args.data_root).exists():
+        raise UserError(f"--data_root {args.data_root} does not exist; without it the demo's pairs are read")
+    out = Path(args.output_dir)
     stored = out / "benchmarks" / RESULTS
     results: dict[str, Any] = {"quick": args.quick, "benchmarks": {}}
     if args.redraw and not stored.is_file():
@@ -499,7 +503,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(prefix="crossnet-benchmarks-") as folder:
             for job in todo:
                 if job.name in (args.only or [job.name]) and not (args.quick and job.quick is None):
-                    results["benchmarks"][job.name] = run_job(job, quick=args.quick, folder=Path(folder))
+                    result = run_job(job, quick=args.quick, folder=Path(folder))
+                    if "not_run" in result and found(results["benchmarks"], job.name):
+                        print(f"the earlier result of {job.name} stays", flush=True)
+                    else:
+                        results["benchmarks"][job.name] = result
         write_json(stored, results)
     print(f"\nwrote {write_page(results, out)}")
     write_json(args.json, results)

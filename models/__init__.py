@@ -10,7 +10,6 @@ from torch import nn
 from models.crossnet import CrossNet
 from models.dgcnn import DGCNNCls, DGCNNPartSeg, DGCNNSemSeg
 from models.features import PointFeatures
-from models.kernels import wanted
 from models.pointnet import PointNetCls, PointNetPartSeg
 
 ENCODERS: dict[str, type[nn.Module]] = {
@@ -62,7 +61,5 @@ def build_encoder(name: str, **kwargs: Any) -> nn.Module:
     Raises:
         ValueError: unknown name or value.
         TypeError: an argument that this encoder does not take.
-        UserError: the environment asks for a form of computation that does not exist (``models.kernels``).
     """
-    wanted()  # before a run begins
     return ENCODERS[resolve_encoder_name(name)](**kwargs)

@@ -41,6 +41,25 @@ def wanted() -> str:
     return choice
 
 
+def check_choice(device: torch.device) -> None:
+    """Refuse a choice in the environment that cannot be had on a device; to be called before a run begins.
+
+    Raises:
+        UserError: CROSSNET_KERNELS is no choice, or asks for kernels that cannot run here.
+    """
+    if wanted() != "triton":
+        return
+    if device.type != "cuda" and not _interpreted():
+        raise UserError(f"{VARIABLE}=triton in the environment: the kernels need a GPU, the encoder runs on {device}")
+    kernels, reason = _checked(device)
+    if kernels is None:
+        raise UserError(f"{VARIABLE}=triton in the environment, but the kernels cannot run on {device}: {reason}")
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def kernels_for(x: Tensor) -> ModuleType | None:
     """``models.triton_kernels`` where it computes what is made of ``x``, None where PyTorch's operations do.
 
@@ -51,15 +70,11 @@ def kernels_for(x: Tensor) -> ModuleType | None:
     """
     if x.dtype != torch.float32 or not runs_eagerly():
         return None
-    choice, interpreted = wanted(), os.environ.get("TRITON_INTERPRET") == "1"
-    if choice == "triton" and not (x.is_cuda or interpreted):
-        raise UserError(f"{VARIABLE}=triton in the environment: they need a GPU and the encoder runs on {x.device}")
-    if choice == "torch" or (choice == "auto" and (interpreted or not x.is_cuda)):
+    choice = wanted()
+    if choice == "torch" or (choice == "auto" and (_interpreted() or not x.is_cuda)):
         return None
-    kernels, reason = _checked(x.device)
-    if kernels is None and choice == "triton":
-        raise UserError(f"{VARIABLE}=triton, but the kernels cannot run on {x.device}: {reason}")
-    return kernels
+    check_choice(x.device)
+    return _checked(x.device)[0]
 
 
 @functools.cache

@@ -105,6 +105,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         CheckpointError: missing, of another format number, or it holds objects other than tensors and plain types.
     """
     path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder; give the checkpoint in it, such as {path / 'last.pth'}")
     if not os.path.isfile(path):
         raise CheckpointError(f"{path} does not exist; a pretraining run writes checkpoints/<exp_name>/last.pth")
     try:

@@ -10,7 +10,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from utils.errors import UserError, plain_message
@@ -77,16 +77,17 @@ def add_common_arguments(parser: argparse.ArgumentParser, *, seed: bool = True, 
 def add_run_arguments(parser: argparse.ArgumentParser, *, exp_name: str, save_every: int) -> None:
     """Add the flags of a run folder: its name, resuming, how often it is written."""
     g = parser.add_argument_group("run")
-    g.add_argument("--exp_name", default=exp_name, metavar="NAME", help="name of the run folder")
+    g.add_argument("--exp_name", type=run_name, default=exp_name, metavar="NAME", help="name of the run folder")
     g.add_argument("--output_dir", default="checkpoints", metavar="DIR", help="folder of the run folders")
-    g.add_argument(
+    start = g.add_mutually_exclusive_group()
+    start.add_argument(
         "--resume",
         nargs="?",
         const="auto",
         metavar="auto|PATH",
         help="go on from the run's newest whole checkpoint (auto, or without a value) or from PATH, mid-epoch too",
     )
-    g.add_argument("--overwrite", action="store_true", help="replace the run in the folder")
+    start.add_argument("--overwrite", action="store_true", help="replace the run in the folder")
     g.add_argument(
         "--save_every",
         type=non_negative_int,
@@ -110,6 +111,14 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, exp_name: str, save_ev
         action="store_true",
         help="only algorithms whose result is the same every time, where a GPU has them; slower",
     )
+
+
+def run_name(text: str) -> str:
+    """Argparse type: the name of a folder below ``--output_dir``."""
+    path = PurePath(text)
+    if not path.parts or path.is_absolute() or ".." in path.parts:
+        raise argparse.ArgumentTypeError(f"{text!r} is no name of a folder below --output_dir")
+    return text
 
 
 def positive_int(text: str) -> int:
@@ -156,9 +165,12 @@ def resolve_device(name: str = "auto") -> torch.device:
     """Turn the ``--device`` flag into a device; of several processes on a machine each gets a GPU of its own.
 
     Raises:
-        UserError: the name is no device, or the device is not there, or several processes would share it.
+        UserError: the name is no device, or the device is not there, or several processes would share it, or the
+            environment asks for kernels that it does not run (``models.kernels``).
     """
     import torch  # seconds; scripts that only move files never get here
+
+    from models.kernels import check_choice
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -177,6 +189,7 @@ def resolve_device(name: str = "auto") -> torch.device:
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).split(". ")[0].splitlines()[0]
         raise UserError(f"--device {name} cannot be used here ({reason}); try --device cpu") from error
+    check_choice(device)
     return device
 
 

@@ -63,6 +63,8 @@ class RunFolder:
         goes_on = resume == "auto" or (resume is not None and Path(resume).resolve().parent == self.path.resolve())
         self._replaced = [] if goes_on else there
         if there and not (overwrite or goes_on):
+            if resume and not Path(resume).is_file():
+                raise UserError(f"--resume {resume}: there is no such file; without a path it takes the run's newest")
             raise UserError(
                 f"{self.path} holds an earlier run ({', '.join(there)}): go on with --resume, replace it with "
                 "--overwrite, or choose another --exp_name"

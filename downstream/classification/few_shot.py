@@ -1,4 +1,4 @@
-"""Few-shot classification with frozen features: n-way, m-shot, a linear SVM per episode, mean and deviation over runs.
+r"""Few-shot classification with frozen features: n-way, m-shot, a linear SVM per episode, mean and deviation over runs.
 
 An episode takes n classes, m labelled clouds of each (the support) and other clouds of the same classes to classify
 (the queries). Features are standardised by the support, then a linear SVM with C = 1 is fitted. Two protocols:
@@ -9,6 +9,8 @@ Run i depends on --seed and i alone, so that every encoder sees the same episode
 Examples:
   python downstream/classification/few_shot.py --dataset modelnet40 --model_path checkpoints/crossnet/last.pth
   python downstream/classification/few_shot.py --dataset scanobjectnn --model_path a.pth b.pth --ways 5 --shots 10
+  python downstream/classification/few_shot.py --data_root data/demo --dataset demo --model_path a.pth --protocol test \
+      --ways 5 --shots 5 --queries 4                                                   # its classes are small
   python downstream/classification/few_shot.py --dataset modelnet40 --random_init --calibrate_bn --protocol test
 """
 

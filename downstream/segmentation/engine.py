@@ -136,8 +136,6 @@ def check_training_arguments(args: argparse.Namespace) -> None:
         raise UserError("--model_path is what --eval scores; to start from pretrained weights use --pretrain_path")
     if args.eval and args.pretrain_path:
         raise UserError("--eval scores a finished model (--model_path); --pretrain_path only starts a training")
-    if args.resume and args.overwrite:
-        raise UserError("--resume goes on with a run and --overwrite replaces it: give one of them")
     if args.batch_size * (1 if args.no_sync_bn else world_size()) < 2:
         raise UserError("--batch_size 1 gives batch norm no statistics; use 2 or more")
     if not 0 <= args.label_smoothing < 1:

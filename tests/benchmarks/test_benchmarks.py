@@ -249,7 +249,11 @@ def test_the_page_shows_what_was_run_and_what_was_not(tmp_path, monkeypatch):
     failed = type("Done", (), {"returncode": 2, "stderr": "error: lightly is not installed"})
     monkeypatch.setattr(run_all.subprocess, "run", lambda *a, **k: failed)
     run_all.main(["--quick", "--output_dir", str(tmp_path), "--only", "loss"])
-    assert "not run: lightly is not installed" in (tmp_path / "benchmarks.md").read_text()
+    assert "**3.0**" in (tmp_path / "benchmarks.md").read_text()  # an earlier result stays
+    run_all.main(["--quick", "--output_dir", str(tmp_path / "first"), "--only", "loss"])
+    assert "not run: lightly is not installed" in (tmp_path / "first" / "benchmarks.md").read_text()
+    with pytest.raises(UserError, match="--data_root .*nowhere does not exist"):
+        run_all.main(["--output_dir", str(tmp_path), "--data_root", str(tmp_path / "nowhere")])
     with pytest.raises(UserError, match="no benchmark nothing; there are loss"):
         run_all.main(["--output_dir", str(tmp_path), "--only", "nothing"])
     with pytest.raises(UserError, match="results.json does not exist"):

@@ -190,7 +190,6 @@ def test_settings_that_contradict_each_other(tmp_path):
         (("--eval",), "--eval needs --model_path"),
         (("--model_path", "x"), "to start from pretrained weights use --pretrain_path"),
         (("--eval", "--model_path", "x", "--pretrain_path", "y"), "--pretrain_path only starts a training"),
-        (("--resume", "--overwrite"), "give one of them"),
         (("--batch_size", 1), "--batch_size 1"),
         (("--label_smoothing", 1), "--label_smoothing"),
         (("--dropout", 1), "--dropout"),

@@ -225,7 +225,7 @@ def test_damaged_files_are_refused(how, tmp_path):
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):
     refuse(tmp_path / "absent.pth", "does not exist")
-    refuse(tmp_path, "does not exist")
+    refuse(tmp_path, "is a folder; give the checkpoint in it")
     torch.save([torch.zeros(1)], tmp_path / "list.pth")
     refuse(tmp_path / "list.pth", "holds a list")
     for content in ({}, {"a": 1}, {"state_dict": {"a": "b"}}):

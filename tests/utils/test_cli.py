@@ -9,6 +9,7 @@ import torch
 from utils.cli import (
     HelpFormatter,
     add_common_arguments,
+    add_run_arguments,
     non_negative_float,
     non_negative_int,
     positive_float,
@@ -128,3 +129,21 @@ def test_write_json_replaces_the_file_in_one_step(tmp_path, monkeypatch):
             write_json(unwritable, {})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["new"]
     write_json(None, {"a": object()})
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../e1", "a/../..", "/tmp/run"])
+def test_a_run_name_that_leaves_the_output_folder_is_refused(name, capsys):
+    parser = argparse.ArgumentParser()
+    add_run_arguments(parser, exp_name="crossnet", save_every=1)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--exp_name", name])
+    assert "no name of a folder below --output_dir" in capsys.readouterr().err
+    assert parser.parse_args(["--exp_name", "group/run"]).exp_name == "group/run"
+
+
+def test_going_on_and_starting_again_exclude_each_other(capsys):
+    parser = argparse.ArgumentParser()
+    add_run_arguments(parser, exp_name="crossnet", save_every=1)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--resume", "--overwrite"])
+    assert "not allowed with argument" in capsys.readouterr().err

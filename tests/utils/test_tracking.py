@@ -18,6 +18,8 @@ def record(epoch, **more):
 
 
 def test_an_earlier_run_is_kept_unless_asked(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "last.pth").write_bytes(b"")
     for name in RUN_FILES:
         folder = tmp_path / name
         folder.mkdir()
@@ -190,3 +192,10 @@ def test_pictures_of_curves_leave_no_figure_in_memory(tmp_path):
     folder.draw_curves()
     assert (folder / "curves.png").exists()
     assert sum(isinstance(item, Figure) for item in gc.get_objects()) <= before
+
+
+def test_a_checkpoint_to_resume_that_is_not_there_is_named_and_not_the_run_in_the_folder(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "last.pth").write_bytes(b"precious")
+    with pytest.raises(UserError, match=r"--resume .*gone\.pth: there is no such file"):
+        RunFolder(tmp_path / "run", resume=str(tmp_path / "gone.pth"))
