@@ -6,7 +6,7 @@ docs/benchmarks.md, was written with --output_dir docs.
 
   python -m benchmarks.run_all                                 # about 25 minutes on two quiet cores
   python -m benchmarks.run_all --data_root data                # with your pairs for the loader
-  python -m benchmarks.run_all --quick --output_dir runs/benchmarks_quick
+  python -m benchmarks.run_all --quick
   python -m benchmarks.run_all --redraw                        # page and pictures from benchmarks/results.json below it
 """
 
@@ -479,7 +479,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         prog="python -m benchmarks.run_all", description=__doc__, formatter_class=HelpFormatter
     )
     parser.add_argument("--data_root", metavar="DIR", help="real pairs for the loader (default: the demo's)")
-    parser.add_argument("--output_dir", default="runs/benchmarks", metavar="DIR", help="folder of the page")
+    parser.add_argument(
+        "--output_dir",
+        metavar="DIR",
+        help="folder of the page; default: runs/benchmarks, of --quick runs/benchmarks_quick",
+    )
     parser.add_argument(
         "--only", nargs="+", metavar="NAME", help="run these only, and keep the other results there are"
     )
@@ -489,7 +493,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(argv)
     if args.data_root and not Path(args.data_root).exists():
         raise UserError(f"--data_root {args.data_root} does not exist; without it the demo's pairs are read")
-    out = Path(args.output_dir)
+    # Never a try-out over measurements of half an hour.
+    out = Path(args.output_dir or ROOT / "runs" / ("benchmarks_quick" if args.quick else "benchmarks"))
     stored = out / "benchmarks" / RESULTS
     results: dict[str, Any] = {"quick": args.quick, "benchmarks": {}}
     if args.redraw and not stored.is_file():

@@ -254,6 +254,9 @@ def test_the_page_shows_what_was_run_and_what_was_not(tmp_path, monkeypatch):
     assert "not run: lightly is not installed" in (tmp_path / "first" / "benchmarks.md").read_text()
     with pytest.raises(UserError, match="--data_root .*nowhere does not exist"):
         run_all.main(["--output_dir", str(tmp_path), "--data_root", str(tmp_path / "nowhere")])
+    monkeypatch.setattr(run_all, "ROOT", tmp_path)
+    run_all.main(["--quick", "--only", "loss"])
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["benchmarks_quick"]
     with pytest.raises(UserError, match="no benchmark nothing; there are loss"):
         run_all.main(["--output_dir", str(tmp_path), "--only", "nothing"])
     with pytest.raises(UserError, match="results.json does not exist"):
