@@ -7,7 +7,7 @@ PY      = $(VENV)/bin/python
 
 # Extra words for pip (for example an index with CPU-only builds of torch), pytest and the demo.
 PIP_ARGS    ?=
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n auto --maxprocesses 8 --dist worksteal
 DEMO_ARGS   ?=
 
 STAMP     = $(VENV)/.requirements
@@ -15,12 +15,12 @@ STAMP_DEV = $(VENV)/.requirements-dev
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint
+.PHONY: help setup setup-dev demo test lint format
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
-	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) PIP_ARGS= PYTEST_ARGS= DEMO_ARGS="
+	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) PIP_ARGS= PYTEST_ARGS='$(PYTEST_ARGS)' DEMO_ARGS="
 
 setup: $(STAMP)  ## create .venv and install requirements.txt (several GB: torch)
 
@@ -30,11 +30,18 @@ demo: export MALLOC_TRIM_THRESHOLD_ = -1
 demo: $(STAMP)  ## set-up, then pretrain, classify and segment on the embedded demo set; see runs/demo/report.html
 	$(PY) -m downstream.demo $(DEMO_ARGS)
 
-test: lint  ## set-up, ruff, then the whole test suite
+test: lint  ## set-up, lint, then the whole test suite on all cores
 	$(PY) -m pytest $(PYTEST_ARGS)
 
-lint: $(STAMP_DEV)  ## ruff only
+setup-dev: $(STAMP_DEV)  ## create .venv with what tests and lint need on top
+
+lint: $(STAMP_DEV)  ## ruff (rules and format)
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: $(STAMP_DEV)  ## let ruff mend what it can
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
 
 $(STAMP): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
