@@ -73,14 +73,14 @@ class DGCNNPartHead(nn.Module):
         self.conv9 = point_block(256, 256)
         self.conv10 = point_block(256, 128)
         self.conv11 = nn.Conv1d(128, num_parts, kernel_size=1, bias=False)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout8, self.dropout9 = nn.Dropout(dropout), nn.Dropout(dropout)
 
     def forward(self, features: PointFeatures, category: Tensor) -> Tensor:
         """See the class for shapes."""
         category = apply_to_rows(one_hot(category, self.num_categories, features.pooled), *self.conv7)
         rows = cloud_and_points(torch.cat([features.pooled, category], dim=1), features.local, *self.conv8)
-        rows = self.dropout(rows)
-        rows = self.dropout(apply_to_rows(rows, *self.conv9))
+        rows = self.dropout8(rows)
+        rows = self.dropout9(apply_to_rows(rows, *self.conv9))
         rows = apply_to_rows(rows, *self.conv10)
         return to_scores(apply_to_rows(rows, self.conv11), features.local)
 
@@ -180,12 +180,12 @@ class DGCNNClassHead(nn.Module):
         self.linear2 = nn.Linear(512, 256)
         self.bn7 = nn.BatchNorm1d(256)
         self.linear3 = nn.Linear(256, num_classes)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout1, self.dropout2 = nn.Dropout(dropout), nn.Dropout(dropout)
 
     def forward(self, features: PointFeatures) -> Tensor:
         """See the class for shapes."""
-        x = self.dropout(F.leaky_relu(self.bn6(self.linear1(features.pooled)), LEAKY_SLOPE))
-        x = self.dropout(F.leaky_relu(self.bn7(self.linear2(x)), LEAKY_SLOPE))
+        x = self.dropout1(F.leaky_relu(self.bn6(self.linear1(features.pooled)), LEAKY_SLOPE))
+        x = self.dropout2(F.leaky_relu(self.bn7(self.linear2(x)), LEAKY_SLOPE))
         return self.linear3(x)
 
     @staticmethod

@@ -9,7 +9,10 @@ IMAGE_ENCODERS = {"resnet18": resnet18, "resnet34": resnet34, "resnet50": resnet
 
 
 def build_image_encoder(name: str, *, in_channels: int) -> nn.Module:
-    """A ResNet (arXiv:1512.03385) without its classifier, randomly initialised as in the paper's released code.
+    """A ResNet (arXiv:1512.03385) without its classifier, randomly initialized as in the paper's released code.
+
+    The first convolution of the gray branch keeps PyTorch's default start (standard deviation 0.0825), as released; the
+    one that torchvision builds for three channels starts at 0.0255.
 
     Args:
         name: one of ``IMAGE_ENCODERS``.
@@ -28,5 +31,4 @@ def build_image_encoder(name: str, *, in_channels: int) -> nn.Module:
     net.fc = nn.Identity()
     if in_channels != 3:
         net.conv1 = nn.Conv2d(in_channels, 64, kernel_size=7, stride=2, padding=3, bias=False)
-        nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
     return net

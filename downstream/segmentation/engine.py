@@ -420,7 +420,7 @@ class FineTuning(TrainingLoop):
         for number, dropout in enumerate(self.dropouts, DROPOUT_PURPOSE):
             # From the numbers as read: those on a GPU would have to be waited for.
             streams = SampleStreams(seed=args.seed, epoch=progress.epoch, index=batch[0], purpose=number)
-            dropout.seeds = streams.seeds()
+            dropout.reseed(streams.seeds())
         with autocast(self.device, args.amp):
             scores = self.network(points.mT, *others)
         loss = smoothed_cross_entropy(scores, target, args.label_smoothing)

@@ -107,8 +107,12 @@ def test_image_encoders_map_any_channels_to_one_vector_per_image(name, channels)
 def test_image_encoders_start_at_random():
     first, second = (build_image_encoder("resnet18", in_channels=1).conv1.weight for _ in range(2))
     assert not torch.equal(first, second)
-    # He's initialisation for ReLU with fan out 64 * 7 * 7, in the replaced first layer as in torchvision's own.
-    assert first.std().item() == pytest.approx((2 / (64 * 49)) ** 0.5, rel=0.1)
+    # Gray: a fresh Conv2d of PyTorch, uniform in +-1 / sqrt(fan in), as released; torchvision's own first layer
+    # starts with fan out 64 * 7 * 7 for ReLU (He et al., arXiv:1502.01852).
+    assert first.std().item() == pytest.approx((1 / 49 / 3) ** 0.5, rel=0.05)
+    assert first.abs().max().item() == pytest.approx(1 / 7, rel=0.01)
+    colour = build_image_encoder("resnet18", in_channels=3).conv1.weight
+    assert colour.std().item() == pytest.approx((2 / (64 * 49)) ** 0.5, rel=0.05)
 
 
 def test_projection_heads_are_the_released_ones():

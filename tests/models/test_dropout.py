@@ -8,7 +8,7 @@ from models.dropout import SampleDropout
 
 def dropped(x, seeds):
     layer = SampleDropout(0.3)
-    layer.seeds = seeds
+    layer.reseed(seeds)
     return layer(x)
 
 
@@ -36,7 +36,7 @@ def test_without_seeds_or_in_evaluation_it_is_dropout():
     expected = nn.Dropout(0.3)(x)
     torch.manual_seed(3)
     assert torch.equal(layer(x), expected)
-    layer.seeds = [1, 2]
+    layer.reseed([1, 2])
     assert torch.equal(layer.eval()(x), x)
 
 
@@ -45,3 +45,20 @@ def test_conversion_finds_every_dropout_and_keeps_the_rest():
     before = copy.deepcopy(net.state_dict())
     assert SampleDropout.convert(net) == [net[1], net[2][0]] and [d.p for d in SampleDropout.convert(net)] == [0.2, 0.4]
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_a_second_call_draws_another_mask_and_a_new_pass_repeats_the_first():
+    layer, x = SampleDropout(0.5), torch.ones(2 * 50, 200)
+
+    def passes(seeds, calls=3):
+        layer.reseed(seeds)
+        return [layer(x) == 0 for _ in range(calls)]
+
+    masks = passes([3, 4])
+    assert all(torch.equal(a, b) for a, b in zip(masks, passes([3, 4]), strict=True))
+    swapped = passes([4, 3])
+    assert all(torch.equal(torch.cat([b[50:], b[:50]]), a) for a, b in zip(masks, swapped, strict=True))
+    samples = [part for mask in masks for part in mask.split(50)]
+    for number, one in enumerate(samples):
+        for other in samples[:number]:
+            assert abs((one == other).float().mean() - 0.5) < 0.03  # 10,000 entries: 6 standard deviations
