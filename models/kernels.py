@@ -22,11 +22,13 @@ import torch
 from torch import Tensor
 
 from models.blocks import runs_eagerly
+from utils.distributed import messages_of_all, rank, world_size
 from utils.errors import UserError
 
 VARIABLE = "CROSSNET_KERNELS"
 CHOICES = ("auto", "triton", "torch")
 logger = logging.getLogger("crossnet.kernels")
+_without_everywhere: list[str] = []  # why no process uses the kernels; see agree_on_kernels
 
 
 def wanted() -> str:
@@ -51,7 +53,7 @@ def check_choice(device: torch.device) -> None:
         return
     if device.type != "cuda" and not _interpreted():
         raise UserError(f"{VARIABLE}=triton in the environment: the kernels need a GPU, the encoder runs on {device}")
-    kernels, reason = _checked(device)
+    kernels, reason = _checked(_indexed(device))
     if kernels is None:
         raise UserError(f"{VARIABLE}=triton in the environment, but the kernels cannot run on {device}: {reason}")
 
@@ -74,12 +76,32 @@ def kernels_for(x: Tensor) -> ModuleType | None:
     if choice == "torch" or (choice == "auto" and (_interpreted() or not x.is_cuda)):
         return None
     check_choice(x.device)
-    return _checked(x.device)[0]
+    return None if _without_everywhere else _checked(_indexed(x.device))[0]
+
+
+def agree_on_kernels(device: torch.device) -> None:
+    """Make all processes use PyTorch's operations if the kernels fail in one of them; every process must call this.
+
+    With different forms the processes would break ties differently, and wait for the slowest one in every step.
+    """
+    if world_size() == 1 or device.type != "cuda" or wanted() == "torch":
+        return
+    _, reason = _checked(_indexed(device))
+    _without_everywhere[:] = messages_of_all([f"process {rank()} on {device}: {reason}"] if reason else [])
+    if _without_everywhere:
+        logger.warning("all processes use PyTorch's operations: %s", "; ".join(_without_everywhere))
+
+
+def _indexed(device: torch.device) -> torch.device:
+    """Give ``cuda`` the index of the current GPU, so that a GPU is checked once, whatever it is called."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 @functools.cache
 def _checked(device: torch.device) -> tuple[ModuleType | None, str]:
-    """The kernels if they work on a device, or None and the reason; found out once.
+    """The kernels if they work on a device (see ``_indexed``), or None and the reason; found out once.
 
     Raises:
         UserError: they failed in a way after which the device takes no more work.

@@ -1,7 +1,7 @@
 """Compile the Triton kernels for GPUs, on a machine that needs none: what tests/models/test_kernels.py cannot see.
 
 The interpreter runs kernels that a compiler may refuse. Here every launch of the functions in models/triton_kernels.py
-is compiled down to machine code instead of being run, for tensors as an encoder has them. Needs Triton 3.2 or newer.
+is compiled down to machine code instead of being run, for tensors as an encoder has them. Needs Triton 3.3 or newer.
 
   python -m tests.compile_kernels                  # compute capabilities 7.5, 8.0 and 9.0
   python -m tests.compile_kernels --capability 90 --points 4096
@@ -28,7 +28,8 @@ from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
 from models import triton_kernels
-from utils.cli import HelpFormatter
+from utils.cli import HelpFormatter, run
+from utils.errors import UserError
 
 TYPES = {torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32", torch.int16: "*i16"}
 ALIGNED = [["tt.divisibility", 16]]  # as Triton finds pointers and round sizes in a real launch
@@ -98,6 +99,8 @@ def main(argv: list[str] | None = None) -> list[str]:
     parser.add_argument("--k", type=int, default=20, help="neighbours per point")
     parser.add_argument("--width", type=int, default=128, metavar="C", help="channels of a layer")
     args = parser.parse_args(argv)
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):  # its ASTSource has other arguments before
+        raise UserError(f"Triton 3.3 or newer is needed to compile without a GPU, this is {triton.__version__}")
     return [
         line
         for capability in args.capability
@@ -106,4 +109,4 @@ def main(argv: list[str] | None = None) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

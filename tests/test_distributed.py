@@ -25,7 +25,7 @@ from tests.small_run import ROOT, TinyImageNet, arguments
 from train_crossnet_con import Pretraining
 from utils import distributed
 from utils.checkpoint import load_checkpoint
-from utils.cli import EXIT_TERMINATED, resolve_device
+from utils.cli import EXIT_TERMINATED
 from utils.errors import UserError
 from utils.loop import TrainingLoop
 from utils.tracking import RunFolder
@@ -447,20 +447,27 @@ def test_fine_tuned_trained_and_scored_by_two_processes_scores_the_same_in_one(t
     assert (tmp_path / "rooms" / "confusion_rooms.png").exists()
 
 
-def test_processes_on_a_machine_do_not_share_a_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch, "empty", lambda size, device: torch.zeros(size))
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    for name in ("auto", "cuda"):
-        assert resolve_device(name) == torch.device("cuda:1")
-    assert resolve_device("cpu") == torch.device("cpu")
-    with pytest.raises(UserError, match="2 processes on this machine need a GPU each, it has 2 and --device is cuda:0"):
-        resolve_device("cuda:0")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    with pytest.raises(UserError, match="3 processes .* it has 2 .*--nproc_per_node"):
-        resolve_device()
+def test_a_run_on_the_cpu_does_not_start_nccl():
+    for words, expected in {
+        "--device cpu": True,
+        "--epochs 1 --device=cpu --deterministic": True,
+        "--dev cpu": True,
+        "--device cuda": False,
+        "--deterministic": False,
+        "--device": False,  # refused by the script
+        "": False,
+    }.items():
+        assert distributed._asks_for_cpu(words.split()) is expected, words
+
+
+def test_an_nccl_error_keeps_its_own_text():
+    text = "NCCL error in: ProcessGroupNCCL.cpp:1\nncclInvalidUsage\nDuplicate GPU detected : rank 0 and rank 1"
+    message, code = distributed._explain_failure(torch.distributed.DistBackendError(text))
+    assert text in message and "--resume" in message and code == distributed.EXIT_LOST_PROCESS
+    message, _ = distributed._explain_failure(torch.distributed.DistNetworkError("Connection reset by peer"))
+    assert "another process is gone" in message
+    message, code = distributed._explain_failure(torch.cuda.OutOfMemoryError("CUDA out of memory. Tried 1 GiB."))
+    assert "--chunk_size" in message and code == 2
 
 
 def test_alone_without_a_launchers_variables(monkeypatch):

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePath
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
+# What PyTorch's allocators, CUDA, cuBLAS and cuDNN write when memory runs out; only the first is an exception class.
+OUT_OF_MEMORY = "CUDA out of memory|CUDA error: out of memory|_STATUS_ALLOC_FAILED|DefaultCPUAllocator: can't allocate"
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -32,19 +35,31 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return super()._get_help_string(action)
 
 
-def explain(error: UserError | KeyboardInterrupt) -> tuple[str, int]:
-    """Message and exit code for an error that is no fault of the program."""
+def explain(error: BaseException) -> tuple[str, int] | None:
+    """Message and exit code for an error that the user can fix; None for any other."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", EXIT_INTERRUPTED
-    return f"error: {plain_message(error)}", EXIT_USER_ERROR
+    if isinstance(error, UserError):
+        return f"error: {plain_message(error)}", EXIT_USER_ERROR
+    if isinstance(error, RuntimeError) and re.search(OUT_OF_MEMORY, str(error)):
+        words = ". ".join(str(error).strip().splitlines()[0].split(". ")[:3])
+        return (
+            f"error: not enough memory ({words}): use a smaller --batch_size (--test_batch_size in tests), --amp bf16, "
+            "or for pretraining --chunk_size, which keeps the loss of the whole batch; a run continues with --resume",
+            EXIT_USER_ERROR,
+        )
+    return None
 
 
 def run(main: Callable[[], Any]) -> NoReturn:
-    """Run a script's ``main``: a user's mistake ends with one message and exit code 2, Ctrl-C with 130."""
+    """Run a script's ``main``: an error the user can fix ends with one message and exit code 2, Ctrl-C with 130."""
     try:
         main()
-    except (UserError, KeyboardInterrupt) as error:
-        message, code = explain(error)
+    except (Exception, KeyboardInterrupt) as error:
+        explained = explain(error)
+        if explained is None:
+            raise
+        message, code = explained
         print(message, file=sys.stderr)
         sys.exit(code)
     sys.exit(0)
@@ -162,35 +177,77 @@ def positive_float(text: str) -> float:
 
 
 def resolve_device(name: str = "auto") -> torch.device:
-    """Turn the ``--device`` flag into a device; of several processes on a machine each gets a GPU of its own.
+    """Turn the ``--device`` flag into the CPU, or a GPU with its index, which becomes the process's current GPU.
+
+    Several processes on a machine get one GPU each. ``auto`` takes a GPU only if that GPU computes; otherwise,
+    in a single process, it warns and takes the CPU.
 
     Raises:
-        UserError: the name is no device, or the device is not there, or several processes would share it, or the
-            environment asks for kernels that it does not run (``models.kernels``).
+        UserError: the name is not a device, the device is not there or not supported, several processes would share it,
+            the launcher does not say which GPU this process gets, or the environment asks for kernels that the device
+            does not run (``models.kernels``).
     """
     import torch  # seconds; scripts that only move files never get here
 
     from models.kernels import check_choice
 
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if processes > 1 and name.startswith("cuda"):
-        count = torch.cuda.device_count()
-        if name != "cuda" or processes > count:
-            raise UserError(
-                f"{processes} processes on this machine need a GPU each, it has {count} and --device is {name}: use "
-                "torchrun --nproc_per_node with at most the number of GPUs and --device cuda, or --device cpu"
-            )
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device).cpu()
+        device = torch.device(kind)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("only CPUs and CUDA GPUs are supported")
+        if device.type == "cuda":
+            device = _own_gpu(device)
+            torch.cuda.set_device(device)
+            _check_that_it_computes(device)
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).split(". ")[0].splitlines()[0]
-        raise UserError(f"--device {name} cannot be used here ({reason}); try --device cpu") from error
+        if name != "auto" or _one_of_several():
+            raise UserError(f"--device {name} cannot be used here ({reason}); try --device cpu") from error
+        logging.getLogger("crossnet").warning("the GPU cannot be used (%s): running on the CPU", reason)
+        device = torch.device("cpu")
     check_choice(device)
     return device
+
+
+def _one_of_several() -> bool:
+    """Whether a launcher says that this process is one of several."""
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _own_gpu(device: torch.device) -> torch.device:
+    """Give a CUDA device its index: the one asked for, that of this process on its machine, or the current one.
+
+    Raises:
+        UserError: several processes would share a GPU, or cannot tell which one they get.
+    """
+    import torch
+
+    count = torch.cuda.device_count()
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if processes > 1 and (device.index is not None or processes > count):
+        raise UserError(
+            f"{processes} processes on this machine need a GPU each, it has {count} and --device is {device}: use "
+            "torchrun --nproc_per_node with at most the number of GPUs and --device cuda, or --device cpu"
+        )
+    if device.index is not None:
+        return device
+    if "LOCAL_RANK" in os.environ:
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    if _one_of_several():
+        raise UserError(
+            "the launcher sets RANK and WORLD_SIZE but not LOCAL_RANK, so this process cannot tell which GPU it gets: "
+            "start it with torchrun, or set LOCAL_RANK (its number on its machine, from 0) and LOCAL_WORLD_SIZE"
+        )
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _check_that_it_computes(device: torch.device) -> None:
+    """Run one small kernel: a driver, or a card too old for this PyTorch, may refuse what ``is_available`` promises."""
+    import torch
+
+    if torch.ones(2, device=device).sum().item() != 2:
+        raise RuntimeError(f"{device} computes wrong sums")
 
 
 def write_json(path: str | os.PathLike[str] | None, metrics: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ does nothing.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
 import logging
@@ -26,7 +27,6 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.cli import EXIT_TERMINATED, explain, run
-from utils.errors import UserError
 
 # A collective that some process does not join for so long has failed: that process hangs.
 TIMEOUT = timedelta(minutes=10)
@@ -199,7 +199,7 @@ def launch(main: Callable[[], Any]) -> NoReturn:
     code: Any = 0
     try:
         # Tensors in memory travel by gloo in any case: what the processes agree on never waits for a GPU.
-        gpus = torch.cuda.is_available() and dist.is_nccl_available()
+        gpus = not _asks_for_cpu(sys.argv[1:]) and torch.cuda.is_available() and dist.is_nccl_available()
         backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
         dist.init_process_group(backend, store=store, rank=own, world_size=size, timeout=TIMEOUT)
         try:
@@ -214,6 +214,15 @@ def launch(main: Callable[[], Any]) -> NoReturn:
     sys.exit(code)
 
 
+def _asks_for_cpu(argv: list[str]) -> bool:
+    """Whether a command line says ``--device cpu``: NCCL would claim memory on a GPU that the run does not use."""
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    parser.add_argument("--device", default="auto")
+    with contextlib.suppress(argparse.ArgumentError):  # the script's own parser reports it
+        return parser.parse_known_args(argv)[0].device.startswith("cpu")
+    return False
+
+
 def _end_soon(*_: object) -> None:
     """Handler of SIGTERM, also outside of training: torchrun sends it as soon as one process is gone.
 
@@ -226,9 +235,12 @@ def _end_soon(*_: object) -> None:
 
 def _explain_failure(error: BaseException) -> tuple[str, int]:
     """Message and exit code for an error of a process among several."""
-    if isinstance(error, (UserError, KeyboardInterrupt)):
-        return explain(error)
+    if explained := explain(error):
+        return explained
     text = str(error)
+    if "NCCL" in text:  # a lost process, or a machine that is set up wrongly: only NCCL's own words tell which
+        advice = "All processes end; if a process or a machine was lost, continue with --resume"
+        return f"error: NCCL failed in process {rank()}: {text.strip()}\n{advice}", EXIT_LOST_PROCESS
     if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in text.lower()):
         what = "does not answer" if "timed out" in text.lower() or "timeout" in text.lower() else "is gone"
         return _lost(f"another process {what}, as process {rank()} found"), EXIT_LOST_PROCESS

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from datasets.sampler import PairSampler
+from models.kernels import agree_on_kernels
 from models.norm import SyncBatchNorm
 from utils.checkpoint import content_of, save_checkpoint
 from utils.cli import EXIT_TERMINATED
@@ -205,8 +206,7 @@ class TrainingLoop(ABC):
 
     def __init__(self, args: argparse.Namespace, folder: RunFolder, device: torch.device) -> None:
         self.args, self.folder, self.device = args, folder, device
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
+        agree_on_kernels(device)
         self.scaler = grad_scaler(device, args.amp)
         self.progress = Progress()
         self.stopping = False  # SIGTERM has come

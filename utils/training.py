@@ -90,15 +90,15 @@ def grad_scaler(device: torch.device, amp: str) -> torch.amp.GradScaler:
 def random_states() -> dict[str, Any]:
     """PyTorch's generators as tensors, for a checkpoint."""
     states: dict[str, Any] = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # a run on the CPU must not claim memory on a GPU
         states["cuda"] = torch.cuda.get_rng_state_all()
     return states
 
 
 def restore_random_states(states: dict[str, Any]) -> None:
-    """Put back what ``random_states`` returned; GPUs that are not here any more are left out."""
+    """Put back what ``random_states`` returned; GPUs that are not in use are left out."""
     torch.set_rng_state(states["cpu"])
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         for i, state in enumerate(states.get("cuda", [])[: torch.cuda.device_count()]):
             torch.cuda.set_rng_state(state, i)
 

@@ -248,15 +248,15 @@ def test_without_working_kernels_the_plain_form_runs_with_a_warning(monkeypatch,
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     chosen("auto")
-    on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.float32, device=torch.device("cuda"))
+    on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.float32, device=torch.device("cuda:0"))
     with caplog.at_level(logging.WARNING, logger="crossnet.kernels"):
         assert kernels.kernels_for(on_gpu) is None
         assert kernels.kernels_for(on_gpu) is None
     assert [record.getMessage() for record in caplog.records] == [
-        "Triton kernels are not used on cuda, PyTorch's operations are: no compiler here"
+        "Triton kernels are not used on cuda:0, PyTorch's operations are: no compiler here"
     ]
     chosen("triton")
-    with pytest.raises(UserError, match="CROSSNET_KERNELS=triton .* cannot run on cuda: no compiler here"):
+    with pytest.raises(UserError, match="CROSSNET_KERNELS=triton .* cannot run on cuda:0: no compiler here"):
         kernels.kernels_for(on_gpu)
 
 
@@ -269,10 +269,39 @@ def test_a_check_that_breaks_the_device_or_finds_no_memory_is_not_taken_for_an_a
     monkeypatch.setattr(kernels, "check", failing)
     monkeypatch.setattr(torch.cuda, "synchronize", failing)
     chosen("auto")
-    on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.float32, device=torch.device("cuda"))
+    on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.float32, device=torch.device("cuda:0"))
     expected = UserError if "illegal" in str(error) else torch.cuda.OutOfMemoryError
-    with pytest.raises(expected, match="left cuda unusable .*CROSSNET_KERNELS=torch|full"):
+    with pytest.raises(expected, match="left cuda:0 unusable .*CROSSNET_KERNELS=torch|full"):
         kernels.kernels_for(on_gpu)
+
+
+def test_a_gpu_is_checked_once_whatever_it_is_called(monkeypatch, chosen):
+    checks = []
+    monkeypatch.setattr(kernels, "check", lambda *_: checks.append(1))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    chosen("triton")
+    for name in ("cuda", "cuda:0"):
+        kernels.check_choice(torch.device(name))
+        on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.float32, device=torch.device(name))
+        assert kernels.kernels_for(on_gpu) is triton_kernels
+    assert len(checks) == 1
+
+
+@pytest.mark.parametrize("broken_elsewhere", [False, True])
+def test_processes_agree_on_the_form_and_say_which_one_cannot(monkeypatch, chosen, caplog, broken_elsewhere):
+    monkeypatch.setattr(kernels, "check", lambda *_: None)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(kernels, "world_size", lambda: 2)
+    others = ["process 1 on cuda:1: no compiler"] if broken_elsewhere else []
+    monkeypatch.setattr(kernels, "messages_of_all", lambda own: own + others)
+    monkeypatch.setattr(kernels, "_without_everywhere", [])
+    chosen("auto")
+    with caplog.at_level(logging.WARNING, logger="crossnet.kernels"):
+        kernels.agree_on_kernels(torch.device("cuda:0"))
+    on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.float32, device=torch.device("cuda:0"))
+    assert kernels.kernels_for(on_gpu) is (None if broken_elsewhere else triton_kernels)
+    assert caplog.text.count("process 1 on cuda:1: no compiler") == broken_elsewhere
 
 
 def test_where_the_kernels_do_not_apply(unchecked, monkeypatch):
@@ -285,7 +314,7 @@ def test_where_the_kernels_do_not_apply(unchecked, monkeypatch):
     assert kernels.kernels_for(torch.zeros(1)) is None  # a CPU
     with monkeypatch.context() as interpreting:
         interpreting.setenv("TRITON_INTERPRET", "1")  # slower than anything else, so only when asked for
-        on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.float32, device=torch.device("cuda"))
+        on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.float32, device=torch.device("cuda:0"))
         assert kernels.kernels_for(on_gpu) is None
 
 
@@ -301,7 +330,7 @@ def test_a_choice_that_cannot_be_is_an_error(unchecked, monkeypatch):
             action()
 
 
-@pytest.mark.skipif(VERSION < (3, 2) or sys.platform != "linux", reason="needs Triton 3.2 and its assembler")
+@pytest.mark.skipif(VERSION < (3, 3) or sys.platform != "linux", reason="needs Triton 3.3 and its assembler")
 def test_every_kernel_compiles_for_gpus(tmp_path):
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)

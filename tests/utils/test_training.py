@@ -38,6 +38,17 @@ def test_states_of_the_generators_come_back():
     assert torch.equal(torch.rand(3), first)
 
 
+def test_the_generators_of_gpus_are_left_alone_by_a_run_on_the_cpu(monkeypatch):
+    def claimed(*_):
+        raise AssertionError("CUDA was initialised")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", claimed)
+    states = random_states()
+    assert states.keys() == {"cpu"}
+    restore_random_states({**states, "cuda": [states["cpu"]]})  # saved by a run on a GPU
+
+
 def test_cosine_goes_from_base_to_floor():
     values = [cosine_lr(step, total=10, base=3.0, floor=1.0) for step in range(11)]
     assert values[0] == 3 and values[5] == pytest.approx(2) and values[10] == pytest.approx(1)
