@@ -1,0 +1,236 @@
+"""Read GLB, GLTF and STL through trimesh; say by name what it would pass over without a word."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import struct
+from typing import Any
+
+import numpy as np
+
+from data.rendering.obj import FileBeside, texture_array
+from data.rendering.shape import Material, Mesh, concatenate
+from utils.errors import DataError
+
+# Extensions that a file may require and that are read, or that change nothing in what is drawn here.
+_KNOWN = {
+    "KHR_draco_mesh_compression",
+    "KHR_materials_pbrSpecularGlossiness",
+    "KHR_materials_unlit",
+    "EXT_texture_webp",
+    "KHR_lights_punctual",
+    "KHR_materials_ior",
+    "KHR_materials_specular",
+    "KHR_materials_transmission",
+    "KHR_materials_emissive_strength",
+    "KHR_materials_clearcoat",
+    "KHR_materials_sheen",
+    "KHR_materials_volume",
+    "KHR_materials_variants",
+    "KHR_texture_transform",
+}
+_GLB_HEADER = struct.Struct("<4sII")
+_GLB_CHUNK = struct.Struct("<I4s")
+_FANS = 6
+
+
+def to_srgb(linear: np.ndarray) -> np.ndarray:
+    """Encode linear light in [0, 1] as sRGB (IEC 61966-2-1)."""
+    linear = np.clip(linear, 0, 1)
+    return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+def to_linear(srgb: np.ndarray) -> np.ndarray:
+    """Decode sRGB in [0, 1] to linear light (IEC 61966-2-1)."""
+    srgb = np.clip(srgb, 0, 1)
+    return np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+
+
+# ------------------------------------------------------------------------------------------------------------- glTF
+
+
+def read_gltf(data: bytes, where: str, beside: FileBeside, *, binary: bool) -> Mesh:
+    """Read the bytes of a GLB (``binary``) or GLTF file: all its nodes, instances included, where the scene has them.
+
+    Raises:
+        DataError: damaged or cut off, compressed in a way that cannot be decoded, or without triangles.
+    """
+    header = _glb_header(data, where) if binary else _json(data, where)
+    _check_extensions(header, where)
+    scene = _load_scene(data, where, beside, "glb" if binary else "gltf")
+    materials: dict[int, Material] = {}
+    parts = []
+    for node in scene.graph.nodes_geometry:
+        matrix, name = scene.graph[node]
+        geometry = scene.geometry[name]
+        if len(getattr(geometry, "faces", ())):
+            parts.append(_part(geometry, materials, where).transformed(matrix))
+    if not parts:
+        raise DataError(f"{where} has no triangles in its scene; a surface is needed to draw points from")
+    return concatenate(parts)
+
+
+def _glb_header(data: bytes, where: str) -> dict[str, Any]:
+    """Return the JSON chunk of a GLB file, whose chunks must all be there."""
+    if len(data) < 20 or data[:4] != b"glTF":
+        raise DataError(f"{where} is not a GLB file: it does not begin with glTF")
+    _, version, length = _GLB_HEADER.unpack_from(data)
+    if version != 2:
+        raise DataError(f"{where} is glTF version {version}; only version 2 is read")
+    if length > len(data):
+        raise DataError(f"{where} promises {length} bytes and has {len(data)}: it is cut off; get it again")
+    size, kind = _GLB_CHUNK.unpack_from(data, _GLB_HEADER.size)
+    if kind != b"JSON":
+        raise DataError(f"{where} is a damaged GLB file: its first part is not JSON")
+    return _json(data[20 : 20 + size], where)
+
+
+def _json(data: bytes, where: str) -> dict[str, Any]:
+    try:
+        header = json.loads(data.decode("utf-8-sig"))
+        if not isinstance(header, dict):
+            raise ValueError("not an object")
+        return header
+    except (ValueError, UnicodeDecodeError) as error:
+        raise DataError(f"{where} is not a readable glTF: its JSON is damaged or cut off ({error})") from error
+
+
+def _check_extensions(header: dict[str, Any], where: str) -> None:
+    """Refuse what would be read as zeros or not at all.
+
+    Raises:
+        DataError: Draco without the package DracoPy, another required extension that is not read, or triangle fans.
+    """
+    required = {*map(str, header.get("extensionsRequired") or ())}
+    primitives = [p for mesh in header.get("meshes") or () for p in mesh.get("primitives") or ()]
+    if any("KHR_draco_mesh_compression" in (p.get("extensions") or {}) for p in primitives):
+        if importlib.util.find_spec("DracoPy") is None:
+            raise DataError(f"{where} is Draco-compressed; decoding needs a package: pip install DracoPy")
+    unknown = sorted(required - _KNOWN)
+    if unknown:
+        raise DataError(f"{where} needs the glTF extension {', '.join(unknown)}, which is not read; export without it")
+    if any(p.get("mode") == _FANS for p in primitives):
+        raise DataError(f"{where} stores triangle fans, which are not supported; export plain triangles")
+
+
+def _load_scene(data: bytes, where: str, beside: FileBeside, kind: str) -> Any:
+    import trimesh
+
+    try:
+        return trimesh.load_scene(
+            io.BytesIO(data), file_type=kind, resolver=_Resolver(beside), process=False, ignore_broken=False
+        )
+    except FileNotFoundError as error:
+        raise DataError(f"{where} names the file {error}, which is missing beside it") from error
+    except Exception as error:  # its readers raise many kinds on malformed files
+        raise DataError(f"{where} is not a readable {kind.upper()} ({error or type(error).__name__})") from error
+
+
+class _Resolver:
+    """What trimesh asks for files that a GLTF names."""
+
+    def __init__(self, beside: FileBeside) -> None:
+        self.beside = beside
+
+    def get(self, name: str) -> bytes:
+        """Return a file's bytes.
+
+        Raises:
+            FileNotFoundError: it is not there.
+        """
+        data = self.beside(name)
+        if data is None:
+            raise FileNotFoundError(name)
+        return data
+
+    def __getitem__(self, name: str) -> bytes:
+        """Return a file's bytes."""
+        return self.get(name)
+
+
+def _part(geometry: Any, materials: dict[int, Material], where: str) -> Mesh:
+    """Return one primitive of a file in its own coordinates."""
+    visual = geometry.visual
+    faces = np.asarray(geometry.faces, np.int64)
+    count = len(geometry.vertices)
+    if faces.min() < 0 or faces.max() >= count:
+        raise DataError(f"{where}: a face refers to vertex {int(faces.max())}, its part has {count}; it is damaged")
+    mesh = Mesh.from_triangles(geometry.vertices, faces)
+    source = getattr(visual, "material", None)
+    colors = getattr(visual, "vertex_attributes", {}).get("color")
+    if source is None and getattr(visual, "kind", None) == "vertex":
+        colors = visual.vertex_colors
+    if source is not None:
+        # Parts share materials; each is converted once, textures above all.
+        if id(source) not in materials:
+            materials[id(source)] = _material(source)
+        mesh.materials = [materials[id(source)]]
+        uv = getattr(visual, "uv", None)
+        if uv is not None and len(uv) == count:
+            mesh.uv = np.asarray(uv, np.float32)[faces]
+    if colors is not None and len(colors) == count:
+        colors = np.asarray(colors)
+        scale = np.iinfo(colors.dtype).max if np.issubdtype(colors.dtype, np.integer) else 1
+        mesh.colors = to_srgb(colors[:, :3].astype(np.float64) / scale).astype(np.float32)[faces]
+        if source is None:
+            mesh.materials[0].color = np.ones(3, np.float32)
+    return mesh
+
+
+def _material(source: Any) -> Material:
+    """Convert trimesh's PBR material: the factor is linear light, the picture sRGB."""
+    name = str(getattr(source, "name", None) or "none")
+    factor = getattr(source, "baseColorFactor", None)
+    factor = np.ones(4) if factor is None else np.asarray(factor)
+    factor = factor / 255.0 if np.issubdtype(factor.dtype, np.integer) else factor.astype(np.float64)
+    factor = np.concatenate([factor, np.ones(4)])[:4] if len(factor) == 3 else factor
+    opacity = float(factor[3]) if getattr(source, "alphaMode", None) == "BLEND" else 1.0
+    image = getattr(source, "baseColorTexture", None)
+    material = Material(name, to_srgb(factor[:3]).astype(np.float32), opacity)
+    if image is not None:
+        material.texture = _tinted(texture_array(image), factor[:3])
+        material.color = np.ones(3, np.float32)
+        if getattr(source, "alphaMode", None) in (None, "OPAQUE"):
+            material.texture[..., 3] = 255
+    return material
+
+
+def _tinted(texture: np.ndarray, factor: np.ndarray) -> np.ndarray:
+    """Multiply a texture's light by a linear factor."""
+    if np.allclose(factor, 1):
+        return texture
+    levels = to_srgb(to_linear(np.arange(256) / 255)[:, None] * factor)  # (256, 3)
+    table = (levels * 255).round().clip(0, 255).astype(np.uint8)
+    for channel in range(3):
+        texture[..., channel] = table[texture[..., channel], channel]
+    return texture
+
+
+# -------------------------------------------------------------------------------------------------------------- STL
+
+
+def read_stl(data: bytes, where: str) -> Mesh:
+    """Read the bytes of an STL file, text or binary; it has no colors.
+
+    Raises:
+        DataError: damaged, or it holds fewer triangles than it promises.
+    """
+    import trimesh
+
+    text = data.lstrip()[:5].lower() == b"solid" and b"facet" in data[:2000].lower()
+    if not text and len(data) < 84:
+        raise DataError(f"{where} is not an STL file: {len(data)} bytes are fewer than its header has")
+    if text and b"endsolid" not in data[-2000:].lower():
+        raise DataError(f"{where} has no line endsolid at its end: it is cut off; get it again")
+    if not text:
+        (count,) = struct.unpack_from("<I", data, 80)
+        if len(data) < 84 + 50 * count:
+            held = (len(data) - 84) // 50
+            raise DataError(f"{where} promises {count} triangles and holds {held}: it is cut off; get it again")
+    try:
+        loaded = trimesh.load_mesh(io.BytesIO(data), file_type="stl_ascii" if text else "stl", process=False)
+        return Mesh.from_triangles(np.asarray(loaded.vertices), np.asarray(loaded.faces))
+    except Exception as error:  # its readers raise many kinds on malformed files
+        raise DataError(f"{where} is not a readable STL ({error or type(error).__name__})") from error

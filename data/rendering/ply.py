@@ -1,0 +1,137 @@
+"""Read PLY: meshes and clouds, with colors of vertices or faces or a texture, text or binary."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from plyfile import PlyData, PlyElement
+
+from data.rendering.obj import MAX_TEXTURE, FileBeside, load_texture
+from data.rendering.polygons import triangulate
+from data.rendering.shape import Cloud, Material, Mesh
+from utils.errors import DataError
+
+_COLORS = (("red", "green", "blue"), ("diffuse_red", "diffuse_green", "diffuse_blue"), ("r", "g", "b"))
+_UVS = (("s", "t"), ("u", "v"), ("texture_u", "texture_v"))
+_FACES = ("vertex_indices", "vertex_index")
+
+
+def read_ply(data: bytes, where: str, beside: FileBeside) -> Mesh | Cloud:
+    """Read the bytes of a PLY file: a mesh if it has faces, else a cloud.
+
+    Raises:
+        DataError: not PLY, cut off, without vertices, or with a face that refers to a vertex that is not there.
+    """
+    ply = _parse(data, where)
+    if "vertex" not in ply or not {"x", "y", "z"} <= {p.name for p in ply["vertex"].properties}:
+        raise DataError(f"{where} has no vertices with x, y and z; expected a mesh or a cloud")
+    vertex = ply["vertex"]
+    xyz = np.stack([np.asarray(vertex[axis], np.float64) for axis in "xyz"], 1)  # (v, 3)
+    colors = _colors(vertex)
+    if "tristrips" in ply:
+        raise DataError(f"{where} stores triangle strips, which are not supported; save it with plain faces")
+    if "face" not in ply or len(ply["face"]) == 0:
+        return Cloud(xyz, colors)
+    return _mesh(ply, xyz, colors, where, beside)
+
+
+def _parse(data: bytes, where: str) -> PlyData:
+    if not data.lstrip()[:3].lower() == b"ply":
+        raise DataError(f"{where} does not begin with ply; a file of another format, or damaged")
+    try:
+        # Triangles alone, as nearly every mesh has them, are read a hundred times as fast if that is known.
+        lengths = {"face": {name: 3 for name in _FACES}}
+        header = data[: data.find(b"end_header")]
+        if b"ascii" not in header and b"property list" in header and header.count(b"property list") == 1:
+            try:
+                return PlyData.read(io.BytesIO(data), known_list_len=lengths)
+            except Exception:  # noqa: S110 - other polygons; read again, one by one
+                pass
+        return PlyData.read(io.BytesIO(data))
+    except MemoryError:
+        raise
+    except Exception as error:  # plyfile raises many kinds on malformed files
+        reason = str(error) or type(error).__name__
+        if "early end-of-file" in reason:
+            what = f"{where} holds less than its header promises ({reason}): it is cut off; get it again"
+            raise DataError(what) from error
+        raise DataError(f"{where} is not a readable PLY ({reason})") from error
+
+
+def _colors(element: PlyElement) -> np.ndarray | None:
+    """Return the colors (n, 3) float32 in [0, 1] of an element's rows, if they have any."""
+    names = {p.name for p in element.properties}
+    for triple in _COLORS:
+        if set(triple) <= names:
+            color = np.stack([np.asarray(element[name]) for name in triple], 1)
+            scale = np.iinfo(color.dtype).max if np.issubdtype(color.dtype, np.integer) else 1
+            if scale == 1 and color.max(initial=0) > 1:  # floats from 0 to 255
+                scale = 255
+            return (color.astype(np.float64) / min(scale, 65535)).clip(0, 1).astype(np.float32)
+    return None
+
+
+def _mesh(ply: PlyData, xyz: np.ndarray, colors: np.ndarray | None, where: str, beside: FileBeside) -> Mesh:
+    face = ply["face"]
+    names = {p.name for p in face.properties}
+    chosen = next((name for name in _FACES if name in names), None)
+    if chosen is None:
+        raise DataError(f"{where} has faces without a list of vertices ({' or '.join(_FACES)})")
+    owner, triangles, corners = _triangles(face[chosen], xyz, where)
+    mesh = Mesh.from_triangles(xyz, triangles)
+    own = _colors(face)
+    if colors is not None:
+        mesh.colors = colors[triangles]
+    elif own is not None:
+        mesh.colors = np.repeat(own[owner][:, None], 3, 1)
+    uv = _uvs(ply, owner, triangles, corners)
+    texture = next((c.split(None, 1)[1].strip() for c in ply.comments if c.lower().startswith("texturefile ")), None)
+    if uv is not None and texture is not None:
+        pixels, mesh.notes = load_texture(beside(texture), texture, MAX_TEXTURE)
+        mesh.uv = uv
+        mesh.materials = [Material("texture", texture=pixels)]
+        mesh.colors = None if pixels is not None else mesh.colors
+    if mesh.colors is not None or mesh.materials[0].texture is not None:
+        mesh.materials[0].color = np.ones(3, np.float32)
+    return mesh
+
+
+def _triangles(lists: np.ndarray, xyz: np.ndarray, where: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the face (t,) of every triangle, its vertices (t, 3), and its corners (t, 3) within the face."""
+    if lists.ndim == 2:
+        sizes = np.full(len(lists), lists.shape[1])
+    else:
+        sizes = np.fromiter((len(row) for row in lists), int, len(lists))
+    owner, triangles, places = [], [], []
+    for size in np.unique(sizes[sizes > 2]):
+        rows = np.flatnonzero(sizes == size)
+        index = np.stack(list(lists[rows])).astype(np.int64)  # (f, size)
+        if index.min() < 0 or index.max() >= len(xyz):
+            wrong = int(index.min() if index.min() < 0 else index.max())
+            raise DataError(f"{where}: a face refers to vertex {wrong}, the file has {len(xyz)}; it is damaged")
+        face, corners = triangulate(xyz[index])
+        owner.append(rows[face])
+        triangles.append(np.take_along_axis(index[face], corners, 1))
+        places.append(corners)
+    if not owner:
+        raise DataError(f"{where} has no faces of three or more corners; a surface is needed to draw points from")
+    return np.concatenate(owner), np.concatenate(triangles), np.concatenate(places)
+
+
+def _uvs(ply: PlyData, owner: np.ndarray, triangles: np.ndarray, corners: np.ndarray) -> np.ndarray | None:
+    """Return texture coordinates (t, 3, 2): of the vertices, or from MeshLab's list ``texcoord`` of the faces."""
+    names = {p.name for p in ply["vertex"].properties}
+    for pair in _UVS:
+        if set(pair) <= names:
+            table = np.stack([np.asarray(ply["vertex"][name], np.float32) for name in pair], 1)
+            return table[triangles]
+    if "texcoord" not in {p.name for p in ply["face"].properties}:
+        return None
+    lists = ply["face"]["texcoord"]
+    result = np.zeros((*triangles.shape, 2), np.float32)
+    for i, (row, places) in enumerate(zip(owner, corners, strict=True)):
+        pairs = np.asarray(lists[row], np.float32).reshape(-1, 2)
+        if len(pairs) > places.max():
+            result[i] = pairs[places]
+    return result

@@ -1,0 +1,21 @@
+"""Whether this machine can render."""
+
+import functools
+
+import pytest
+
+from data.rendering.renderer import create_context
+from utils.errors import UserError
+
+
+@functools.cache
+def missing_opengl() -> str:
+    """Return why nothing can be rendered here; empty where it can."""
+    try:
+        create_context().release()
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+needs_opengl = pytest.mark.skipif(bool(missing_opengl()), reason=missing_opengl())
