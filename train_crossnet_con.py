@@ -60,7 +60,7 @@ from utils.cli import (
     write_json,
 )
 from utils.distributed import averages_gradients, is_main, launch, messages_of_all, world_size
-from utils.errors import UserError
+from utils.errors import CheckpointError, UserError
 from utils.loop import FREE_ON_RESUME, TrainingLoop, base_rate, build_optimizer
 from utils.tracking import RunFolder
 from utils.training import (
@@ -408,6 +408,13 @@ class Pretraining(TrainingLoop):
 
     def load_weights(self, payload: Mapping[str, Any], path: Path) -> None:
         """Load what ``weights`` gave."""
+        hidden = payload["heads_and_image_encoders"].get("point_head.0.bias")
+        if hidden is not None and len(hidden) != self.model.point_head[0].out_features:
+            raise CheckpointError(
+                f"{path} was written when the point head's hidden layer had {len(hidden)} units at every --emb_dims; "
+                f"now it has as many as --emb_dims, as released. Resume with the code of commit "
+                f"{payload.get('git_commit')}, or start a new run from this encoder with --model_path {path}"
+            )
         load_strictly(self.model.point_encoder, payload["point_encoder"], path=path, what=f"--model {self.args.model}")
         state = {f"point_encoder.{key}": value for key, value in payload["point_encoder"].items()}
         load_strictly(self.model, {**state, **payload["heads_and_image_encoders"]}, path=path, what="these settings")

@@ -10,12 +10,33 @@ from torch.utils.data import Sampler
 from datasets.shapenet_render import SampleKey
 
 
+def batch_sizes(size: int, global_batch: int, *, unit: int = 1, smallest: int | None = None) -> list[int]:
+    """Samples in each batch of an epoch.
+
+    Args:
+        size: samples of the data set.
+        global_batch: samples of a full batch.
+        unit: every batch is a multiple of this; up to ``unit - 1`` samples of an epoch are left out.
+        smallest: keep the incomplete last batch. One of fewer samples than this shares those of the batch before it
+            evenly; if that makes both too small, it is dropped. None always drops it.
+    """
+    full, rest = divmod(size, global_batch)
+    rest -= rest % unit
+    sizes = [global_batch] * full
+    if smallest is None or not rest:
+        return sizes
+    if rest >= smallest or not full:
+        return [*sizes, rest]
+    second = (global_batch + rest) // 2 // unit * unit
+    return [*sizes[:-1], global_batch + rest - second, second] if second >= smallest else sizes
+
+
 class PairSampler(Sampler[list[SampleKey]]):
     """Batches of an epoch for one process, from any batch on.
 
     Every process sees the same shuffled order and takes its own slice of each global batch, so the processes' data are
     disjoint and an epoch can be resumed in its middle, with another number of processes too. The incomplete last batch
-    is dropped.
+    is dropped unless ``smallest`` is given.
 
     Args:
         size: number of samples in the data set.
@@ -25,6 +46,7 @@ class PairSampler(Sampler[list[SampleKey]]):
         world: number of processes.
         parts: parts of a step whose losses are apart (gradient accumulation). Each is a slice of the order shared out
             to the processes, and a process's samples are its share of the first part, of the second, and so on.
+        smallest: keep the incomplete last batch, see ``batch_sizes``; None drops it.
 
     ``world * parts`` divides ``global_batch``.
 
@@ -33,7 +55,15 @@ class PairSampler(Sampler[list[SampleKey]]):
     """
 
     def __init__(
-        self, size: int, *, global_batch: int, seed: int, rank: int = 0, world: int = 1, parts: int = 1
+        self,
+        size: int,
+        *,
+        global_batch: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        parts: int = 1,
+        smallest: int | None = None,
     ) -> None:
         if global_batch % (world * parts):
             raise ValueError(
@@ -42,6 +72,7 @@ class PairSampler(Sampler[list[SampleKey]]):
             )
         self.size, self.global_batch, self.seed, self.rank, self.world = size, global_batch, seed, rank, world
         self.parts = parts
+        self.sizes = batch_sizes(size, global_batch, unit=world * parts, smallest=smallest)
         self.epoch, self.start = 0, 0
 
     def order(self) -> torch.Tensor:
@@ -51,12 +82,12 @@ class PairSampler(Sampler[list[SampleKey]]):
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         order = self.order().tolist()
-        share = self.global_batch // (self.world * self.parts)
         for batch in range(self.start, len(self)):
-            first = batch * self.global_batch + self.rank * share
-            starts = range(first, (batch + 1) * self.global_batch, self.world * share)
+            share = self.sizes[batch] // (self.world * self.parts)
+            begin = sum(self.sizes[:batch])
+            starts = range(begin + self.rank * share, begin + self.sizes[batch], self.world * share)
             yield [SampleKey(self.epoch, index) for start in starts for index in order[start : start + share]]
 
     def __len__(self) -> int:
         """Batches of a whole epoch."""
-        return self.size // self.global_batch
+        return len(self.sizes)

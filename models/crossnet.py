@@ -27,7 +27,7 @@ class CrossNet(nn.Module):
     """The whole training-time model: encoders, heads and objective.
 
     Args:
-        point_encoder: module (B, 3, N) -> PointFeatures, with ``feature_dim``.
+        point_encoder: module (B, 3, N) -> PointFeatures, with ``feature_dim`` and ``emb_dims``.
         image_model: ResNet of the image branches, see ``models.image``.
         image_modality: ``both``, ``rgb`` or ``gray``; a branch that is not used is not built.
         objective: ``con`` or ``ave``, see ``models.losses.crossnet_objective``.
@@ -58,7 +58,7 @@ class CrossNet(nn.Module):
         self.objective, self.alpha, self.temperature = objective, alpha, temperature
         self.mask_same_object = mask_same_object
         self.point_encoder = point_encoder
-        self.point_head = point_projection(point_encoder.feature_dim)
+        self.point_head = point_projection(point_encoder.feature_dim, point_encoder.emb_dims)
         self.image_encoders, self.image_heads = nn.ModuleDict(), nn.ModuleDict()
         for modality, channels in (("rgb", 3), ("gray", 1)):
             if image_modality in ("both", modality):

@@ -232,6 +232,7 @@ class FineTuned(nn.Module):
 
     Attributes:
         kind: name of the task, as written into checkpoints.
+        released_k: neighbours of the released script; its weights do not hold them.
         heads: the head for each encoder that the task has one for.
 
     Raises:
@@ -239,6 +240,7 @@ class FineTuned(nn.Module):
     """
 
     kind: str
+    released_k: int = 20
     heads: Mapping[type[nn.Module], type[nn.Module]]
 
     def __init__(self, encoder: nn.Module, **sizes: Any) -> None:
@@ -292,6 +294,7 @@ class Classification(FineTuned):
     """
 
     kind = "classification"
+    released_k = 16
     heads = {DGCNNCls: DGCNNClassHead, PointNetCls: PointNetClassHead}
 
     def forward(self, points: Tensor) -> Tensor:

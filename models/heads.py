@@ -5,9 +5,11 @@ from torch import nn
 PROJECTION_DIM = 256
 
 
-def point_projection(in_dim: int, out_dim: int = PROJECTION_DIM) -> nn.Sequential:
-    """Points: D -> 1024 (batch norm, ReLU) -> 256, with biases. Published as ``inv_head``."""
-    return nn.Sequential(nn.Linear(in_dim, 1024), nn.BatchNorm1d(1024), nn.ReLU(inplace=True), nn.Linear(1024, out_dim))
+def point_projection(in_dim: int, hidden: int = 1024, out_dim: int = PROJECTION_DIM) -> nn.Sequential:
+    """Points: D -> width of the embedding (batch norm, ReLU) -> 256, with biases. Published as ``inv_head``."""
+    return nn.Sequential(
+        nn.Linear(in_dim, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, out_dim)
+    )
 
 
 def image_projection(in_dim: int, out_dim: int = PROJECTION_DIM) -> nn.Sequential:

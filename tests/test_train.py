@@ -2,6 +2,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -203,6 +204,20 @@ def test_resume_with_other_shapes_or_another_kind_of_file_is_an_error(root, refe
     refused(root, tmp_path, "does not exist", *REFERENCE, "--resume", folder / "absent.pth", kind=CheckpointError)
 
 
+def test_a_run_with_the_earlier_point_head_cannot_resume_but_its_encoder_can_be_used(root, reference, tmp_path):
+    folder = tmp_path / "crossnet"
+    shutil.copytree(reference[0], folder)
+    payload = load_checkpoint(folder / "last.pth")
+    rest = payload["heads_and_image_encoders"]
+    rest |= {"point_head.0.bias": torch.zeros(1024), "point_head.0.weight": torch.zeros(1024, 32)}
+    save_checkpoint(folder / "last.pth", payload)
+    message = "point head's hidden layer had 1024 units .*of commit .*--model_path"
+    with pytest.raises(CheckpointError, match=message):
+        train(root, tmp_path, *REFERENCE, "--resume")
+    few = ("--epochs", 1, "--eval_every", 0, "--exp_name", "again", "--model_path", folder / "last.pth")
+    assert train(root, tmp_path, *few)["epoch"] == 1
+
+
 def test_settings_that_change_nothing_learned_may_change_on_resume(root, reference, tmp_path):
     folder = copy_run(reference, tmp_path)
     flags = ("--svm_c", 1, "--save_every", 0, "--workers", 1, "--eval_root", root, "--log_every", 3)
@@ -289,10 +304,9 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_never_started_over(root, ref
 
 def test_resume_into_a_new_folder_leaves_the_old_one_and_finds_a_best_again(root, reference, tmp_path):
     before = contents(reference[0])
-    best = load_checkpoint(reference[0] / "best.pth")["progress"]["epoch"]
-    train(root, tmp_path, *REFERENCE, "--resume", reference[0] / "best.pth", "--exp_name", "other")
+    train(root, tmp_path, *REFERENCE, "--resume", reference[0] / "previous.pth", "--exp_name", "other")
     assert contents(reference[0]) == before
-    assert [r["epoch"] for r in metrics(tmp_path / "other")] == list(range(best + 1, 4))
+    assert [r["epoch"] for r in metrics(tmp_path / "other")] == [3] and (tmp_path / "other" / "best.pth").is_file()
     ours, theirs = (load_checkpoint(folder / "last.pth") for folder in (tmp_path / "other", reference[0]))
     assert equal(ours["point_encoder"], theirs["point_encoder"])
 

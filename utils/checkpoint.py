@@ -283,13 +283,55 @@ def published_encoder_state(state: Mapping[str, Tensor], name: str) -> tuple[dic
     return {key: tensor for key, tensor in state.items() if key not in left_out}, left_out
 
 
+def _published_arguments(state: Mapping[str, Tensor], name: str) -> dict[str, Any]:
+    """Arguments of an encoder: those that its published tensors imply, the released values otherwise."""
+    kwargs = encoder_arguments(name)
+    if _EMBEDDING[name] in state:
+        kwargs["emb_dims"] = len(state[_EMBEDDING[name]])
+    if name == "dgcnn_semseg" and "conv1.0.weight" in state:
+        kwargs["in_channels"] = state["conv1.0.weight"].shape[1] // 2
+    return kwargs
+
+
+def _fits(state: Mapping[str, Tensor], name: str) -> bool:
+    """Whether published tensors are those of an encoder, all of them, beside heads and aliases."""
+    state, _ = published_encoder_state(state, name)
+    try:
+        with torch.device("meta"):
+            shapes = build_encoder(name, **_published_arguments(state, name)).state_dict()
+    except (TypeError, ValueError, RuntimeError, IndexError):  # sizes that no encoder has
+        return False
+    return {key: value.shape for key, value in state.items()} == {key: value.shape for key, value in shapes.items()}
+
+
+def guess_encoder(state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> str:
+    """Name the encoder that bare weights are of, by the names and shapes of their tensors, with a notice.
+
+    Args:
+        state: what ``published_state`` returns.
+        path: of the file, for messages.
+
+    Raises:
+        CheckpointError: they are not exactly those of one encoder.
+    """
+    fitting = [name for name in ENCODERS if _fits(state, name)]
+    if len(fitting) != 1:
+        raise CheckpointError(
+            f"{path} holds bare weights, and their tensors are not exactly those of one encoder: say which they are of "
+            "with --model (and --k), and the tensors that do not fit are named"
+        )
+    logger.warning("%s does not say which encoder it is of; by its tensors it is a %s", path, fitting[0])
+    return fitting[0]
+
+
 def encoder_from_checkpoint(
     path: str | os.PathLike[str], *, model: str | None = None, k: int | None = None, emb_dims: int | None = None
 ) -> nn.Module:
     """Rebuild a point encoder and load its weights strictly.
 
     Our checkpoints need no other argument. Weights published by DGCNN repositories, CrossPoint or CrossNet hold neither
-    the encoder's name nor k: then ``model`` is needed, and k falls back to the released 20 with a notice.
+    the encoder's name nor k: the name follows from the shapes of the tensors, and k falls back to the released 20, both
+    with a notice.
 
     Args:
         path: checkpoint or state dict.
@@ -315,8 +357,9 @@ def _encoder_from_payload(
     model: str | None = None,
     k: int | None = None,
     emb_dims: int | None = None,
+    released_k: int | None = None,
 ) -> nn.Module:
-    """See ``encoder_from_checkpoint``."""
+    """See ``encoder_from_checkpoint``; ``released_k`` is the fallback of weights that do not say their k."""
     if "encoder" in payload and "point_encoder" in payload:
         name, kwargs = payload["encoder"]["name"], dict(payload["encoder"]["kwargs"])
         if not all(
@@ -328,17 +371,13 @@ def _encoder_from_payload(
             raise CheckpointError(f"{path} holds a {name}, not the {resolve_encoder_name(model)} that was asked for")
     else:
         state = published_state(payload, path)
-        if model is None:
-            raise CheckpointError(f"{path} holds bare weights: say which encoder they are of with --model (and --k)")
-        name = resolve_encoder_name(model)
+        name = guess_encoder(state, path) if model is None else resolve_encoder_name(model)
         state, left_out = published_encoder_state(state, name)
         if left_out:
             logger.info("%s: %d tensors of heads and aliases are left out", path, len(left_out))
-        kwargs = encoder_arguments(name)
-        if _EMBEDDING[name] in state:
-            kwargs["emb_dims"] = len(state[_EMBEDDING[name]])
-        if name == "dgcnn_semseg" and "conv1.0.weight" in state:
-            kwargs["in_channels"] = state["conv1.0.weight"].shape[1] // 2
+        kwargs = _published_arguments(state, name)
+        if "k" in kwargs:
+            kwargs["k"] = released_k or kwargs["k"]
         if k is None and "k" in kwargs:
             logger.warning("%s does not say its number of neighbours; --k %d is used", path, kwargs["k"])
         elif "k" in kwargs:
@@ -383,8 +422,8 @@ def fine_tuned_from_checkpoint(
 ) -> tuple[FineTuned, dict[str, Any]]:
     """Rebuild an encoder with its head and load both strictly.
 
-    Published state dicts (names without or with ``module.``, batch norms registered twice) open too: their sizes follow
-    from their tensors; the encoder falls back to the task's first one and k to the released 20, each with a notice.
+    Published state dicts (names without or with ``module.``, batch norms registered twice) open too: encoder and sizes
+    follow from their tensors, and k falls back to that of the task's released script, with a notice.
 
     Args:
         path: checkpoint of a fine-tuning run, or state dict.
@@ -411,10 +450,7 @@ def _fine_tuned_from_payload(
     if isinstance(kind, str) and kind != task.kind:
         holds = f"a model for {kind}" if kind in TASKS else "an encoder without a head (--pretrain_path takes that)"
         raise CheckpointError(f"{path} holds {holds}; expected a model for {task.kind}")
-    if kind is None and model is None:
-        model = next(name for name, encoder in ENCODERS.items() if encoder in task.heads)
-        logger.warning("%s does not say which encoder it is of; %s is taken (--model)", path, model)
-    encoder = _encoder_from_payload(payload, path, model=model, k=k)
+    encoder = _encoder_from_payload(payload, path, model=model, k=k, released_k=task.released_k)
     head_kind = task.heads.get(type(encoder))
     if head_kind is None:
         raise CheckpointError(f"{path} holds a {describe_encoder(encoder)['name']}, which has no head for {task.kind}")

@@ -249,11 +249,21 @@ class TrainingLoop(ABC):
             SyncBatchNorm.convert(model)
         return replicated(model)
 
-    def sampler_of(self, size: int, batch: int, *, parts: int = 1) -> PairSampler:
-        """Batches for this process, of ``batch`` samples for each process and each part of a step."""
+    def sampler_of(self, size: int, batch: int, *, parts: int = 1, keep_rest: bool = False) -> PairSampler:
+        """Batches for this process, of ``batch`` samples for each process and each part of a step.
+
+        ``keep_rest`` keeps the incomplete last batch, of two samples or more for each batch norm.
+        """
         world = world_size()
+        smallest = max(world, 2) if not self.args.no_sync_bn else 2 * world
         return PairSampler(
-            size, global_batch=batch * world * parts, seed=self.args.seed, rank=rank(), world=world, parts=parts
+            size,
+            global_batch=batch * world * parts,
+            seed=self.args.seed,
+            rank=rank(),
+            world=world,
+            parts=parts,
+            smallest=smallest if keep_rest else None,
         )
 
     def minimise(self, loss: torch.Tensor) -> None:

@@ -49,7 +49,7 @@ from utils.distributed import is_main, launch
 from utils.errors import CheckpointError, DataError, UserError
 from utils.training import git_commit, versions
 
-RELEASED_K = 16
+RELEASED_K = Classification.released_k
 
 
 def build_parser() -> argparse.ArgumentParser:

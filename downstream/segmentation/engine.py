@@ -57,6 +57,8 @@ SMOOTHING = 0.2
 AUGMENTATION_PURPOSE = 2
 DROPOUT_PURPOSE = 16  # and those that follow, one for each layer
 HEAD_SEED = 1_000_003
+# The released scripts drop an incomplete last batch only from this many samples on.
+DROP_REST_FROM = 100
 Scores = dict[str, Any]
 
 
@@ -105,7 +107,8 @@ def add_training_arguments(
         choices=SCHEDULERS,
         default="cosine",
         help="cosine: from the highest rate to a hundredth of it, once; step: halved every 20 epochs, not below 1e-5; "
-        "released: what the released code does (see docs/fidelity.md), a constant rate under Adam",
+        "released: what the released code does (see docs/fidelity.md): for classification the rate swings with every "
+        "batch, for segmentation it is constant under Adam",
     )
     g.add_argument("--label_smoothing", type=float, default=SMOOTHING, metavar="EPS", help="0 turns it off")
     g.add_argument("--amp", choices=list(AMP_DTYPES), default="off", help="mixed precision of the training steps")
@@ -172,15 +175,19 @@ def fine_tuning_rate(
         epochs: of the run.
         steps_per_epoch: of the run.
         base: highest rate.
-        lr: the flag ``--lr``, which the released cosine takes as its lowest rate, so that Adam's never changes.
-        per_batch: the released classification script steps its cosine at every batch, not at every epoch.
+        lr: the flag ``--lr``, which the released cosine of the segmentation scripts takes as its lowest rate, so that
+            Adam's never changes.
+        per_batch: the released classification script steps its cosine at every batch, not at every epoch, down to a
+            hundredth of the highest rate.
     """
     epoch = step // steps_per_epoch
     if scheduler == "cosine":
         return cosine_lr(step, total=epochs * steps_per_epoch, base=base, floor=base / 100)
     if scheduler == "step":
         return max(base * 0.5 ** (epoch // 20), min(base, 1e-5))
-    return cosine_lr(step if per_batch else epoch, total=epochs, base=base, floor=lr)
+    if per_batch:
+        return cosine_lr(step, total=epochs, base=base, floor=base / 100)
+    return cosine_lr(epoch, total=epochs, base=base, floor=lr)
 
 
 def choose_labelled(labels: np.ndarray, fraction: float, *, seed: int) -> np.ndarray:
@@ -395,7 +402,8 @@ class FineTuning(TrainingLoop):
         self.dropouts = SampleDropout.convert(self.model)
         self.dataset = _Keyed(dataset, chosen)
         # Fewer samples than a batch are one batch.
-        self.sampler = self.sampler_of(len(chosen), min(args.batch_size, len(chosen) // world_size()))
+        batch = min(args.batch_size, len(chosen) // world_size())
+        self.sampler = self.sampler_of(len(chosen), batch, keep_rest=len(chosen) < DROP_REST_FROM)
         self.optimizer = build_optimizer(self.model, args)
         self.validate, self.score, self.table = validate, score, dict(table)
         self.identity, self.augmentation, self.per_batch = identity, augmentation, per_batch
@@ -498,6 +506,8 @@ class FineTuning(TrainingLoop):
         )
         if self.sampler.global_batch < args.batch_size * world_size():
             logger.info("fewer samples than --batch_size %d asks for: each step takes them all", args.batch_size)
+        if self.sampler.sizes[-1] < self.sampler.global_batch:
+            logger.info("the last step of an epoch takes the %d samples that are left", self.sampler.sizes[-1])
         if self.validate is None:
             logger.info("nothing is held out: there is no best epoch, the last one is reported")
         start = time.perf_counter()

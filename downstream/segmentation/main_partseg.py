@@ -55,7 +55,7 @@ from utils.distributed import is_main, launch
 from utils.errors import CheckpointError, UserError
 from utils.training import git_commit, versions
 
-RELEASED_K = 20
+RELEASED_K = PartSegmentation.released_k
 VOTE_SCALES = (0.8, 1.25)
 VOTE_PURPOSE = 3
 

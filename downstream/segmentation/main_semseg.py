@@ -52,7 +52,7 @@ from utils.distributed import is_main, launch, main_only
 from utils.errors import CheckpointError, DataError, UserError
 from utils.training import git_commit, versions
 
-RELEASED_K = 20
+RELEASED_K = SemanticSegmentation.released_k
 PROTOCOLS = ("blocks", "rooms")
 SIZES = {"num_classes": len(CLASS_NAMES)}
 ALL = "all"
@@ -90,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=area_list,
         nargs="+",
         metavar="A",
-        help="areas to train on, such as 1,2,3 (default: all but the tested one)",
+        help="areas to train on, such as 1,2,3; the tested one is always left out (default: all others)",
     )
     g.add_argument(
         "--in_channels",
@@ -214,19 +214,20 @@ def pooled(entries: Sequence[dict[str, Scores]]) -> dict[str, Scores]:
 
 
 def training_areas(args: argparse.Namespace, test_area: int) -> list[int]:
-    """Areas to train on.
+    """Areas to train on: those of ``--train_area``, or all, always without the tested one, as released.
 
     Raises:
-        UserError: none, or the tested area is among them.
+        UserError: no area is left.
     """
     given = sorted({area for part in args.train_area or [] for area in part})
     if args.train_area is not None and not given:
         raise UserError("--train_area names no area; S3DIS has the areas 1 to 6")
-    if len(args.test_area) > 1:
-        given = [area for area in given if area != test_area]  # each fold leaves its own area out
-    areas = given or [area for area in AREAS if area != test_area]
-    if test_area in areas:
-        raise UserError(f"area {test_area} is both trained on (--train_area) and tested on (--test_area)")
+    areas = [area for area in given or AREAS if area != test_area]
+    if not areas:
+        raise UserError(
+            f"--train_area names only area {test_area}, which is tested (--test_area) and so never trained on; name "
+            "another one, or leave --train_area out for all the others"
+        )
     return areas
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from datasets.sampler import PairSampler
+from datasets.sampler import PairSampler, batch_sizes
 from datasets.shapenet_render import SampleKey
 from datasets.streams import SampleStreams
 
@@ -96,3 +96,32 @@ def test_no_two_samples_share_a_stream_and_none_depends_on_workers_or_processes(
         assert len(set(draws)) == len(draws)
         seen.append(drawn)
     assert all(drawn == seen[0] for drawn in seen)
+
+
+def test_an_incomplete_last_batch_is_kept_where_it_can_have_statistics():
+    assert batch_sizes(70, 32, smallest=2) == [32, 32, 6] and batch_sizes(70, 32) == [32, 32]
+    assert batch_sizes(64, 32, smallest=2) == [32, 32]
+    assert batch_sizes(33, 32, smallest=2) == [17, 16]  # one sample has no statistics
+    assert batch_sizes(5, 2, smallest=2) == [2, 2]
+    for world in (2, 3):
+        for size in range(12, 40):
+            sizes = batch_sizes(size, 12, unit=world, smallest=2 * world)  # two samples in each process
+            assert sum(sizes) == size - size % world and all(n % world == 0 and n >= 2 * world for n in sizes)
+            assert len(sizes) == -(-(size - size % world) // 12) and max(sizes) <= 12
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_kept_last_batch_is_shared_and_resumed_like_the_others(world):
+    def share(rank):
+        return PairSampler(22, global_batch=8, seed=1, rank=rank, world=world, smallest=2)
+
+    shares = [batches(share(rank), epoch=1) for rank in range(world)]
+    together = [sum(parts, []) for parts in zip(*shares, strict=True)]
+    assert [len(batch) for batch in together] == [8, 8, 6] and len({key.index for b in together for key in b}) == 22
+    assert [key.index for batch in together for key in batch] == order_of(share(0), epoch=1)
+    assert all(batches(share(rank), epoch=1, start=2) == shares[rank][2:] for rank in range(world))
+
+
+def order_of(sampler, *, epoch):
+    sampler.epoch = epoch
+    return sampler.order().tolist()

@@ -93,8 +93,10 @@ def test_released_is_constant_with_adam_and_swings_with_classification():
     assert rates("released", base=1e-3) == [1e-3] * 200
     found = rates("released")
     assert found[:5] == [0.1] * 5 and found[5] < 0.1 and found[195] > 1e-3
-    swinging = rates("released", per_batch=True)
-    assert swinging[0] == pytest.approx(swinging[80]) == pytest.approx(0.1) and swinging[40] == pytest.approx(1e-3)
+    for base in (0.1, 1e-3):  # SGD, Adam
+        swinging = rates("released", base=base, per_batch=True)
+        assert swinging[0] == pytest.approx(swinging[80]) == pytest.approx(base)
+        assert min(swinging) == swinging[40] == pytest.approx(base / 100)
 
 
 def test_labelled_samples_hold_every_class_and_the_asked_share():
@@ -183,6 +185,21 @@ def test_one_sample_is_too_few_and_few_are_one_batch(tmp_path):
     with pytest.raises(UserError, match="1 training sample: batch norm needs at least two"):
         tuning(tmp_path, chosen=np.array([2]))
     assert tuning(tmp_path, "--batch_size", 32, name="b").total_steps == 2
+
+
+def test_the_smaller_last_batch_is_kept_below_a_hundred_samples(tmp_path):
+    def epoch(count, batch):
+        run = tuning(tmp_path, "--batch_size", batch, name=f"{count}", dataset=Balls(count), chosen=np.arange(count))
+        sizes = []
+        run.look_at = lambda items: sizes.append(len(items[0]))
+        run.run(lambda model: {}, [])
+        assert run.progress.step == len(sizes) == run.total_steps
+        return sizes
+
+    assert epoch(9, 4) == [4, 3, 2] * 2  # a step of one sample would have no batch statistics
+    assert epoch(10, 4) == [4, 4, 2] * 2
+    assert epoch(99, 64) == [64, 35] * 2 and epoch(100, 64) == [64] * 2
+    assert tuning(tmp_path, "--batch_size", 32, name="c", dataset=Balls(33), chosen=np.arange(33)).total_steps == 2 * 2
 
 
 def test_settings_that_contradict_each_other(tmp_path):

@@ -12,6 +12,8 @@ from utils.errors import CheckpointError, DataError, UserError
 
 SMALL = ["--k", "4", "--emb_dims", "16", "--batch_size", "6", "--num_points", "32"]
 
+SCORES = {"overall_accuracy": 50.0, "mean_class_accuracy": 50.0, "class_accuracy": {}}
+
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
@@ -63,6 +65,15 @@ def test_pretrained_encoder_and_published_classifier(root, tmp_path):
     torch.save({"model_state_dict": {f"module.{k}": v for k, v in {**state, **aliases}.items()}}, tmp_path / "p.pth")
     scores = run(root, "--eval", "--model_path", tmp_path / "p.pth", "--k", 4, small=["--num_points", 32])
     assert 0 <= scores["runs"][0]["test"]["overall_accuracy"] <= 100
+
+
+def test_a_released_classifier_is_scored_with_the_released_neighbours(root, tmp_path, monkeypatch, caplog):
+    model = Classification(build_encoder("dgcnn_cls", emb_dims=16), num_classes=3)
+    torch.save({f"module.{key}": value for key, value in model.published_state_dict().items()}, tmp_path / "model.t7")
+    scored = []
+    monkeypatch.setattr(script, "score", lambda args, model, clouds: scored.append(model.encoder.k) or SCORES)
+    run(root, "--eval", "--model_path", tmp_path / "model.t7", small=["--num_points", 32])
+    assert scored == [16] and "--k 16 is used" in caplog.text
 
 
 def test_bad_input_is_named(root, tmp_path):

@@ -102,8 +102,14 @@ def test_six_folds_in_one_call_go_on_where_they_stopped(root, tmp_path, monkeypa
 def test_train_area_trains_on_those_alone_and_never_on_the_tested_one(root):
     record = run(root, "--test_area", 6, "--train_area", "1,2", 4)["runs"][0]
     assert record["train_areas"] == [1, 2, 4] and record["training_samples"] == 3
-    with pytest.raises(UserError, match="area 5 is both trained on"):
+    with pytest.raises(UserError, match="names only area 5, which is tested"):
         run(root, "--test_area", 5, "--train_area", "5", "--overwrite")
+
+
+def test_the_released_train_area_leaves_the_tested_area_out(root):
+    for number, areas in ((5, [1, 2, 3, 4, 6]), (1, [2, 3, 4, 5, 6])):
+        (record,) = run(root, "--train_area", "1,2,3,4,5,6", "--test_area", number, "--overwrite")["runs"]
+        assert record["train_areas"] == areas and record["test_area"] == number
 
 
 def test_published_weights_of_nine_channels_are_scored(root, tmp_path):

@@ -121,6 +121,11 @@ def test_projection_heads_are_the_released_ones():
         **{"0.weight": (1024, 2048), "0.bias": (1024,), "1.weight": (1024,), "1.bias": (1024,)},
         **{"3.weight": (256, 1024), "3.bias": (256,)},
     }
+    narrow = CrossNet(build_encoder("dgcnn_cls", emb_dims=512), image_model="resnet18").point_head
+    assert [layer.weight.shape for layer in (narrow[0], narrow[3])] == [
+        (512, 1024),
+        (256, 512),
+    ]  # as wide as the embedding
     assert {key: tuple(p.shape) for key, p in images.named_parameters()} == {
         **{"0.weight": (512, 2048), "1.weight": (512,), "1.bias": (512,), "3.weight": (256, 512)},
     }

@@ -131,8 +131,26 @@ def test_published_weights_open_with_model_and_k(name, form, tmp_path, caplog):
     if k:
         assert encoder_from_checkpoint(tmp_path / "published.pth", model=name).k == 20
         assert "--k 20 is used" in caplog.text
-    with pytest.raises(CheckpointError, match="published.pth holds bare weights.*--model"):
-        encoder_from_checkpoint(tmp_path / "published.pth")
+    caplog.clear()
+    guessed = encoder_from_checkpoint(tmp_path / "published.pth", k=k)
+    assert same(encoder, guessed) and describe_encoder(guessed)["kwargs"] == KWARGS[name]
+    assert f"does not say which encoder it is of; by its tensors it is a {name}" in caplog.text
+
+
+def test_bare_weights_that_fit_no_encoder_exactly_are_not_guessed(tmp_path):
+    for name in ENCODERS:
+        _, state = published(name)
+        missing = next(key for key in encoder_keys(name) if key.endswith("conv3.0.weight") or key == "conv3.weight")
+        for wrong in ({missing: torch.zeros(())}, {missing: torch.zeros(7, 7)}, {"unknown.weight": torch.zeros(2)}):
+            torch.save(state | wrong, tmp_path / "a.pth")
+            refuse(tmp_path / "a.pth", "holds bare weights, .* not exactly those of one encoder: .*--model")
+        torch.save({key: value for key, value in state.items() if key != missing}, tmp_path / "a.pth")
+        refuse(tmp_path / "a.pth", "--model")
+        refuse(tmp_path / "a.pth", f"{missing}", model=name)  # as the message says
+
+
+def encoder_keys(name):
+    return build_encoder(name).state_dict()
 
 
 def test_released_names_of_encoders_open_too(tmp_path):
