@@ -230,6 +230,7 @@ class Pretraining(TrainingLoop):
             transform=RenderPixels(args.image_size, background=args.background),
             only=read_shape_list(args.list) if args.list else None,
             strict=args.strict_data,
+            num_points=args.num_points,
         )
         encoder = self.build_point_encoder()
         self.check_sizes()
@@ -271,7 +272,7 @@ class Pretraining(TrainingLoop):
         if args.num_points and args.num_points > self.dataset.cloud_size:
             raise UserError(
                 f"--num_points {args.num_points} is more than the clouds of {args.data_root} have: "
-                f"{self.dataset.cloud_size}"
+                f"{max(self.dataset.sizes)}"
             )
         points = args.num_points or self.dataset.cloud_size
         if args.k is not None and args.k > points:
@@ -336,15 +337,17 @@ class Pretraining(TrainingLoop):
     def inputs_of(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """A batch on the device, its clouds in two augmented views, its renderings augmented: what the model takes."""
         args = self.args
-        tensors = {name: batch[name].to(self.device, non_blocking=True) for name in ("index", "points", "pixels")}
+        tensors = {
+            name: batch[name].to(self.device, non_blocking=True) for name in ("index", "points", "counts", "pixels")
+        }
         keys = {"seed": args.seed, "epoch": self.progress.epoch, "index": tensors["index"]}
         streams = SampleStreams(**keys, purpose=RENDER_PURPOSE)
         images = self.render_augmentation(tensors["pixels"], batch["sizes"], streams)
         if args.channels_last:
             images = {name: image.contiguous(memory_format=torch.channels_last) for name, image in images.items()}
         streams = SampleStreams(**keys, purpose=AUGMENTATION_PURPOSE)
-        view1 = self.augmentation(tensors["points"], streams).mT
-        view2 = self.augmentation(tensors["points"], streams).mT
+        view1 = self.augmentation(tensors["points"], streams, tensors["counts"]).mT
+        view2 = self.augmentation(tensors["points"], streams, tensors["counts"]).mT
         return {"view1": view1, "view2": view2, **images}
 
     def add_gradients(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -437,6 +440,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         *(training.dataset, len(training.dataset.skipped), args.num_points or training.dataset.cloud_size),
         *(training.total_steps, training.sampler.global_batch, world_size(), training.device),
     )
+    points = args.num_points or training.dataset.cloud_size
+    if short := training.dataset.smaller_than(points):
+        logger.warning(
+            "clouds of %d to %d points: %d of %d have fewer than %d, and their points repeat",
+            *(min(training.dataset.sizes), max(training.dataset.sizes), short, len(training.dataset), points),
+        )
     record = training.train()
     if is_main():
         write_json(args.json, record)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.unpack import KNOWN_MD5, file_md5
-from datasets.hdf5 import read_labelled_clouds
+from datasets.hdf5 import hdf5_file, read_labelled_clouds
 from datasets.modelnet import (
     DEMO_FOLDER,
     MODELNET10_LABELS,
@@ -40,6 +40,7 @@ from datasets.scanobjectnn import VARIANTS, candidate_files
 from datasets.shapenet_render import PACKED_NAME, FolderSource, PackedSource, PairSource, decode_image
 from utils.cli import HelpFormatter, run, write_json
 from utils.errors import DataError
+from utils.files import data_files, has_data_files, read_lines
 
 SHAPENET_SHAPES = 43_783
 MODELNET10_TRAIN_GAP = 3  # the HDF5 release has 9,840 of ModelNet40's 9,843 training models
@@ -109,6 +110,14 @@ class _Checker:
                 finding.problems.append(text)
             return None
 
+    def listed_or_found(self, finding: Finding, folder: Path, index: str, pattern: str) -> list[Path]:
+        """Files that a list names (by base name, as lists carry another machine's folder), else those of a pattern."""
+        path = folder / index
+        if not path.is_file():
+            return data_files(folder, pattern)
+        names = self.attempt(finding, lambda: _read_list(path)) or []
+        return [folder / name.replace("\\", "/").rsplit("/", 1)[-1] for name in names]
+
     # --- pretraining pairs ---
 
     def pairs(self, source: PairSource, finding: Finding) -> None:
@@ -138,8 +147,7 @@ class _Checker:
     def shapenet_folder(self) -> Finding:
         """``ShapeNet/`` and ``ShapeNetRendering/``."""
         clouds, views = self.root / "ShapeNet", self.root / "ShapeNetRendering"
-        has_clouds = next(clouds.glob("*/*.ply"), None) is not None
-        has_views = next(views.glob("*/*/rendering/*.png"), None) is not None
+        has_clouds, has_views = has_data_files(clouds, "*/*.ply"), has_data_files(views, "*/*/rendering/*.png")
         wanted = [name for name, there in (("shapenet", has_clouds), ("shapenet_render", has_views)) if not there]
         finding = Finding(expected={"pairs": SHAPENET_SHAPES}, where=f"{clouds} + {views.name}")
         finding.get = self.command(*(wanted or ("shapenet", "shapenet_render")))
@@ -166,7 +174,7 @@ class _Checker:
         """Labels of the sound files of one split; the others become problems."""
         files = self.attempt(finding, lambda: listed_files(folder, split))
         if files is None:
-            files = sorted(folder.glob(f"ply_data_{split}*.h5"))
+            files = data_files(folder, f"ply_data_{split}*.h5")
         labels = [np.empty(0, np.int64)]
         for file in files:
             read = self.attempt(finding, lambda f=file: read_labelled_clouds(f, num_classes=num_classes))
@@ -193,7 +201,7 @@ class _Checker:
         if classes <= set(MODELNET10_LABELS):  # another release than the one whose checksums are known
             forty.notes.append("only the ten classes of ModelNet10")
         else:
-            self.compare_md5("modelnet40", sorted(folder.glob("*.h5")), forty)
+            self.compare_md5("modelnet40", data_files(folder, "*.h5"), forty)
         gap = ten.expected["train"] - ten.found["train"]
         return forty.settle(), ten.settle(
             complete=0 <= gap <= MODELNET10_TRAIN_GAP and ten.found["test"] == ten.expected["test"]
@@ -229,25 +237,25 @@ class _Checker:
     def shapenetpart(self, root: Path, **fields: Any) -> Finding:
         """ShapeNetPart as HDF5 files, or another set in its layout."""
         finding = Finding(**fields)
-        folders = [path for path in sorted(root.glob("shapenet*hdf5*")) if any(path.glob("ply_data_*.h5"))]
+        folders = [path for path in data_files(root, "shapenet*hdf5*") if data_files(path, "ply_data_*.h5")]
         if not folders:
             return finding
         folder = folders[0]
         finding.where = str(folder)
         for split in SHAPENETPART_SIZES:
-            files = _list_or_glob(folder, f"{split}_hdf5_file_list.txt", f"ply_data_{split}*.h5")
+            files = self.listed_or_found(finding, folder, f"{split}_hdf5_file_list.txt", f"ply_data_{split}*.h5")
             rows = [self.attempt(finding, lambda f=file: _check_arrays(f, _PART_ARRAYS)) for file in files]
             finding.found[split] = sum(count or 0 for count in rows)
             if not files:
                 finding.notes.append(f"no files of the {split} split")
         if finding.expected:
-            self.compare_md5("shapenetpart", sorted(folder.glob("*.h5")), finding)
+            self.compare_md5("shapenetpart", data_files(folder, "*.h5"), finding)
         return finding.settle()
 
     def s3dis(self, folder: Path, arrays: Mapping[str, tuple[int | None, ...]], **fields: Any) -> Finding:
         """S3DIS as blocks of points."""
         finding = Finding(**fields)
-        files = _list_or_glob(folder, FILE_LIST, "*.h5")
+        files = self.listed_or_found(finding, folder, FILE_LIST, "*.h5")
         if not files:
             return finding
         finding.where = str(folder)
@@ -257,8 +265,9 @@ class _Checker:
         if not rooms.is_file():
             finding.problems.append(f"{rooms} is missing; it names the room of every block, one a line")
         elif None not in rows:
-            lines = len(rooms.read_text(encoding="utf-8", errors="replace").split())
-            if lines != finding.found["blocks"]:
+            names = self.attempt(finding, lambda: _read_list(rooms))
+            lines = 0 if names is None else len(names)
+            if names is not None and lines != finding.found["blocks"]:
                 finding.problems.append(f"{rooms} has {lines} lines for {finding.found['blocks']} blocks")
         return finding.settle()
 
@@ -347,7 +356,7 @@ def _check_arrays(path: Path, wanted: Mapping[str, tuple[int | None, ...]]) -> i
     if not path.is_file():
         raise DataError(f"{path} is missing, a list beside it names it")
     try:
-        with h5py.File(path, "r") as file:
+        with hdf5_file(path) as file:
             shapes = {}
             for key, shape in wanted.items():
                 array = file.get(key)
@@ -368,13 +377,11 @@ def _check_arrays(path: Path, wanted: Mapping[str, tuple[int | None, ...]]) -> i
     return shapes["data"][0]
 
 
-def _list_or_glob(folder: Path, index: str, pattern: str) -> list[Path]:
-    """Files that a list names (by base name; it often carries another machine's folder), else those of a pattern."""
-    path = folder / index
-    if path.is_file():
-        names = path.read_text(encoding="utf-8", errors="replace").split()
-        return [folder / name.replace("\\", "/").rsplit("/", 1)[-1] for name in names]
-    return sorted(folder.glob(pattern))
+def _read_list(path: Path) -> list[str]:
+    try:
+        return read_lines(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as a list, one name a line ({error})") from error
 
 
 def check(data_root: str | Path, *, full: bool = False, md5: bool = False) -> dict[str, Finding]:

@@ -46,6 +46,7 @@ if __package__ in (None, ""):
 
 from utils import cli
 from utils.errors import DataError, UserError
+from utils.files import data_files
 
 LIBRARY_SUFFIXES = (".sh3f", ".zip", ".jar")
 PACK_NAME = "shapenet_render.h5"
@@ -253,7 +254,7 @@ def find_libraries(source: Path) -> list[Path]:
         DataError: there is none.
     """
     if source.is_dir():
-        found = sorted(path for path in source.iterdir() if path.suffix.lower() in LIBRARY_SUFFIXES)
+        found = [path for path in data_files(source) if path.suffix.lower() in LIBRARY_SUFFIXES]
     else:
         found = [source] if source.is_file() else []
     if not found:

@@ -36,6 +36,7 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.cli import HelpFormatter, run, write_json
 from utils.errors import DataError
+from utils.files import is_data_name
 
 SETS = ("shapenet", "shapenet_render", "modelnet40", "scanobjectnn", "shapenetpart", "s3dis", "s3dis_test")
 STAGING = ".download"  # inside the data root, so that moving into place is a rename
@@ -238,8 +239,8 @@ def extract(path: Path, folder: Path, *, max_bytes: int = MAX_BYTES) -> int:
         for number, member in enumerate(archive_members(path)):
             if number >= MAX_MEMBERS:
                 raise DataError(f"{path} is refused: it holds more than {MAX_MEMBERS} files")
-            if not member.parts or "__MACOSX" in member.parts or member.parts[-1].startswith("._"):
-                continue  # the archive's own root, and what macOS adds
+            if not all(map(is_data_name, member.parts)) or not member.parts:
+                continue  # the archive's own root, and what operating systems add
             target = folder.joinpath(*member.parts)
             if member.content is None:
                 target.mkdir(parents=True, exist_ok=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import mmap
 import os
+import re
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -38,6 +40,37 @@ def check_split(split: str) -> str:
     return split
 
 
+# What the HDF5 library says where another program writes a file: of the lock, or of the mark that writers leave in it.
+_IN_USE = ("unable to lock file", "already open for write", "already open for SWMR write")
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+def hdf5_file(path: str | os.PathLike[str]) -> h5py.File:
+    """Open a file read-only; every file that is not ours to write is opened here.
+
+    Raises:
+        DataError: another program holds the file, or its file system has no locks.
+        OSError: missing, or not an HDF5 file.
+    """
+    try:
+        return h5py.File(path, "r")
+    except OSError as error:
+        text = str(error)
+        if not any(words in text for words in _IN_USE):
+            raise
+        # h5py keeps the number in the text only.
+        number = re.search(r"errno = (\d+)", text)
+        if number and int(number[1]) in _NO_LOCKS:
+            raise DataError(
+                f"{path} lies on a file system without file locks; set HDF5_USE_FILE_LOCKING=FALSE in the environment"
+            ) from error
+        raise DataError(
+            f"{path} is in use: another program holds it open for writing. Wait until it has finished, or close it "
+            "there (a program that was killed may have left its mark, which h5clear -s FILE of the package hdf5-tools "
+            "removes)"
+        ) from error
+
+
 @contextlib.contextmanager
 def open_hdf5(path: str | os.PathLike[str]) -> Iterator[h5py.File]:
     """Open a file read-only, after a look at its heaps, which hold texts and arrays of variable length.
@@ -47,8 +80,9 @@ def open_hdf5(path: str | os.PathLike[str]) -> Iterator[h5py.File]:
     Raises:
         OSError: missing, or no HDF5 file.
         ValueError: a heap is damaged.
+        DataError: another program writes the file.
     """
-    with h5py.File(path, "r") as file:
+    with hdf5_file(path) as file:
         _check_heaps(file)
         yield file
 

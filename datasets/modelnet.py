@@ -16,6 +16,7 @@ from torch import Tensor
 
 from datasets.hdf5 import CHECK_COMMAND, LabelledClouds, check_split
 from utils.errors import DataError
+from utils.files import data_files, read_lines
 
 MODELNET_FOLDER = "modelnet40_ply_hdf5_2048"
 MODELNET_GET = f"bash data/download_data.sh modelnet40 (what is there: {CHECK_COMMAND})"
@@ -36,7 +37,7 @@ def find_hdf5_folder(root: str | Path, name: str) -> Path | None:
     for folder in (root / name, root):
         lists = [folder / f"{split}_files.txt" for split in ("train", "test")]
         # The part-segmentation release names its files ply_data_train*.h5 as well, beside *_hdf5_file_list.txt.
-        ours = any(folder.glob("ply_data_t*.h5")) and not any(folder.glob("*_hdf5_file_list.txt"))
+        ours = data_files(folder, "ply_data_t*.h5") and not data_files(folder, "*_hdf5_file_list.txt")
         if ours or any(file.is_file() for file in lists):
             return folder
     return None
@@ -59,15 +60,15 @@ def listed_files(folder: Path, split: str, *, index: str | None = None, get: str
     index = folder / (index or f"{split}_files.txt")
     if not index.is_file():
         # By number, so that file 10 comes after file 9.
-        files = sorted(folder.glob(f"ply_data_{split}*.h5"), key=lambda file: (len(file.name), file.name))
+        files = sorted(data_files(folder, f"ply_data_{split}*.h5"), key=lambda file: (len(file.name), file.name))
         if not files:
             raise DataError(f"{folder} holds neither {index.name} nor ply_data_{split}*.h5. Get them: {get}")
         return files
     try:
-        lines = index.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_lines(index)
+    except (OSError, ValueError) as error:
         raise DataError(f"{index} cannot be read as a list of file names ({error}). Get it: {get}") from error
-    names = [line.strip().replace("\\", "/").rsplit("/", 1)[-1] for line in lines if line.strip()]
+    names = [line.replace("\\", "/").rsplit("/", 1)[-1] for line in lines]
     if not names:
         raise DataError(f"{index} is empty; expected a file name per line, such as ply_data_{split}0.h5. Get it: {get}")
     for name, times in Counter(names).items():
@@ -82,10 +83,10 @@ def _read_names(folder: Path) -> list[str] | None:
     """Class names from ``shape_names.txt``, None where there is no such file."""
     path = folder / "shape_names.txt"
     try:
-        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()] or None
+        return read_lines(path) or None
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read as a list of class names ({error})") from error
 
 

@@ -19,6 +19,8 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from datasets.shapenet_render import (
     PACKED_FORMAT,
     PACKED_VERSION,

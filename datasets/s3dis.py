@@ -29,9 +29,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from datasets.hdf5 import CHECK_COMMAND, open_hdf5, stored_array
+from datasets.hdf5 import CHECK_COMMAND, hdf5_file, open_hdf5, stored_array
 from datasets.modelnet import listed_files
 from utils.errors import DataError, UserError
+from utils.files import read_text
 
 BLOCK_FOLDER = "indoor3d_sem_seg_hdf5_data"
 ROOM_FOLDER = "indoor3d_sem_seg_hdf5_data_test"
@@ -121,12 +122,12 @@ def _read_room_list(folder: Path, blocks: int, get: str) -> list[str]:
     """Room of every block."""
     path = folder / ROOM_LIST
     try:
-        names = path.read_text(encoding="utf-8").split()
+        names = read_text(path).split()
     except FileNotFoundError as error:
         raise DataError(
             f"{path} is missing; it names the room of every block, one a line (it is written last). Get it: {get}"
         ) from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read as a list of rooms ({error}). Get it: {get}") from error
     for number, name in enumerate(names, start=1):
         if not _ROOM_NAME.fullmatch(name):
@@ -209,7 +210,7 @@ class _BlockFiles:
         if self._pid != os.getpid():  # HDF5 keeps a file position in a handle
             self._handles, self._pid = {}, os.getpid()
         if number not in self._handles:
-            self._handles[number] = h5py.File(self.files[number], "r")
+            self._handles[number] = hdf5_file(self.files[number])
         return self._handles[number]
 
     def place(self, block: int) -> tuple[int, int]:
@@ -251,6 +252,8 @@ class _BlockFiles:
             return np.array(self._map(number, name)[row])
         try:
             return self._open(number)[name][row]
+        except DataError:
+            raise
         except Exception as error:  # h5py raises many kinds on malformed files
             raise DataError(f"{self.where(block)}: '{name}' cannot be read ({error}). Get it: {self._get}") from error
 
@@ -282,9 +285,11 @@ class _BlockFiles:
             with contextlib.suppress(OSError, ValueError):  # missing or damaged: it is made again
                 return np.load(folder / name, mmap_mode="r")
         try:
-            with h5py.File(path, "r") as file:
+            with hdf5_file(path) as file:
                 # Whole file: its chunks hold many blocks, so reading by block would unpack each chunk many times.
                 values = file[array][:, :, : self.channels] if array == "data" else file[array][()]
+        except DataError:
+            raise
         except Exception as error:  # h5py raises many kinds on malformed files
             raise DataError(f"{path}: '{array}' cannot be read ({error}). Get it: {self._get}") from error
         problems = []
@@ -466,9 +471,11 @@ class S3DISRooms(Dataset):
         first = int(self._blocks[self._room_of == room][0])
         path = self._files.files[self._files.place(first)[0]]
         try:
-            with h5py.File(path, "r") as file:
+            with hdf5_file(path) as file:
                 name, total = str(file.attrs["room"]), int(file.attrs["room_points"])
                 box = np.stack([file.attrs["room_low"], file.attrs["room_high"]]).astype(np.float64)
+        except DataError:
+            raise
         except Exception as error:  # h5py raises many kinds on malformed files
             raise DataError(
                 f"{path} lacks the attributes room, room_points, room_low, room_high ({error}). "
@@ -511,14 +518,14 @@ class S3DISRooms(Dataset):
             points[index, :3] = stored[:, 6:9] * (box[1] - box[0]).astype(np.float32)
             points[index, 3:] = stored[:, 3:6]
             labels[index] = self._files.labels(block)
-        if not np.isfinite(points).all():
-            raise DataError(f"{self._files.where(block)}: its room has coordinates that are not finite")
         missing = int((labels < 0).sum())
         if missing:
             raise DataError(
                 f"{self.folder}: {missing} of the {total} points of {self.rooms[room]} are in no block. Make it again: "
                 f"{self._get}"
             )
+        if not np.isfinite(points).all():
+            raise DataError(f"{self._files.where(block)}: its room has coordinates that are not finite")
         return points, labels
 
     def _index(self, block: int, total: int) -> np.ndarray:

@@ -36,10 +36,14 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from datasets.hdf5 import hdf5_file
 from datasets.s3dis import AREAS, BLOCK_FOLDER, CHANNELS, CLASS_NAMES, FILE_LIST, ROOM_FOLDER, ROOM_LIST, area_of
 from datasets.shapenet_part import draw_rows
 from utils.cli import HelpFormatter, positive_int, run, write_json
 from utils.errors import DataError, UserError
+from utils.files import data_files, has_data_files
 
 BLOCK_FORMAT, BLOCK_VERSION = "crossnet-s3dis", 1
 KINDS = {"train": BLOCK_FOLDER, "test": ROOM_FOLDER}
@@ -164,7 +168,7 @@ def annotation_files(folder: Path) -> list[Path]:
     Raises:
         DataError: there is none.
     """
-    files = sorted(f for f in (folder / "Annotations").glob("*.txt") if not f.name.startswith("."))
+    files = data_files(folder / "Annotations", "*.txt")
     if not files:
         raise DataError(
             f"{folder}/Annotations holds no object (expected chair_1.txt and so on). Unpack the raw data set again"
@@ -214,18 +218,32 @@ def find_rooms(raw: Path, areas: tuple[int, ...]) -> dict[str, Path]:
     Raises:
         DataError: an area is not there or has no room.
     """
-    root = raw if any(raw.glob("Area_*")) or not (raw / RAW_NAME).is_dir() else raw / RAW_NAME
+    root = raw if data_files(raw, "Area_*") or not (raw / RAW_NAME).is_dir() else raw / RAW_NAME
     rooms: dict[str, Path] = {}
     for area in sorted(areas):
         folder = root / f"Area_{area}"
-        found = sorted(f for f in folder.glob("*") if f.is_dir() and not f.name.startswith("."))
+        found = [f for f in data_files(folder) if f.is_dir()]
         if not found:
+            _name_areas_found(root, area)
             raise DataError(
                 f"no room in {folder}; --raw must be the unpacked {RAW_NAME} (Area_{area}/office_1/Annotations/*.txt "
                 "and so on). The form for it: http://buildingparser.stanford.edu/dataset.html"
             )
         rooms |= {f"Area_{area}_{f.name}": f for f in found}
     return rooms
+
+
+def _name_areas_found(root: Path, missing: int) -> None:
+    """Raise an error that says how to go on with the areas that are there; return where there are none."""
+    there = [number for number in AREAS if has_data_files(root / f"Area_{number}", "*/Annotations/*.txt")]
+    if there:
+        names = ", ".join(f"Area_{number}" for number in there)
+        flag = " ".join(map(str, there))
+        raise DataError(f"no room in {root / f'Area_{missing}'}; {root} holds {names}: cut these with --areas {flag}")
+    if re.fullmatch(r"Area_\d", root.name) and has_data_files(root, "*/Annotations/*.txt"):
+        raise DataError(
+            f"{root} is one area; --raw names the folder that holds it: --raw {root.parent} --areas {root.name[5:]}"
+        )
 
 
 # --- cutting ---
@@ -393,7 +411,7 @@ def finished(path: Path, marks: dict[str, Any]) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        with h5py.File(path, "r") as file:
+        with hdf5_file(path) as file:
             if any(file.attrs.get(name) != value for name, value in marks.items()):
                 return None
             blocks, notes = file["data"].shape[0], str(file.attrs["notes"])
@@ -409,9 +427,9 @@ def finished(path: Path, marks: dict[str, Any]) -> dict[str, Any] | None:
 def _foreign_files(folder: Path) -> list[Path]:
     """Block files in a folder that this module did not write."""
     foreign = []
-    for path in sorted(folder.glob("ply_data_all_*.h5")):
+    for path in data_files(folder, "ply_data_all_*.h5"):
         try:
-            with h5py.File(path, "r") as file:
+            with hdf5_file(path) as file:
                 if file.attrs.get("format") == BLOCK_FORMAT:
                     continue
         except OSError:
@@ -437,9 +455,9 @@ def write_lists(folder: str | Path) -> dict[str, int]:
     """
     folder = Path(folder)
     blocks: dict[str, int] = {}
-    for path in sorted(folder.glob("ply_data_all_Area_*.h5")):
+    for path in data_files(folder, "ply_data_all_Area_*.h5"):
         try:
-            with h5py.File(path, "r") as file:
+            with hdf5_file(path) as file:
                 blocks[str(file.attrs["room"])] = file["data"].shape[0]
         except (OSError, KeyError) as error:
             raise DataError(f"{path} is damaged ({error}); delete it and make its room again") from error

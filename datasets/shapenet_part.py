@@ -17,6 +17,7 @@ import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from io import StringIO
 from itertools import accumulate
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from tqdm import tqdm
 from datasets.hdf5 import CHECK_COMMAND, read_hdf5, read_labelled_clouds
 from datasets.modelnet import listed_files
 from utils.errors import DataError, UserError
+from utils.files import data_files, read_text
 
 PART_SPLITS = {"train": ("train",), "val": ("val",), "trainval": ("train", "val"), "test": ("test",)}
 HDF5_FOLDERS = ("shapenet_part_seg_hdf5_data", "hdf5_data")
@@ -169,10 +171,10 @@ def official_taxonomy() -> PartTaxonomy:
 
 def _read_text(path: Path, what: str) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing; expected {what}. Get it: {GET}") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read; expected {what} ({error}). Check it: {CHECK_COMMAND}") from error
 
 
@@ -180,7 +182,7 @@ def _read_categories(path: Path) -> dict[str, str]:
     """Synset -> name, in the order of the lines."""
     what = "a category name and its synset on every line"
     names: dict[str, str] = {}
-    for number, line in enumerate(_read_text(path, what).splitlines(), start=1):
+    for number, line in enumerate(_read_text(path, what).split("\n"), start=1):
         words = line.split()
         if not words:
             continue
@@ -252,9 +254,8 @@ def read_taxonomy(folder: str | Path) -> PartTaxonomy:
             )
     part_names = None
     if name_file.is_file():
-        part_names = [
-            line.strip() for line in _read_text(name_file, "a part's name a line").splitlines() if line.strip()
-        ]
+        lines = _read_text(name_file, "a part's name a line").split("\n")
+        part_names = [line.strip() for line in lines if line.strip()]
     try:
         return PartTaxonomy.build(names, counts, synsets=synsets, part_names=part_names)
     except ValueError as error:
@@ -268,11 +269,11 @@ def find_part_folder(root: str | Path) -> tuple[Path, str] | None:
         The folder and ``"hdf5"`` or ``"text"``; None where there is none.
     """
     root = Path(root)
-    hdf5 = [root, *(root / name for name in HDF5_FOLDERS), *sorted(root.glob("shapenet*hdf5*"))]
+    hdf5 = [root, *(root / name for name in HDF5_FOLDERS), *data_files(root, "shapenet*hdf5*")]
     for folder in hdf5:
         marks = (CATEGORY_FILE, PART_FILE, "*_hdf5_file_list.txt", "ply_data_val*.h5")
-        is_named = folder != root or any(any(folder.glob(mark)) for mark in marks)
-        if is_named and (any(folder.glob("ply_data_t*.h5")) or any(folder.glob("*_hdf5_file_list.txt"))):
+        is_named = folder != root or any(data_files(folder, mark) for mark in marks)
+        if is_named and (data_files(folder, "ply_data_t*.h5") or data_files(folder, "*_hdf5_file_list.txt")):
             return folder, "hdf5"
     for folder in (root, *(root / name for name in TEXT_FOLDERS)):
         if (folder / "train_test_split").is_dir() or (folder / TEXT_CATEGORY_FILE).is_file():
@@ -410,7 +411,8 @@ class ShapeNetPart(Dataset):
         return tuple(np.concatenate(arrays) for arrays in zip(*read, strict=True))
 
     def _has_files(self, split: str) -> bool:
-        return (self.folder / f"{split}_hdf5_file_list.txt").is_file() or any(self.folder.glob(f"ply_data_{split}*.h5"))
+        named = (self.folder / f"{split}_hdf5_file_list.txt").is_file()
+        return named or bool(data_files(self.folder, f"ply_data_{split}*.h5"))
 
     # --- the text release ---
 
@@ -509,7 +511,7 @@ def _read_table(path: Path, *, columns: tuple[int, ...], what: str) -> np.ndarra
     if not os.path.isfile(path):  # False also for a name that no file can have
         raise DataError(f"{path} is missing; {expected}. Get it: {GET}")
     try:
-        table = np.loadtxt(path, dtype=np.float64, ndmin=2)
+        table = np.loadtxt(StringIO(read_text(path)), dtype=np.float64, ndmin=2)
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read; {expected} ({error}). Check it: {CHECK_COMMAND}") from error
     if table.size == 0 or table.shape[1] not in columns:

@@ -17,13 +17,16 @@ from plyfile import PlyData
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datasets.hdf5 import open_hdf5, stored_array
+from datasets.hdf5 import hdf5_file, open_hdf5, stored_array
 from datasets.streams import SampleStreams
 from utils.errors import DataError
+from utils.files import data_files, is_data_name, read_lines
 
 PACKED_NAME = "shapenet_render.h5"
 PACKED_FORMAT, PACKED_VERSION = "crossnet-pack", 1
 _PLY_HEADER = 1 << 16  # bytes that hold the header of any PLY file
+_PLY_VERTICES = re.compile(rb"[\r\n]element[ \t]+vertex[ \t]+(\d{1,12})[ \t]*[\r\n]")
+_PLY_FIRST_LINE = re.compile(rb"(?:\xef\xbb\xbf)?ply[ \t]*(\r\n|\n|\r)", re.IGNORECASE)
 _IMAGE_FORMATS = ("PNG", "JPEG")  # Pillow would also start other programs, for pictures in PostScript
 _MAX_PIXELS = 1 << 24  # a file of some kilobytes can claim many more, which decoding would fill
 _HELP = (
@@ -47,6 +50,9 @@ class PairSource(Protocol):
     def points(self, i: int) -> np.ndarray:
         """Cloud of shape i, (N, 3) float32."""
 
+    def size(self, i: int) -> int | None:
+        """Points of shape i, without reading them; None where that cannot be told."""
+
     def view_names(self, i: int) -> Sequence[str]:
         """Names of the renderings of shape i, at least one."""
 
@@ -69,7 +75,7 @@ def read_ply(path: str | os.PathLike[str]) -> np.ndarray:
     try:
         with open(path, "rb") as file:
             _check_ply_sizes(file)
-            vertex = PlyData.read(file)["vertex"]
+            vertex = PlyData.read(_with_plain_header(file))["vertex"]
         points = np.stack([np.asarray(vertex[axis], dtype=np.float32) for axis in "xyz"], axis=1)
     except FileNotFoundError as error:
         raise DataError(f"{path} is gone; {_HELP}") from error
@@ -79,6 +85,30 @@ def read_ply(path: str | os.PathLike[str]) -> np.ndarray:
             f"{path} is no readable PLY with an element 'vertex' of x, y, z ({reason}); fetch or convert it again"
         ) from error
     return check_cloud(points, str(path))
+
+
+def _with_plain_header(file: BinaryIO) -> BinaryIO:
+    """Return the file, or a copy in memory whose header plyfile can read.
+
+    plyfile decodes headers as ASCII and takes nothing but a line end after ``ply`` and ``end_header``. Programs write
+    comments in any encoding, blanks at line ends, empty lines and, in ascii files, a byte-order mark.
+    """
+    start = file.read(_PLY_HEADER)
+    file.seek(0)
+    first = _PLY_FIRST_LINE.match(start)
+    if first is None:
+        return file
+    newline = first[1]
+    last = re.search(re.escape(newline) + rb"[ \t]*end_header[ \t]*" + re.escape(newline), start)
+    if last is None:
+        return file
+    lines = start[first.end() : last.start()].split(newline)
+    plain = [line.strip().decode("ascii", "replace").replace("\ufffd", "?").encode() for line in lines if line.strip()]
+    header = newline.join([b"ply", *plain, b"end_header", b""])
+    if start.startswith(header):
+        return file
+    file.seek(last.end())
+    return io.BytesIO(header + file.read())
 
 
 def _check_ply_sizes(file: BinaryIO) -> None:
@@ -120,7 +150,7 @@ class FolderSource:
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root)
-        files = sorted((self.root / "ShapeNet").glob("*/*.ply"))
+        files = data_files(self.root / "ShapeNet", "*/*.ply")
         if not files:
             raise DataError(
                 f"no clouds in {self.root / 'ShapeNet'}: expected <synset>/<model_id>.ply there, or the packed file "
@@ -146,13 +176,22 @@ class FolderSource:
 
     def _list_views(self, name: str) -> tuple[str, ...]:
         try:
-            return tuple(sorted(f for f in os.listdir(self._rendering(name)) if f.lower().endswith(".png")))
+            names = os.listdir(self._rendering(name))
         except (FileNotFoundError, NotADirectoryError):
             return ()
+        return tuple(sorted(f for f in names if f.lower().endswith(".png") and is_data_name(f)))
 
     def points(self, i: int) -> np.ndarray:
         """Cloud of shape i, (N, 3) float32."""
         return read_ply(self.where(i))
+
+    def size(self, i: int) -> int | None:
+        """Points of shape i by its header; None where that does not say it."""
+        try:
+            with open(self.where(i), "rb") as file:
+                return int(_PLY_VERTICES.search(file.read(_PLY_HEADER))[1])
+        except (OSError, TypeError):
+            return None
 
     def view_names(self, i: int) -> Sequence[str]:
         """Names of the renderings of shape i."""
@@ -227,6 +266,7 @@ class PackedSource:
                     for key in ("image_offset", "view_offset")
                 )
                 stored, images = stored_array(file, "points"), stored_array(file, "image_bytes")
+                self._size = stored.shape[1] if stored.ndim > 1 else 0
                 self._blocks = {name: block for name in ("points", "image_bytes") if (block := _block(file, name))}
                 self._scale, self._shift = float(stored.attrs.get("scale", 1)), float(stored.attrs.get("offset", 0))
                 shapes_agree = (
@@ -269,7 +309,7 @@ class PackedSource:
             self._file.close()
             self._file = None
         if self._file is None:
-            self._file, self._pid = h5py.File(self.path, "r"), os.getpid()
+            self._file, self._pid = hdf5_file(self.path), os.getpid()
         return self._file
 
     def _rows(self, name: str, first: int, last: int) -> np.ndarray:
@@ -292,11 +332,17 @@ class PackedSource:
         """Cloud of shape i, (N, 3) float32."""
         try:
             points = self._rows("points", i, i + 1)[0].astype(np.float32)
+        except DataError:
+            raise
         except Exception as error:  # h5py raises many kinds on malformed files
             raise self._unreadable(self.where(i), error) from error
         if (self._scale, self._shift) != (1, 0):
             points = points * np.float32(self._scale) + np.float32(self._shift)
         return check_cloud(points, self.where(i))
+
+    def size(self, i: int) -> int:
+        """Points of every shape."""
+        return self._size
 
     def _unreadable(self, where: str, error: Exception) -> DataError:
         parts = f", which takes values from {', '.join(dict.fromkeys(self._shards[:3]))}," if self._shards else ""
@@ -311,6 +357,8 @@ class PackedSource:
         j = self._view_offset[i] + view
         try:
             return self._rows("image_bytes", self._image_offset[j], self._image_offset[j + 1]).tobytes()
+        except DataError:
+            raise
         except Exception as error:  # h5py raises many kinds on malformed files
             raise self._unreadable(self.where(i, view), error) from error
 
@@ -342,10 +390,10 @@ def read_shape_list(path: str | os.PathLike[str]) -> list[str]:
         DataError: the file is not there or holds no id.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_lines(path)
+    except (OSError, ValueError) as error:
         raise DataError(f"cannot read the list of shapes {path}: {error}") from error
-    ids = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    ids = [line for line in lines if not line.startswith("#")]
     if not ids:
         raise DataError(f"{path} names no shapes: expected one <synset>/<model_id> a line")
     return ids
@@ -401,11 +449,14 @@ class ShapeNetRender(Dataset):
         only: ids of the shapes to use, see ``choose_shapes``; None uses all that have a rendering.
         strict: raise at a sample that cannot be read. Otherwise the next readable one stands in for it, and the
             sample's ``bad`` says what happened.
+        num_points: points that a view will be drawn from a cloud; None: views keep every point.
 
     Attributes:
         ids: shapes in use, sorted.
         skipped: shapes of the source that have no rendering.
-        cloud_size: points of a cloud, N; larger clouds are cut to a random subset of it.
+        cloud_size: points of a sample, N: those of the first cloud, or ``num_points`` where it has fewer. Larger clouds
+            are cut to a random subset of N; the points of smaller ones repeat, after each was there once.
+        sizes: points of every cloud, or of the first one alone where those looked at have one size.
 
     Raises:
         DataError: see ``open_source``; or a shape of ``only`` is not there.
@@ -422,6 +473,7 @@ class ShapeNetRender(Dataset):
         transform: Callable[[Image.Image], Tensor] | None = None,
         only: Iterable[str] | None = None,
         strict: bool = False,
+        num_points: int | None = None,
     ) -> None:
         self.source = open_source(root)
         self.seed, self.transform, self.strict = seed, transform, strict
@@ -430,18 +482,34 @@ class ShapeNetRender(Dataset):
             self._chosen = choose_shapes(self.source.ids, only, where=str(root))
         self.ids = [self.source.ids[i] for i in self._chosen]
         self.skipped = self.source.skipped
-        self.cloud_size = self._first_size()
+        self.sizes = self._look_at_sizes()
+        self.cloud_size = self.sizes[0]
+        if num_points is not None and max(self.sizes) >= num_points:
+            self.cloud_size = max(self.cloud_size, num_points)
 
-    def _first_size(self) -> int:
+    def _look_at_sizes(self) -> list[int]:
+        """Size of the first readable cloud; of all clouds where a few others show that they differ."""
         error: DataError | None = None
+        first = None
         for i in self._chosen[: self.ATTEMPTS]:
             try:
-                return len(self.source.points(i))
+                first = len(self.source.points(i))
+                break
             except DataError as failure:
                 error = error or failure
                 if self.strict:
                     break
-        raise error
+        if first is None:
+            raise error
+        spread = np.linspace(0, len(self._chosen) - 1, self.ATTEMPTS).round().astype(int)
+        if {self.source.size(self._chosen[i]) for i in spread} <= {None, first}:
+            return [first]
+        sizes = (self.source.size(i) for i in self._chosen)
+        return [first, *(size for size in sizes if size is not None)]
+
+    def smaller_than(self, num_points: int) -> int:
+        """Number of clouds with fewer points; 0 where those looked at have one size."""
+        return sum(size < num_points for size in self.sizes[1:])
 
     def __len__(self) -> int:
         return len(self._chosen)
@@ -450,8 +518,9 @@ class ShapeNetRender(Dataset):
         """Sample of (epoch, index); a bare index means epoch 0.
 
         Returns:
-            ``index`` int as asked, ``points`` (N, 3) float32, the transform's ``pixels``, ``bad``: messages of
-            unreadable samples that another one stands in for here, mostly empty.
+            ``index`` int as asked, ``points`` (N, 3) float32, ``count``: how many of them, the first, are points of
+            the cloud and not repetitions; the transform's ``pixels``; ``bad``: messages of unreadable samples that
+            another one stands in for here, mostly empty.
 
         Raises:
             DataError: with ``strict``, or when ``ATTEMPTS`` samples in a row are unreadable.
@@ -495,15 +564,11 @@ class ShapeNetRender(Dataset):
         """
         i = self._chosen[stand_in]
         points = torch.from_numpy(self.source.points(i))
-        if len(points) < self.cloud_size:
-            raise DataError(
-                f"{self.source.where(i)} has {len(points)} points, the first cloud {self.cloud_size}: "
-                "sample it again, or leave it out with --list"
-            )
-        if len(points) > self.cloud_size:
-            subset = self._streams(key.epoch, [key.index]).uniform(1 + len(points))[0, 1:]
-            points = points[subset.topk(self.cloud_size).indices]
-        sample = {"index": key.index, "points": points}
+        count = min(len(points), self.cloud_size)
+        if len(points) != self.cloud_size:
+            order = self._streams(key.epoch, [key.index]).uniform(1 + len(points))[0, 1:].topk(count).indices
+            points = points[order[torch.arange(self.cloud_size) % count]]
+        sample = {"index": key.index, "points": points, "count": count}
         if self.transform is not None:
             view = int(draw * len(self.source.view_names(i)))
             image = decode_image(self.source.image_file(i, view), self.source.where(i, view))
@@ -518,13 +583,15 @@ def collate_pairs(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """Stack samples into a batch.
 
     Returns:
-        ``index`` (B,), ``points`` (B, N, 3), ``bad``: all messages; and where there are images, ``pixels``
-        (B, H, W, 3) uint8, as large as the largest height and width, and ``sizes`` (B, 2), height and width of each.
+        ``index`` (B,), ``points`` (B, N, 3), ``counts`` (B,): points of each that are not repetitions; ``bad``: one
+        message for every sample that others stand in for; and where there are images, ``pixels`` (B, H, W, 3) uint8, as
+        large as the largest height and width, and ``sizes`` (B, 2), height and width of each.
     """
     batch = {
         "index": torch.tensor([sample["index"] for sample in samples]),
         "points": torch.stack([sample["points"] for sample in samples]),
-        "bad": [message for sample in samples for message in sample["bad"]],
+        "counts": torch.tensor([sample["count"] for sample in samples]),
+        "bad": ["; ".join(sample["bad"]) for sample in samples if sample["bad"]],
     }
     if "pixels" in samples[0]:
         sizes = torch.tensor([sample["pixels"].shape[:2] for sample in samples])

@@ -33,14 +33,24 @@ class RandomSubset:
     def __init__(self, num_points: int) -> None:
         self.num_points = num_points
 
-    def __call__(self, points: Tensor, streams: SampleStreams) -> Tensor:
-        """(B, N, 3) -> (B, num_points, 3)."""
+    def __call__(self, points: Tensor, streams: SampleStreams, counts: Tensor | None = None) -> Tensor:
+        """(B, N, 3) -> (B, num_points, 3).
+
+        Args:
+            points: clouds.
+            streams: random numbers.
+            counts: (B,) points of each cloud that are not repetitions; repetitions are drawn only where these are too
+                few. None: all.
+        """
         n = points.shape[1]
         if n < self.num_points:
             raise ValueError(f"{self.num_points} points were asked of clouds of {n}")
         if n == self.num_points:
             return points
-        chosen = streams.uniform(n).topk(self.num_points, dim=1).indices
+        order = streams.uniform(n)  # (B, N) in 0..1
+        if counts is not None:
+            order = order - (torch.arange(n, device=order.device) >= counts[:, None]).to(order.dtype)
+        chosen = order.topk(self.num_points, dim=1).indices
         return points.gather(1, chosen[:, :, None].expand(-1, -1, points.shape[2]))
 
     def __repr__(self) -> str:
@@ -172,10 +182,11 @@ class PointAugmentation:
     def __init__(self, transforms: Sequence[PointTransform]) -> None:
         self.transforms = list(transforms)
 
-    def __call__(self, points: Tensor, streams: SampleStreams) -> Tensor:
-        """(B, N, 3) -> (B, M, 3)."""
+    def __call__(self, points: Tensor, streams: SampleStreams, counts: Tensor | None = None) -> Tensor:
+        """(B, N, 3) -> (B, M, 3); ``counts`` as for :class:`RandomSubset`."""
         for transform in self.transforms:
-            points = transform(points, streams)
+            known = {"counts": counts} if isinstance(transform, RandomSubset) else {}
+            points = transform(points, streams, **known)
         return points
 
     def __repr__(self) -> str:

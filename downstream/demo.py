@@ -15,6 +15,7 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,6 +24,8 @@ from typing import Any, NamedTuple
 import matplotlib
 import numpy as np
 
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_crossnet_con
 from datasets.shapenet_render import ShapeNetRender
 from downstream.classification import main as linear_svm

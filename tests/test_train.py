@@ -15,7 +15,7 @@ from datasets.shapenet_render import ShapeNetRender
 from datasets.transforms import RandomSubset
 from models.image import IMAGE_ENCODERS
 from tests.faults import REFERENCE, equal, metrics, same_end, wait_for
-from tests.pairs import cloud_path, contents, write_demo_set, write_pairs
+from tests.pairs import cloud, cloud_path, contents, write_demo_set, write_pairs, write_ply
 from tests.small_run import ROOT, TinyImageNet, arguments
 from train_crossnet_con import LinearProbe, Pretraining, build_parser, main
 from utils import loop
@@ -499,6 +499,26 @@ def test_unreadable_samples_are_skipped_and_counted_and_stop_the_run_when_many(r
         training.look_at({"index": [0] * 4, "bad": ["b.ply is broken"]})
     training.progress = loop.Progress(read=296, bad=2)
     training.look_at({"index": [0] * 4, "bad": ["b.ply is broken"]})
+
+
+def test_clouds_of_uneven_size_train(tmp_path, monkeypatch):
+    drawn = []
+
+    def note(self, points, streams, counts=None):
+        drawn.append(counts)
+        return original(self, points, streams, counts)
+
+    original = RandomSubset.__call__
+    monkeypatch.setattr(RandomSubset, "__call__", note)
+    for i, name in enumerate(write_pairs(tmp_path / "data", 8)):
+        write_ply(cloud_path(tmp_path / "data", name), cloud(i, (70, 256, 64, 100, 30, 200, 64, 90)[i]))
+    flags = ("--num_points", 64, "--epochs", 1, "--eval_every", 0, "--strict_data")
+    train(tmp_path / "data", tmp_path, *flags)
+    assert sorted(torch.cat(drawn[::2]).tolist()) == [30, 64, 64, 70, 70, 70, 70, 70]
+    log = (tmp_path / "crossnet" / "run.log").read_text()
+    assert "clouds of 30 to 256 points: 1 of 8 have fewer than 64, and their points repeat" in log
+    with pytest.raises(UserError, match="--num_points 300 is more than the clouds of .* have: 256"):
+        train(tmp_path / "data", tmp_path, *flags, "--overwrite", "--num_points", 300)
 
 
 def test_saving_counts_neither_as_training_nor_as_waiting(root, tmp_path, short, monkeypatch):

@@ -53,6 +53,7 @@ from utils.checkpoint import fine_tuned_from_checkpoint
 from utils.cli import HelpFormatter, log_to_screen, positive_int, resolve_device, write_json
 from utils.distributed import is_main, launch
 from utils.errors import CheckpointError, UserError
+from utils.files import has_data_files
 from utils.training import git_commit, versions
 
 RELEASED_K = PartSegmentation.released_k
@@ -235,7 +236,7 @@ class PartTask:
             return train, np.arange(len(train)), self.test, np.arange(len(self.test))
         train = self.open("train")
         folder = train.shapes.folder
-        if any(folder.glob("*val*")) or any((folder / "train_test_split").glob("*val*")):
+        if has_data_files(folder, "*val*") or has_data_files(folder / "train_test_split", "*val*"):
             val = self.open("val")
             return train, np.arange(len(train)), val, np.arange(len(val))
         fit, held = hold_out(train.shapes.categories, 0.1, seed=self.args.seed)

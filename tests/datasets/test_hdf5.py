@@ -1,10 +1,20 @@
 """Files that claim what they do not hold, point elsewhere, or would make the HDF5 library loop."""
 
+import contextlib
+import subprocess
+import sys
+
 import h5py
 import numpy as np
 import pytest
 
-from datasets.hdf5 import FREE_BYTES, open_hdf5, read_hdf5, read_labelled_clouds, stored_array
+from data.check_data import check
+from datasets.hdf5 import FREE_BYTES, hdf5_file, open_hdf5, read_hdf5, read_labelled_clouds, stored_array
+from datasets.modelnet import DemoShapes
+from datasets.s3dis import S3DIS
+from datasets.shapenet_render import PackedSource
+from tests.pairs import write_demo_set
+from tests.segmentation_sets import write_rooms
 from utils.errors import DataError
 
 
@@ -95,3 +105,52 @@ def test_labels_of_an_unnamed_set_stay_in_sensible_numbers(path):
         file["label"][1] = 2**40
     with pytest.raises(DataError, match="'label' goes up to 1099511627776"):
         read_labelled_clouds(path, num_classes=None)
+
+
+@contextlib.contextmanager
+def held_open(*paths, mode="r+", **options):
+    """Another program that has opened files for writing."""
+    code = (
+        f"import h5py, sys; kept = [h5py.File(p, {mode!r}, **{options!r}) for p in sys.argv[1:]]; "
+        "print('open', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, *map(str, paths)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"open\n"
+        yield
+        process.stdin.close()
+
+
+def test_a_file_that_another_program_writes_is_said_to_be_in_use(tmp_path):
+    write_demo_set(tmp_path, points=12, train=2, test=1)
+    write_rooms(tmp_path, ["Area_1_office_1"], points=8, whole=False)
+    demo = tmp_path / "demo_hdf5" / "ply_data_train0.h5"
+    block = next((tmp_path / "indoor3d_sem_seg_hdf5_data").glob("*.h5"))
+    blocks = S3DIS(tmp_path, [1], in_channels=9)  # opened before the other program comes
+    with held_open(demo, block):
+        for read, path in (
+            (lambda: DemoShapes(tmp_path, "train"), demo),
+            (lambda: PackedSource(demo), demo),
+            (lambda: S3DIS(tmp_path, [1], in_channels=9), block),
+            (lambda: blocks[0], block),
+        ):
+            with pytest.raises(DataError, match=f"^{path} is in use: another program holds it open for writing"):
+                read()
+        problems = [problem for row in check(tmp_path).values() for problem in row.problems]
+        assert len(problems) == 2 and all("is in use" in problem for problem in problems)
+    assert len(DemoShapes(tmp_path, "train")) == 6
+
+
+def test_the_mark_of_a_writer_that_was_killed_is_named(path):
+    with held_open(path, mode="w", libver="latest"):
+        with pytest.raises(DataError, match="is in use.*h5clear"), hdf5_file(path):
+            pass
+
+
+def test_a_file_system_without_locks_is_named(path, monkeypatch):
+    def refuse(*_):
+        raise OSError("Unable to synchronously open file (unable to lock file, errno = 37, error message = 'No locks')")
+
+    monkeypatch.setattr(h5py, "File", refuse)
+    with pytest.raises(DataError, match=f"{path} lies on a file system without file locks.*HDF5_USE_FILE_LOCKING"):
+        hdf5_file(path)

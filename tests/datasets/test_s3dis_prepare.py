@@ -1,3 +1,5 @@
+import shutil
+
 import h5py
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from datasets.s3dis_prepare import (
     class_of,
     main,
     read_annotation,
+    read_room,
     room_file,
     write_room,
 )
@@ -198,7 +201,7 @@ def test_the_folder_above_the_areas_is_accepted(raw, tmp_path):
 
 def test_what_is_not_there_is_named(raw, tmp_path):
     root, _ = raw
-    with pytest.raises(DataError, match="no room in .*Area_2; --raw must be the unpacked"):
+    with pytest.raises(DataError, match="no room in .*Area_2; .* holds Area_1, Area_3: cut these with --areas 1 3"):
         main(["--raw", str(root), "--out", str(tmp_path / "out"), "--areas", "2"])
     (root / "Area_1" / "empty_1").mkdir()
     with pytest.raises(DataError, match="empty_1/Annotations holds no object"):
@@ -387,3 +390,26 @@ def test_a_room_too_sparse_for_a_block_gets_a_file_without_one(tmp_path):
     settings = BlockSettings(num_points=16, min_points=100)
     with h5py.File(write_room(tmp_path, room_of(xyz), "train", settings)) as file:
         assert file["data"].shape == (0, 16, 9) and file["label"].shape == (0, 16)
+
+
+def test_one_area_alone_says_which_flag_cuts_it(raw, tmp_path):
+    root, _ = raw
+    for path in root.glob("Area_3"):
+        shutil.rmtree(path)
+    (root / "Area_1" / ".DS_Store").touch()
+    out = tmp_path / "out"
+    with pytest.raises(DataError, match=r"no room in .*Area_2; .* holds Area_1: cut these with --areas 1$"):
+        main(["--raw", str(root), "--out", str(out)])
+    with pytest.raises(DataError, match=rf"is one area; .* --raw {root} --areas 1$"):
+        main(["--raw", str(root / "Area_1"), "--out", str(out)])
+    assert not out.exists()
+    assert main(["--raw", str(root), "--out", str(out), "--areas", "1", *SMALL])["rooms"] == 2
+
+
+def test_files_of_an_operating_system_are_not_objects(raw):
+    root, _ = raw
+    folder = root / "Area_3" / "office_1"
+    before = read_room(folder, "a")
+    (folder / "Annotations" / "._chair_1.txt").write_bytes(b"\0\5\x16\7")
+    (folder / "Annotations" / "Thumbs.db").touch()
+    np.testing.assert_array_equal(read_room(folder, "a").xyz, before.xyz)

@@ -197,7 +197,6 @@ BREAK = {
     "no points": (lambda root, name: write_ply(cloud_path(root, name), cloud(1, 0)), "holds no points"),
     "no PLY": (lambda root, name: cloud_path(root, name).write_text("hello"), "no readable PLY"),
     "no PNG": (no_pictures, "no readable PNG"),
-    "smaller": (lambda root, name: write_ply(cloud_path(root, name), cloud(1, 9)), "has 9 points, the first cloud 30"),
 }
 
 
@@ -253,6 +252,92 @@ def test_larger_clouds_are_cut_to_random_subsets_of_the_first_ones_size(tmp_path
     assert batch["points"].shape == (4, 30, 3) and batch["bad"] == []
 
 
+def rows(points):
+    return {tuple(row) for row in np.asarray(points).tolist()}
+
+
+def test_points_of_smaller_clouds_repeat_after_each_was_there_once(tmp_path):
+    ids = write_pairs(tmp_path, 4, points=30)
+    write_ply(cloud_path(tmp_path, ids[2]), cloud(7, 12), text=True)
+    data = dataset(tmp_path, strict=True)
+    sample = data[SampleKey(0, 2)]
+    assert sample["points"].shape == (30, 3) and sample["count"] == 12 and sample["bad"] == []
+    assert rows(sample["points"][:12]) == rows(sample["points"]) == rows(cloud(7, 12))
+    assert collate_pairs([data[i] for i in range(4)])["counts"].tolist() == [30, 30, 12, 30]
+    assert data.sizes == [30, 30, 30, 12, 30] and data.smaller_than(30) == 1 and data.smaller_than(12) == 0
+
+
+def test_clouds_of_uneven_size_have_as_many_points_as_are_asked(tmp_path):
+    ids = write_pairs(tmp_path, 4)
+    for i, (name, size) in enumerate(zip(ids, (40, 70, 256, 90), strict=True)):
+        write_ply(cloud_path(tmp_path, name), cloud(i, size), text=i % 2 == 0)
+    data = dataset(tmp_path, num_points=64, strict=True)
+    assert data.cloud_size == 64 and data.smaller_than(64) == 1
+    samples = [data[i] for i in range(4)]
+    assert [len(rows(sample["points"])) for sample in samples] == [40, 64, 64, 64]
+    assert dataset(tmp_path).cloud_size == 40 and dataset(tmp_path, num_points=300).cloud_size == 40
+    # Nothing is looked up where the clouds are of one size.
+    write_pairs(tmp_path / "even", 4, points=30)
+    assert dataset(tmp_path / "even", num_points=20).sizes == [30]
+
+
+def test_a_sample_with_several_unreadable_stand_ins_counts_once(tmp_path):
+    ids = write_pairs(tmp_path, 6, points=30)
+    data = dataset(tmp_path)
+    for name in ids[1:4]:
+        cloud_path(tmp_path, name).write_bytes(b"")
+    batch = collate_pairs([data[i] for i in range(6)])
+    assert len(batch["bad"]) == 3 and all(name in batch["bad"][0] for name in ids[1:4])
+
+
+HEADERS = {
+    "UTF-8 comment": (b"element", "comment Möbel\nelement".encode()),
+    "Latin-1 comment": (b"element", "comment Möbel\nelement".encode("latin-1")),
+    "blank after ply": (b"ply", b"ply "),
+    "blanks at line ends": (b"\n", b" \t\n"),
+    "Windows line ends": (b"\n", b"\r\n"),
+    "empty line": (b"element", b"\nelement"),
+    "byte-order mark": (b"ply", b"\xef\xbb\xbfply"),
+    "capitals": (b"ply", b"PLY"),
+}
+
+
+@pytest.mark.parametrize("text", [True, False])
+@pytest.mark.parametrize("what", HEADERS)
+def test_ply_headers_as_programs_write_them(tmp_path, what, text):
+    path = tmp_path / "a.ply"
+    write_ply(path, cloud(3, 20), text=text)
+    plain = read_ply(path)
+    old, new = HEADERS[what]
+    mark = b"end_header\n"
+    head, body = path.read_bytes().split(mark)
+    path.write_bytes((head + mark).replace(old, new, -1 if b"\n" in old else 1) + body)
+    np.testing.assert_array_equal(read_ply(path), plain)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "latin-1"])
+def test_lists_of_shapes_in_any_encoding(tmp_path, encoding):
+    (tmp_path / "list.txt").write_bytes("# Möbel\r\n02691156/a\r\n\r\nb\r\n".encode(encoding))
+    assert read_shape_list(tmp_path / "list.txt") == ["02691156/a", "b"]
+
+
+def test_files_of_an_operating_system_are_neither_clouds_nor_views(tmp_path):
+    ids = write_pairs(tmp_path, 3, views=1)
+    expected = [FolderSource(tmp_path).view_names(i) for i in range(3)]
+    for name in ids:
+        for path in (cloud_path(tmp_path, name), view_path(tmp_path, name)):
+            for junk in (f"._{path.name}", ".DS_Store", "Thumbs.db", "desktop.ini"):
+                path.with_name(junk).write_bytes(b"\0\5\x16\7")
+    (tmp_path / "ShapeNet" / "._02691156").mkdir()
+    write_ply(tmp_path / "ShapeNet" / "__MACOSX" / "a.ply", cloud(1))
+    source = FolderSource(tmp_path)
+    assert (source.ids, source.skipped) == (ids, [])
+    assert [source.view_names(i) for i in range(3)] == expected
+    for path in view_path(tmp_path, ids[0]).parent.glob("[0-9]*.png"):
+        path.unlink()
+    assert FolderSource(tmp_path).skipped == [ids[0]]  # ._00.png is not a rendering
+
+
 def test_collating_pads_renders_to_the_largest_height_and_width(pairs):
     data = dataset(pairs[0], transform=RenderPixels(64))
     samples = [data[SampleKey(0, i)] for i in (4, 0, 3, 6, 1)]
@@ -262,7 +347,7 @@ def test_collating_pads_renders_to_the_largest_height_and_width(pairs):
     for sample, pixels, (height, width) in zip(samples, batch["pixels"], batch["sizes"].tolist(), strict=True):
         assert torch.equal(pixels[:height, :width], sample["pixels"])
     without = ShapeNetRender(pairs[0])
-    assert collate_pairs([without[0], without[1]]).keys() == {"index", "points", "bad"}
+    assert collate_pairs([without[0], without[1]]).keys() == {"index", "points", "counts", "bad"}
 
 
 def test_views_vanishing_after_the_start_are_reported(pairs, tmp_path):

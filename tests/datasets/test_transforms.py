@@ -162,6 +162,16 @@ def test_subset_draws_points_without_replacement_and_evenly():
         RandomSubset(41)(whole, streams())
 
 
+def test_a_subset_takes_repetitions_only_where_the_points_are_too_few():
+    points = torch.arange(40.0)[None, :, None].expand(3, 40, 3)
+    whole = RandomSubset(10)(points, streams(3))
+    counts = torch.tensor([40, 12, 7])
+    drawn = RandomSubset(10)(points, streams(3), counts)[..., 0].long()
+    assert torch.equal(drawn[0], whole[0, :, 0].long())  # a cloud of full size is drawn from as ever
+    assert drawn[1].max() < 12 and len(set(drawn[1].tolist())) == 10
+    assert set(range(7)) < set(drawn[2].tolist()) and len(set(drawn[2].tolist())) == 10
+
+
 def test_released_order_and_views_that_differ():
     assert repr(pretraining_augmentation()) == (
         "PointAugmentation([NormalizeToUnitSphere(), RandomScale(0.5, 2.0), RandomRotateY(), RandomTranslate(0.5), "
@@ -223,7 +233,8 @@ def photo(seed, size):
 
 def batch(*pictures, size=16):
     pixels = RenderPixels(size)
-    return collate_pairs([{"index": 0, "points": torch.zeros(1, 3), "pixels": pixels(p), "bad": []} for p in pictures])
+    sample = {"index": 0, "points": torch.zeros(1, 3), "count": 1, "bad": []}
+    return collate_pairs([{**sample, "pixels": pixels(p)} for p in pictures])
 
 
 def augment(transform, pictures, numbers):

@@ -1,0 +1,35 @@
+import pytest
+
+from utils.files import data_files, decode_text, has_data_files, is_data_name, read_lines
+
+TEXT = "Stühle\nTische\n"
+ENCODINGS = ("utf-8", "utf-8-sig", "latin-1", "utf-16", "utf-16-le", "utf-16-be", "utf-32")
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
+def test_texts_are_read_in_every_encoding_and_line_end(tmp_path, encoding, line_end):
+    (tmp_path / "a.txt").write_bytes(TEXT.replace("\n", line_end).encode(encoding))
+    assert decode_text((tmp_path / "a.txt").read_bytes()) == TEXT
+    assert read_lines(tmp_path / "a.txt") == ["Stühle", "Tische"]
+
+
+def test_a_line_of_latin_1_is_not_split_at_its_control_characters():
+    assert decode_text(b"a\x85\xe9\n") == "a\x85é\n"
+
+
+@pytest.mark.parametrize("data", [b"ab\0cdefgh", b"\xef\xbb\xbf\xff", b"\xff\xfea"])
+def test_what_is_not_a_text_is_refused(data):
+    with pytest.raises(ValueError):
+        decode_text(data)
+
+
+def test_files_of_operating_systems_are_not_data(tmp_path):
+    junk = ("._00.png", ".DS_Store", "Thumbs.db", "thumbs.db", "desktop.ini", "Desktop.ini", ".nfs001", "__MACOSX")
+    assert not any(map(is_data_name, junk)) and all(map(is_data_name, ("00.png", "icon.png", "a.b", "thumbs")))
+    (tmp_path / ".hidden" / "__MACOSX").mkdir(parents=True)
+    root = tmp_path / ".hidden"  # the folder that is named may have any name
+    for name in (*junk[:6], "__MACOSX/a.png", "b.png", "a.png"):
+        (root / name).touch()
+    assert data_files(root, "**/*.png") == [root / "a.png", root / "b.png"]
+    assert has_data_files(root, "*.png") and not has_data_files(root, "*.ini") and not has_data_files(root / "none")
