@@ -31,8 +31,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from datasets.shapenet_render import ShapeNetRender, collate_pairs, read_shape_list
-from datasets.streams import SampleStreams
+from datasets.pair_sources import read_shape_list
+from datasets.registry import CLASSIFICATION_SETS, find_datasets
+from datasets.shapenet_render import ShapeNetRender, collate_pairs
+from datasets.streams import SampleStreams, Stream
 from datasets.transforms import (
     BACKGROUNDS,
     PointAugmentation,
@@ -40,41 +42,48 @@ from datasets.transforms import (
     RenderPixels,
     pretraining_augmentation,
 )
-from downstream.classification.probe import LinearProbe
-from downstream.features import CLASSIFICATION_SETS, find_datasets
+from downstream.probe import LinearProbe
+from engine.device import resolve_device
+from engine.grad_cache import backward_in_chunks
+from engine.launch import launch
+from engine.load_model import describe_encoder, encoder_from_checkpoint, load_strictly
+from engine.loop import TrainingLoop
+from engine.optim import (
+    AMP_DTYPES,
+    LR_SCHEDULES,
+    autocast,
+    base_rate,
+    build_optimizer,
+    learning_rate,
+    set_learning_rate,
+)
+from engine.resume import FREE_ON_RESUME
+from engine.run_folder import RunFolder
 from models import ENCODER_ALIASES, ENCODERS, CrossNet, build_encoder, encoder_arguments
-from models.chunked import backward_in_chunks
 from models.crossnet import MODALITIES
 from models.image import IMAGE_ENCODERS
 from models.losses import OBJECTIVES, RELEASED_TEMPERATURE
-from utils.checkpoint import check_writable, describe_encoder, encoder_from_checkpoint, load_strictly
 from utils.cli import (
     HelpFormatter,
     add_common_arguments,
     add_run_arguments,
+    check_writable,
     non_negative_float,
     non_negative_int,
     positive_float,
     positive_int,
-    resolve_device,
     write_json,
 )
-from utils.distributed import averages_gradients, is_main, launch, messages_of_all, world_size
-from utils.errors import CheckpointError, UserError
-from utils.loop import FREE_ON_RESUME, TrainingLoop, base_rate, build_optimizer
-from utils.tracking import RunFolder
-from utils.training import (
-    AMP_DTYPES,
-    LR_SCHEDULES,
-    autocast,
-    learning_rate,
-    seed_everything,
-    set_learning_rate,
+from utils.collectives import (
+    all_gather_strings,
+    is_main,
+    sync_gradients_if,
+    world_size,
 )
+from utils.errors import CheckpointError, UserError
+from utils.reproducible import seed_everything
 
 logger = logging.getLogger("crossnet")
-# Streams of what happens to a batch on the device, apart from those of reading a sample.
-AUGMENTATION_PURPOSE, RENDER_PURPOSE = 1, 2
 # Settings of the probe change nothing that is learned; which shapes are listed is checked by their names.
 PROBE_SETTINGS = {"eval_every", "eval_dataset", "eval_root", "eval_points", "svm_c", "select_on", "list"}
 
@@ -251,7 +260,7 @@ class Pretraining(TrainingLoop):
         if args.compile:
             for part in (*self.model.image_encoders.values(), *self.model.image_heads.values(), self.model.point_head):
                 part.compile()
-        self.network = self.share(self.model)
+        self.network = self.wrap_distributed(self.model)
         self.optimizer = build_optimizer(self.model, args)
         self.probes = self.build_probes()
 
@@ -329,9 +338,9 @@ class Pretraining(TrainingLoop):
         parts = zip(*(value.tensor_split(args.accumulate) for value in tensors.values()), strict=True)
         losses = []
         for number, part in enumerate(parts, 1):
-            with averages_gradients(self.network, number == args.accumulate):
+            with sync_gradients_if(self.network, number == args.accumulate):
                 losses.append(self.add_gradients(self.inputs_of(dict(zip(tensors, part, strict=True)))))
-        self.update()
+        self.optimizer_step()
         return torch.stack(losses).mean(0)
 
     def inputs_of(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -341,11 +350,11 @@ class Pretraining(TrainingLoop):
             name: batch[name].to(self.device, non_blocking=True) for name in ("index", "points", "counts", "pixels")
         }
         keys = {"seed": args.seed, "epoch": self.progress.epoch, "index": tensors["index"]}
-        streams = SampleStreams(**keys, purpose=RENDER_PURPOSE)
+        streams = SampleStreams(**keys, purpose=Stream.RENDERING)
         images = self.render_augmentation(tensors["pixels"], batch["sizes"], streams)
         if args.channels_last:
             images = {name: image.contiguous(memory_format=torch.channels_last) for name, image in images.items()}
-        streams = SampleStreams(**keys, purpose=AUGMENTATION_PURPOSE)
+        streams = SampleStreams(**keys, purpose=Stream.AUGMENTATION)
         view1 = self.augmentation(tensors["points"], streams, tensors["counts"]).mT
         view2 = self.augmentation(tensors["points"], streams, tensors["counts"]).mT
         return {"view1": view1, "view2": view2, **images}
@@ -370,11 +379,11 @@ class Pretraining(TrainingLoop):
             scale(losses.total).backward()
         return torch.stack([losses.total, losses.intra, losses.cross]).detach().float()
 
-    def look_at(self, batch: dict[str, Any]) -> None:
+    def count_bad_samples(self, batch: dict[str, Any]) -> None:
         """Log unreadable samples that others stand in for; stop when they are more than 1 % of those read."""
         progress = self.progress
         progress.read += len(batch["index"]) * world_size()
-        messages = messages_of_all(batch["bad"])
+        messages = all_gather_strings(batch["bad"])
         for message in messages:
             progress.bad += 1
             logger.warning("skipped: %s", message)

@@ -2,8 +2,9 @@
 
 torch_geometric is no requirement of this project; install it for the comparison (``pip install torch_geometric``).
 Its ``DynamicEdgeConv`` searches neighbours by torch_cluster up to version 2.6, by pyg-lib from 2.7 on. Without them its
-``EdgeConv`` is called on the neighbours of tests/textbook.py, and the result says so. torch_cluster is compiled on the
-spot, a quarter of an hour: ``pip install "torch_geometric<2.7"; pip install --no-build-isolation torch_cluster``.
+``EdgeConv`` is called on the neighbours of benchmarks/reference/textbook.py, and the result says so. torch_cluster is
+compiled on the spot, a quarter of an hour:
+``pip install "torch_geometric<2.7"; pip install --no-build-isolation torch_cluster``.
 
 The layer is DGCNN's second: 64 channels to 64, batch norm and leaky ReLU, k neighbours in the space of the features.
 Both compute the same: batch norm is over all edges in both. How far they differ is printed.
@@ -33,11 +34,17 @@ from benchmarks.measure import (
     seconds_in_turn,
     text_table,
 )
-from models.edge_conv import edge_conv
-from models.layers import edge_block
-from models.neighbours import knn
-from tests.textbook import textbook_knn
-from utils.cli import HelpFormatter, positive_int, resolve_device, run, write_json
+from benchmarks.reference.textbook import textbook_knn
+from engine.device import resolve_device
+from models.ops.edge_conv import edge_conv
+from models.ops.knn import knn
+from models.ops.layers import edge_block
+from utils.cli import (
+    HelpFormatter,
+    positive_int,
+    run,
+    write_json,
+)
 from utils.errors import UserError
 
 
@@ -59,12 +66,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def edges(neighbours: Tensor) -> Tensor:
+def edges(neighbors: Tensor) -> Tensor:
     """(B, N, k) neighbours within each cloud -> (2, B N k) edges from neighbour to centre over all points."""
-    batch, points, k = neighbours.shape
-    first = torch.arange(0, batch * points, points, device=neighbours.device)[:, None, None]
-    centres = torch.arange(batch * points, device=neighbours.device).repeat_interleave(k)
-    return torch.stack([(neighbours + first).flatten(), centres])
+    batch, points, k = neighbors.shape
+    first = torch.arange(0, batch * points, points, device=neighbors.device)[:, None, None]
+    centers = torch.arange(batch * points, device=neighbors.device).repeat_interleave(k)
+    return torch.stack([(neighbors + first).flatten(), centers])
 
 
 def geometric_layer(block: nn.Sequential, k: int) -> tuple[nn.Module, str]:
@@ -78,9 +85,9 @@ def geometric_layer(block: nn.Sequential, k: int) -> tuple[nn.Module, str]:
     except ImportError as error:
         raise UserError(f"torch_geometric cannot be imported ({error}): pip install torch_geometric") from error
     conv, norm, activation = block
-    difference, centre = conv.weight.detach().flatten(1).chunk(2, dim=1)
+    difference, center = conv.weight.detach().flatten(1).chunk(2, dim=1)
     linear = nn.Linear(*reversed(conv.weight.shape[:2]), bias=False)
-    weight = torch.cat([centre, difference], dim=1)  # it puts [x_i ; x_j - x_i] in this order
+    weight = torch.cat([center, difference], dim=1)  # it puts [x_i ; x_j - x_i] in this order
     parts = nn.Sequential(linear, nn.BatchNorm1d(norm.num_features), nn.LeakyReLU(activation.negative_slope))
     try:
         layer = DynamicEdgeConv(parts, k=k, aggr="max")

@@ -1,10 +1,10 @@
 """Time and memory of EdgeConv without edge tensors against the textbook formulation.
 
 One training step (forward and backward) of a DGCNN encoder, once as models/ computes it and once as the formulas say it
-(tests/textbook.py: a tensor of all N x k edges per layer). Both carry the same weights and get the same clouds, so they
-compute the same numbers up to rounding; how far the pooled features differ is printed with the result. In float32 that
-can be a few per cent for a few features, where rounding decides which of two almost equally distant points is the k-th
-neighbour; in float64 both agree to 1e-9 (tests/models).
+(benchmarks/reference/textbook.py: a tensor of all N x k edges per layer). Both carry the same weights and get the same
+clouds, so they compute the same numbers up to rounding; how far the pooled features differ is printed with the
+result. In float32 that can be a few per cent for a few features, where rounding decides which of two almost equally
+distant points is the k-th neighbour; in float64 both agree to 1e-9 (tests/models).
 
 Time: both in this process, in turn, after one step each that is not counted; the ratio is the median of the ratios of
 neighbouring steps, so that a machine that slows down meanwhile does not favour either side.
@@ -16,7 +16,7 @@ Python and libraries included, and what the step added to it; on a GPU what PyTo
   python -m benchmarks.edgeconv --batch 2 --points 256           # a try-out: seconds
   python -m benchmarks.edgeconv --model dgcnn_partseg --json runs/edgeconv.json
   python -m benchmarks.edgeconv --device cuda --batch 32 --repeats 20
-  CROSSNET_KERNELS=torch python -m benchmarks.edgeconv --device cuda     # without Triton kernels (models/kernels.py)
+  CROSSNET_KERNELS=torch python -m benchmarks.edgeconv --device cuda    # without Triton kernels (models/ops/backend.py)
   python -m benchmarks.edgeconv --alone --points 8192            # ours only, where the textbook's edges do not fit
 """
 
@@ -48,9 +48,16 @@ from benchmarks.measure import (
     seconds_in_turn,
     text_table,
 )
-from models import build_encoder, neighbours
-from tests.textbook import TEXTBOOK_ENCODERS
-from utils.cli import HelpFormatter, positive_int, resolve_device, run, write_json
+from benchmarks.reference.textbook import TEXTBOOK_ENCODERS
+from engine.device import resolve_device
+from models import build_encoder
+from models.ops import knn as knn_ops
+from utils.cli import (
+    HelpFormatter,
+    positive_int,
+    run,
+    write_json,
+)
 from utils.errors import UserError
 
 QUICK = {"batch": 2, "points": 128, "emb_dims": 64, "repeats": 2}
@@ -116,14 +123,14 @@ def stage_shares(encoder: nn.Module, clouds: torch.Tensor) -> dict[str, float]:
     activities = [torch.profiler.ProfilerActivity.CPU]
     if clouds.is_cuda:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    select = neighbours._largest_places
+    select = knn_ops._largest_places
 
     def recorded(*inputs: Any) -> torch.Tensor:  # NumPy's part of it would not be seen
         with torch.profiler.record_function("_largest_places"):
             return select(*inputs)
 
     with (
-        mock.patch.object(neighbours, "_largest_places", recorded),
+        mock.patch.object(knn_ops, "_largest_places", recorded),
         torch.profiler.profile(activities=activities) as profile,
     ):
         training_step(encoder, clouds)

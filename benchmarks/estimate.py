@@ -46,12 +46,19 @@ from benchmarks.measure import (
     text_table,
 )
 from datasets.pack import pack
-from datasets.shapenet_render import PairSource, open_source
-from utils.cli import HelpFormatter, positive_float, positive_int, resolve_device, run, write_json
+from datasets.pair_sources import PairSource, open_source
+from engine.device import resolve_device
+from engine.faults import stop_workers
+from engine.run_folder import RunFolder
+from utils.cli import (
+    HelpFormatter,
+    positive_float,
+    positive_int,
+    run,
+    write_json,
+)
 from utils.errors import UserError
-from utils.loop import stop_workers
-from utils.tracking import RunFolder
-from utils.training import deterministic
+from utils.reproducible import deterministic
 
 RELEASED_POINTS = 2048
 # A stand-in has so many batches: enough to see the loader at work.

@@ -2,8 +2,8 @@
 
 Ours: clouds and encoded renderings lie in one packed file, a process that reads data (a worker) reads and decodes a
 rendering once, and everything random happens to whole batches on the training device. Textbook
-(tests/textbook_pairs.py): every view reads a file of its own, and clouds and images are augmented one by one, by NumPy,
-Pillow and torchvision.
+(benchmarks/reference/textbook_pairs.py): every view reads a file of its own, and clouds and images are augmented one by
+one, by NumPy, Pillow and torchvision.
 
 Three numbers, all of one thread: what a worker of ours does, what a worker of the textbook's does, and ours with the
 batch augmentation added, as if the training device were a core of this CPU too. The augmented tensors of both have the
@@ -44,20 +44,22 @@ from benchmarks.measure import (
     seconds_of,
     text_table,
 )
+from benchmarks.reference.textbook_pairs import TextbookPairs, augment_cloud, read_cloud
 from datasets.pack import pack
-from datasets.sampler import PairSampler
-from datasets.shapenet_render import FolderSource, PairSource, ShapeNetRender, collate_pairs, decode_image, open_source
+from datasets.pair_sources import FolderSource, PairSource, open_source
+from datasets.sampler import ResumableSampler
+from datasets.shapenet_render import ShapeNetRender, collate_pairs
 from datasets.streams import SampleStreams
 from datasets.transforms import (
     RenderAugmentation,
     RenderPixels,
-    jitter_colours,
+    jitter_colors,
     luminance,
     normalize_images,
     pretraining_augmentation,
     resize_and_flip,
 )
-from tests.textbook_pairs import TextbookPairs, augment_cloud, read_cloud
+from datasets.untrusted import decode_image
 from utils.cli import HelpFormatter, non_negative_int, positive_int, run, write_json
 from utils.errors import UserError
 
@@ -121,7 +123,7 @@ class DataPath:
 
     def __init__(self, dataset: ShapeNetRender, args: argparse.Namespace) -> None:
         self.dataset, self.seed = dataset, args.seed
-        self.sampler = PairSampler(len(dataset), global_batch=args.batch, seed=args.seed)
+        self.sampler = ResumableSampler(len(dataset), global_batch=args.batch, seed=args.seed)
         self.clouds, self.renders = pretraining_augmentation(), RenderAugmentation(args.image_size)
 
     def read(self) -> list[dict[str, Any]]:
@@ -176,27 +178,27 @@ def stages(dataset: ShapeNetRender, textbook: TextbookPairs, args: argparse.Name
         "augment clouds*": batch_ms(lambda: [augmentation(batch["points"], streams) for _ in range(2)]),
         "gray*": batch_ms(lambda: [luminance(x.float()).byte() for _, x in pieces]),
         "resize and flip*": batch_ms(lambda: [resize_and_flip(x, size, flips[rows]) for rows, x in pieces + gray]),
-        "colour jitter*": batch_ms(lambda: [jitter_colours(x, factors[rows], order[rows]) for rows, x in resized]),
+        "colour jitter*": batch_ms(lambda: [jitter_colors(x, factors[rows], order[rows]) for rows, x in resized]),
         "normalise*": batch_ms(lambda: [(normalize_images(x), normalize_images(x[:, :1])) for _, x in resized]),
     }
     clouds, views = zip(*(textbook.pairs[i] for i in range(count)), strict=True)
     arrays = [read_cloud(path) for path in clouds]
-    colour = [Image.open(view[0]).convert("RGB") for view in views]
-    large = [textbook.rgb.transforms[0](x) for x in colour]
+    color = [Image.open(view[0]).convert("RGB") for view in views]
+    large = [textbook.rgb.transforms[0](x) for x in color]
     luma = [x.convert("L") for x in large]
     tensors = [F.to_tensor(x) for x in large]
     examples = [textbook[i] for i in range(count)]
-    resize, jitter, flip, to_tensor, normalise = textbook.rgb.transforms
+    resize, jitter, flip, to_tensor, normalize = textbook.rgb.transforms
     plain = {
         "read cloud": 2 * ms(lambda i: read_cloud(clouds[i])),
         "read image file": 2 * ms(lambda i: views[i][0].read_bytes()),
         "decode": 2 * ms(lambda i: decode_image(files[i], where[i])),
-        "gray*": ms(lambda i: colour[i].convert("L")),
+        "gray*": ms(lambda i: color[i].convert("L")),
         "collate": batch_ms(lambda: default_collate(examples)),
         "augment clouds*": 2 * ms(lambda i: augment_cloud(arrays[i])),
-        "resize and flip*": ms(lambda i: flip(resize(colour[i]))) + ms(lambda i: flip(resize(luma[i]))),
+        "resize and flip*": ms(lambda i: flip(resize(color[i]))) + ms(lambda i: flip(resize(luma[i]))),
         "colour jitter*": ms(lambda i: jitter(large[i])),
-        "normalise*": ms(lambda i: normalise(to_tensor(large[i]))) + ms(lambda i: (to_tensor(luma[i]), tensors[i])),
+        "normalise*": ms(lambda i: normalize(to_tensor(large[i]))) + ms(lambda i: (to_tensor(luma[i]), tensors[i])),
     }
     return {"ours": ours, "textbook": plain}
 

@@ -28,7 +28,7 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_crossnet_con as pretraining
 from benchmarks.measure import provenance
-from datasets.shapenet_render import open_source
+from datasets.pair_sources import open_source
 from models.image import IMAGE_ENCODERS
 from utils.cli import HelpFormatter, positive_int, run, seed_number, write_json
 from utils.errors import UserError

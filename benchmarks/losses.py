@@ -30,8 +30,14 @@ from benchmarks.measure import (
     seconds_in_turn,
     text_table,
 )
+from engine.device import resolve_device
 from models.losses import nt_xent
-from utils.cli import HelpFormatter, positive_int, resolve_device, run, write_json
+from utils.cli import (
+    HelpFormatter,
+    positive_int,
+    run,
+    write_json,
+)
 from utils.errors import UserError
 
 TEMPERATURE = 0.2

@@ -27,7 +27,7 @@ import torch
 
 from utils.cli import positive_int, seed_number
 from utils.errors import UserError
-from utils.training import git_commit, versions
+from utils.reproducible import git_commit, versions
 
 ROOT = Path(__file__).resolve().parent.parent
 FORMULATIONS = ("ours", "textbook")

@@ -1,8 +1,8 @@
 """Time the part-segmentation scores against the loops they replace, on as many points as ShapeNetPart's test set has.
 
-Two loops, both of tests/literal_metrics.py: one looks at every point and part in turn, as the definition reads; the
-other compares whole shapes with NumPy masks, part by part, as evaluation scripts of the field do. All scores must
-agree, and the shortest of several runs counts.
+Two loops, both of benchmarks/reference/literal_metrics.py: one looks at every point and part in turn, as the definition
+reads; the other compares whole shapes with NumPy masks, part by part, as evaluation scripts of the field do. All
+scores must agree, and the shortest of several runs counts.
 
 run it:
   python -m benchmarks.metrics
@@ -21,9 +21,9 @@ import numpy as np
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.reference.literal_metrics import shape_ious_by_mask, shape_ious_by_point
 from datasets.shapenet_part import official_taxonomy
 from downstream.metrics import part_scores
-from tests.literal_metrics import shape_ious_by_mask, shape_ious_by_point
 from utils.cli import HelpFormatter, positive_int, run, write_json
 
 

@@ -1,7 +1,7 @@
 """The search for neighbours: ours against other exact ways, for each width that a DGCNN layer gives it.
 
-ours       models/neighbours.py: one product for each block of the cloud, selection by vector instructions or a kernel
-textbook   all distances of the batch at once, then topk (tests/textbook.py)
+ours       models/ops/knn.py: one product for each block of the cloud, selection by vector instructions or a kernel
+textbook   all distances of the batch at once, then topk (benchmarks/reference/textbook.py)
 cdist      torch.cdist in blocks of one cloud, then an unsorted topk
 tree       SciPy's k-d tree, a cloud after the other, its query on as many threads as PyTorch; xyz on a CPU only
 plain      on a GPU: ours without Triton kernels (CROSSNET_KERNELS=torch)
@@ -33,10 +33,16 @@ from scipy.spatial import KDTree
 from torch import Tensor
 
 from benchmarks.measure import add_measuring_arguments, place_text, provenance, seconds_in_turn, text_table
-from models.kernels import VARIABLE
-from models.neighbours import knn
-from tests.textbook import textbook_knn
-from utils.cli import HelpFormatter, positive_int, resolve_device, run, write_json
+from benchmarks.reference.textbook import textbook_knn
+from engine.device import resolve_device
+from models.ops.backend import VARIABLE
+from models.ops.knn import knn
+from utils.cli import (
+    HelpFormatter,
+    positive_int,
+    run,
+    write_json,
+)
 from utils.errors import UserError
 
 TREE_WIDTH = 3

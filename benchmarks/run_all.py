@@ -39,7 +39,7 @@ RESULTS = "results.json"
 # glibc keeps what is freed for the next allocation, where it would give large blocks back to the system.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}
 PLAIN_KERNELS = {"CROSSNET_KERNELS": "torch"}
-COLOURS = {"ours": "tab:blue", "textbook": "tab:orange"}
+COLORS = {"ours": "tab:blue", "textbook": "tab:orange"}
 
 
 class Job(NamedTuple):
@@ -213,7 +213,7 @@ def comparison_rows(results: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def neighbour_rows(results: dict[str, Any]) -> list[list[str]]:
+def neighbor_rows(results: dict[str, Any]) -> list[list[str]]:
     """The table of searches for neighbours; empty where none was run."""
     rows = [["clouds", "channels", "way", "ms", "times ours", "differ"]]
     for name in ("neighbours", "neighbours_8192", "gpu_neighbours"):
@@ -257,7 +257,7 @@ def draw_cost(results: dict[str, Any], path: Path) -> bool:
         runs = sweep(results, key, names)
         for form in FORMULATIONS:
             x = [result["settings"][key] for result in runs]
-            ax.plot(x, [result[form]["seconds_median"] for result in runs], "o-", color=COLOURS[form], label=form)
+            ax.plot(x, [result[form]["seconds_median"] for result in runs], "o-", color=COLORS[form], label=form)
         ax.set(xscale="log", yscale="log", xlabel=key, ylabel="seconds per step", xticks=x, xticklabels=x)
         ax.minorticks_off()
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -266,7 +266,7 @@ def draw_cost(results: dict[str, Any], path: Path) -> bool:
     for form in FORMULATIONS:
         x = [result["settings"]["batch"] for result in runs]
         y = [result["settings"]["batch"] / result[form]["seconds_median"] for result in runs]
-        axes[3].plot(x, y, "o-", color=COLOURS[form], label=form)
+        axes[3].plot(x, y, "o-", color=COLORS[form], label=form)
     axes[3].set(xlabel="batch", ylabel="clouds per second", ylim=(0, None), xticks=x)
     axes[0].legend()
     figure.savefig(path, dpi=90)
@@ -278,11 +278,11 @@ def draw_shares(bars: dict[str, dict[str, float]], title: str, unit: str, path: 
     figure, (ax,) = new_figure(1)
     figure.set_size_inches(9, 1.1 + 0.75 * len(bars))
     stages = list(dict.fromkeys(stage for parts in bars.values() for stage in parts))
-    colours = [f"C{i % 10}" for i in range(len(stages))]
+    colors = [f"C{i % 10}" for i in range(len(stages))]
     left = dict.fromkeys(bars, 0.0)
-    for stage, colour in zip(stages, colours, strict=True):
+    for stage, color in zip(stages, colors, strict=True):
         widths = [parts.get(stage, 0.0) for parts in bars.values()]
-        ax.barh(list(bars), widths, left=list(left.values()), color=colour, label=stage, edgecolor="white")
+        ax.barh(list(bars), widths, left=list(left.values()), color=color, label=stage, edgecolor="white")
         left = {form: start + width for (form, start), width in zip(left.items(), widths, strict=True)}
     ax.invert_yaxis()
     ax.set(title=title, xlabel=unit)
@@ -359,7 +359,7 @@ def sections(results: dict[str, Any], folder: Path, link: str) -> list[str]:
             folder / "profile.png",
         )
         text.append(f"![shares of the step by kind of operation]({link}/profile.png)")
-    if rows := neighbour_rows(results):
+    if rows := neighbor_rows(results):
         text += [
             "## Search for neighbours",
             "All ways are exact; `tree` is SciPy's k-d tree, for coordinates only, on a CPU. The last column is the "
@@ -458,7 +458,8 @@ def write_page(results: dict[str, Any], out: Path) -> Path:
     head = [
         "# Benchmarks",
         "Written by `python -m benchmarks.run_all`; edit that, not this page. Ours against the plain formulation of "
-        "the same thing (`tests/textbook.py`, `tests/textbook_pairs.py`, scikit-learn, lightly, torch_geometric), in "
+        "the same thing (`benchmarks/reference/textbook.py`, `benchmarks/reference/textbook_pairs.py`, scikit-learn, "
+        "lightly, torch_geometric), in "
         "turn on the same machine, so that ratios hold where other work slows both down. What each compares, and how, "
         "is in the script's `--help`.",
         f"Machine: {about['machine']['cpu']}, {about['machine']['cores']} cores; GPU: {gpu or 'none, not run'}; Python "

@@ -2,7 +2,7 @@ r"""The whole pretraining step: time against the textbook form, and memory of la
 
 Time: augmentation of both views, point encoder, both image encoders, losses, backward pass and Adam, for a batch that
 is in memory already. Ours is the model with its images in channels_last; textbook is the same model with the point
-encoder of tests/textbook.py (all edges) and images as they are read. Both in this process, in turn.
+encoder of benchmarks/reference/textbook.py (all edges) and images as they are read. Both in this process, in turn.
 Memory: one step in a fresh process for each batch size, in one pass and in chunks (--chunk_size of the training
 script), in which memory stays flat while the loss sees the whole batch.
 
@@ -39,15 +39,21 @@ from benchmarks.measure import (
     seconds_in_turn,
     text_table,
 )
-from datasets.streams import SampleStreams
+from benchmarks.reference.textbook import TEXTBOOK_ENCODERS
+from datasets.streams import SampleStreams, Stream
 from datasets.transforms import pretraining_augmentation
+from engine.device import resolve_device
+from engine.grad_cache import backward_in_chunks
+from engine.optim import AMP_DTYPES, autocast
 from models import CrossNet, build_encoder
-from models.chunked import backward_in_chunks
-from models.features import PointFeatures
+from models.base import PointFeatures
 from models.image import IMAGE_ENCODERS
-from tests.textbook import TEXTBOOK_ENCODERS
-from utils.cli import HelpFormatter, positive_int, resolve_device, run, write_json
-from utils.training import AMP_DTYPES, autocast
+from utils.cli import (
+    HelpFormatter,
+    positive_int,
+    run,
+    write_json,
+)
 
 QUICK = {
     **{"batch": 2, "points": 64, "image_model": "resnet18", "image_size": 32, "repeats": 1, "batches": [2, 4]},
@@ -112,7 +118,7 @@ def training_step(
     augmentation, index = pretraining_augmentation(None), torch.arange(batch, device=device)
 
     def step() -> None:
-        streams = SampleStreams(seed=args.seed, epoch=0, index=index, purpose=1)
+        streams = SampleStreams(seed=args.seed, epoch=0, index=index, purpose=Stream.AUGMENTATION)
         views = {name: augmentation(clouds, streams).mT for name in ("view1", "view2")}
         layout = torch.channels_last if channels_last else torch.contiguous_format
         inputs = {**views, **{name: image.contiguous(memory_format=layout) for name, image in images.items()}}

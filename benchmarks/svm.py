@@ -1,11 +1,11 @@
 """Scoring frozen features: our linear SVM and feature extraction against the plain ones.
 
-- The SVM by one Gram matrix (downstream/classification/svm.py) against ``sklearn.svm.SVC(kernel="linear")``, fit and
+- The SVM by one Gram matrix (downstream/svm.py) against ``sklearn.svm.SVC(kernel="linear")``, fit and
   predict, C as released; how many predictions agree. Features are synthetic: classes are Gaussian clouds in a few
   dimensions of their own, mixed at random into all of them, so close together that the SVM makes mistakes, as on real
   features.
 - Feature extraction in evaluation mode, ours (no edge tensors, batches of 32) against the textbook encoder
-  (tests/textbook.py) in batches of 16, the released test batch.
+  (benchmarks/reference/textbook.py) in batches of 16, the released test batch.
 
 The textbook SVM at the size of ModelNet40 takes minutes: --svm_repeats says how often.
 
@@ -36,10 +36,10 @@ from benchmarks.measure import (
     seconds_in_turn,
     text_table,
 )
-from downstream.classification.svm import RELEASED_C, linear_svm
-from downstream.features import extract_features, frozen
+from benchmarks.reference.textbook import TEXTBOOK_ENCODERS
+from downstream.features import evaluating, extract_features
+from downstream.svm import RELEASED_C, linear_svm
 from models import build_encoder
-from tests.textbook import TEXTBOOK_ENCODERS
 from utils.cli import HelpFormatter, positive_float, positive_int, run, write_json
 
 
@@ -69,12 +69,12 @@ def synthetic_features(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray
     """Training and test features (n, D) float32 of overlapping classes, with their labels; no value is negative."""
     rng = np.random.default_rng(args.seed)
     inner = min(64, args.dims)
-    centres = rng.normal(size=(args.classes, inner))
+    centers = rng.normal(size=(args.classes, inner))
     mixing = rng.normal(size=(inner, args.dims)) / np.sqrt(inner)
     out = []
     for count in (args.train, args.test):
         labels = np.arange(count) % args.classes
-        hidden = centres[labels] + 1.8 * rng.normal(size=(count, inner))
+        hidden = centers[labels] + 1.8 * rng.normal(size=(count, inner))
         noise = 0.3 * rng.normal(size=(count, args.dims))
         out += [np.maximum(hidden @ mixing + noise, 0).astype(np.float32), labels]  # as after an activation
     return tuple(out)
@@ -111,7 +111,7 @@ def measure_features(args: argparse.Namespace) -> dict[str, Any]:
         features["ours"] = extract_features(encoder, clouds.numpy(), progress=False)
 
     def textbook() -> None:
-        with frozen(plain):
+        with evaluating(plain):
             features["textbook"] = np.concatenate([plain(part.mT)[0].numpy() for part in clouds.split(16)])
 
     actions = {"ours": ours, "textbook": textbook}

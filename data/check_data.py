@@ -23,7 +23,7 @@ from tqdm import tqdm
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.unpack import KNOWN_MD5, file_md5
-from datasets.hdf5 import hdf5_file, read_labelled_clouds
+from datasets.hdf5 import hdf5_file, read_labeled_clouds
 from datasets.modelnet import (
     DEMO_FOLDER,
     MODELNET10_LABELS,
@@ -34,10 +34,16 @@ from datasets.modelnet import (
     find_hdf5_folder,
     listed_files,
 )
+from datasets.pair_sources import (
+    PACKED_NAME,
+    FolderSource,
+    PackedSource,
+    PairSource,
+)
 from datasets.s3dis import BLOCK_FOLDER, CHANNELS, FILE_LIST, PREPARE_COMMAND, ROOM_FOLDER, ROOM_LIST
 from datasets.scanobjectnn import CLASSES as SCANOBJECTNN_CLASSES
 from datasets.scanobjectnn import VARIANTS, candidate_files
-from datasets.shapenet_render import PACKED_NAME, FolderSource, PackedSource, PairSource, decode_image
+from datasets.untrusted import decode_image
 from utils.cli import HelpFormatter, run, write_json
 from utils.errors import DataError
 from utils.files import data_files, has_data_files, read_lines
@@ -170,14 +176,14 @@ class _Checker:
 
     # --- labelled clouds ---
 
-    def _labelled(self, folder: Path, split: str, finding: Finding, num_classes: int | None) -> np.ndarray:
+    def _labeled(self, folder: Path, split: str, finding: Finding, num_classes: int | None) -> np.ndarray:
         """Labels of the sound files of one split; the others become problems."""
         files = self.attempt(finding, lambda: listed_files(folder, split))
         if files is None:
             files = data_files(folder, f"ply_data_{split}*.h5")
         labels = [np.empty(0, np.int64)]
         for file in files:
-            read = self.attempt(finding, lambda f=file: read_labelled_clouds(f, num_classes=num_classes))
+            read = self.attempt(finding, lambda f=file: read_labeled_clouds(f, num_classes=num_classes))
             if read is not None:
                 labels.append(read[1])
         return np.concatenate(labels)
@@ -193,7 +199,7 @@ class _Checker:
         forty.where = ten.where = str(folder)
         classes: set[int] = set()
         for split in ("train", "test"):
-            labels = self._labelled(folder, split, forty, len(MODELNET40_CLASSES))
+            labels = self._labeled(folder, split, forty, len(MODELNET40_CLASSES))
             forty.found[split] = len(labels)
             ten.found[split] = int(np.isin(labels, MODELNET10_LABELS).sum())
             classes.update(labels.tolist())
@@ -218,18 +224,18 @@ class _Checker:
                 continue
             finding.where = str(files[0].parent)
             read = self.attempt(
-                finding, lambda f=files[0]: read_labelled_clouds(f, num_classes=len(SCANOBJECTNN_CLASSES))
+                finding, lambda f=files[0]: read_labeled_clouds(f, num_classes=len(SCANOBJECTNN_CLASSES))
             )
             finding.found[split] = 0 if read is None else len(read[1])
         if finding.found:
             finding.notes += [f"no {split} file" for split in ("train", "test") if split not in finding.found]
         return finding.settle(complete=None if finding.expected else len(finding.found) == 2)
 
-    def demo_labelled(self, folder: Path) -> Finding:
+    def demo_labeled(self, folder: Path) -> Finding:
         """The demo set for the linear SVM."""
         finding = Finding(where=str(folder))
         for split in ("train", "test"):
-            finding.found[split] = len(self._labelled(folder, split, finding, None))
+            finding.found[split] = len(self._labeled(folder, split, finding, None))
         return finding.settle()
 
     # --- segmentation ---
@@ -321,10 +327,10 @@ class _Checker:
 
     def demo(self, folder: Path) -> dict[str, Finding]:
         """The sets of the demo, whose own number of samples is right."""
-        packed, labelled = folder / PACKED_NAME, folder / DEMO_FOLDER
+        packed, labeled = folder / PACKED_NAME, folder / DEMO_FOLDER
         rows = {
             "demo pairs": self.packed(packed, expected={}) if packed.is_file() else Finding(),
-            "demo labelled": self.demo_labelled(labelled) if labelled.is_dir() else Finding(),
+            "demo labelled": self.demo_labeled(labeled) if labeled.is_dir() else Finding(),
             "demo parts": self.shapenetpart(folder),
             "demo rooms, blocks": self.s3dis(folder / BLOCK_FOLDER, _BLOCK_ARRAYS),
             "demo rooms, whole": self.s3dis(folder / ROOM_FOLDER, _ROOM_ARRAYS),

@@ -29,13 +29,19 @@ from tqdm import tqdm
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data.make_demo import to_unit_sphere
-from datasets.shapenet_render import read_ply
+from datasets.untrusted import read_ply
 from utils.cli import HelpFormatter, positive_int, run, write_json
 from utils.errors import DataError, UserError
 
 SUFFIXES = (".off", ".obj", ".ply", ".glb", ".gltf", ".stl")
 NO_CATEGORY = "00000000"
+
+
+def to_unit_sphere(points: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    """Centre (N, 3) on the mean and scale the largest radius to 1; returns points, centre and radius."""
+    center = points.mean(0)
+    radius = float(np.linalg.norm(points - center, axis=1).max())
+    return (points - center) / radius, center, radius
 
 
 def find_meshes(folder: Path) -> dict[str, Path]:

@@ -177,7 +177,7 @@ def read_hdf5(path: Path, keys: Sequence[str], *, get: str = CHECK_COMMAND) -> d
         raise DataError(f"{problem}; expected {wanted}. Get it: {get}") from error
 
 
-def read_labelled_clouds(
+def read_labeled_clouds(
     path: Path, *, num_classes: int | None, num_points: int | None = None, get: str = CHECK_COMMAND
 ) -> tuple[np.ndarray, np.ndarray]:
     """Read the arrays ``data`` and ``label`` of one file and check them.
@@ -230,7 +230,7 @@ def read_labelled_clouds(
     return points, numbers
 
 
-class LabelledClouds(Dataset):
+class LabeledClouds(Dataset):
     """Labelled clouds of one split, held in memory.
 
     Attributes:
@@ -254,9 +254,9 @@ class LabelledClouds(Dataset):
         transform: Callable[[Tensor], Tensor] | None,
         get: str,
     ) -> None:
-        """Read ``files``; see :func:`read_labelled_clouds` for the arguments and errors."""
+        """Read ``files``; see :func:`read_labeled_clouds` for the arguments and errors."""
         num_classes = None if class_names is None else len(class_names)
-        parts = [read_labelled_clouds(f, num_classes=num_classes, num_points=num_points, get=get) for f in files]
+        parts = [read_labeled_clouds(f, num_classes=num_classes, num_points=num_points, get=get) for f in files]
         sizes = {points.shape[1] for points, _ in parts}
         if len(sizes) > 1:
             names = ", ".join(f"{f.name}: {points.shape[1]}" for f, (points, _) in zip(files, parts, strict=True))

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from datasets.hdf5 import CHECK_COMMAND, LabelledClouds, check_split
+from datasets.hdf5 import CHECK_COMMAND, LabeledClouds, check_split
 from utils.errors import DataError
 from utils.files import data_files, read_lines
 
@@ -90,7 +90,7 @@ def _read_names(folder: Path) -> list[str] | None:
         raise DataError(f"{path} cannot be read as a list of class names ({error})") from error
 
 
-class _Hdf5Set(LabelledClouds):
+class _Hdf5Set(LabeledClouds):
     """A set in the layout of ``modelnet40_ply_hdf5_2048``; subclasses name the folder and the classes."""
 
     folder_name: str

@@ -21,17 +21,17 @@ from tqdm import tqdm
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from datasets.shapenet_render import (
+from datasets.pair_sources import (
     PACKED_FORMAT,
     PACKED_VERSION,
     FolderSource,
     PackedSource,
     PairSource,
     choose_shapes,
-    decode_image,
     open_source,
     read_shape_list,
 )
+from datasets.untrusted import decode_image
 from utils.cli import HelpFormatter, run, write_json
 from utils.errors import DataError, UserError
 

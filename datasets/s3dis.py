@@ -41,7 +41,7 @@ CHANNELS = 9
 AREAS = (1, 2, 3, 4, 5, 6)
 CLASS_NAMES = tuple("ceiling floor wall beam column window door table chair sofa bookcase board clutter".split())
 # Red, green and blue in 0..1; large surfaces are pale, so that the furniture stands out.
-CLASS_COLOURS = (
+CLASS_COLORS = (
     np.array(
         [
             (215, 226, 240),

@@ -158,8 +158,8 @@ def read_annotation(path: Path) -> tuple[np.ndarray, list[str]]:
     return np.array(rows, dtype=np.float64).reshape(-1, 6), notes
 
 
-def _in_range(colours: np.ndarray) -> bool:
-    return bool(colours.min() >= 0 and colours.max() <= 255)
+def _in_range(colors: np.ndarray) -> bool:
+    return bool(colors.min() >= 0 and colors.max() <= 255)
 
 
 def annotation_files(folder: Path) -> list[Path]:
@@ -552,10 +552,10 @@ def prepare(
                     pool.shutdown(wait=True, cancel_futures=True)
     for kind in kinds:
         write_lists(out / KINDS[kind])
-    return summarise([results[name] for name in rooms], kinds)
+    return summarize([results[name] for name in rooms], kinds)
 
 
-def summarise(results: list[dict[str, Any]], kinds: tuple[str, ...]) -> dict[str, Any]:
+def summarize(results: list[dict[str, Any]], kinds: tuple[str, ...]) -> dict[str, Any]:
     """Add up the rooms; see :func:`prepare`."""
 
     def total(some: list[dict[str, Any]]) -> dict[str, int]:

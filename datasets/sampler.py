@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch.utils.data import Sampler
 
-from datasets.shapenet_render import SampleKey
+
+class SampleKey(NamedTuple):
+    """What the sampler hands to the data set: a sample's randomness is a function of both."""
+
+    epoch: int
+    index: int
 
 
 def batch_sizes(size: int, global_batch: int, *, unit: int = 1, smallest: int | None = None) -> list[int]:
@@ -31,7 +37,7 @@ def batch_sizes(size: int, global_batch: int, *, unit: int = 1, smallest: int | 
     return [*sizes[:-1], global_batch + rest - second, second] if second >= smallest else sizes
 
 
-class PairSampler(Sampler[list[SampleKey]]):
+class ResumableSampler(Sampler[list[SampleKey]]):
     """Batches of an epoch for one process, from any batch on.
 
     Every process sees the same shuffled order and takes its own slice of each global batch, so the processes' data are

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from datasets.hdf5 import CHECK_COMMAND, LabelledClouds, check_split
+from datasets.hdf5 import CHECK_COMMAND, LabeledClouds, check_split
 from utils.errors import DataError, UserError
 
 GET = f"bash data/download_data.sh scanobjectnn (what is there: {CHECK_COMMAND})"
@@ -61,7 +61,7 @@ def candidate_files(root: str | Path, split: str, variant: str) -> list[Path]:
     return files
 
 
-class ScanObjectNN(LabelledClouds):
+class ScanObjectNN(LabeledClouds):
     """One variant of ScanObjectNN; clouds are not normalised, as in the released evaluation.
 
     Attributes:

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from datasets.hdf5 import CHECK_COMMAND, read_hdf5, read_labelled_clouds
+from datasets.hdf5 import CHECK_COMMAND, read_hdf5, read_labeled_clouds
 from datasets.modelnet import listed_files
 from utils.errors import DataError, UserError
 from utils.files import data_files, read_text
@@ -71,7 +71,7 @@ _JSON_ERRORS = (ValueError, TypeError, RecursionError)  # of the parser, and of 
 _LIMIT = 1e15  # squares of larger coordinates do not fit float32
 
 
-def part_colours(part_counts: Sequence[int]) -> np.ndarray:
+def part_colors(part_counts: Sequence[int]) -> np.ndarray:
     """Choose a colour for every part: the hues of a category's parts are spread evenly, as far apart as can be.
 
     Args:
@@ -80,13 +80,13 @@ def part_colours(part_counts: Sequence[int]) -> np.ndarray:
     Returns:
         (P, 3) float64 red, green, blue in 0..1.
     """
-    colours = []
+    colors = []
     for category, count in enumerate(part_counts):
         for part in range(count):
             hue = (part / count + _GOLDEN_RATIO * category) % 1.0
             # Neighbouring hues of a category with many parts also differ in brightness.
-            colours.append(colorsys.hsv_to_rgb(hue, 0.8, 0.95 if part % 2 == 0 else 0.7))
-    return np.array(colours, dtype=np.float64).reshape(-1, 3)
+            colors.append(colorsys.hsv_to_rgb(hue, 0.8, 0.95 if part % 2 == 0 else 0.7))
+    return np.array(colors, dtype=np.float64).reshape(-1, 3)
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class PartTaxonomy:
         category_names: lower-case names; a category's number is its position.
         part_counts: number of parts of each category.
         part_starts: first part of each category; its parts follow one another.
-        colours: (P, 3) float64, red, green and blue of every part in 0..1.
+        colors: (P, 3) float64, red, green and blue of every part in 0..1.
         synsets: folder or catalogue number of each category; empty where none is known.
         part_names: (P,) name of every part.
     """
@@ -105,7 +105,7 @@ class PartTaxonomy:
     category_names: tuple[str, ...]
     part_counts: tuple[int, ...]
     part_starts: tuple[int, ...]
-    colours: np.ndarray = field(compare=False, repr=False)
+    colors: np.ndarray = field(compare=False, repr=False)
     synsets: tuple[str, ...] = ()
     part_names: tuple[str, ...] = field(default=(), repr=False)
 
@@ -138,7 +138,7 @@ class PartTaxonomy:
         if len(part_names) != sum(counts):
             raise ValueError(f"{len(part_names)} names for {sum(counts)} parts")
         starts = tuple(accumulate(counts[:-1], initial=0))
-        return cls(names, counts, starts, part_colours(counts), tuple(synsets), tuple(part_names))
+        return cls(names, counts, starts, part_colors(counts), tuple(synsets), tuple(part_names))
 
     @property
     def num_parts(self) -> int:
@@ -387,7 +387,7 @@ class ShapeNetPart(Dataset):
         )
         read = []
         for file in self.files:
-            points, categories = read_labelled_clouds(
+            points, categories = read_labeled_clouds(
                 file, num_classes=len(self.taxonomy.category_names), num_points=num_points, get=GET
             )
             parts = read_hdf5(file, ("pid",), get=GET)["pid"]

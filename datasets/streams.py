@@ -8,6 +8,7 @@ epoch, the sample's index and a counter: the same on every machine and with any 
 from __future__ import annotations
 
 import math
+from enum import IntEnum
 
 import torch
 from torch import Tensor
@@ -34,6 +35,17 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
+class Stream(IntEnum):
+    """What a sample's random numbers are for. Resumed runs depend on the values: never change one."""
+
+    READING = 0  # the choice of the view and of the subset of points
+    AUGMENTATION = 1  # pretraining: the clouds
+    RENDERING = 2  # pretraining: the renderings
+    FINE_TUNING = 2  # its augmentation; no run has both
+    VOTES = 3
+    DROPOUT = 16  # and those that follow, one for each layer
+
+
 class SampleStreams:
     """Random numbers of a batch of samples; sample b's numbers depend on (seed, epoch, index[b]) alone.
 
@@ -41,10 +53,10 @@ class SampleStreams:
         seed: of the run.
         epoch: epoch number.
         index: (B,) int64 indices of the samples in their data set; draws happen on its device.
-        purpose: number of an independent set of streams: what reads a sample and what augments it use different ones.
+        purpose: a ``Stream``: what reads a sample and what augments it draw independent numbers.
     """
 
-    def __init__(self, *, seed: int, epoch: int, index: Tensor, purpose: int = 0) -> None:
+    def __init__(self, *, seed: int, epoch: int, index: Tensor, purpose: int = Stream.READING) -> None:
         state = _mix(torch.full_like(index, seed) + _GOLDEN)
         for value in (purpose, epoch):
             state = _mix(state ^ torch.full_like(index, value) * _GOLDEN)

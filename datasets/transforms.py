@@ -260,7 +260,7 @@ def luminance(images: Tensor) -> Tensor:
     return (red * 19595 + green * 38470 + blue * 7471).add_(1 << 15).mul_(2.0**-16).floor_()
 
 
-def jitter_colours(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
+def jitter_colors(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
     """Brightness, contrast and saturation, for every image in an order of its own.
 
     Each mixes the image with a gray one, f image + (1 - f) gray: black for brightness, the image's mean luminance for
@@ -356,7 +356,7 @@ class RenderAugmentation:
                 images = pixels[rows, :height, :width].permute(0, 3, 1, 2)
                 if "rgb" in out:
                     rgb = resize_and_flip(images, self.size, flips[rows, 0]).float()
-                    out["rgb"][rows] = normalize_images(jitter_colours(rgb, factors[rows], order[rows]))
+                    out["rgb"][rows] = normalize_images(jitter_colors(rgb, factors[rows], order[rows]))
                 if "gray" in out:
                     gray = resize_and_flip(luminance(images.float()).byte(), self.size, flips[rows, 1])
                     out["gray"][rows] = normalize_images(gray.float())

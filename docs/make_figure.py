@@ -23,9 +23,10 @@ from PIL import Image
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from datasets.shapenet_render import decode_image, open_source
+from datasets.pair_sources import open_source
 from datasets.streams import SampleStreams
 from datasets.transforms import pretraining_augmentation
+from datasets.untrusted import decode_image
 from utils.cli import HelpFormatter, run
 from utils.errors import UserError
 
@@ -45,13 +46,13 @@ def project(points: np.ndarray, *, azimuth: float = 38, elevation: float = 22) -
     return np.stack([right, y * np.cos(e) - toward * np.sin(e), y * np.sin(e) + toward * np.cos(e)], axis=1)
 
 
-def scatter_cloud(ax: Axes, points: np.ndarray, x: float, y: float, *, size: float, colour: str) -> None:
+def scatter_cloud(ax: Axes, points: np.ndarray, x: float, y: float, *, size: float, color: str) -> None:
     """Scatter a cloud of the unit sphere around (x, y); near points are drawn last and darkest."""
     seen = project(points)
     seen = seen[np.argsort(seen[:, 2])]
     near = (seen[:, 2] - seen[:, 2].min()) / max(np.ptp(seen[:, 2]), 1e-6)
     alpha = 0.35 + 0.65 * near
-    ax.scatter(x + size * seen[:, 0], y + size * seen[:, 1], s=3.4, c=colour, alpha=alpha, linewidths=0, zorder=4)
+    ax.scatter(x + size * seen[:, 0], y + size * seen[:, 1], s=3.4, c=color, alpha=alpha, linewidths=0, zorder=4)
 
 
 def draw_picture(ax: Axes, image: Image.Image, x: float, y: float, *, size: float, gray: bool = False) -> None:
@@ -87,7 +88,7 @@ def draw_encoder(ax: Axes, x: float, y: float, height: float, text: str, edge: s
     ax.text(x, y, text, ha="center", va="center", fontsize=9, color=INK, linespacing=1.25, zorder=5)
 
 
-def draw_vector(ax: Axes, x: float, y: float, name: str, colour: str, seed: int) -> None:
+def draw_vector(ax: Axes, x: float, y: float, name: str, color: str, seed: int) -> None:
     """A projection as a row of cells of different strength, with its name on the left."""
     cells, cell = 7, 1.9
     strength = np.random.default_rng(seed).uniform(0.12, 0.95, cells)
@@ -95,16 +96,16 @@ def draw_vector(ax: Axes, x: float, y: float, name: str, colour: str, seed: int)
         left = x + (n - cells / 2) * cell
         ax.add_patch(Rectangle((left, y - 1.1), cell, 2.2, facecolor="white", zorder=3))
         ax.add_patch(
-            Rectangle((left, y - 1.1), cell, 2.2, facecolor=colour, alpha=alpha, edgecolor="white", lw=0.7, zorder=4)
+            Rectangle((left, y - 1.1), cell, 2.2, facecolor=color, alpha=alpha, edgecolor="white", lw=0.7, zorder=4)
         )
-    ax.text(x, y + 2.2, name, ha="center", va="bottom", fontsize=9.5, color=colour, zorder=5)
+    ax.text(x, y + 2.2, name, ha="center", va="bottom", fontsize=9.5, color=color, zorder=5)
 
 
 def draw_arrow(
     ax: Axes,
     start: tuple[float, float],
     end: tuple[float, float],
-    colour: str = INK,
+    color: str = INK,
     *,
     bend: float = 0.0,
     **style: Any,
@@ -112,7 +113,7 @@ def draw_arrow(
     """An arrow, straight or bent."""
     style = {"arrowstyle": "-|>", "mutation_scale": 9, "linewidth": 1.2, "shrinkA": 0, "shrinkB": 0, **style}
     bow = f"arc3,rad={bend}"
-    ax.add_patch(FancyArrowPatch(start, end, color=colour, connectionstyle=bow, zorder=2, **style))
+    ax.add_patch(FancyArrowPatch(start, end, color=color, connectionstyle=bow, zorder=2, **style))
 
 
 def two_views(points: np.ndarray, seed: int) -> list[np.ndarray]:
@@ -160,7 +161,7 @@ def draw(data_root: str, *, model: str = MODEL, seed: int = 1) -> Figure:
 
     # One object: its cloud and its rendering.
     ax.text(12.5, 86.5, "one object, no label", ha="center", va="center", fontsize=10, color=INK, weight="bold")
-    scatter_cloud(ax, points, 12.5, top, size=9.5, colour=INK)
+    scatter_cloud(ax, points, 12.5, top, size=9.5, color=INK)
     ax.text(12.5, top - 12.5, "point cloud", ha="center", va="center", fontsize=9, color=INK)
     draw_picture(ax, image, 12.5, low, size=15)
     ax.text(12.5, low - 10, "rendering", ha="center", va="center", fontsize=9, color=INK)
@@ -171,7 +172,7 @@ def draw(data_root: str, *, model: str = MODEL, seed: int = 1) -> Figure:
     for view, y, name, bend in zip(views, rows, ("view $t_1$", "view $t_2$"), (-0.12, 0.12), strict=True):
         draw_arrow(ax, (22.5, top + (1.5 if bend < 0 else -1.5)), (34.5, y), bend=bend)
         radius = np.linalg.norm(view, axis=1).max()
-        scatter_cloud(ax, view / radius, 42.5, y, size=8.3, colour=POINT)
+        scatter_cloud(ax, view / radius, 42.5, y, size=8.3, color=POINT)
         ax.text(33.0, y + 6.0 * np.sign(y - top), name, ha="center", va="center", fontsize=9, color=POINT)
         draw_arrow(ax, (51, y), (58.3, top + 0.30 * (y - top)), bend=0.0)
     ax.text(28.4, top, "augment", ha="left", va="center", fontsize=8.5, color=INK, style="italic")

@@ -29,12 +29,12 @@ if __package__ in (None, ""):
 import train_crossnet_con
 from datasets.shapenet_render import ShapeNetRender
 from downstream.classification import main as linear_svm
-from downstream.classification.svm import mean_and_std
 from downstream.demo_report import write_page
+from downstream.finetuning import reported_entry
 from downstream.segmentation import main_partseg, main_semseg, visualize
-from downstream.segmentation.engine import headline
+from downstream.svm import mean_and_std
 from utils.cli import HelpFormatter, positive_int, run, seed_number, write_json
-from utils.training import git_commit, versions
+from utils.reproducible import git_commit, versions
 
 # Small enough for two CPU cores; everything else has the released value.
 PRETRAINING = {"batch_size": 32, "image_model": "resnet18", "workers": 1, "eval_every": 0, "log_every": 5}
@@ -207,7 +207,7 @@ def segment(args: argparse.Namespace, name: str) -> dict[str, Any]:
             for start, found in runs.items()
         },
         "validation": {"key": task.validation.path[0], "heading": task.validation.heading},
-        "reported": headline(runs["pretrained"][0])[0],
+        "reported": reported_entry(runs["pretrained"][0])[0],
         "encoder": dict(task.encoder),
         "pretraining": {**task.pretraining, **asked(args)},
         "fine_tuning": tuning,
@@ -224,7 +224,7 @@ def spread(runs: list[dict[str, Any]], path: tuple[str, ...]) -> dict[str, Any]:
     """One score over runs: mean, standard deviation (0 for one run) and values."""
     values = []
     for record in runs:
-        value: Any = headline(record)[1]["test"]
+        value: Any = reported_entry(record)[1]["test"]
         for key in path:
             value = value[key]
         values.append(value)

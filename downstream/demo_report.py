@@ -15,9 +15,10 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from datasets.shapenet_render import ShapeNetRender, collate_pairs, decode_image
-from datasets.streams import SampleStreams
+from datasets.shapenet_render import ShapeNetRender, collate_pairs
+from datasets.streams import SampleStreams, Stream
 from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD, RenderAugmentation, RenderPixels, pretraining_augmentation
+from datasets.untrusted import decode_image
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>CrossNet demo</title>
 <style>body{{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem}}
@@ -69,7 +70,7 @@ def draw_pairs(data_root: str, *, seed: int, count: int = 6) -> Figure:
     )
     for row, index in enumerate(chosen):
         sample = pairs[int(index)]
-        streams = SampleStreams(seed=seed, epoch=0, index=torch.tensor([index]), purpose=1)
+        streams = SampleStreams(seed=seed, epoch=0, index=torch.tensor([index]), purpose=Stream.AUGMENTATION)
         views = [augmentation(sample["points"][None], streams)[0] for _ in range(2)]
         batch = collate_pairs([sample])
         images = render_augmentation(batch["pixels"], batch["sizes"], streams)
@@ -109,12 +110,12 @@ def draw_validation(runs: Mapping[str, list[dict[str, Any]]], key: str, heading:
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for (start, records), colour in zip(runs.items(), ("#888888", "#2a7f3f"), strict=True):
+    for (start, records), color in zip(runs.items(), ("#888888", "#2a7f3f"), strict=True):
         for number, record in enumerate(records):
             text = (Path(record["folder"]) / "metrics.jsonl").read_text(encoding="utf-8")
             lines = [line for line in map(json.loads, text.splitlines()) if key in line]
             label = start if number == 0 else None
-            axes.plot([line["epoch"] for line in lines], [line[key] for line in lines], color=colour, label=label)
+            axes.plot([line["epoch"] for line in lines], [line[key] for line in lines], color=color, label=label)
     axes.set(xlabel="epoch", ylabel=f"{heading} (%)")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)

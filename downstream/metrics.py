@@ -1,6 +1,6 @@
 """Scores of segmentations, from histograms: every label is looked at once, whatever the number of shapes and classes.
 
-All scores are in percent. ``tests/literal_metrics.py`` holds the definitions as plain loops; both agree.
+All scores are in percent. ``benchmarks/reference/literal_metrics.py`` holds the definitions as plain loops; both agree.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class SemanticScores:
         class_iou: (C,) float64, intersection over union; NaN where the class occurs neither in truth nor in prediction.
         class_names: (C,) names.
         absent: names of the classes left out of ``mean_iou``, because they occur neither in truth nor in prediction.
-        unlabelled: names of the classes left out of ``mean_accuracy``, because no true label has them. One that was
+        unlabeled: names of the classes left out of ``mean_accuracy``, because no true label has them. One that was
             predicted all the same counts in ``mean_iou``, as 0.
     """
 
@@ -71,7 +71,7 @@ class SemanticScores:
     class_iou: np.ndarray
     class_names: tuple[str, ...]
     absent: tuple[str, ...]
-    unlabelled: tuple[str, ...]
+    unlabeled: tuple[str, ...]
 
     def as_dict(self) -> dict[str, object]:
         """Plain types for a JSON file; classes without a score are null."""
@@ -82,7 +82,7 @@ class SemanticScores:
             "class_iou": _by_name(self.class_names, self.class_iou),
             "class_accuracy": _by_name(self.class_names, self.class_accuracy),
             "absent_classes": list(self.absent),
-            "unlabelled_classes": list(self.unlabelled),
+            "unlabelled_classes": list(self.unlabeled),
         }
 
 
@@ -131,7 +131,7 @@ def semantic_scores(confusion: np.ndarray, class_names: Sequence[str] | None = N
         class_iou=iou,
         class_names=names,
         absent=tuple(names[i] for i in np.flatnonzero(union == 0)),
-        unlabelled=tuple(names[i] for i in np.flatnonzero(true == 0)),
+        unlabeled=tuple(names[i] for i in np.flatnonzero(true == 0)),
     )
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
+from models.base import PointFeatures
 from models.crossnet import CrossNet
 from models.dgcnn import DGCNNCls, DGCNNPartSeg, DGCNNSemSeg
-from models.features import PointFeatures
 from models.pointnet import PointNetCls, PointNetPartSeg
 
 ENCODERS: dict[str, type[nn.Module]] = {

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.heads import image_projection, point_projection
 from models.image import build_image_encoder
 from models.losses import OBJECTIVES, Losses, crossnet_objective
+from models.projection_heads import image_projection, point_projection
 
 MODALITIES = ("both", "rgb", "gray")
 
@@ -116,7 +116,7 @@ class CrossNet(nn.Module):
             view2: second augmented views (B, 3, N), row i of the same clouds.
             rgb: colour renders (B, 3, H, W) of the same objects; needed where that branch is built.
             gray: gray renders (B, 1, H, W); needed where that branch is built.
-            only_project: return the projections; for ``models.chunked``, in a module that wraps this one.
+            only_project: return the projections; for ``engine.grad_cache``, in a module that wraps this one.
         """
         projections = self.project(view1, view2, rgb=rgb, gray=gray)
         return projections if only_project else self.losses(projections)

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.edge_conv import edge_conv, edge_conv_two_layers
-from models.features import PointFeatures
-from models.layers import LEAKY_SLOPE, edge_block, point_block
-from models.neighbours import flatten_neighbours, knn
-from models.pooling import pool_pointwise
-from models.precision import at_least_float32, without_autocast
+from models.base import PointFeatures
+from models.ops.edge_conv import edge_conv, edge_conv_two_layers
+from models.ops.knn import flatten_neighbors, knn
+from models.ops.layers import LEAKY_SLOPE, edge_block, point_block
+from models.ops.pooling import pool_pointwise
+from models.ops.precision import at_least_float32, without_autocast
 
 
 class TransformNet(nn.Module):
@@ -40,9 +40,9 @@ class TransformNet(nn.Module):
         with torch.no_grad():
             self.transform.bias.copy_(torch.eye(3).flatten())
 
-    def forward(self, points: Tensor, neighbours: Tensor) -> Tensor:
+    def forward(self, points: Tensor, neighbors: Tensor) -> Tensor:
         """See the class for shapes."""
-        rows = edge_conv_two_layers(points.flatten(0, 1), neighbours, self.conv1, self.conv2)
+        rows = edge_conv_two_layers(points.flatten(0, 1), neighbors, self.conv1, self.conv2)
         x, _ = pool_pointwise([rows], len(points), self.conv3)
         x = F.leaky_relu(self.bn3(self.linear1(x)), LEAKY_SLOPE)
         x = F.leaky_relu(self.bn4(self.linear2(x)), LEAKY_SLOPE)
@@ -58,9 +58,9 @@ class _DGCNN(nn.Module):
             raise ValueError(f"k = {k}: a point needs at least one neighbour, itself")
         self.k, self.emb_dims, self.in_channels = k, emb_dims, in_channels
 
-    def neighbours(self, points: Tensor) -> Tensor:
+    def neighbors(self, points: Tensor) -> Tensor:
         """(B, N, C) -> (B * N, k) indices of the nearest rows, in feature space."""
-        return flatten_neighbours(knn(points, self.k))
+        return flatten_neighbors(knn(points, self.k))
 
     def to_points(self, x: Tensor) -> Tensor:
         """(B, C, N) -> (B, N, C), checked."""
@@ -99,7 +99,7 @@ class DGCNNCls(_DGCNN):
         points = self.to_points(x)
         shape, rows, layers = points.shape, points.flatten(0, 1), []
         for block in (self.conv1, self.conv2, self.conv3, self.conv4):
-            rows = edge_conv(rows, self.neighbours(rows.unflatten(0, shape[:2])), block, clouds=len(x))
+            rows = edge_conv(rows, self.neighbors(rows.unflatten(0, shape[:2])), block, clouds=len(x))
             layers.append(rows)
         pooled = torch.cat(pool_pointwise(layers, len(x), self.conv5, with_mean=True), dim=1)
         return PointFeatures(pooled, self.to_local(layers, shape))
@@ -118,12 +118,12 @@ class _DGCNNSeg(_DGCNN):
         self.conv6 = point_block(192, emb_dims)
         self.feature_dim, self.local_dim = emb_dims, 192
 
-    def edge_convs(self, points: Tensor, first_neighbours: Tensor) -> PointFeatures:
+    def edge_convs(self, points: Tensor, first_neighbors: Tensor) -> PointFeatures:
         """(B, N, C) and the first layer's neighbours -> features."""
         shape = points.shape
-        x1 = edge_conv_two_layers(points.flatten(0, 1), first_neighbours, self.conv1, self.conv2)
-        x2 = edge_conv_two_layers(x1, self.neighbours(x1.unflatten(0, shape[:2])), self.conv3, self.conv4)
-        x3 = edge_conv(x2, self.neighbours(x2.unflatten(0, shape[:2])), self.conv5, clouds=len(points))
+        x1 = edge_conv_two_layers(points.flatten(0, 1), first_neighbors, self.conv1, self.conv2)
+        x2 = edge_conv_two_layers(x1, self.neighbors(x1.unflatten(0, shape[:2])), self.conv3, self.conv4)
+        x3 = edge_conv(x2, self.neighbors(x2.unflatten(0, shape[:2])), self.conv5, clouds=len(points))
         layers = [x1, x2, x3]
         pooled, _ = pool_pointwise(layers, len(points), self.conv6)
         return PointFeatures(pooled, self.to_local(layers, shape))
@@ -147,11 +147,11 @@ class DGCNNPartSeg(_DGCNNSeg):
     def forward(self, x: Tensor) -> PointFeatures:
         """See the class for shapes."""
         points = self.to_points(x)
-        matrices = self.transform_net(points, self.neighbours(points))
+        matrices = self.transform_net(points, self.neighbors(points))
         with without_autocast(points.device):  # rounded coordinates would have other neighbours
             points = at_least_float32(points)
             aligned = points @ matrices.to(points.dtype)
-        return self.edge_convs(aligned, self.neighbours(aligned))
+        return self.edge_convs(aligned, self.neighbors(aligned))
 
 
 class DGCNNSemSeg(_DGCNNSeg):
@@ -175,4 +175,4 @@ class DGCNNSemSeg(_DGCNNSeg):
     def forward(self, x: Tensor) -> PointFeatures:
         """See the class for shapes."""
         points = self.to_points(x)
-        return self.edge_convs(points, self.neighbours(points[..., 6:9] if self.in_channels == 9 else points))
+        return self.edge_convs(points, self.neighbors(points[..., 6:9] if self.in_channels == 9 else points))

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.precision import at_least_float32, without_autocast
-from utils.distributed import gather_with_grad, rank
+from models.ops.precision import at_least_float32, without_autocast
+from utils.collectives import gather_with_grad, rank
 
 OBJECTIVES = ("con", "ave")
 RELEASED_TEMPERATURE = {"con": 0.2, "ave": 0.1}

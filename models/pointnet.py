@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.features import PointFeatures
-from models.layers import apply_to_rows, max_over_points
+from models.base import PointFeatures
+from models.ops.layers import apply_to_rows, max_over_points
 
 
 def _to_rows(x: Tensor) -> tuple[Tensor, torch.Size]:

@@ -1,1 +1,1 @@
-"""Tests. A package, so that the benchmarks and spawned processes can import the textbook formulation."""
+"""Tests. A package, so that spawned processes can import what the tests share."""

@@ -1,7 +1,8 @@
-"""Compile the Triton kernels for GPUs, on a machine that needs none: what tests/models/test_kernels.py cannot see.
+"""Compile the Triton kernels for GPUs, on a machine that needs none: what tests/models/ops/test_backend.py cannot see.
 
-The interpreter runs kernels that a compiler may refuse. Here every launch of the functions in models/triton_kernels.py
-is compiled down to machine code instead of being run, for tensors as an encoder has them. Needs Triton 3.3 or newer.
+The interpreter runs kernels that a compiler may refuse. Here every launch of the functions in
+models/ops/triton_kernels.py is compiled down to machine code instead of being run, for tensors as an
+encoder has them. Needs Triton 3.3 or newer.
 
   python -m tests.compile_kernels                  # compute capabilities 7.5, 8.0 and 9.0
   python -m tests.compile_kernels --capability 90 --points 4096
@@ -27,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
-from models import triton_kernels
+from models.ops import triton_kernels
 from utils.cli import HelpFormatter, run
 from utils.errors import UserError
 
@@ -74,16 +75,16 @@ def compile_all(*, capability: int, points: int, k: int, width: int) -> list[str
     launched = {name for name in kernels if f"{name}[" in Path(triton_kernels.__file__).read_text(encoding="utf-8")}
     stand_ins = {name: CompileOnly(kernels[name], capability, done) for name in launched}
     cloud = torch.randn(1, points, 3)
-    a, c, peaks = torch.randn(3, points, width)
-    slope, constant = torch.randn(2, width)
-    near = torch.arange(points * k).view(points, k) % points
+    a, c, grad_at_argmax = torch.randn(3, points, width)
+    grad_scale, constant = torch.randn(2, width)
+    neighbors = torch.arange(points * k).view(points, k) % points
     with mock.patch.multiple(triton_kernels, **stand_ins):
         triton_kernels.nearest(cloud, k)
         triton_kernels.largest(cloud[..., 0].expand(2, -1), k)
-        _, places, *_ = triton_kernels.edge_extremes(a, c, near, constant.sign(), about=slope)
-        triton_kernels.edge_extremes(a, c, near, constant.sign(), about=None)
-        for places_type in (torch.int16, torch.int32):
-            triton_kernels.edge_gradients(a, c, near, slope, constant, peaks, places.to(places_type))
+        _, argmax, *_ = triton_kernels.edge_extremes(a, c, neighbors, constant.sign(), about=grad_scale)
+        triton_kernels.edge_extremes(a, c, neighbors, constant.sign(), about=None)
+        for argmax_type in (torch.int16, torch.int32):
+            triton_kernels.edge_gradients(a, c, neighbors, grad_scale, constant, grad_at_argmax, argmax.to(argmax_type))
     missing = [name for name in launched if not any(line.startswith(f"{name} ") for line in lines)]
     if missing:
         raise RuntimeError(f"not compiled: {', '.join(missing)}")

@@ -12,11 +12,12 @@ import torch
 import train_crossnet_con as train
 from datasets import pack
 from downstream.classification import main as classify
+from engine.checkpoint import save_checkpoint
+from engine.load_model import describe_encoder
 from models import build_encoder
 from models.image import IMAGE_ENCODERS
-from tests.pairs import cloud, cloud_path, contents, view_path, write_demo_set, write_pairs, write_ply
-from tests.small_run import ROOT, TinyImageNet, arguments
-from utils.checkpoint import describe_encoder, save_checkpoint
+from tests.support.pairs import cloud, cloud_path, contents, view_path, write_demo_set, write_pairs, write_ply
+from tests.support.small_run import ROOT, TinyImageNet, arguments
 from utils.cli import run
 
 
@@ -170,7 +171,7 @@ def without_label(root):
 
 
 @pytest.mark.parametrize("module", [train, classify], ids=["pretraining", "classification"])
-def test_labelled_file_without_labels(module, data, tmp_path, capsys):
+def test_labeled_file_without_labels(module, data, tmp_path, capsys):
     without_label(data)
     if module is train:
         argv = arguments(data, tmp_path / "out", "--epochs", 1)

@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from downstream.classification import finetune
+from engine.checkpoint import load_checkpoint
+from engine.run_folder import RunFolder
 from models.image import IMAGE_ENCODERS
-from tests.pairs import write_demo_set, write_pairs
-from tests.several import run_together
-from tests.small_run import TinyImageNet, arguments
+from tests.support.pairs import write_demo_set, write_pairs
+from tests.support.several import run_together
+from tests.support.small_run import TinyImageNet, arguments
 from train_crossnet_con import main
-from utils.checkpoint import load_checkpoint
-from utils.tracking import RunFolder
-from utils.training import deterministic
+from utils.reproducible import deterministic
 
 
 @pytest.fixture(autouse=True)

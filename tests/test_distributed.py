@@ -16,19 +16,19 @@ import train_crossnet_con as pretraining
 from datasets.shapenet_render import ShapeNetRender, collate_pairs
 from downstream.classification import finetune
 from downstream.segmentation import main_partseg, main_semseg
+from engine import launch
+from engine.checkpoint import load_checkpoint
+from engine.loop import TrainingLoop
+from engine.run_folder import RunFolder
 from models import CrossNet
 from models.image import IMAGE_ENCODERS
-from tests.pairs import cloud_path, write_demo_set, write_pairs
-from tests.segmentation_sets import write_parts, write_rooms
-from tests.several import exit_codes, output_of, run_together, start_together
-from tests.small_run import ROOT, TinyImageNet, arguments
+from tests.support.pairs import cloud_path, write_demo_set, write_pairs
+from tests.support.segmentation_sets import write_parts, write_rooms
+from tests.support.several import exit_codes, output_of, run_together, start_together
+from tests.support.small_run import ROOT, TinyImageNet, arguments
 from train_crossnet_con import Pretraining
-from utils import distributed
-from utils.checkpoint import load_checkpoint
 from utils.cli import EXIT_TERMINATED
 from utils.errors import UserError
-from utils.loop import TrainingLoop
-from utils.tracking import RunFolder
 
 # Two steps of eight pairs.
 SHORT = ("--epochs", 1, "--eval_every", 0)
@@ -48,8 +48,8 @@ def make_small(patch):
     patch.setattr(pretraining, "CrossNet", lambda *args, **kwargs: CrossNet(*args, **kwargs).double())
     patch.setattr(Pretraining, "collate", staticmethod(lambda samples: double(collate_pairs(samples))))
     patch.setattr(Pretraining, "inputs_of", lambda self, batch: double(inputs_of(self, batch)))
-    patch.setattr(distributed, "BEAT_SECONDS", 0.3)
-    patch.setattr(distributed, "BEATS_UNTIL_LOST", 200)
+    patch.setattr(launch, "BEAT_SECONDS", 0.3)
+    patch.setattr(launch, "BEATS_UNTIL_LOST", 200)
 
 
 @pytest.fixture(autouse=True)
@@ -164,7 +164,7 @@ def terminate_in(step, rank):
     original = Pretraining.step
 
     def terminating(self, batch):
-        if self.progress.step == step and distributed.rank() == rank:
+        if self.progress.step == step and launch.rank() == rank:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, batch)
 
@@ -200,8 +200,8 @@ def test_a_stopped_run_goes_on_with_another_number_of_processes(root, whole, tmp
 def test_another_global_batch_is_an_error_that_names_what_fits(
     root, whole, tmp_path, monkeypatch, processes, batch, message
 ):
-    monkeypatch.setattr("utils.loop.world_size", lambda: processes)
-    monkeypatch.setattr("utils.loop.replicated", lambda model: model)
+    monkeypatch.setattr("engine.loop.world_size", lambda: processes)
+    monkeypatch.setattr("engine.loop.wrap_ddp", lambda model: model)
     argv = arguments(root, tmp_path, *PROBED, "--batch_size", batch, "--resume", whole / "last.pth")
     with pytest.raises(UserError, match=message):
         pretraining.main(argv)
@@ -244,7 +244,7 @@ def fail_in_step(how, victim=1):
     original = Pretraining.step
 
     def step(self, batch):
-        if self.progress.step == 1 and distributed.rank() == victim:
+        if self.progress.step == 1 and launch.rank() == victim:
             how()
         return original(self, batch)
 
@@ -257,7 +257,7 @@ def test_a_killed_process_ends_the_other_with_a_message(root, tmp_path, victim):
         original = Pretraining.update
 
         def update(self):
-            if self.progress.step == 1 and distributed.rank() == victim:
+            if self.progress.step == 1 and launch.rank() == victim:
                 os.kill(os.getpid(), signal.SIGKILL)
             original(self)
 
@@ -266,7 +266,7 @@ def test_a_killed_process_ends_the_other_with_a_message(root, tmp_path, victim):
 
     begin = time.monotonic()
     codes = exit_codes(start_together(main, tmp_path / "logs"))
-    assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == distributed.EXIT_LOST_PROCESS
+    assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == launch.EXIT_LOST_PROCESS
     assert time.monotonic() - begin < 60
     one_message(tmp_path / "logs", codes, "gone.* killed, perhaps for want of memory.* --resume")
 
@@ -289,7 +289,7 @@ def test_a_process_that_torchrun_ends_because_another_is_gone_still_says_so(root
         pretraining.main(arguments(root, tmp_path, *SHORT))
 
     codes = exit_codes(start_together(main, tmp_path / "logs"))
-    assert codes == [distributed.EXIT_LOST_PROCESS, -signal.SIGKILL]
+    assert codes == [launch.EXIT_LOST_PROCESS, -signal.SIGKILL]
     one_message(tmp_path / "logs", codes, "another process is gone, as process 0 found.* --resume")
 
 
@@ -306,14 +306,14 @@ def test_a_process_ended_outside_of_training_ends_soon(tmp_path):
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_that_stands_still_ends_the_other(root, tmp_path, monkeypatch, victim):
     """Also the one in which all have met: then nothing answers any more."""
-    monkeypatch.setattr(distributed, "BEATS_UNTIL_LOST", 10)
+    monkeypatch.setattr(launch, "BEATS_UNTIL_LOST", 10)
 
     def main():
         fail_in_step(lambda: os.kill(os.getpid(), signal.SIGSTOP), victim)
         pretraining.main(arguments(root, tmp_path, *SHORT))
 
     processes = start_together(main, tmp_path / "logs")
-    assert exit_codes([processes[1 - victim]]) == [distributed.EXIT_LOST_PROCESS]
+    assert exit_codes([processes[1 - victim]]) == [launch.EXIT_LOST_PROCESS]
     processes[victim].kill()
     exit_codes(processes)
     one_message(tmp_path / "logs", [1], f"process {victim} has been silent for 3 seconds.* --resume")
@@ -321,11 +321,11 @@ def test_a_process_that_stands_still_ends_the_other(root, tmp_path, monkeypatch,
 
 def test_the_process_in_which_all_meet_stands_still_at_once(root, tmp_path, monkeypatch):
     """Before the others have heard of it: its store does not answer then."""
-    monkeypatch.setattr(distributed, "BEAT_SECONDS", 1.5)
-    monkeypatch.setattr(distributed, "BEATS_UNTIL_LOST", 4)
+    monkeypatch.setattr(launch, "BEAT_SECONDS", 1.5)
+    monkeypatch.setattr(launch, "BEATS_UNTIL_LOST", 4)
 
     def main():
-        if distributed.rank() == 0:
+        if launch.rank() == 0:
             os.kill(os.getpid(), signal.SIGSTOP)
         pretraining.main(arguments(root, tmp_path, *SHORT))
 
@@ -333,19 +333,19 @@ def test_the_process_in_which_all_meet_stands_still_at_once(root, tmp_path, monk
     processes[1].join(60)
     for process in processes:
         process.kill()
-    assert exit_codes(processes) == [-signal.SIGKILL, distributed.EXIT_LOST_PROCESS]
+    assert exit_codes(processes) == [-signal.SIGKILL, launch.EXIT_LOST_PROCESS]
     one_message(tmp_path / "logs", [1], "process 0 has been silent for 6 seconds.* --resume")
 
 
 def test_a_process_that_hangs_ends_the_others_after_the_timeout(root, tmp_path, monkeypatch):
-    monkeypatch.setattr(distributed, "TIMEOUT", distributed.timedelta(seconds=6))
+    monkeypatch.setattr(launch, "TIMEOUT", launch.timedelta(seconds=6))
 
     def main():
         fail_in_step(lambda: time.sleep(600))
         pretraining.main(arguments(root, tmp_path, *SHORT))
 
     codes = exit_codes(start_together(main, tmp_path / "logs"))
-    assert codes == [distributed.EXIT_LOST_PROCESS] * 2
+    assert codes == [launch.EXIT_LOST_PROCESS] * 2
     one_message(tmp_path / "logs", codes, "another process does not answer, as process 0 found")
 
 
@@ -353,7 +353,7 @@ def torchrun(*argv):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*command, "-m", "tests.small_run", *argv], cwd=ROOT, env=environment, **pipes)
+    return subprocess.Popen([*command, "-m", "tests.support.small_run", *argv], cwd=ROOT, env=environment, **pipes)
 
 
 def wait_for(file, text, process):
@@ -457,27 +457,27 @@ def test_a_run_on_the_cpu_does_not_start_nccl():
         "--device": False,  # refused by the script
         "": False,
     }.items():
-        assert distributed._asks_for_cpu(words.split()) is expected, words
+        assert launch._asks_for_cpu(words.split()) is expected, words
 
 
 def test_an_nccl_error_keeps_its_own_text():
     text = "NCCL error in: ProcessGroupNCCL.cpp:1\nncclInvalidUsage\nDuplicate GPU detected : rank 0 and rank 1"
-    message, code = distributed._explain_failure(torch.distributed.DistBackendError(text))
-    assert text in message and "--resume" in message and code == distributed.EXIT_LOST_PROCESS
-    message, _ = distributed._explain_failure(torch.distributed.DistNetworkError("Connection reset by peer"))
+    message, code = launch._explain_failure(torch.distributed.DistBackendError(text))
+    assert text in message and "--resume" in message and code == launch.EXIT_LOST_PROCESS
+    message, _ = launch._explain_failure(torch.distributed.DistNetworkError("Connection reset by peer"))
     assert "another process is gone" in message
-    message, code = distributed._explain_failure(torch.cuda.OutOfMemoryError("CUDA out of memory. Tried 1 GiB."))
+    message, code = launch._explain_failure(torch.cuda.OutOfMemoryError("CUDA out of memory. Tried 1 GiB."))
     assert "--chunk_size" in message and code == 2
 
 
 def test_alone_without_a_launchers_variables(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    assert not distributed.started_as_one_of_many()
+    assert not launch.started_as_one_of_many()
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert not distributed.started_as_one_of_many()  # a scheduler's variable, but nobody to meet
+    assert not launch.started_as_one_of_many()  # a scheduler's variable, but nobody to meet
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "1")
-    assert distributed.started_as_one_of_many()
+    assert launch.started_as_one_of_many()
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert not distributed.started_as_one_of_many()
+    assert not launch.started_as_one_of_many()

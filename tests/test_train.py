@@ -13,15 +13,17 @@ import torch
 
 from datasets.shapenet_render import ShapeNetRender
 from datasets.transforms import RandomSubset
+from engine import faults, loop
+from engine.checkpoint import load_checkpoint, save_checkpoint
+from engine.load_model import encoder_from_checkpoint
+from engine.resume import Progress
+from engine.run_folder import CHECKPOINTS, RunFolder
 from models.image import IMAGE_ENCODERS
-from tests.faults import REFERENCE, equal, metrics, same_end, wait_for
-from tests.pairs import cloud, cloud_path, contents, write_demo_set, write_pairs, write_ply
-from tests.small_run import ROOT, TinyImageNet, arguments
+from tests.robustness.faults import REFERENCE, equal, metrics, same_end, wait_for
+from tests.support.pairs import cloud, cloud_path, contents, write_demo_set, write_pairs, write_ply
+from tests.support.small_run import ROOT, TinyImageNet, arguments
 from train_crossnet_con import LinearProbe, Pretraining, build_parser, main
-from utils import loop
-from utils.checkpoint import encoder_from_checkpoint, load_checkpoint, save_checkpoint
 from utils.errors import CheckpointError, DataError, UserError
-from utils.tracking import CHECKPOINTS, RunFolder
 
 KEYS = ["epoch", "step", "loss", "loss_intra", "loss_cross", "lr", "shapes_per_s", "data_wait"]
 
@@ -100,7 +102,7 @@ def test_the_loss_falls_far_below_chance(root, tmp_path, monkeypatch):
 
 def test_sigterm_to_the_whole_group_saves_and_ends_cleanly(root, reference, tmp_path):
     argv = arguments(root, tmp_path, *REFERENCE, "--workers", "1", "--save_every", "0")
-    command = [sys.executable, "-m", "tests.small_run", *argv]
+    command = [sys.executable, "-m", "tests.support.small_run", *argv]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
     wait_for(tmp_path / "crossnet" / "run.log", "step 2/12")
@@ -267,17 +269,17 @@ def test_a_worker_that_is_killed_while_it_hands_over_a_batch(error):
             raise error
 
     with pytest.raises(UserError, match="a process that reads data is gone .*--resume"):
-        list(loop.batches(Loader()))
+        list(faults.batches(Loader()))
     Loader.num_workers = 0
     with pytest.raises(type(error)):
-        list(loop.batches(Loader()))
+        list(faults.batches(Loader()))
 
 
 def test_a_signal_waits_until_a_checkpoint_is_written():
     happened = []
     before = signal.signal(signal.SIGUSR1, lambda *_: happened.append("signal"))
     try:
-        with loop.postponed(signal.SIGUSR1):
+        with faults.postponed(signal.SIGUSR1):
             os.kill(os.getpid(), signal.SIGUSR1)
             happened.append("saved")
         assert happened == ["saved", "signal"]
@@ -328,7 +330,7 @@ def test_weights_that_are_not_finite_are_never_saved(root, tmp_path, monkeypatch
         if self.progress.step == 2:
             self.model.point_head[0].weight.data[0, 0] = math.inf  # the loss before it was finite
 
-    monkeypatch.setattr(Pretraining, "update", break_weights)
+    monkeypatch.setattr(Pretraining, "optimizer_step", break_weights)
     with pytest.raises(UserError, match="some weights are not finite at step 3"):
         train(root, tmp_path, *REFERENCE, "--save_every", 1)
     assert load_checkpoint(tmp_path / "crossnet" / "last.pth")["progress"]["step"] == 2
@@ -415,7 +417,7 @@ def test_impossible_parts_of_a_batch_are_refused(root, tmp_path, flags, message)
         train(root, tmp_path, *flags)
 
 
-def test_learning_rates_of_both_schedules_and_optimisers(root, tmp_path, short):
+def test_learning_rates_of_both_schedules_and_optimizers(root, tmp_path, short):
     rates = []
     step = Pretraining.update
 
@@ -424,7 +426,7 @@ def test_learning_rates_of_both_schedules_and_optimisers(root, tmp_path, short):
         step(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Pretraining, "update", note)
+        patch.setattr(Pretraining, "optimizer_step", note)
         two = (*short, "--epochs", 2, "--save_every", 0)
         train(root, tmp_path, *two, "--exp_name", "a")
         train(root, tmp_path, *two, "--exp_name", "b", "--lr_schedule", "released")
@@ -491,14 +493,14 @@ def test_training_starts_from_a_checkpoint_with_its_k(root, reference, tmp_path,
 
 def test_unreadable_samples_are_skipped_and_counted_and_stop_the_run_when_many(root, tmp_path, caplog):
     training = object.__new__(Pretraining)
-    training.progress, training.dataset = loop.Progress(read=96), range(150)
+    training.progress, training.dataset = Progress(read=96), range(150)
     with caplog.at_level(logging.WARNING, "crossnet"):
-        training.look_at({"index": [0] * 4, "bad": ["a.ply is broken"]})
+        training.count_bad_samples({"index": [0] * 4, "bad": ["a.ply is broken"]})
     assert (training.progress.bad, training.progress.read) == (1, 100) and "skipped: a.ply is broken" in caplog.text
     with pytest.raises(UserError, match="2 of 104 samples could not be read, more than 1 %; the last one: b.ply"):
-        training.look_at({"index": [0] * 4, "bad": ["b.ply is broken"]})
-    training.progress = loop.Progress(read=296, bad=2)
-    training.look_at({"index": [0] * 4, "bad": ["b.ply is broken"]})
+        training.count_bad_samples({"index": [0] * 4, "bad": ["b.ply is broken"]})
+    training.progress = Progress(read=296, bad=2)
+    training.count_bad_samples({"index": [0] * 4, "bad": ["b.ply is broken"]})
 
 
 def test_clouds_of_uneven_size_train(tmp_path, monkeypatch):

@@ -1,1 +1,1 @@
-"""What every script shares: command line, checkpoints, training helpers, run folders, processes."""
+"""The ground floor: errors, the command line, collectives; imports none of the other packages."""

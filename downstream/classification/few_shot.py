@@ -27,28 +27,28 @@ if __package__ in (None, ""):
 import numpy as np
 from sklearn.preprocessing import StandardScaler
 
-from datasets.hdf5 import LabelledClouds
-from downstream.classification.candidates import (
+from datasets.hdf5 import LabeledClouds
+from downstream.classification.eval_inputs import (
     add_data_arguments,
     add_encoder_arguments,
     candidates,
     check_encoder_arguments,
     open_splits,
 )
-from downstream.classification.svm import linear_svm, mean_and_std
-from downstream.features import calibrate_batch_norm, check_neighbours, extract_features
-from utils.checkpoint import describe_encoder
+from downstream.features import calibrate_batch_norm, check_neighbors, extract_features
+from downstream.svm import linear_svm, mean_and_std
+from engine.device import resolve_device
+from engine.load_model import describe_encoder
 from utils.cli import (
     HelpFormatter,
     add_common_arguments,
     log_to_screen,
     positive_int,
-    resolve_device,
     run,
     write_json,
 )
 from utils.errors import UserError
-from utils.training import git_commit, versions
+from utils.reproducible import git_commit, versions
 
 PROTOCOLS = ("released", "test")
 
@@ -169,7 +169,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def score(args: argparse.Namespace, encoder: Any, train: LabelledClouds, test: LabelledClouds) -> dict[str, Any]:
+def score(args: argparse.Namespace, encoder: Any, train: LabeledClouds, test: LabeledClouds) -> dict[str, Any]:
     """Results of one encoder: protocol -> setting, such as ``5w10s`` -> mean, std and accuracies."""
     device = resolve_device(args.device)
     if args.calibrate_bn:
@@ -226,7 +226,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 )
     found = candidates(args)
     for candidate in found:
-        check_neighbours(candidate.encoder, train.points.shape[1], name=candidate.name)
+        check_neighbors(candidate.encoder, train.points.shape[1], name=candidate.name)
     records = []
     for candidate in found:
         results = score(args, candidate.encoder, train, test)

@@ -25,29 +25,31 @@ import numpy as np
 from torch import nn
 from torch.utils.data import Dataset
 
-from datasets.hdf5 import LabelledClouds
+from datasets.hdf5 import LabeledClouds
 from datasets.transforms import fine_tuning_augmentation
-from downstream.classification.candidates import add_data_arguments, open_splits
-from downstream.features import check_neighbours
-from downstream.metrics import confusion_matrix, semantic_scores
-from downstream.segmentation.engine import (
+from downstream.classification.eval_inputs import add_data_arguments, open_splits
+from downstream.features import check_neighbors
+from downstream.finetuning import (
     FineTuning,
     Scores,
     add_training_arguments,
     check_training_arguments,
-    choose_labelled,
-    headline,
+    choose_labeled,
     hold_out,
+    reported_entry,
     run_folders,
     scores_of,
     start_model,
 )
-from models.fine_tuned import Classification
-from utils.checkpoint import fine_tuned_from_checkpoint
-from utils.cli import HelpFormatter, log_to_screen, resolve_device, write_json
-from utils.distributed import is_main, launch
+from downstream.metrics import confusion_matrix, semantic_scores
+from engine.device import resolve_device
+from engine.launch import launch
+from engine.load_model import fine_tuned_from_checkpoint
+from models.task_heads import Classification
+from utils.cli import HelpFormatter, log_to_screen, write_json
+from utils.collectives import is_main
 from utils.errors import CheckpointError, DataError, UserError
-from utils.training import git_commit, versions
+from utils.reproducible import git_commit, versions
 
 RELEASED_K = Classification.released_k
 
@@ -88,7 +90,7 @@ class Clouds(Dataset):
         DataError: a cloud of a class that the training split does not have.
     """
 
-    def __init__(self, clouds: LabelledClouds, labels: np.ndarray) -> None:
+    def __init__(self, clouds: LabeledClouds, labels: np.ndarray) -> None:
         foreign = clouds.labels[~np.isin(clouds.labels, labels)]
         if len(foreign):
             names = ", ".join(clouds.class_names[label] for label in np.unique(foreign))
@@ -130,14 +132,14 @@ def train(args: argparse.Namespace, train_clouds: Clouds, test_clouds: Clouds) -
     """Run the trainings of one call; returns a record for each."""
     sizes = {"num_classes": len(train_clouds.class_names)}
     points = train_clouds.clouds.points.shape[1]
-    check_neighbours(start_model(args, Classification, k=RELEASED_K, sizes=sizes)[0].encoder, points)
+    check_neighbors(start_model(args, Classification, k=RELEASED_K, sizes=sizes)[0].encoder, points)
     plans = []
     for fraction in dict.fromkeys(args.label_fraction):
-        labelled = choose_labelled(train_clouds.targets, fraction, seed=args.seed)
-        fit, held = labelled, labelled[:0]
+        labeled = choose_labeled(train_clouds.targets, fraction, seed=args.seed)
+        fit, held = labeled, labeled[:0]
         if args.select_on == "val" and args.holdout and args.eval_every:
             fit, held = (
-                labelled[part] for part in hold_out(train_clouds.targets[labelled], args.holdout, seed=args.seed)
+                labeled[part] for part in hold_out(train_clouds.targets[labeled], args.holdout, seed=args.seed)
             )
         plans.append((fraction, fit, held))
     folders = run_folders(args, [f"label_{fraction:g}" for fraction, _, _ in plans])
@@ -193,7 +195,7 @@ def score_checkpoint(args: argparse.Namespace, test_clouds: Clouds) -> dict[str,
             + (f" ({', '.join(names[:4])}, ...)" if names else "")
             + f", {args.dataset} has {len(test_clouds.class_names)} ({', '.join(test_clouds.class_names[:4])}, ...)"
         )
-    check_neighbours(model.encoder, test_clouds.clouds.points.shape[1])
+    check_neighbors(model.encoder, test_clouds.clouds.points.shape[1])
     return {"model_path": args.model_path, "test": score(args, model.to(resolve_device(args.device)), test_clouds)}
 
 
@@ -222,7 +224,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     else:
         records = train(args, train_clouds, test_clouds)
         for record in records:
-            how, entry = headline(record)
+            how, entry = reported_entry(record)
             last = record["last"]
             print(
                 f"\n{name}, test split, {record['label_fraction']:.0%} of the labels ({record['labels_used']}): "

@@ -29,31 +29,31 @@ import numpy as np
 import sklearn
 from torch import nn
 
-from datasets.hdf5 import LabelledClouds
-from downstream.classification.candidates import (
+from datasets.hdf5 import LabeledClouds
+from downstream.classification.eval_inputs import (
     add_data_arguments,
     add_encoder_arguments,
     candidates,
     check_encoder_arguments,
     open_splits,
 )
-from downstream.classification.figures import PICTURE_TYPES, check_output_path, draw_confusion_matrix, draw_retrieval
-from downstream.classification.retrieval import average_precisions
-from downstream.classification.svm import RELEASED_C, few_label_svm, linear_svm, mean_and_std
-from downstream.features import calibrate_batch_norm, check_neighbours, extract_features
-from utils.checkpoint import describe_encoder
+from downstream.features import calibrate_batch_norm, check_neighbors, extract_features
+from downstream.figures import PICTURE_TYPES, check_output_path, draw_confusion_matrix, draw_retrieval
+from downstream.retrieval import average_precisions
+from downstream.svm import RELEASED_C, few_label_svm, linear_svm, mean_and_std
+from engine.device import resolve_device
+from engine.load_model import describe_encoder
 from utils.cli import (
     HelpFormatter,
     add_common_arguments,
     log_to_screen,
     positive_float,
     positive_int,
-    resolve_device,
     run,
     write_json,
 )
 from utils.errors import DataError, UserError
-from utils.training import git_commit, versions
+from utils.reproducible import git_commit, versions
 
 
 class Scores(NamedTuple):
@@ -119,7 +119,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         check_output_path(args.json)
 
 
-def evaluate(encoder: nn.Module, train: LabelledClouds, test: LabelledClouds, args: argparse.Namespace) -> Scores:
+def evaluate(encoder: nn.Module, train: LabeledClouds, test: LabeledClouds, args: argparse.Namespace) -> Scores:
     """Score one encoder in all ways; percentages throughout.
 
     Raises:
@@ -175,7 +175,7 @@ def evaluate(encoder: nn.Module, train: LabelledClouds, test: LabelledClouds, ar
     return Scores(record, svm.predictions, test_x)
 
 
-def summarise(records: list[dict[str, Any]]) -> dict[str, Any]:
+def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean and sample standard deviation over runs (0 for a single run).
 
     ``shots`` holds [mean, deviation]: over runs of each run's mean; with a single run, over its draws, as the field
@@ -272,7 +272,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     train, test = open_splits(args)
     found = candidates(args)
     for candidate in found:
-        check_neighbours(candidate.encoder, args.num_points, name=candidate.name)
+        check_neighbors(candidate.encoder, args.num_points, name=candidate.name)
     if args.random_init and not args.calibrate_bn:
         print(
             "note: an untrained encoder without --calibrate_bn is no fair baseline, its batch norms hold no statistics"
@@ -309,7 +309,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "test_clouds": len(test),
         "classes": len(np.unique(train.labels)),
         "num_points": args.num_points,
-        **summarise(records),
+        **summarize(records),
         "seed": args.seed,
         "cv_folds": args.cv_folds,
         "shot_draws": args.shot_draws,

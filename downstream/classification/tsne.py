@@ -24,22 +24,22 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
 
-from downstream.classification.candidates import (
+from downstream.classification.eval_inputs import (
     add_data_arguments,
     add_encoder_arguments,
     candidates,
     check_encoder_arguments,
     open_splits,
 )
-from downstream.classification.figures import PICTURE_TYPES, check_output_path, save_figure
-from downstream.features import calibrate_batch_norm, check_neighbours, extract_features
+from downstream.features import calibrate_batch_norm, check_neighbors, extract_features
+from downstream.figures import PICTURE_TYPES, check_output_path, save_figure
+from engine.device import resolve_device
 from utils.cli import (
     HelpFormatter,
     add_common_arguments,
     log_to_screen,
     positive_float,
     positive_int,
-    resolve_device,
     run,
     write_json,
 )
@@ -88,8 +88,8 @@ def embed(features: np.ndarray, *, perplexity: float, seed: int) -> np.ndarray:
 
 def class_styles(count: int) -> list[tuple[tuple[float, ...], str]]:
     """A colour and a marker for every class; with more than ten classes the marker changes with every ten."""
-    colours = colormaps["tab10"].colors
-    return [(colours[i % 10], MARKERS[i // 10 % len(MARKERS)]) for i in range(count)]
+    colors = colormaps["tab10"].colors
+    return [(colors[i % 10], MARKERS[i // 10 % len(MARKERS)]) for i in range(count)]
 
 
 def draw_map(embedding: np.ndarray, labels: np.ndarray, class_names: Sequence[str], path: Path, *, title: str) -> None:
@@ -107,9 +107,9 @@ def draw_map(embedding: np.ndarray, labels: np.ndarray, class_names: Sequence[st
     figure = Figure(figsize=(7 + 1.7 * columns, 6.5), layout="constrained")
     axes = figure.add_subplot()
     size = 26 if len(labels) < 500 else 12
-    for label, (colour, marker) in zip(present, class_styles(len(present)), strict=True):
+    for label, (color, marker) in zip(present, class_styles(len(present)), strict=True):
         rows = embedding[labels == label]
-        axes.scatter(*rows.T, s=size, color=colour, marker=marker, linewidths=0, alpha=0.85, label=class_names[label])
+        axes.scatter(*rows.T, s=size, color=color, marker=marker, linewidths=0, alpha=0.85, label=class_names[label])
     axes.set(xticks=[], yticks=[], title=title)
     figure.legend(loc="outside right center", fontsize=8, markerscale=1.6, ncols=columns, frameon=False)
     save_figure(figure, path)
@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             f"one map shows one encoder, {len(found)} were given; call once for each, with its own --output"
         )
     encoder, device = found[0].encoder, resolve_device(args.device)
-    check_neighbours(encoder, part.points.shape[1])
+    check_neighbors(encoder, part.points.shape[1])
     if args.calibrate_bn:
         calibrate_batch_norm(
             encoder,

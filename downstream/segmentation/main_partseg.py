@@ -32,33 +32,39 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from datasets.shapenet_part import ShapeNetPart
-from datasets.streams import SampleStreams
+from datasets.streams import SampleStreams, Stream
 from datasets.transforms import RandomScaleAxes
-from downstream.features import check_neighbours
-from downstream.metrics import part_scores
-from downstream.segmentation.engine import (
+from downstream.features import check_neighbors
+from downstream.finetuning import (
     FineTuning,
     Scores,
     add_training_arguments,
     check_training_arguments,
-    choose_labelled,
-    headline,
+    choose_labeled,
     hold_out,
+    reported_entry,
     run_folders,
     scores_of,
     start_model,
 )
-from models.fine_tuned import PartSegmentation
-from utils.checkpoint import fine_tuned_from_checkpoint
-from utils.cli import HelpFormatter, log_to_screen, positive_int, resolve_device, write_json
-from utils.distributed import is_main, launch
+from downstream.metrics import part_scores
+from engine.device import resolve_device
+from engine.launch import launch
+from engine.load_model import fine_tuned_from_checkpoint
+from models.task_heads import PartSegmentation
+from utils.cli import (
+    HelpFormatter,
+    log_to_screen,
+    positive_int,
+    write_json,
+)
+from utils.collectives import is_main
 from utils.errors import CheckpointError, UserError
 from utils.files import has_data_files
-from utils.training import git_commit, versions
+from utils.reproducible import git_commit, versions
 
 RELEASED_K = PartSegmentation.released_k
 VOTE_SCALES = (0.8, 1.25)
-VOTE_PURPOSE = 3
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -161,7 +167,7 @@ def predict_parts(
     owner = torch.from_numpy(owner[parts.numbers.start : parts.numbers.stop]).to(device)
 
     def scaled(points: Tensor, index: Tensor, vote: int) -> Tensor:
-        return scale(points, SampleStreams(seed=seed, epoch=vote, index=index, purpose=VOTE_PURPOSE))
+        return scale(points, SampleStreams(seed=seed, epoch=vote, index=index, purpose=Stream.VOTES))
 
     predicted = []
     for scores, batch in scores_of(
@@ -247,7 +253,7 @@ def limited(parts: Parts, chosen: np.ndarray, fraction: float, seed: int) -> np.
     """The chosen shapes whose labels a run may use."""
     if fraction == 1:
         return chosen
-    return chosen[choose_labelled(parts.shapes.categories[chosen], fraction, seed=seed)]
+    return chosen[choose_labeled(parts.shapes.categories[chosen], fraction, seed=seed)]
 
 
 def train(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -260,9 +266,7 @@ def train(args: argparse.Namespace) -> list[dict[str, Any]]:
         validated = [limited(held_parts, held, f, args.seed) if len(held) else held for f in fractions]
     else:
         validated = [held] * len(fractions)
-    check_neighbours(
-        start_model(args, PartSegmentation, k=RELEASED_K, sizes=parts.sizes())[0].encoder, points_of(parts)
-    )
+    check_neighbors(start_model(args, PartSegmentation, k=RELEASED_K, sizes=parts.sizes())[0].encoder, points_of(parts))
     folders = run_folders(args, [f"label_{fraction:g}" for fraction in fractions])
     records = []
     for fraction, rows, val_rows, folder in zip(fractions, chosen, validated, folders, strict=True):
@@ -342,7 +346,7 @@ def score_checkpoint(args: argparse.Namespace) -> dict[str, Any]:
         )
     task = PartTask(args, choice)
     check_fits(args.model_path, model, payload, task.test)
-    check_neighbours(model.encoder, points_of(task.test))
+    check_neighbors(model.encoder, points_of(task.test))
     return {
         "model_path": args.model_path,
         "encoder": payload["encoder"] if payload else None,
@@ -388,7 +392,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     else:
         records = train(args)
         for record in records:
-            how, entry = headline(record)
+            how, entry = reported_entry(record)
             print(
                 f"\nlabels {record['label_fraction']:.0%}: {how} (epoch {entry['epoch']}; {protocol})\n"
                 f"{result_table(entry['test'])}"

@@ -32,25 +32,32 @@ import torch
 from torch import nn
 
 from datasets.s3dis import AREAS, CLASS_NAMES, S3DIS, S3DISRooms, split_rooms
-from downstream.classification.figures import PICTURE_TYPES, check_output_path, draw_confusion_counts
-from downstream.features import check_neighbours
-from downstream.metrics import confusion_matrix, semantic_scores
-from downstream.segmentation.engine import (
+from downstream.features import check_neighbors
+from downstream.figures import PICTURE_TYPES, check_output_path, draw_confusion_counts
+from downstream.finetuning import (
     FineTuning,
     Scores,
     add_training_arguments,
     check_training_arguments,
-    headline,
+    reported_entry,
     run_folders,
     scores_of,
     start_model,
 )
-from models.fine_tuned import SemanticSegmentation
-from utils.checkpoint import fine_tuned_from_checkpoint
-from utils.cli import HelpFormatter, log_to_screen, positive_int, resolve_device, write_json
-from utils.distributed import is_main, launch, main_only
+from downstream.metrics import confusion_matrix, semantic_scores
+from engine.device import resolve_device
+from engine.launch import launch
+from engine.load_model import fine_tuned_from_checkpoint
+from models.task_heads import SemanticSegmentation
+from utils.cli import (
+    HelpFormatter,
+    log_to_screen,
+    positive_int,
+    write_json,
+)
+from utils.collectives import is_main, main_only
 from utils.errors import CheckpointError, DataError, UserError
-from utils.training import git_commit, versions
+from utils.reproducible import git_commit, versions
 
 RELEASED_K = SemanticSegmentation.released_k
 PROTOCOLS = ("blocks", "rooms")
@@ -249,7 +256,7 @@ def train(args: argparse.Namespace) -> list[dict[str, Any]]:
             for names in (rooms, held)
             if names
         ]
-        check_neighbours(probe.encoder, sets[0].num_points)
+        check_neighbors(probe.encoder, sets[0].num_points)
         plans.append((area, areas, test, sets))
     records = []
     folders = run_folders(args, [f"area_{area}" for area in args.test_area])
@@ -277,7 +284,7 @@ def train(args: argparse.Namespace) -> list[dict[str, Any]]:
         result = tuning.run(test, lines)
         records.append({"test_area": area, "train_areas": areas, "folder": str(folder.path), "held_out_rooms": held})
         records[-1] |= {"pretrain_path": args.pretrain_path, **result}
-        draw(args, headline(result)[1]["test"], f"test area {area}", folder.path)
+        draw(args, reported_entry(result)[1]["test"], f"test area {area}", folder.path)
     return records
 
 
@@ -320,7 +327,7 @@ def score_checkpoints(args: argparse.Namespace) -> list[dict[str, Any]]:
             print(f"warning: {path} was trained on area {area}; its score there says nothing about new rooms")
         test = AreaTest(args, area, channels)
         if test.blocks is not None:
-            check_neighbours(model.encoder, test.blocks.num_points)
+            check_neighbors(model.encoder, test.blocks.num_points)
         scores = test(model.to(test.device))
         records.append({"test_area": area, "train_areas": trained, "model_path": str(path), "test": scores})
         if args.confusion_matrix:
@@ -379,7 +386,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         how = [record["model_path"] for record in records]
     else:
         records = train(args)
-        found = [headline(record) for record in records]
+        found = [reported_entry(record) for record in records]
         entries = [entry["test"] for _, entry in found]
         how = [f"{name}, epoch {entry['epoch']}" for name, entry in found]
     for record, entry, text in zip(records, entries, how, strict=True):

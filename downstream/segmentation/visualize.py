@@ -25,22 +25,31 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from plyfile import PlyData, PlyElement
 
-from datasets.s3dis import AREAS, CLASS_COLOURS, CLASS_NAMES, S3DISRooms
+from datasets.s3dis import AREAS, CLASS_COLORS, CLASS_NAMES, S3DISRooms
 from datasets.shapenet_part import ShapeNetPart
-from downstream.classification.figures import NEUTRAL, check_output_path, draw_cloud, save_figure
-from downstream.segmentation.engine import scores_of
+from downstream.figures import NEUTRAL, check_output_path, draw_cloud, save_figure
+from downstream.finetuning import scores_of
 from downstream.segmentation.main_partseg import Parts, check_fits, predict_parts
 from downstream.segmentation.main_semseg import predict_room
+from engine.checkpoint import load_checkpoint
+from engine.device import resolve_device
+from engine.load_model import fine_tuned_from_checkpoint
 from models import ENCODER_ALIASES, ENCODERS
-from models.fine_tuned import FineTuned, PartSegmentation, SemanticSegmentation
-from utils.checkpoint import fine_tuned_from_checkpoint, load_checkpoint
-from utils.cli import HelpFormatter, add_common_arguments, log_to_screen, positive_int, resolve_device, run, write_json
+from models.task_heads import FineTuned, PartSegmentation, SemanticSegmentation
+from utils.cli import (
+    HelpFormatter,
+    add_common_arguments,
+    log_to_screen,
+    positive_int,
+    run,
+    write_json,
+)
 from utils.errors import CheckpointError, UserError
 
 COLUMNS = ("input", "truth", "prediction", "errors")
-GREY, RIGHT_GREY, WRONG_RED = (0.45, 0.5, 0.55), (0.82, 0.82, 0.82), (0.85, 0.1, 0.1)
+GRAY, RIGHT_GRAY, WRONG_RED = (0.45, 0.5, 0.55), (0.82, 0.82, 0.82), (0.85, 0.1, 0.1)
 DARK = (0.12, 0.13, 0.16)
-FOREIGN_COLOUR, FOREIGN_NAME = (0.0, 0.0, 0.0), "part of another category"
+FOREIGN_COLOR, FOREIGN_NAME = (0.0, 0.0, 0.0), "part of another category"
 SHEET_POINTS = 40_000  # of a cloud on the sheet; more would only cover each other
 
 
@@ -49,7 +58,7 @@ class Item(NamedTuple):
 
     name: str
     points: np.ndarray  # (N, 3)
-    colours: np.ndarray | None  # (N, 3) of the scan, 0..1; None where there is none
+    colors: np.ndarray | None  # (N, 3) of the scan, 0..1; None where there is none
     truth: np.ndarray  # (N,)
     predicted: np.ndarray  # (N,)
     hidden: np.ndarray  # (N,) bool, not drawn on the sheet
@@ -79,19 +88,19 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def write_coloured_ply(path: Path, points: np.ndarray, colours: np.ndarray) -> None:
+def write_colored_ply(path: Path, points: np.ndarray, colors: np.ndarray) -> None:
     """Write a binary PLY file that viewers show in colour.
 
     Args:
         path: file to write.
         points: (N, 3).
-        colours: (N, 3) in 0..1.
+        colors: (N, 3) in 0..1.
     """
     kinds = [(axis, "f4") for axis in "xyz"] + [(name, "u1") for name in ("red", "green", "blue")]
     rows = np.empty(len(points), dtype=kinds)
     for axis, column in zip("xyz", points.T, strict=True):
         rows[axis] = column
-    for name, column in zip(("red", "green", "blue"), np.round(255 * colours).T, strict=True):
+    for name, column in zip(("red", "green", "blue"), np.round(255 * colors).T, strict=True):
         rows[name] = column
     try:
         PlyData([PlyElement.describe(rows, "vertex")]).write(str(path))
@@ -99,15 +108,15 @@ def write_coloured_ply(path: Path, points: np.ndarray, colours: np.ndarray) -> N
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def coloured(item: Item, table: np.ndarray) -> dict[str, np.ndarray]:
+def colored(item: Item, table: np.ndarray) -> dict[str, np.ndarray]:
     """Colours of every column, (N, 3) each.
 
     Args:
         item: the cloud.
         table: (C, 3) colour of every label.
     """
-    plain = np.tile(GREY, (len(item.points), 1)) if item.colours is None else item.colours
-    errors = np.where((item.truth == item.predicted)[:, None], RIGHT_GREY, WRONG_RED)
+    plain = np.tile(GRAY, (len(item.points), 1)) if item.colors is None else item.colors
+    errors = np.where((item.truth == item.predicted)[:, None], RIGHT_GRAY, WRONG_RED)
     return dict(zip(COLUMNS, (plain, table[item.truth], table[item.predicted], errors), strict=True))
 
 
@@ -132,15 +141,15 @@ def draw_sheet(
         seen = np.flatnonzero(~item.hidden)
         seen = seen[np.random.default_rng(0).permutation(len(seen))[:SHEET_POINTS]]
         wrong = np.mean(item.truth != item.predicted)
-        for axes, (column, colours) in zip(row, coloured(item, table).items(), strict=False):
+        for axes, (column, colors) in zip(row, colored(item, table).items(), strict=False):
             heading = {"input": item.name, "errors": f"errors: {wrong:.1%} of the points"}.get(column, column)
             size = np.clip(160 / np.sqrt(len(seen)), 0.8, 10)  # large enough to make out a sparse cloud
             draw_cloud(
                 axes,
                 item.points[seen],
                 title=heading,
-                colour=NEUTRAL,
-                point_colours=colours[seen],
+                color=NEUTRAL,
+                point_colors=colors[seen],
                 up=up,
                 size=size,
                 above=20 if up == "y" else 50,
@@ -247,19 +256,19 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     model.to(resolve_device(args.device))
     if name == "parts":
         items, shapes = part_items(args, model, payload)
-        table = np.concatenate([shapes.taxonomy.colours, [FOREIGN_COLOUR]])
+        table = np.concatenate([shapes.taxonomy.colors, [FOREIGN_COLOR]])
         names, up = (*shapes.taxonomy.part_names, FOREIGN_NAME), "y"
         title = "parts of test shapes"
     else:
         items = room_items(args, model)
-        table, names, up = CLASS_COLOURS, CLASS_NAMES, "z"
+        table, names, up = CLASS_COLORS, CLASS_NAMES, "z"
         title = f"rooms of area {args.test_area}, drawn without ceiling"
     draw_sheet(items, table, names, folder / "sheet.png", up=up, title=title)
     files = [str(folder / "sheet.png")]
     for item in items:
-        for column, colours in coloured(item, table).items():
+        for column, colors in colored(item, table).items():
             path = folder / f"{item.name.replace(' ', '_')}_{column}.ply"
-            write_coloured_ply(path, item.points, colours)
+            write_colored_ply(path, item.points, colors)
             files.append(str(path))
     right = {item.name: 100 * float(np.mean(item.truth == item.predicted)) for item in items}
     print(f"{len(items)} clouds drawn: {files[0]} and {len(files) - 1} PLY files in {folder}")

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from benchmarks import dynamic_edgeconv, estimate, loader, losses, measure, neighbours, run_all, svm
+from benchmarks.reference.textbook_pairs import TextbookPairs, augment_cloud
 from models.image import IMAGE_ENCODERS
-from tests.pairs import write_pairs
-from tests.small_run import TinyImageNet
-from tests.textbook_pairs import TextbookPairs, augment_cloud
+from tests.support.pairs import write_pairs
+from tests.support.small_run import TinyImageNet
 from utils.errors import UserError
 
 
@@ -97,7 +97,7 @@ def test_svm_and_features_agree_with_the_textbook(tmp_path):
     assert result["features"]["median_relative_difference"] < 1e-4
 
 
-def test_ways_to_neighbours_find_the_same(tmp_path, capsys):
+def test_ways_to_neighbors_find_the_same(tmp_path, capsys):
     result = neighbours.main(["--quick", "--widths", "3", "5", "--json", str(tmp_path / "out.json")])
     assert is_documented(result, tmp_path / "out.json")
     assert {width: set(ways) for width, ways in result["widths"].items()} == {

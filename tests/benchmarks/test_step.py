@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import step
 from models.image import IMAGE_ENCODERS
-from tests.small_run import TinyImageNet
+from tests.support.small_run import TinyImageNet
 
 
 def test_times_of_both_forms_and_memory_of_each_batch(monkeypatch, capsys, tmp_path):

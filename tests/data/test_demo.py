@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 from sklearn.neighbors import KDTree
 
-from data import make_demo
+from data.demo_makers import make_demo
 from utils.errors import DataError, UserError
 
-DEMO = make_demo.Path(make_demo.__file__).parent / "demo"
+DEMO = make_demo.Path(make_demo.__file__).parents[1] / "demo"
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def test_y_is_up(pack):
     assert (np.median(pack["points"][kind == "table"][..., 1], axis=1) > 0).mean() > 0.8
 
 
-def test_colours_and_materials_are_in_their_tables(pack):
+def test_colors_and_materials_are_in_their_tables(pack):
     assert pack["palette"].shape == (256, 3)
     assert pack["point_colour"].shape == pack["point_material"].shape == pack["points"].shape[:2]
     assert (pack["point_material"].max(1) < np.diff(pack["material_offset"])).all()
@@ -291,15 +291,15 @@ def test_mesh_is_turned_and_scaled_to_the_catalogue_size(library):
     assert len(mesh.triangles) == 12
 
 
-def test_points_lie_on_the_surface_with_the_colour_of_their_face(library):
+def test_points_lie_on_the_surface_with_the_color_of_their_face(library):
     box = make_demo.read_catalogue(library)[0]
     with zipfile.ZipFile(library) as archive:
         mesh = make_demo.place(make_demo.read_obj(archive, box.obj), box)
-    points, colour, material = make_demo.sample_surface(mesh, 2000, seed=3)
+    points, color, material = make_demo.sample_surface(mesh, 2000, seed=3)
     on_side = np.isclose(np.abs(points - [0, 0.4, 0]), [0.2, 0.4, 0.1], atol=1e-9).any(1)
     assert on_side.all()
     names = np.asarray([m.name for m in mesh.materials])[material]
-    assert (colour[names == "red"] == [255, 0, 0]).all() and (colour[names == "blue paint"] == [0, 0, 255]).all()
+    assert (color[names == "red"] == [255, 0, 0]).all() and (color[names == "blue paint"] == [0, 0, 255]).all()
     large = np.isclose(np.abs(points[:, 2]), 0.1).mean()
     assert large == pytest.approx(2 * 0.32 / (2 * (0.32 + 0.16 + 0.08)), abs=0.05), "even by area"
     again = make_demo.sample_surface(mesh, 2000, seed=3)[0]
@@ -309,13 +309,13 @@ def test_points_lie_on_the_surface_with_the_colour_of_their_face(library):
 def test_no_point_where_a_texture_is_cut_away():
     texture = np.zeros((4, 4, 4), np.uint8)
     texture[:, :2] = (10, 200, 30, 255)
-    leaf = make_demo.Material("leaf", colour=np.ones(3, np.float32), texture=texture)
+    leaf = make_demo.Material("leaf", color=np.ones(3, np.float32), texture=texture)
     corners = np.array([[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0]], float)
     triangles = np.array([[0, 1, 2], [0, 2, 3]])
     mesh = make_demo.Mesh(corners, triangles, corners[triangles][..., :2], np.zeros(2, int), [leaf])
-    points, colour, _ = make_demo.sample_surface(mesh, 500, seed=0)
+    points, color, _ = make_demo.sample_surface(mesh, 500, seed=0)
     assert points[:, 0].max() < 0.5
-    assert (colour == [10, 200, 30]).all()
+    assert (color == [10, 200, 30]).all()
     texture[..., 3] = 0
     with pytest.raises(make_demo.SkippedModelError, match="cut away"):
         make_demo.sample_surface(mesh, 500, seed=0)
@@ -337,7 +337,7 @@ def test_concave_quad_keeps_its_outline():
     np.testing.assert_allclose(np.bincount(face, area), [2.0, 0.2])
 
 
-def test_camera_centres_and_fills_the_frame():
+def test_camera_centers_and_fills_the_frame():
     points = np.random.default_rng(0).uniform(-0.5, 0.5, (500, 3)) * [1, 0.3, 0.1] + [0.1, 0.3, 0]
     for azimuth, elevation in ((0, 20), (60, 30), (-40, 25)):
         view, projection = make_demo.camera(points, azimuth, elevation)
@@ -350,13 +350,13 @@ def test_camera_centres_and_fills_the_frame():
     assert view[1, 1] > 0.9 and view[0, 0] == pytest.approx(1), "y up, x to the right, seen from the front"
 
 
-def test_quantising_rounds_by_less_than_the_jitter():
+def test_quantizing_rounds_by_less_than_the_jitter():
     points = np.random.default_rng(0).uniform(-1, 1, (100, 3))
-    back = make_demo.quantise(points) * make_demo.POINT_SCALE + make_demo.POINT_OFFSET
+    back = make_demo.quantize(points) * make_demo.POINT_SCALE + make_demo.POINT_OFFSET
     np.testing.assert_allclose(back, points, atol=1.3e-4)
 
 
-def test_encoded_view_keeps_shape_and_colours():
+def test_encoded_view_keeps_shape_and_colors():
     picture = np.zeros((16, 16, 4), np.uint8)
     picture[4:12, 4:12] = (200, 30, 40, 255)
     picture[4:12, 8:12] = (20, 90, 240, 255)

@@ -4,12 +4,12 @@ import h5py
 import numpy as np
 import pytest
 
-from data import demo_parts, demo_rooms, make_demo, make_demo_segmentation
+from data.demo_makers import demo_parts, demo_rooms, make_demo, make_demo_segmentation
 from datasets.s3dis import AREAS, BLOCK_FOLDER, CLASS_NAMES, ROOM_FOLDER, S3DIS, S3DISRooms, area_of
 from datasets.shapenet_part import ShapeNetPart
 from utils.errors import DataError, UserError
 
-DEMO = make_demo.Path(make_demo.__file__).parent / "demo"
+DEMO = make_demo.Path(make_demo.__file__).parents[1] / "demo"
 PART_FOLDER = make_demo_segmentation.PART_FOLDER
 FOLDERS = (PART_FOLDER, BLOCK_FOLDER, ROOM_FOLDER)
 
@@ -70,7 +70,7 @@ def test_splits_share_no_shape():
     assert len(np.unique(sizes, axis=0)) == len(sizes)
 
 
-def test_readme_gives_the_counts_of_the_labelled_sets():
+def test_readme_gives_the_counts_of_the_labeled_sets():
     text = (DEMO / "README.md").read_text("utf-8")
     shapes = sum(len(ShapeNetPart(DEMO, split)) for split in ("trainval", "test"))
     assert f"## {PART_FOLDER}: {shapes} shapes with parts" in text
@@ -80,7 +80,7 @@ def test_readme_gives_the_counts_of_the_labelled_sets():
         assert f"| {name} | {', '.join(names)} |" in text
 
 
-def test_labelled_sets_are_small_enough_to_commit():
+def test_labeled_sets_are_small_enough_to_commit():
     sizes = [path.stat().st_size for folder in FOLDERS for path in (DEMO / folder).iterdir() if path.is_file()]
     assert max(sizes) <= make_demo.MAX_FILE_BYTES
     assert sum(sizes) <= 13_000_000

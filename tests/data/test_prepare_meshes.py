@@ -7,7 +7,7 @@ from PIL import Image
 
 from data.prepare_meshes import load_mesh, main, sample_cloud
 from datasets import ShapeNetRender
-from datasets.shapenet_render import read_ply
+from datasets.untrusted import read_ply
 from utils.errors import DataError, UserError
 
 
@@ -35,7 +35,7 @@ def clouds_in(out):
     return {str(p.relative_to(out / "ShapeNet")): read_ply(p) for p in (out / "ShapeNet").rglob("*.ply")}
 
 
-def test_every_format_becomes_a_centred_cloud_in_the_unit_sphere(meshes):
+def test_every_format_becomes_a_centered_cloud_in_the_unit_sphere(meshes):
     out, report = convert(meshes)
     assert report == {"written": 5, "kept": 0, "skipped": []}
     clouds = clouds_in(out)

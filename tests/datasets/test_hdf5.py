@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from data.check_data import check
-from datasets.hdf5 import FREE_BYTES, hdf5_file, open_hdf5, read_hdf5, read_labelled_clouds, stored_array
+from datasets.hdf5 import FREE_BYTES, hdf5_file, open_hdf5, read_hdf5, read_labeled_clouds, stored_array
 from datasets.modelnet import DemoShapes
+from datasets.pair_sources import PackedSource
 from datasets.s3dis import S3DIS
-from datasets.shapenet_render import PackedSource
-from tests.pairs import write_demo_set
-from tests.segmentation_sets import write_rooms
+from tests.support.pairs import write_demo_set
+from tests.support.segmentation_sets import write_rooms
 from utils.errors import DataError
 
 
@@ -104,7 +104,7 @@ def test_labels_of_an_unnamed_set_stay_in_sensible_numbers(path):
     with h5py.File(path, "r+") as file:
         file["label"][1] = 2**40
     with pytest.raises(DataError, match="'label' goes up to 1099511627776"):
-        read_labelled_clouds(path, num_classes=None)
+        read_labeled_clouds(path, num_classes=None)
 
 
 @contextlib.contextmanager

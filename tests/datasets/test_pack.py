@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from datasets import pack
-from datasets.shapenet_render import FolderSource, PackedSource, ShapeNetRender
-from tests.pairs import cloud, cloud_path, contents, view_path, write_pairs, write_ply
+from datasets.pair_sources import FolderSource, PackedSource
+from datasets.shapenet_render import ShapeNetRender
+from tests.support.pairs import cloud, cloud_path, contents, view_path, write_pairs, write_ply
 from utils.errors import DataError, UserError
 
 DEMO = Path(__file__).resolve().parents[2] / "data" / "demo"

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from datasets import s3dis
-from datasets.s3dis import CLASS_COLOURS, CLASS_NAMES, S3DIS, S3DISRooms, area_of, split_rooms
+from datasets.s3dis import CLASS_COLORS, CLASS_NAMES, S3DIS, S3DISRooms, area_of, split_rooms
 from datasets.s3dis_prepare import BlockSettings, Room, room_file, write_lists, write_room
 from utils.errors import DataError, UserError
 
@@ -365,8 +365,8 @@ def test_split_rooms_that_cannot_be_done():
         split_rooms(["office"])
 
 
-def test_classes_have_distinct_colours():
-    assert len(CLASS_NAMES) == 13 and CLASS_COLOURS.shape == (13, 3)
-    assert CLASS_COLOURS.min() >= 0 and CLASS_COLOURS.max() <= 1
-    distance = np.abs(CLASS_COLOURS[:, None] - CLASS_COLOURS[None]).sum(axis=2) + 10 * np.eye(13)
+def test_classes_have_distinct_colors():
+    assert len(CLASS_NAMES) == 13 and CLASS_COLORS.shape == (13, 3)
+    assert CLASS_COLORS.min() >= 0 and CLASS_COLORS.max() <= 1
+    distance = np.abs(CLASS_COLORS[:, None] - CLASS_COLORS[None]).sum(axis=2) + 10 * np.eye(13)
     assert distance.min() > 0.1

@@ -2,8 +2,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from datasets.sampler import PairSampler, batch_sizes
-from datasets.shapenet_render import SampleKey
+from datasets.sampler import ResumableSampler, SampleKey, batch_sizes
 from datasets.streams import SampleStreams
 
 
@@ -13,29 +12,29 @@ def batches(sampler, *, epoch=0, start=0):
 
 
 def test_an_epoch_visits_each_sample_at_most_once_and_drops_the_incomplete_batch():
-    sampler = PairSampler(23, global_batch=5, seed=1)
+    sampler = ResumableSampler(23, global_batch=5, seed=1)
     assert len(sampler) == 4
     keys = [key for batch in batches(sampler, epoch=3) for key in batch]
     assert all(isinstance(key, SampleKey) and key.epoch == 3 for key in keys)
     indices = [key.index for key in keys]
     assert len(set(indices)) == 20 and set(indices) <= set(range(23))
-    assert sorted(PairSampler(23, global_batch=5, seed=1).order().tolist()) == list(range(23))
+    assert sorted(ResumableSampler(23, global_batch=5, seed=1).order().tolist()) == list(range(23))
 
 
 def test_the_order_depends_on_seed_and_epoch_alone():
-    first = batches(PairSampler(50, global_batch=5, seed=1), epoch=2)
+    first = batches(ResumableSampler(50, global_batch=5, seed=1), epoch=2)
     torch.manual_seed(99)
-    assert batches(PairSampler(50, global_batch=5, seed=1), epoch=2) == first
-    sampler = PairSampler(50, global_batch=5, seed=1)
+    assert batches(ResumableSampler(50, global_batch=5, seed=1), epoch=2) == first
+    sampler = ResumableSampler(50, global_batch=5, seed=1)
     orders = {tuple(key.index for batch in batches(sampler, epoch=epoch) for key in batch) for epoch in range(20)}
-    orders |= {tuple(PairSampler(50, global_batch=5, seed=seed).order().tolist()) for seed in range(2, 20)}
+    orders |= {tuple(ResumableSampler(50, global_batch=5, seed=seed).order().tolist()) for seed in range(2, 20)}
     assert len(orders) == 38
 
 
 @pytest.mark.parametrize("world", [2, 3, 6])
 def test_processes_share_each_global_batch_disjointly_in_one_order(world):
-    whole = batches(PairSampler(40, global_batch=6, seed=4), epoch=1)
-    shares = [batches(PairSampler(40, global_batch=6, seed=4, rank=r, world=world), epoch=1) for r in range(world)]
+    whole = batches(ResumableSampler(40, global_batch=6, seed=4), epoch=1)
+    shares = [batches(ResumableSampler(40, global_batch=6, seed=4, rank=r, world=world), epoch=1) for r in range(world)]
     assert [len(share) for share in shares] == [6] * world
     assert [sum(parts, []) for parts in zip(*shares, strict=True)] == whole
 
@@ -43,7 +42,7 @@ def test_processes_share_each_global_batch_disjointly_in_one_order(world):
 @pytest.mark.parametrize("world", [1, 2])
 def test_an_epoch_goes_on_from_any_batch(world):
     for rank in range(world):
-        sampler = PairSampler(40, global_batch=6, seed=4, rank=rank, world=world)
+        sampler = ResumableSampler(40, global_batch=6, seed=4, rank=rank, world=world)
         whole = batches(sampler, epoch=1)
         for start in (0, 1, 5, 6):
             assert batches(sampler, epoch=1, start=start) == whole[start:]
@@ -51,8 +50,10 @@ def test_an_epoch_goes_on_from_any_batch(world):
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_parts_of_a_step_hold_the_same_samples_whatever_the_processes(world):
-    alone = batches(PairSampler(24, global_batch=12, seed=3))
-    shares = [batches(PairSampler(24, global_batch=12, seed=3, rank=r, world=world, parts=3)) for r in range(world)]
+    alone = batches(ResumableSampler(24, global_batch=12, seed=3))
+    shares = [
+        batches(ResumableSampler(24, global_batch=12, seed=3, rank=r, world=world, parts=3)) for r in range(world)
+    ]
     for step, whole in enumerate(alone):
         for part in range(3):
             size = 4 // world
@@ -62,9 +63,9 @@ def test_parts_of_a_step_hold_the_same_samples_whatever_the_processes(world):
 
 def test_a_batch_that_does_not_divide_is_refused():
     with pytest.raises(ValueError, match="global batch of 6 does not divide among 2 processes in 2 parts"):
-        PairSampler(40, global_batch=6, seed=1, world=2, parts=2)
+        ResumableSampler(40, global_batch=6, seed=1, world=2, parts=2)
     with pytest.raises(ValueError, match="global batch of 6 does not divide among 4"):
-        PairSampler(40, global_batch=6, seed=1, world=4)
+        ResumableSampler(40, global_batch=6, seed=1, world=4)
 
 
 class Streams(Dataset):
@@ -83,7 +84,7 @@ def test_no_two_samples_share_a_stream_and_none_depends_on_workers_or_processes(
     for world, workers in ((1, 0), (1, 2), (2, 0), (2, 2), (3, 0)):
         drawn = {}
         for rank in range(world):
-            sampler = PairSampler(30, global_batch=6, seed=5, rank=rank, world=world)
+            sampler = ResumableSampler(30, global_batch=6, seed=5, rank=rank, world=world)
             for sampler.epoch in range(2):
                 loader = DataLoader(Streams(), batch_sampler=sampler, num_workers=workers, collate_fn=list)
                 for epoch, index, numbers in (sample for batch in loader for sample in batch):
@@ -113,7 +114,7 @@ def test_an_incomplete_last_batch_is_kept_where_it_can_have_statistics():
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_kept_last_batch_is_shared_and_resumed_like_the_others(world):
     def share(rank):
-        return PairSampler(22, global_batch=8, seed=1, rank=rank, world=world, smallest=2)
+        return ResumableSampler(22, global_batch=8, seed=1, rank=rank, world=world, smallest=2)
 
     shares = [batches(share(rank), epoch=1) for rank in range(world)]
     together = [sum(parts, []) for parts in zip(*shares, strict=True)]

@@ -66,7 +66,7 @@ def test_root_may_be_the_split_folder(tmp_path):
     assert ScanObjectNN(path.parent, "test", variant="OBJ_ONLY").source == path
 
 
-def test_points_are_not_normalised_and_cut_from_the_front(tmp_path):
+def test_points_are_not_normalized_and_cut_from_the_front(tmp_path):
     path = tmp_path / "h5_files/main_split/test_objectdataset.h5"
     write(path, 0)
     points = 5 + np.arange(36, dtype=np.float32).reshape(2, 6, 3)

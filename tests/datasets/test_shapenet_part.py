@@ -10,7 +10,7 @@ from datasets.shapenet_part import (
     ShapeNetPart,
     draw_rows,
     official_taxonomy,
-    part_colours,
+    part_colors,
     read_taxonomy,
 )
 from utils.errors import DataError, UserError
@@ -299,12 +299,12 @@ def test_half_of_the_tables_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("counts", [official_taxonomy().part_counts, [12, 1, 7]])
-def test_parts_of_a_category_have_distinct_colours(counts):
-    colours = part_colours(counts)
-    assert colours.shape == (sum(counts), 3) and colours.min() >= 0 and colours.max() <= 1
+def test_parts_of_a_category_have_distinct_colors(counts):
+    colors = part_colors(counts)
+    assert colors.shape == (sum(counts), 3) and colors.min() >= 0 and colors.max() <= 1
     start = 0
     for count in counts:
-        own = colours[start : start + count]
+        own = colors[start : start + count]
         distance = np.abs(own[:, None] - own[None]).sum(axis=2) + 10 * np.eye(count)
         assert distance.min() > 0.25
         start += count

@@ -10,20 +10,18 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from datasets.pack import pack
-from datasets.shapenet_render import (
+from datasets.pair_sources import (
     FolderSource,
     PackedSource,
-    SampleKey,
-    ShapeNetRender,
     choose_shapes,
-    collate_pairs,
-    decode_image,
     open_source,
-    read_ply,
     read_shape_list,
 )
+from datasets.sampler import SampleKey
+from datasets.shapenet_render import ShapeNetRender, collate_pairs
 from datasets.transforms import RenderPixels
-from tests.pairs import cloud, cloud_path, files_opened, png, view_path, write_pairs, write_ply
+from datasets.untrusted import decode_image, read_ply
+from tests.support.pairs import cloud, cloud_path, files_opened, png, view_path, write_pairs, write_ply
 from utils.errors import DataError
 
 
@@ -216,7 +214,7 @@ def test_a_bad_sample_is_replaced_and_reported_or_raised_when_strict(pairs, tmp_
     assert batch["bad"] == sample["bad"] and batch["index"].tolist() == list(range(8))
 
 
-def test_a_stand_in_does_not_share_its_neighbours_randomness(tmp_path):
+def test_a_stand_in_does_not_share_its_neighbors_randomness(tmp_path):
     ids = write_pairs(tmp_path, 5, points=30, views=6)
     cloud_path(tmp_path, ids[3]).write_text("hello")
     data = dataset(tmp_path)
@@ -468,7 +466,7 @@ def test_a_truncated_packed_file_is_an_error(pairs, tmp_path):
         PackedSource(tmp_path / "cut.h5")
 
 
-def test_quantised_points_and_shards_are_read_and_a_missing_shard_is_an_error(pairs, tmp_path):
+def test_quantized_points_and_shards_are_read_and_a_missing_shard_is_an_error(pairs, tmp_path):
     file = shutil.copy(pairs[1], tmp_path / "pairs.h5")
     scale, offset = np.float32(0.001), np.float32(-20)
     with h5py.File(file, "r+") as handle, h5py.File(tmp_path / "shard.h5", "w") as shard:

@@ -13,7 +13,7 @@ def streams(index, *, seed=1, epoch=0, purpose=0):
     return SampleStreams(seed=seed, epoch=epoch, index=torch.tensor(index), purpose=purpose)
 
 
-def splitmix_finaliser(x):
+def splitmix_finalizer(x):
     """The published finaliser in Python's unbounded integers."""
     x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & MASK
     x = (x ^ x >> 27) * 0x94D049BB133111EB & MASK
@@ -25,10 +25,10 @@ def splitmix_finaliser(x):
 )
 def test_numbers_are_splitmix64_of_seed_purpose_epoch_index_and_counter(seed, epoch, index, purpose):
     golden = 0x9E3779B97F4A7C15
-    state = splitmix_finaliser((seed & MASK) + golden & MASK)
+    state = splitmix_finalizer((seed & MASK) + golden & MASK)
     for value in (purpose, epoch, index):
-        state = splitmix_finaliser(state ^ value * golden & MASK)
-    expected = [(splitmix_finaliser(state + counter * golden & MASK) >> 40) / 2**24 for counter in range(1, 6)]
+        state = splitmix_finalizer(state ^ value * golden & MASK)
+    expected = [(splitmix_finalizer(state + counter * golden & MASK) >> 40) / 2**24 for counter in range(1, 6)]
     drawn = streams([index], seed=seed, epoch=epoch, purpose=purpose).uniform(5)
     assert drawn[0].tolist() == expected
 
@@ -89,8 +89,8 @@ def test_no_two_streams_are_equal():
 def test_streams_of_other_seed_epoch_or_purpose_are_uncorrelated(change):
     a, b = (streams(list(range(300)), **kwargs).uniform(100).flatten().double() for kwargs in ({}, change))
     assert abs(torch.corrcoef(torch.stack([a, b]))[0, 1]) < 0.02
-    neighbours = torch.corrcoef(streams(list(range(300))).uniform(400).double())
-    assert (neighbours - torch.eye(300)).abs().max() < 0.3
+    neighbors = torch.corrcoef(streams(list(range(300))).uniform(400).double())
+    assert (neighbors - torch.eye(300)).abs().max() < 0.3
 
 
 def test_seeds_are_distinct_valid_and_draw_nothing():

@@ -31,11 +31,11 @@ from datasets.transforms import (
     RandomTranslate,
     RenderAugmentation,
     RenderPixels,
-    jitter_colours,
+    jitter_colors,
     luminance,
     pretraining_augmentation,
 )
-from tests.pairs import MODES, cloud, png
+from tests.support.pairs import MODES, cloud, png
 
 POINT_TRANSFORMS = [
     NormalizeToUnitSphere(),
@@ -58,7 +58,7 @@ def streams(count=3, **kwargs):
 
 
 @pytest.mark.parametrize("transform", POINT_TRANSFORMS, ids=repr)
-def test_transforms_are_pure_seeded_and_independent_of_neighbours(transform):
+def test_transforms_are_pure_seeded_and_independent_of_neighbors(transform):
     points = clouds()
     before = points.clone()
     out = transform(points, streams())
@@ -87,7 +87,7 @@ def test_repr_names_the_transform_and_its_released_settings(transform, expected)
     assert repr(transform) == expected
 
 
-def test_normalize_centres_and_reaches_distance_one():
+def test_normalize_centers_and_reaches_distance_one():
     points = clouds()
     out = NormalizeToUnitSphere()(points)
     torch.testing.assert_close(out.mean(1), torch.zeros(3, 3), atol=1e-6, rtol=0)
@@ -200,20 +200,20 @@ def saved(picture, **options):
 
 @pytest.mark.parametrize("background", BACKGROUNDS)
 def test_transparency_is_composited_on_the_background(background):
-    colour = BACKGROUNDS[background]
+    color = BACKGROUNDS[background]
     flatten = RenderPixels(4, background=background).flatten
     rgba = image([[[200, 100, 50, 255], [200, 100, 50, 0], [200, 100, 50, 51]]])
-    mixed = [round(0.2 * a + 0.8 * b) for a, b in zip((200, 100, 50), colour, strict=True)]
-    np.testing.assert_allclose(np.asarray(flatten(rgba))[0], [[200, 100, 50], colour, mixed], atol=1)
+    mixed = [round(0.2 * a + 0.8 * b) for a, b in zip((200, 100, 50), color, strict=True)]
+    np.testing.assert_allclose(np.asarray(flatten(rgba))[0], [[200, 100, 50], color, mixed], atol=1)
     la = image([[[90, 255], [90, 0]]])
-    assert np.asarray(flatten(la))[0].tolist() == [[90] * 3, list(colour)]
+    assert np.asarray(flatten(la))[0].tolist() == [[90] * 3, list(color)]
     palette = Image.new("P", (2, 1))
     palette.putpalette([10, 20, 30, 40, 50, 60])
     palette.putpixel((1, 0), 1)
-    assert np.asarray(flatten(saved(palette, transparency=1)))[0].tolist() == [[10, 20, 30], list(colour)]
+    assert np.asarray(flatten(saved(palette, transparency=1)))[0].tolist() == [[10, 20, 30], list(color)]
     assert np.asarray(flatten(saved(palette)))[0].tolist() == [[10, 20, 30], [40, 50, 60]]
     keyed = saved(image([[[1, 2, 3], [4, 5, 6]]]), transparency=(4, 5, 6))
-    assert np.asarray(flatten(keyed))[0].tolist() == [[1, 2, 3], list(colour)]
+    assert np.asarray(flatten(keyed))[0].tolist() == [[1, 2, 3], list(color)]
 
 
 def test_gray_pictures_of_any_depth_keep_their_brightness():
@@ -287,7 +287,7 @@ def test_luminance_and_jitter_equal_pillow_to_the_last_bit():
         expected = image(every)
         for which in order:
             expected = (adjust_brightness, adjust_contrast, adjust_saturation)[which](expected, factors[which])
-        out = jitter_colours(pixels, torch.tensor([factors]), torch.tensor([order]))[0]
+        out = jitter_colors(pixels, torch.tensor([factors]), torch.tensor([order]))[0]
         assert np.array_equal(out.permute(1, 2, 0).numpy(), np.asarray(expected, np.float32))
 
 
@@ -309,7 +309,7 @@ def test_a_render_depends_on_its_own_sample_alone():
 
 
 @pytest.mark.parametrize("mode", [*MODES, "LA", "1"])
-def test_every_mode_gives_normalised_tensors_of_the_size_asked(mode):
+def test_every_mode_gives_normalized_tensors_of_the_size_asked(mode):
     decoded = Image.open(io.BytesIO(png(3, mode, (33, 17))))
     out = augment(RenderAugmentation(16), [decoded], streams(1))
     assert {name: tuple(x.shape) for name, x in out.items()} == {"rgb": (1, 3, 16, 16), "gray": (1, 1, 16, 16)}
@@ -324,7 +324,7 @@ def test_only_renders_of_more_pixels_than_wanted_are_resized_when_read(size, kep
     assert tuple(RenderPixels(20)(photo(1, size)).shape) == (kept[1], kept[0], 3)
 
 
-def test_colour_jitter_changes_brightness_within_its_range():
+def test_color_jitter_changes_brightness_within_its_range():
     grays = [image(np.full((8, 8, 3), 100))] * 60
     values = augment(RenderAugmentation(8), grays, streams(60))["rgb"].mean((2, 3))
     values = 255 * (values * torch.tensor(IMAGENET_STD) + torch.tensor(IMAGENET_MEAN))

@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 
 from downstream.classification import main as script
-from downstream.classification.candidates import sha256
-from downstream.classification.figures import draw_confusion_matrix
+from downstream.classification.eval_inputs import sha256
+from downstream.figures import draw_confusion_matrix
+from engine.checkpoint import save_checkpoint
+from engine.load_model import describe_encoder
 from models import build_encoder
-from utils.checkpoint import describe_encoder, save_checkpoint
 from utils.errors import CheckpointError, DataError, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -145,8 +146,8 @@ def test_c_is_chosen_by_cross_validation_when_several_are_given(root, capsys):
 
 def test_c_is_a_list_only_where_runs_differ():
     record = {"test_accuracy": 50.0, "svm_c": 0.1, "shots": {}, "retrieval_map": 20.0}
-    assert script.summarise([record, record])["svm_c"] == 0.1
-    summary = script.summarise([record, {**record, "svm_c": 1.0, "test_accuracy": 52.0}])
+    assert script.summarize([record, record])["svm_c"] == 0.1
+    summary = script.summarize([record, {**record, "svm_c": 1.0, "test_accuracy": 52.0}])
     assert summary["svm_c"] == [0.1, 1.0]
     assert (summary["test_accuracy_mean"], summary["test_accuracy_std"]) == pytest.approx((51.0, 2**0.5))
 
@@ -196,7 +197,7 @@ def test_confusion_matrix_shows_shares_of_the_true_class(tmp_path, monkeypatch):
         drawn["cells"] = {tuple(map(int, text.get_position()[::-1])): text.get_text() for text in axes.texts}
         drawn["rows"] = [label.get_text() for label in axes.get_yticklabels()]
 
-    monkeypatch.setattr("downstream.classification.figures.save_figure", keep)
+    monkeypatch.setattr("downstream.figures.save_figure", keep)
     truth, predicted = np.array([5, 5, 5, 5, 1, 1]), np.array([5, 5, 5, 1, 1, 7])
     names = [f"name {i}" for i in range(8)]
     draw_confusion_matrix(truth, predicted, names, tmp_path / "x.png", title="t")

@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 
 from downstream import demo, demo_report
 from models.image import IMAGE_ENCODERS
-from tests.pairs import write_demo_set, write_pairs
-from tests.segmentation_sets import write_parts, write_rooms
-from tests.small_run import TinyImageNet
+from tests.support.pairs import write_demo_set, write_pairs
+from tests.support.segmentation_sets import write_parts, write_rooms
+from tests.support.small_run import TinyImageNet
 
 ROOMS = [f"Area_{area}_{kind}_1" for area in range(1, 7) for kind in ("hall", "office")]
 
@@ -20,7 +20,9 @@ ROOMS = [f"Area_{area}_{kind}_1" for area in range(1, 7) for kind in ("hall", "o
 def root(tmp_path, monkeypatch):
     """A data root of every set that the demo reads, and settings of a few steps."""
     monkeypatch.setitem(IMAGE_ENCODERS, "resnet18", TinyImageNet)
-    monkeypatch.setattr("utils.tracking.RunFolder.draw_curves", lambda folder: Figure().savefig(folder / "curves.png"))
+    monkeypatch.setattr(
+        "engine.run_folder.RunFolder.draw_curves", lambda folder: Figure().savefig(folder / "curves.png")
+    )
     monkeypatch.setattr(demo_report, "draw_pairs", lambda *args, **kwargs: Figure())
     monkeypatch.setattr(demo, "PRETRAINING", {**demo.PRETRAINING, "workers": 0, "batch_size": 4})
     for name, task in demo.SEGMENTATION.items():

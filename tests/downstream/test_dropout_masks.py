@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from datasets.shapenet_render import SampleKey
-from downstream.segmentation import engine
+from datasets.sampler import SampleKey
+from downstream import finetuning
+from engine.run_folder import RunFolder
 from models import build_encoder
-from models.fine_tuned import TASKS
-from utils.tracking import RunFolder
+from models.task_heads import TASKS
 
 SAMPLES = 4
 SIZES = {
@@ -46,11 +46,11 @@ class Noise(Dataset):
 
 def fine_tuning(tmp_path, task, name):
     parser = argparse.ArgumentParser()
-    engine.add_training_arguments(parser, task=TASKS[task], exp_name="a", k=4)
+    finetuning.add_training_arguments(parser, task=TASKS[task], exp_name="a", k=4)
     args = parser.parse_args(["--output_dir", str(tmp_path), "--batch_size", str(SAMPLES), "--workers", "0"])
     torch.manual_seed(0)
     encoder = build_encoder(name, emb_dims=8, **({"k": 4} if name.startswith("dgcnn") else {}))
-    return engine.FineTuning(
+    return finetuning.FineTuning(
         args,
         RunFolder(tmp_path / "a", overwrite=True),
         torch.device("cpu"),

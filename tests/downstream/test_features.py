@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from downstream.features import calibrate_batch_norm, extract_features, find_datasets, open_classification_set
+from datasets.registry import find_datasets, open_classification_set
+from downstream.features import calibrate_batch_norm, extract_features
 from models import ENCODERS, PointFeatures, build_encoder
 from utils.errors import DataError, UserError
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from downstream.classification import few_shot as script
-from tests.pairs import write_demo_set
+from tests.support.pairs import write_demo_set
 from utils.errors import UserError
 
 SMALL = ["--dataset", "demo", "--random_init", "--calibrate_bn", "--emb_dims", "8", "--k", "3", "--device", "cpu"]

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from downstream.classification import finetune as script
+from engine.checkpoint import save_checkpoint
+from engine.load_model import describe_encoder, describe_fine_tuned, encoder_from_checkpoint
 from models import build_encoder
-from models.fine_tuned import Classification
-from tests.pairs import write_demo_set
-from utils.checkpoint import describe_encoder, describe_fine_tuned, encoder_from_checkpoint, save_checkpoint
+from models.task_heads import Classification
+from tests.support.pairs import write_demo_set
 from utils.errors import CheckpointError, DataError, UserError
 
 SMALL = ["--k", "4", "--emb_dims", "16", "--batch_size", "6", "--num_points", "32"]
@@ -17,7 +18,7 @@ SCORES = {"overall_accuracy": 50.0, "mean_class_accuracy": 50.0, "class_accuracy
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    monkeypatch.setattr("utils.tracking.RunFolder.draw_curves", lambda folder: None)  # a second per epoch
+    monkeypatch.setattr("engine.run_folder.RunFolder.draw_curves", lambda folder: None)  # a second per epoch
     write_demo_set(tmp_path / "data")
     return tmp_path / "data"
 
@@ -67,7 +68,7 @@ def test_pretrained_encoder_and_published_classifier(root, tmp_path):
     assert 0 <= scores["runs"][0]["test"]["overall_accuracy"] <= 100
 
 
-def test_a_released_classifier_is_scored_with_the_released_neighbours(root, tmp_path, monkeypatch, caplog):
+def test_a_released_classifier_is_scored_with_the_released_neighbors(root, tmp_path, monkeypatch, caplog):
     model = Classification(build_encoder("dgcnn_cls", emb_dims=16), num_classes=3)
     torch.save({f"module.{key}": value for key, value in model.published_state_dict().items()}, tmp_path / "model.t7")
     scored = []

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import metrics as benchmark
+from benchmarks.reference import literal_metrics
 from datasets.shapenet_part import PartTaxonomy, official_taxonomy
 from downstream.metrics import confusion_matrix, part_scores, semantic_scores
-from tests import literal_metrics
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -43,7 +43,7 @@ def test_semantic_scores_equal_the_literal_loop(seed, classes, points):
     for table, values in ((accuracy, scores.class_accuracy), (iou, scores.class_iou)):
         np.testing.assert_allclose(values, [table.get(c, np.nan) for c in range(classes)])
     assert scores.absent == tuple(str(c) for c in range(classes) if c not in iou)
-    assert scores.unlabelled == tuple(str(c) for c in range(classes) if c not in accuracy)
+    assert scores.unlabeled == tuple(str(c) for c in range(classes) if c not in accuracy)
 
 
 def test_a_hand_made_case():
@@ -53,7 +53,7 @@ def test_a_hand_made_case():
     np.testing.assert_allclose(scores.class_iou, [200 / 3, 50, np.nan])
     assert scores.mean_iou == pytest.approx((200 / 3 + 50) / 2)
     assert scores.mean_accuracy == pytest.approx((200 / 3 + 100) / 2)
-    assert scores.absent == scores.unlabelled == ("beam",)
+    assert scores.absent == scores.unlabeled == ("beam",)
     assert scores.as_dict()["class_iou"] == {"wall": pytest.approx(200 / 3), "floor": 50.0, "beam": None}
     assert scores.as_dict()["absent_classes"] == ["beam"]
 
@@ -61,7 +61,7 @@ def test_a_hand_made_case():
 def test_a_class_that_is_only_predicted_counts_as_zero():
     scores = semantic_scores(confusion_matrix([0, 0], [0, 1], 2), ["wall", "beam"])
     np.testing.assert_array_equal(scores.class_iou, [50, 0])
-    assert (scores.mean_iou, scores.absent, scores.unlabelled) == (25, (), ("beam",))
+    assert (scores.mean_iou, scores.absent, scores.unlabeled) == (25, (), ("beam",))
 
 
 def test_confusions_of_batches_add_up():

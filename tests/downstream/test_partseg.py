@@ -7,10 +7,11 @@ import torch
 
 from datasets.shapenet_part import ShapeNetPart
 from downstream.segmentation import main_partseg as script
+from engine.checkpoint import save_checkpoint
+from engine.load_model import describe_encoder, describe_fine_tuned
 from models import build_encoder
-from models.fine_tuned import PartSegmentation, SemanticSegmentation
-from tests.segmentation_sets import write_parts
-from utils.checkpoint import describe_encoder, describe_fine_tuned, save_checkpoint
+from models.task_heads import PartSegmentation, SemanticSegmentation
+from tests.support.segmentation_sets import write_parts
 from utils.errors import CheckpointError, DataError, UserError
 
 SMALL = ["--k", "4", "--emb_dims", "16", "--workers", "0", "--device", "cpu", "--batch_size", "4", "--epochs", "2"]
@@ -18,7 +19,7 @@ SMALL = ["--k", "4", "--emb_dims", "16", "--workers", "0", "--device", "cpu", "-
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    monkeypatch.setattr("utils.tracking.RunFolder.draw_curves", lambda folder: None)  # a second per epoch
+    monkeypatch.setattr("engine.run_folder.RunFolder.draw_curves", lambda folder: None)  # a second per epoch
     write_parts(tmp_path / "data")
     return tmp_path / "data"
 

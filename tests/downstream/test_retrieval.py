@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score
 
-from downstream.classification.retrieval import average_precisions, nearest, retrieval_map, unit_features
+from downstream.retrieval import average_precisions, nearest, retrieval_map, unit_features
 
 
 def clouds_of_features(seed=0, count=40, width=6, classes=3):
@@ -73,15 +73,15 @@ def test_order_of_the_items_is_irrelevant():
     np.testing.assert_allclose(average_precisions(features[order], labels[order]), expected)
 
 
-def test_nearest_neighbours_are_the_most_similar_others():
+def test_nearest_neighbors_are_the_most_similar_others():
     features, _ = clouds_of_features(3)
     x = unit_features(features)
     found = nearest(features, np.array([3, 17]), 5)
-    for query, neighbours in zip((3, 17), found, strict=True):
+    for query, neighbors in zip((3, 17), found, strict=True):
         similarity = x @ x[query]
-        assert query not in neighbours
+        assert query not in neighbors
         expected = np.argsort(-np.delete(similarity, query))[:5]
-        np.testing.assert_array_equal(neighbours, np.delete(np.arange(len(x)), query)[expected])
+        np.testing.assert_array_equal(neighbors, np.delete(np.arange(len(x)), query)[expected])
     assert nearest(features, np.array([0]), 999).shape == (1, len(features) - 1)
 
 

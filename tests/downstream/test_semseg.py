@@ -6,10 +6,11 @@ import torch
 
 from datasets.s3dis import CLASS_NAMES, S3DIS
 from downstream.segmentation import main_semseg as script
+from engine.checkpoint import save_checkpoint
+from engine.load_model import describe_encoder, describe_fine_tuned, fine_tuned_from_checkpoint
 from models import build_encoder
-from models.fine_tuned import PartSegmentation, SemanticSegmentation
-from tests.segmentation_sets import write_rooms
-from utils.checkpoint import describe_encoder, describe_fine_tuned, fine_tuned_from_checkpoint, save_checkpoint
+from models.task_heads import PartSegmentation, SemanticSegmentation
+from tests.support.segmentation_sets import write_rooms
 from utils.errors import CheckpointError, DataError, UserError
 
 SMALL = ["--k", "4", "--emb_dims", "16", "--batch_size", "4", "--epochs", "1"]
@@ -18,7 +19,7 @@ ROOMS = [f"Area_{area}_{kind}_1" for area in range(1, 7) for kind in ("hall", "o
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    monkeypatch.setattr("utils.tracking.RunFolder.draw_curves", lambda folder: None)  # a second per epoch
+    monkeypatch.setattr("engine.run_folder.RunFolder.draw_curves", lambda folder: None)  # a second per epoch
     write_rooms(tmp_path / "data", ROOMS, blocks=1)
     return tmp_path / "data"
 

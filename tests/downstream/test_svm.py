@@ -5,7 +5,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
-from downstream.classification.svm import cross_validate, draw_labels, few_label_svm, linear_svm, mean_and_std
+from downstream.svm import cross_validate, draw_labels, few_label_svm, linear_svm, mean_and_std
 
 
 def problem(seed=0, train=120, test=60, width=30, classes=4, dtype=np.float32):

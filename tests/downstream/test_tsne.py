@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from downstream.classification import tsne as script
-from tests.pairs import write_demo_set
+from tests.support.pairs import write_demo_set
 from utils.errors import UserError
 
 SMALL = ["--dataset", "demo", "--random_init", "--calibrate_bn", "--emb_dims", "8", "--k", "3", "--device", "cpu"]

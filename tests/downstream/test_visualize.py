@@ -6,12 +6,13 @@ import torch
 from PIL import Image
 from plyfile import PlyData
 
-from datasets.s3dis import CLASS_COLOURS
+from datasets.s3dis import CLASS_COLORS
 from downstream.segmentation import visualize as script
+from engine.checkpoint import save_checkpoint
+from engine.load_model import describe_fine_tuned
 from models import build_encoder
-from models.fine_tuned import Classification, PartSegmentation, SemanticSegmentation
-from tests.segmentation_sets import write_parts, write_rooms
-from utils.checkpoint import describe_fine_tuned, save_checkpoint
+from models.task_heads import Classification, PartSegmentation, SemanticSegmentation
+from tests.support.segmentation_sets import write_parts, write_rooms
 from utils.errors import CheckpointError, UserError
 
 
@@ -38,7 +39,7 @@ def parts(tmp_path):
     return folder
 
 
-def test_parts_are_written_in_the_colours_of_the_data_set(parts, tmp_path, monkeypatch):
+def test_parts_are_written_in_the_colors_of_the_data_set(parts, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(script, "save_figure", lambda figure, path: drawn.append(figure))
     metrics = run(tmp_path, "--items", 3, "--json", tmp_path / "m.json")
@@ -47,14 +48,14 @@ def test_parts_are_written_in_the_colours_of_the_data_set(parts, tmp_path, monke
     assert list(metrics["accuracy"]) == ["brick 0", "brick 2", "cone 1"]
     assert len(metrics["files"]) == 1 + 3 * 4
     shapes = script.ShapeNetPart(tmp_path, "test")
-    points, colours = read(tmp_path / "out" / "cone_1_truth.ply")
+    points, colors = read(tmp_path / "out" / "cone_1_truth.ply")
     np.testing.assert_allclose(points, shapes.points[1])
-    np.testing.assert_array_equal(colours, np.round(255 * shapes.taxonomy.colours[shapes.parts[1]]))
+    np.testing.assert_array_equal(colors, np.round(255 * shapes.taxonomy.colors[shapes.parts[1]]))
     _, errors = read(tmp_path / "out" / "cone_1_errors.ply")
     _, guess = read(tmp_path / "out" / "cone_1_prediction.ply")
-    wrong = (guess != colours).any(1)
+    wrong = (guess != colors).any(1)
     assert (errors[wrong] == np.round(255 * np.array(script.WRONG_RED))).all()
-    assert (errors[~wrong] == np.round(255 * np.array(script.RIGHT_GREY))).all()
+    assert (errors[~wrong] == np.round(255 * np.array(script.RIGHT_GRAY))).all()
     assert metrics["accuracy"]["cone 1"] == pytest.approx(100 * (1 - wrong.mean()))
     (figure,) = drawn
     titles = [axes.get_title() for axes in figure.axes]
@@ -70,15 +71,15 @@ def test_parts_of_one_category_and_a_picture_that_opens(parts, tmp_path):
         assert len(np.unique(np.asarray(sheet.convert("RGB")).reshape(-1, 3), axis=0)) > 5
 
 
-def test_rooms_are_drawn_whole_with_their_own_colours(tmp_path):
+def test_rooms_are_drawn_whole_with_their_own_colors(tmp_path):
     write_rooms(tmp_path, ["Area_5_hall_1", "Area_5_office_1", "Area_2_hall_1"], points=48)
     save(tmp_path / "m.pth", SemanticSegmentation, build_encoder("dgcnn_semseg", k=4, emb_dims=16), num_classes=13)
     metrics = run(tmp_path, "--rooms", "Area_5_office_1")
     assert list(metrics["accuracy"]) == ["Area_5_office_1"] and (tmp_path / "out/sheet.png").exists()
-    points, colours = read(tmp_path / "out" / "Area_5_office_1_truth.ply")
+    points, colors = read(tmp_path / "out" / "Area_5_office_1_truth.ply")
     assert len(points) == 2 * 48 and points[:, 2].max() <= 3 and points[:, 0].max() > 2  # metres
     low = points[:, 2] < 0.6
-    assert (colours[low] == np.round(255 * CLASS_COLOURS[1])).all()
+    assert (colors[low] == np.round(255 * CLASS_COLORS[1])).all()
     _, scan = read(tmp_path / "out" / "Area_5_office_1_input.ply")
     assert len(np.unique(scan, axis=0)) > 90
     with pytest.raises(UserError, match="no room Area_5_x in area 5; it has Area_5_hall_1, Area_5_office_1"):

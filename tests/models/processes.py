@@ -16,12 +16,18 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from models import CrossNet, build_encoder
-from models.edge_conv import edge_conv, edge_conv_two_layers
-from models.layers import edge_block
 from models.losses import crossnet_objective, nt_xent
-from models.neighbours import flatten_neighbours, knn
-from models.norm import SyncBatchNorm
-from utils.distributed import all_reduce_sum, gather_with_grad, is_main, rank, world_size
+from models.ops.batch_norm import SyncBatchNorm
+from models.ops.edge_conv import edge_conv, edge_conv_two_layers
+from models.ops.knn import flatten_neighbors, knn
+from models.ops.layers import edge_block
+from utils.collectives import (
+    all_reduce_sum,
+    gather_with_grad,
+    is_main,
+    rank,
+    world_size,
+)
 
 PROCESSES = 2
 
@@ -82,7 +88,7 @@ def edge_conv_case(layers: int, *, sizes: tuple[int, ...]) -> dict[str, Tensor]:
     x = part_of(normal(clouds, 10, 3, seed=9) * torch.arange(1.0, clouds + 1)[:, None, None] + 2, sizes)
     x.requires_grad_()
     function = {1: edge_conv, 2: edge_conv_two_layers}[layers]
-    y = function(x.flatten(0, 1), flatten_neighbours(knn(x, 4)), *blocks).unflatten(0, x.shape[:2])
+    y = function(x.flatten(0, 1), flatten_neighbors(knn(x, 4)), *blocks).unflatten(0, x.shape[:2])
     (y * part_of(normal(clouds, 10, y.shape[2], seed=10), sizes)).sum().backward()
     gradients = {f"grad of {name}": all_reduce_sum(p.grad) for name, p in blocks.named_parameters()}
     return {"rows y": y.detach(), "rows x": x.grad, **gradients, **dict(blocks.named_buffers())}

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from models import ENCODERS, CrossNet, build_encoder
-from models.heads import image_projection, point_projection
 from models.image import IMAGE_ENCODERS, build_image_encoder
 from models.losses import crossnet_objective
+from models.projection_heads import image_projection, point_projection
 
 
 def small_point_encoder(name="pointnet_cls"):
@@ -111,8 +111,8 @@ def test_image_encoders_start_at_random():
     # starts with fan out 64 * 7 * 7 for ReLU (He et al., arXiv:1502.01852).
     assert first.std().item() == pytest.approx((1 / 49 / 3) ** 0.5, rel=0.05)
     assert first.abs().max().item() == pytest.approx(1 / 7, rel=0.01)
-    colour = build_image_encoder("resnet18", in_channels=3).conv1.weight
-    assert colour.std().item() == pytest.approx((2 / (64 * 49)) ** 0.5, rel=0.05)
+    color = build_image_encoder("resnet18", in_channels=3).conv1.weight
+    assert color.std().item() == pytest.approx((2 / (64 * 49)) ** 0.5, rel=0.05)
 
 
 def test_projection_heads_are_the_released_ones():

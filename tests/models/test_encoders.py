@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.reference.textbook import TEXTBOOK_ENCODERS
+from engine.load_model import describe_encoder
 from models import ENCODERS, PointFeatures, build_encoder, encoder_arguments, resolve_encoder_name
-from tests.textbook import TEXTBOOK_ENCODERS
-from utils.checkpoint import describe_encoder
 
 K, WIDTH = 5, 16
 # Name, further arguments, width of the pooled feature, channels of the local one.
@@ -83,7 +83,7 @@ def test_dgcnn_equals_the_textbook_in_float32(layout):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_nine_channels_take_their_first_graph_from_the_room_normalised_coordinates():
+def test_nine_channels_take_their_first_graph_from_the_room_normalized_coordinates():
     encoder = small_encoder("dgcnn_semseg, 9 channels").eval()
     graphs = record_graphs(encoder)
     x = clouds(encoder)
@@ -169,7 +169,7 @@ def test_wrong_input_shapes_are_named(layout):
 
 
 @EVERY_DGCNN
-def test_more_neighbours_than_points_is_a_clear_error(layout):
+def test_more_neighbors_than_points_is_a_clear_error(layout):
     encoder = small_encoder(layout, k=21)
     with pytest.raises(ValueError, match="k = 21 .* 20 points"):
         encoder(clouds(encoder))
@@ -186,14 +186,14 @@ def test_gradients_under_bfloat16_autocast_are_finite(layout):
 
 def record_graphs(encoder):
     """Every neighbour list that the encoder asks for from now on, each point's in ascending order."""
-    graphs, neighbours = [], encoder.neighbours
+    graphs, neighbors = [], encoder.neighbors
 
     def recording(points):
-        index = neighbours(points)
+        index = neighbors(points)
         graphs.append(index.sort(dim=1).values)
         return index
 
-    encoder.neighbours = recording
+    encoder.neighbors = recording
     return graphs
 
 

@@ -184,13 +184,13 @@ def test_the_mean_of_half_precision_views_is_taken_in_float32():
     torch.testing.assert_close(mixed.cross, exact.cross, rtol=1e-6, atol=1e-6)
 
 
-def test_the_mean_is_of_unnormalised_projections():
+def test_the_mean_is_of_unnormalized_projections():
     t1, t2, rgb = projections(4, number=3)
     long = crossnet_objective((t1 * 100, t2), rgb=rgb, gray=None, objective="ave", temperature=0.2)
     torch.testing.assert_close(long.intra, reference(t1, t2, 0.2))
     torch.testing.assert_close(long.cross, reference(100 * t1 + t2, rgb, 0.2))
-    normalised = reference(F.normalize(t1) + F.normalize(t2), rgb, 0.2)
-    assert not torch.isclose(long.cross, normalised)
+    normalized = reference(F.normalize(t1) + F.normalize(t2), rgb, 0.2)
+    assert not torch.isclose(long.cross, normalized)
 
 
 def test_wrong_objectives_and_missing_images_are_errors():

@@ -1,0 +1,1 @@
+"""The textbook forms that benchmarks and tests compare with."""

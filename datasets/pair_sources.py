@@ -1,0 +1,324 @@
+"""Where pairs of a cloud and a rendering come from: the released folder layout, or one packed file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, Protocol
+
+import h5py
+import numpy as np
+
+from datasets.hdf5 import hdf5_file, open_hdf5, stored_array
+from datasets.untrusted import GET_PAIRS, PLY_HEADER, PLY_VERTICES, check_cloud, read_ply
+from utils.errors import DataError
+from utils.files import data_files, is_data_name, read_lines
+
+PACKED_NAME = "shapenet_render.h5"
+
+
+PACKED_FORMAT, PACKED_VERSION = "crossnet-pack", 1
+
+
+class PairSource(Protocol):
+    """Where pairs come from. Shapes are numbered 0 .. len(ids) - 1."""
+
+    ids: list[str]  # "<synset>/<model_id>", sorted
+    skipped: list[str]  # shapes without rendering
+
+    def points(self, i: int) -> np.ndarray:
+        """Cloud of shape i, (N, 3) float32."""
+
+    def size(self, i: int) -> int | None:
+        """Points of shape i, without reading them; None where that cannot be told."""
+
+    def view_names(self, i: int) -> Sequence[str]:
+        """Names of the renderings of shape i, at least one."""
+
+    def image_file(self, i: int, view: int) -> bytes:
+        """Encoded rendering."""
+
+    def where(self, i: int, view: int | None = None) -> str:
+        """Where shape i or its rendering lies, for messages."""
+
+
+class FolderSource:
+    """``<root>/ShapeNet/<synset>/<id>.ply`` with ``<root>/ShapeNetRendering/<synset>/<id>/rendering/*.png``.
+
+    Raises:
+        DataError: no clouds, or none with a rendering.
+    """
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self.root = Path(root)
+        files = data_files(self.root / "ShapeNet", "*/*.ply")
+        if not files:
+            raise DataError(
+                f"no clouds in {self.root / 'ShapeNet'}: expected <synset>/<model_id>.ply there, or the packed file "
+                f"{self.root / PACKED_NAME}; {GET_PAIRS}"
+            )
+        self.ids, self.skipped, self._views = [], [], []
+        for file in files:
+            name = f"{file.parent.name}/{file.stem}"
+            views = self._list_views(name)
+            if views:
+                self.ids.append(name)
+                self._views.append(views)
+            else:
+                self.skipped.append(name)
+        if not self.ids:
+            raise DataError(
+                f"none of the {len(files)} clouds in {self.root / 'ShapeNet'} has a rendering: expected "
+                f"{self._rendering(self.skipped[0])}/*.png; {GET_PAIRS}"
+            )
+
+    def _rendering(self, name: str) -> Path:
+        return self.root / "ShapeNetRendering" / name / "rendering"
+
+    def _list_views(self, name: str) -> tuple[str, ...]:
+        try:
+            names = os.listdir(self._rendering(name))
+        except (FileNotFoundError, NotADirectoryError):
+            return ()
+        return tuple(sorted(f for f in names if f.lower().endswith(".png") and is_data_name(f)))
+
+    def points(self, i: int) -> np.ndarray:
+        """Cloud of shape i, (N, 3) float32."""
+        return read_ply(self.where(i))
+
+    def size(self, i: int) -> int | None:
+        """Points of shape i by its header; None where that does not say it."""
+        try:
+            with open(self.where(i), "rb") as file:
+                return int(PLY_VERTICES.search(file.read(PLY_HEADER))[1])
+        except (OSError, TypeError):
+            return None
+
+    def view_names(self, i: int) -> Sequence[str]:
+        """Names of the renderings of shape i."""
+        return self._views[i]
+
+    def image_file(self, i: int, view: int) -> bytes:
+        """Encoded rendering."""
+        path = self.where(i, view)
+        try:
+            return Path(path).read_bytes()
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror}") from error
+
+    def where(self, i: int, view: int | None = None) -> str:
+        """Path of shape i or of its rendering."""
+        name = self.ids[i]
+        if view is None:
+            return str(self.root / "ShapeNet" / f"{name}.ply")
+        return str(self._rendering(name) / self._views[i][view])
+
+
+class _Block(NamedTuple):
+    """Where an array lies in a file."""
+
+    offset: int  # in bytes
+    row_type: np.dtype  # of one row, a subarray where rows have a shape
+
+
+def _block(file: h5py.File, name: str) -> _Block | None:
+    """Place of an array that lies in an HDF5 file in one uncompressed piece; None where it is stored otherwise."""
+    stored = file[name]
+    if not hasattr(os, "pread") or file.userblock_size or stored.is_virtual or stored.chunks or stored.external:
+        return None
+    offset = stored.id.get_offset()  # None where nothing was written yet
+    if offset is None or offset + stored.nbytes > os.path.getsize(file.filename):
+        return None
+    return _Block(offset, np.dtype((stored.dtype, stored.shape[1:])))
+
+
+class PackedSource:
+    """One HDF5 file as ``python -m datasets.pack`` writes it (format in ``docs/datasets.md``).
+
+    The file is opened read-only, once per process, when a sample is first asked for. Where an array lies in it in one
+    piece, as ``datasets.pack`` writes them, its rows are read from there directly: HDF5's own way takes longer than the
+    reading.
+
+    Raises:
+        DataError: no packed file of this version, or its tables do not agree.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._file: h5py.File | None = None
+        self._plain: BinaryIO | None = None
+        self._pid = -1
+        try:
+            with open_hdf5(self.path) as file:
+                found = file.attrs.get("format"), file.attrs.get("version")
+                if found != (PACKED_FORMAT, PACKED_VERSION):
+                    raise DataError(
+                        f"{self.path} is no packed pretraining file of version {PACKED_VERSION} (format and version "
+                        f"read {found}); make one with: python -m datasets.pack --data_root data --out {self.path}"
+                    )
+                self._check_shards(file)
+                self.ids, self._names = (
+                    [str(name) for name in stored_array(file, key).asstr()[:]] for key in ("ids", "view_names")
+                )
+                unpaired = stored_array(file, "unpaired").asstr()[:] if "unpaired" in file else ()
+                self.skipped = [str(name) for name in unpaired]
+                self._image_offset, self._view_offset = (
+                    stored_array(file, key)[:].astype(np.int64, casting="safe")
+                    for key in ("image_offset", "view_offset")
+                )
+                stored, images = stored_array(file, "points"), stored_array(file, "image_bytes")
+                self._size = stored.shape[1] if stored.ndim > 1 else 0
+                self._blocks = {name: block for name in ("points", "image_bytes") if (block := _block(file, name))}
+                self._scale, self._shift = float(stored.attrs.get("scale", 1)), float(stored.attrs.get("offset", 0))
+                shapes_agree = (
+                    stored.ndim == 3
+                    and stored.shape[2] == 3
+                    and stored.dtype.kind in "uf"
+                    and len(stored) == len(self.ids) == len(self._view_offset) - 1
+                    and len(self._names) == len(self._image_offset) - 1 == self._view_offset[-1]
+                    and images.shape == (self._image_offset[-1],)
+                    and images.dtype == np.uint8
+                    # Not by differences, which could run over.
+                    and (self._view_offset[1:] > self._view_offset[:-1]).all()
+                    and (self._image_offset[1:] > self._image_offset[:-1]).all()
+                    and self._view_offset[0] == self._image_offset[0] == 0
+                )
+        except DataError:
+            raise
+        except FileNotFoundError as error:
+            raise DataError(f"{self.path} does not exist; {GET_PAIRS}") from error
+        except Exception as error:  # h5py raises many kinds on malformed files
+            raise DataError(f"{self.path} is no readable packed pretraining file ({error})") from error
+        if not shapes_agree or not self.ids:
+            raise DataError(
+                f"{self.path} is damaged: its tables of shapes, views and images do not agree; pack it again"
+            )
+
+    def _check_shards(self, file: h5py.File) -> None:
+        """HDF5 reads zeros where a file behind a virtual data set is missing."""
+        self._shards: list[str] = []
+        for name, stored in file.items():
+            for part in stored.virtual_sources() if isinstance(stored, h5py.Dataset) and stored.is_virtual else ():
+                shard = self.path if part.file_name == "." else self.path.parent / part.file_name
+                self._shards.append(shard.name)
+                if not shard.is_file():
+                    raise DataError(f"{shard} is missing: {self.path} takes '{name}' from it; put it back beside it")
+
+    def _open(self) -> h5py.File:
+        # A handle must not cross a fork: HDF5 keeps a file position in it.
+        if self._file is not None and self._pid != os.getpid():
+            self._file.close()
+            self._file = None
+        if self._file is None:
+            self._file, self._pid = hdf5_file(self.path), os.getpid()
+        return self._file
+
+    def _rows(self, name: str, first: int, last: int) -> np.ndarray:
+        """Rows of an array of the file, first to last - 1."""
+        block = self._blocks.get(name)
+        if block is None:
+            return self._open()[name][first:last]
+        if self._plain is None:
+            self._plain = self.path.open("rb", buffering=0)
+        size = block.row_type.itemsize
+        data = os.pread(self._plain.fileno(), (last - first) * size, block.offset + first * size)  # has no position
+        if len(data) != (last - first) * size:
+            raise OSError("it is truncated")
+        return np.frombuffer(data, block.row_type)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_file": None, "_plain": None}
+
+    def points(self, i: int) -> np.ndarray:
+        """Cloud of shape i, (N, 3) float32."""
+        try:
+            points = self._rows("points", i, i + 1)[0].astype(np.float32)
+        except DataError:
+            raise
+        except Exception as error:  # h5py raises many kinds on malformed files
+            raise self._unreadable(self.where(i), error) from error
+        if (self._scale, self._shift) != (1, 0):
+            points = points * np.float32(self._scale) + np.float32(self._shift)
+        return check_cloud(points, self.where(i))
+
+    def size(self, i: int) -> int:
+        """Points of every shape."""
+        return self._size
+
+    def _unreadable(self, where: str, error: Exception) -> DataError:
+        parts = f", which takes values from {', '.join(dict.fromkeys(self._shards[:3]))}," if self._shards else ""
+        return DataError(f"{where}{parts} cannot be read ({error}); pack the file again")
+
+    def view_names(self, i: int) -> Sequence[str]:
+        """Names of the renderings of shape i."""
+        return self._names[self._view_offset[i] : self._view_offset[i + 1]]
+
+    def image_file(self, i: int, view: int) -> bytes:
+        """Encoded rendering."""
+        j = self._view_offset[i] + view
+        try:
+            return self._rows("image_bytes", self._image_offset[j], self._image_offset[j + 1]).tobytes()
+        except DataError:
+            raise
+        except Exception as error:  # h5py raises many kinds on malformed files
+            raise self._unreadable(self.where(i, view), error) from error
+
+    def where(self, i: int, view: int | None = None) -> str:
+        """File and shape, and the rendering's name."""
+        return f"{self.path}:{self.ids[i]}" + ("" if view is None else f"/{self.view_names(i)[view]}")
+
+
+def open_source(root: str | os.PathLike[str]) -> PairSource:
+    """The pairs under ``root``: a packed file, a folder that holds one, or the released folder layout.
+
+    Raises:
+        DataError: nothing of the kind is there.
+    """
+    root = Path(root)
+    if root.is_file():
+        return PackedSource(root)
+    if (root / PACKED_NAME).is_file():
+        return PackedSource(root / PACKED_NAME)
+    if not root.is_dir():
+        raise DataError(f"{root} does not exist: expected a folder with ShapeNet/ and ShapeNetRendering/; {GET_PAIRS}")
+    return FolderSource(root)
+
+
+def read_shape_list(path: str | os.PathLike[str]) -> list[str]:
+    """Shape ids of a text file, one a line (see ``choose_shapes``); empty lines and ``#`` comments do not count.
+
+    Raises:
+        DataError: the file is not there or holds no id.
+    """
+    try:
+        lines = read_lines(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read the list of shapes {path}: {error}") from error
+    ids = [line for line in lines if not line.startswith("#")]
+    if not ids:
+        raise DataError(f"{path} names no shapes: expected one <synset>/<model_id> a line")
+    return ids
+
+
+def choose_shapes(ids: Sequence[str], wanted: Iterable[str], *, where: str) -> list[int]:
+    """Numbers of the wanted shapes, in the order of ``ids``.
+
+    Args:
+        ids: ``<synset>/<model_id>`` of every shape.
+        wanted: ids of the same form, or bare model ids, which match under any synset.
+        where: what ``ids`` are of, for the message.
+
+    Raises:
+        DataError: a wanted shape is not there, or none is wanted.
+    """
+    wanted = set(wanted)
+    if not wanted:
+        raise DataError(f"no shapes of {where} were chosen")
+    missing = sorted(wanted - set(ids) - {name.split("/")[-1] for name in ids})
+    if missing:
+        raise DataError(
+            f"{len(missing)} of the {len(wanted)} listed shapes are not in {where} with a rendering, "
+            f"{missing[0]} for one"
+        )
+    return [i for i, name in enumerate(ids) if name in wanted or name.split("/")[-1] in wanted]

@@ -1,0 +1,78 @@
+"""The classification sets by name: which reader opens each, and where they are found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from datasets.hdf5 import SPLITS, LabeledClouds
+from datasets.modelnet import (
+    DEMO_FOLDER,
+    MODELNET10_LABELS,
+    MODELNET_FOLDER,
+    DemoShapes,
+    ModelNet10,
+    ModelNet40,
+    find_hdf5_folder,
+    listed_files,
+)
+from datasets.scanobjectnn import ScanObjectNN, candidate_files
+from utils.errors import DataError, UserError
+
+CLASSIFICATION_SETS = ("modelnet40", "modelnet10", "scanobjectnn", "demo")
+
+
+def open_classification_set(
+    name: str, root: str | Path, split: str, *, variant: str = "OBJ_BG", num_points: int | None = None
+) -> LabeledClouds:
+    """Open one split of a classification set by its command-line name.
+
+    Args:
+        name: one of ``CLASSIFICATION_SETS``.
+        root: folder that holds the set.
+        split: ``"train"`` or ``"test"``.
+        variant: of ScanObjectNN; the other sets have none.
+        num_points: keep the first rows of every cloud; None keeps all.
+
+    Raises:
+        ValueError: unknown name.
+        DataError: a file is missing or wrong.
+        UserError: ``num_points`` is larger than the clouds, or unknown variant.
+    """
+    if name == "scanobjectnn":
+        return ScanObjectNN(root, split, variant=variant, num_points=num_points)
+    readers = {"modelnet40": ModelNet40, "modelnet10": ModelNet10, "demo": DemoShapes}
+    if name not in readers:
+        raise ValueError(f"classification set must be one of {CLASSIFICATION_SETS}, got {name!r}")
+    return readers[name](root, split, num_points=num_points)
+
+
+def find_datasets(data_root: str | Path) -> list[str]:
+    """Return the names of the classification sets whose files lie in ``data_root``, in the order of the table.
+
+    Places are looked at here, contents when a set is opened; only files in ModelNet40's layout that hold nothing but
+    ModelNet10's classes are told apart: they count as ``modelnet10`` alone. ScanObjectNN counts in the variant OBJ_BG.
+    """
+
+    def complete(folder_name: str) -> Path | None:
+        folder = find_hdf5_folder(data_root, folder_name)
+        try:
+            return folder if folder is not None and all(listed_files(folder, split) for split in SPLITS) else None
+        except DataError:
+            return None
+
+    found = []
+    if complete(MODELNET_FOLDER):
+        try:
+            labels = np.unique(ModelNet40(data_root, "test", num_points=1).labels)
+        except UserError:
+            labels = np.array([])  # a damaged file is reported by whoever opens the set
+        if not np.isin(labels, MODELNET10_LABELS).all() or not len(labels):
+            found.append("modelnet40")
+        found.append("modelnet10")
+    if all(any(file.is_file() for file in candidate_files(data_root, split, "OBJ_BG")) for split in SPLITS):
+        found.append("scanobjectnn")
+    if (Path(data_root) / DEMO_FOLDER).is_dir() and complete(DEMO_FOLDER):
+        found.append("demo")
+    return found

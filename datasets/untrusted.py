@@ -1,0 +1,128 @@
+"""Readers of single files that anybody may have made: a damaged or hostile one is a ``DataError``, never a crash."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from plyfile import PlyData
+
+from utils.errors import DataError
+
+PLY_HEADER = 1 << 16  # bytes that hold the header of any PLY file
+
+
+PLY_VERTICES = re.compile(rb"[\r\n]element[ \t]+vertex[ \t]+(\d{1,12})[ \t]*[\r\n]")
+
+
+_PLY_FIRST_LINE = re.compile(rb"(?:\xef\xbb\xbf)?ply[ \t]*(\r\n|\n|\r)", re.IGNORECASE)
+
+
+_IMAGE_FORMATS = ("PNG", "JPEG")  # Pillow would also start other programs, for pictures in PostScript
+
+
+_MAX_PIXELS = 1 << 24  # a file of some kilobytes can claim many more, which decoding would fill
+
+
+GET_PAIRS = (
+    "get them with: bash data/download_data.sh shapenet shapenet_render (python -m data.check_data shows what is there)"
+)
+
+
+def read_ply(path: str | os.PathLike[str]) -> np.ndarray:
+    """Coordinates of a PLY file, ascii or binary.
+
+    Returns:
+        (N, 3) float32.
+
+    Raises:
+        DataError: no PLY, truncated, without x y z, empty, or with coordinates that are not finite.
+    """
+    try:
+        with open(path, "rb") as file:
+            _check_ply_sizes(file)
+            vertex = PlyData.read(_with_plain_header(file))["vertex"]
+        points = np.stack([np.asarray(vertex[axis], dtype=np.float32) for axis in "xyz"], axis=1)
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is gone; {GET_PAIRS}") from error
+    except Exception as error:  # plyfile raises many kinds on malformed files
+        reason = str(error) or type(error).__name__
+        raise DataError(
+            f"{path} is no readable PLY with an element 'vertex' of x, y, z ({reason}); fetch or convert it again"
+        ) from error
+    return check_cloud(points, str(path))
+
+
+def _with_plain_header(file: BinaryIO) -> BinaryIO:
+    """Return the file, or a copy in memory whose header plyfile can read.
+
+    plyfile decodes headers as ASCII and takes nothing but a line end after ``ply`` and ``end_header``. Programs write
+    comments in any encoding, blanks at line ends, empty lines and, in ascii files, a byte-order mark.
+    """
+    start = file.read(PLY_HEADER)
+    file.seek(0)
+    first = _PLY_FIRST_LINE.match(start)
+    if first is None:
+        return file
+    newline = first[1]
+    last = re.search(re.escape(newline) + rb"[ \t]*end_header[ \t]*" + re.escape(newline), start)
+    if last is None:
+        return file
+    lines = start[first.end() : last.start()].split(newline)
+    plain = [line.strip().decode("ascii", "replace").replace("\ufffd", "?").encode() for line in lines if line.strip()]
+    header = newline.join([b"ply", *plain, b"end_header", b""])
+    if start.startswith(header):
+        return file
+    file.seek(last.end())
+    return io.BytesIO(header + file.read())
+
+
+def _check_ply_sizes(file: BinaryIO) -> None:
+    """See that the file can hold the rows that its header promises: plyfile takes memory for them first.
+
+    Raises:
+        ValueError: it cannot, or a number of rows is no number.
+        IndexError: a number of rows is missing.
+    """
+    header, size = file.read(PLY_HEADER).split(b"end_header")[0], file.seek(0, os.SEEK_END)
+    file.seek(0)
+    for element in re.split(rb"[\r\n]element ", header)[1:]:
+        words = element.split()
+        rows, values = int(words[1]), max(1, element.count(b"property "))
+        if rows * values > size:
+            raise ValueError(f"its header promises {rows} rows of {values} values, its size is {size} bytes")
+
+
+def check_cloud(points: np.ndarray, name: str) -> np.ndarray:
+    """Return the cloud, or say what is wrong with it.
+
+    Raises:
+        DataError: empty, or coordinates that are not finite.
+    """
+    if len(points) == 0:
+        raise DataError(f"{name} holds no points")
+    if not np.isfinite(points).all():
+        bad = ~np.isfinite(points).all(axis=1)
+        raise DataError(f"{name}: {bad.sum()} of {len(points)} points are not finite (NaN or infinite coordinates)")
+    return points
+
+
+def decode_image(data: bytes, name: str) -> Image.Image:
+    """Decode a rendering.
+
+    Raises:
+        DataError: not a readable image.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS)
+        if image.width * image.height > _MAX_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels are more than {_MAX_PIXELS:,}")
+        image.load()
+    except Exception as error:  # Pillow raises many kinds on malformed files
+        reason = "it begins like no image format" if isinstance(error, UnidentifiedImageError) else error
+        raise DataError(f"{name} is no readable PNG image ({reason}); fetch or render it again") from error
+    return image

@@ -1,0 +1,193 @@
+"""Pictures of classification results: confusion matrix and retrieval sheet."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from downstream.retrieval import nearest
+from utils.errors import UserError
+
+PICTURE_TYPES = (".png", ".pdf", ".svg", ".jpg")
+RIGHT, WRONG, NEUTRAL = "#2a7f3f", "#c23b22", "#444444"
+
+
+def check_output_path(path: str | os.PathLike[str], endings: Sequence[str] | None = None) -> None:
+    """Fail before any work if a file cannot be written there later; its folder is made.
+
+    Args:
+        path: the file.
+        endings: endings that its name may have; None takes any.
+
+    Raises:
+        UserError: another ending, or a folder that cannot be made or written to.
+    """
+    path = Path(path)
+    if endings is not None and path.suffix.lower() not in endings:
+        raise UserError(f"{path}: the name must end in one of {', '.join(endings)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"cannot write {path}: it is a folder, or its folder is not writable")
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write a figure.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    FigureCanvasAgg(figure)
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def draw_confusion_matrix(
+    truth: np.ndarray, predicted: np.ndarray, class_names: Sequence[str], path: str | os.PathLike[str], *, title: str
+) -> None:
+    """Draw how often each true class (row) is taken for each class (column), in percent of the row.
+
+    Args:
+        truth: (n,) labels, indices into ``class_names``; only classes that occur are drawn.
+        predicted: (n,) labels.
+        class_names: name of every label value.
+        path: picture to write.
+        title: heading.
+    """
+    size = len(class_names)
+    counts = np.bincount(np.asarray(truth) * size + predicted, minlength=size**2).reshape(size, size)
+    draw_confusion_counts(counts, class_names, path, title=title)
+
+
+def draw_confusion_counts(
+    counts: np.ndarray,
+    class_names: Sequence[str],
+    path: str | os.PathLike[str],
+    *,
+    title: str,
+    unit: str = "clouds",
+) -> None:
+    """Draw a confusion matrix that is counted already.
+
+    Args:
+        counts: (C, C); entry [t, p] counts what is t and was taken for p. Only classes that occur are drawn.
+        class_names: (C,) names.
+        path: picture to write.
+        title: heading.
+        unit: what is counted.
+    """
+    present = np.flatnonzero(counts.sum(0) + counts.sum(1))
+    counts = counts[np.ix_(present, present)]
+    totals = counts.sum(1)
+    percent = 100 * counts / np.maximum(totals, 1)[:, None]
+    size = len(present)
+    cell = 0.55 if size <= 20 else 0.36
+    figure = Figure(figsize=(max(4.5, cell * size + 2.6), max(3.8, cell * size + 2.2)), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
+    names = [class_names[label] for label in present]
+    axes.set_xticks(range(size), names, rotation=60, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(size), [f"{name} ({total:,})" for name, total in zip(names, totals, strict=True)])
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel(f"true class (number of {unit})")
+    axes.set_title(title)
+    for row, column in zip(*np.nonzero(counts), strict=True):
+        value = percent[row, column]
+        text = f"{value:.0f}" if value >= 1 else "<1"
+        color = "white" if value > 55 else "black"
+        axes.text(column, row, text, ha="center", va="center", fontsize=8 if size <= 20 else 6, color=color)
+    figure.colorbar(image, ax=axes, shrink=0.7, label="percent of the true class")
+    save_figure(figure, path)
+
+
+def draw_cloud(
+    axes: Axes,
+    points: np.ndarray,
+    *,
+    title: str,
+    color: str,
+    point_colors: np.ndarray | None = None,
+    up: str = "y",
+    size: float = 2,
+    above: float = 20,
+) -> None:
+    """Draw a cloud from the front, 35 degrees to the side and from above, near points over far ones.
+
+    Args:
+        axes: to draw on.
+        points: (N, 3).
+        title: above it.
+        color: of title and frame.
+        point_colors: (N, 3) in 0..1; None shows the distance, darker is farther.
+        up: the upward axis, ``"y"`` (objects) or ``"z"`` (rooms).
+        size: of a point, in square points of print.
+        above: height of the eye, in degrees.
+    """
+    points = points - points.mean(0)
+    if up == "z":
+        points = np.stack([points[:, 0], points[:, 2], -points[:, 1]], axis=1)
+    side, above = np.radians([35, above])
+    across = points[:, 0] * np.cos(side) + points[:, 2] * np.sin(side)
+    towards = points[:, 2] * np.cos(side) - points[:, 0] * np.sin(side)
+    height = points[:, 1] * np.cos(above) - towards * np.sin(above)
+    depth = towards * np.cos(above) + points[:, 1] * np.sin(above)
+    order = np.argsort(depth)
+    colors = depth[order] if point_colors is None else point_colors[order]
+    shading = {"cmap": "viridis"} if point_colors is None else {}
+    axes.scatter(across[order], height[order], c=colors, s=size, linewidths=0, **shading)
+    low, high = np.array([(v.min(), v.max()) for v in (across, height)]).T
+    middle, radius = (low + high) / 2, 1.05 * max((high - low).max() / 2, 1e-9)
+    limits = [(m - radius, m + radius) for m in middle]
+    axes.set(xlim=limits[0], ylim=limits[1], aspect="equal", xticks=[], yticks=[])
+    axes.set_title(title, fontsize=8, color=color)
+    for spine in axes.spines.values():
+        spine.set_color(color)
+        spine.set_linewidth(1.5)
+
+
+def draw_retrieval(
+    points: np.ndarray,
+    features: np.ndarray,
+    labels: np.ndarray,
+    class_names: Sequence[str],
+    path: str | os.PathLike[str],
+    *,
+    rows: int = 10,
+    top: int = 6,
+) -> None:
+    """Draw a sheet of queries, one per class, each beside its nearest neighbours (cosine of centred features).
+
+    Args:
+        points: (n, N, 3) clouds.
+        features: (n, D).
+        labels: (n,) classes, indices into ``class_names``.
+        class_names: name of every label value.
+        path: picture to write.
+        rows: queries at most; classes are taken at even distances, and of each its first cloud.
+        top: neighbours per query.
+    """
+    classes = np.unique(labels)
+    chosen = classes[np.linspace(0, len(classes) - 1, min(rows, len(classes))).round().astype(int)]
+    queries = np.array([np.flatnonzero(labels == label)[0] for label in chosen])
+    found = nearest(features, queries, top)
+    columns = 1 + found.shape[1]
+    figure = Figure(figsize=(1.5 * columns, 1.7 * len(queries)), layout="constrained")
+    grid = figure.subplots(len(queries), columns, squeeze=False)
+    for row, query in zip(grid, queries, strict=True):
+        name = class_names[labels[query]]
+        draw_cloud(row[0], points[query], title=f"query: {name}", color=NEUTRAL)
+    for row, query, neighbors in zip(grid, queries, found, strict=True):
+        for axes, item in zip(row[1:], neighbors, strict=True):
+            color = RIGHT if labels[item] == labels[query] else WRONG
+            draw_cloud(axes, points[item], title=class_names[labels[item]], color=color)
+    save_figure(figure, path)

@@ -1,0 +1,558 @@
+"""Fine-tuning: the only loop, for part segmentation, semantic segmentation and classification.
+
+A run is a function of its seed: the order of samples follows from (seed, epoch), augmentation and dropout from (seed,
+epoch, sample). So a run that was stopped, within an epoch too, goes on to the same weights, and several processes train
+what one would. Validation and tests are shared out among them too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from datasets.sampler import SampleKey
+from datasets.streams import SampleStreams, Stream
+from datasets.transforms import PointAugmentation
+from downstream.features import evaluating
+from engine.checkpoint import load_checkpoint
+from engine.load_model import (
+    describe_encoder,
+    describe_fine_tuned,
+    encoder_from_checkpoint,
+    load_strictly,
+)
+from engine.loop import TrainingLoop
+from engine.optim import (
+    AMP_DTYPES,
+    autocast,
+    base_rate,
+    build_optimizer,
+    cosine_lr,
+    set_learning_rate,
+)
+from engine.resume import FREE_ON_RESUME
+from engine.run_folder import RunFolder
+from models import ENCODER_ALIASES, ENCODERS, build_encoder, encoder_arguments, resolve_encoder_name
+from models.ops.dropout import SampleDropout
+from models.task_heads import FineTuned
+from utils.cli import (
+    add_common_arguments,
+    add_run_arguments,
+    check_writable,
+    positive_int,
+    write_json,
+)
+from utils.collectives import (
+    broadcast_from_rank0,
+    gather_rows,
+    is_main,
+    rank,
+    world_size,
+)
+from utils.errors import CheckpointError, UserError
+from utils.reproducible import seed_everything
+
+logger = logging.getLogger("crossnet")
+SCHEDULERS = ("cosine", "step", "released")
+SMOOTHING = 0.2
+HEAD_SEED = 1_000_003
+# The released scripts drop an incomplete last batch only from this many samples on.
+DROP_REST_FROM = 100
+Scores = dict[str, Any]
+
+
+def add_training_arguments(
+    parser: argparse.ArgumentParser, *, task: type[FineTuned], exp_name: str, k: int, use_sgd: bool = False
+) -> None:
+    """Add the flags that all fine-tuning scripts share; defaults are the released settings.
+
+    Args:
+        parser: to add to.
+        task: what is fine-tuned; says which encoders there are.
+        exp_name: default name of the run folder.
+        k: released number of neighbours, from scratch.
+        use_sgd: whether SGD is the released optimiser.
+    """
+    names = [name for name, kind in ENCODERS.items() if kind in task.heads]
+    aliases = [alias for alias, name in ENCODER_ALIASES.items() if name in names]
+    add_common_arguments(parser)
+    add_run_arguments(parser, exp_name=exp_name, save_every=500)
+    g = parser.add_argument_group("model")
+    g.add_argument(
+        "--model", choices=[*names, *aliases], help=f"encoder (default: the checkpoint's; {names[0]} from scratch)"
+    )
+    g.add_argument(
+        "--pretrain_path",
+        metavar="FILE",
+        help="start from this checkpoint's encoder, from pretraining or of the field's naming (default: from scratch)",
+    )
+    g.add_argument("--k", type=positive_int, help=f"neighbours per point (default: the checkpoint's; {k} from scratch)")
+    g.add_argument(
+        "--emb_dims", type=positive_int, metavar="E", help="width of the embedding (default: the checkpoint's; 1024)"
+    )
+    g.add_argument("--dropout", type=float, metavar="P", help="of the head (default: as published)")
+    g = parser.add_argument_group("optimisation")
+    g.add_argument("--epochs", type=positive_int, default=200, metavar="E", help="passes over the training samples")
+    g.add_argument("--batch_size", type=positive_int, default=32, metavar="B", help="samples per process and step")
+    g.add_argument("--test_batch_size", type=positive_int, default=16, metavar="B", help="samples per pass of testing")
+    g.add_argument("--lr", type=float, default=1e-3, metavar="LR", help="highest rate of Adam; SGD takes 100 x this")
+    g.add_argument(
+        "--use_sgd", action=argparse.BooleanOptionalAction, default=use_sgd, help="SGD with momentum instead of Adam"
+    )
+    g.add_argument("--momentum", type=float, default=0.9, metavar="M", help="of SGD")
+    g.add_argument("--weight_decay", type=float, default=1e-4, metavar="WD", help="L2 penalty")
+    g.add_argument(
+        "--scheduler",
+        choices=SCHEDULERS,
+        default="cosine",
+        help="cosine: from the highest rate to a hundredth of it, once; step: halved every 20 epochs, not below 1e-5; "
+        "released: what the released code does (see docs/fidelity.md): for classification the rate swings with every "
+        "batch, for segmentation it is constant under Adam",
+    )
+    g.add_argument("--label_smoothing", type=float, default=SMOOTHING, metavar="EPS", help="0 turns it off")
+    g.add_argument("--amp", choices=list(AMP_DTYPES), default="off", help="mixed precision of the training steps")
+    g = parser.add_argument_group("choice of the best epoch")
+    g.add_argument("--eval_every", type=int, default=1, metavar="EPOCHS", help="epochs between validations; 0 = never")
+    g.add_argument(
+        "--select_on",
+        choices=("val", "test"),
+        default="val",
+        help="best.pth by held-out training data (val) or, as released, by the test data",
+    )
+    g = parser.add_argument_group("evaluation only")
+    g.add_argument("--eval", action="store_true", help="score --model_path on the test data, train nothing")
+    g.add_argument(
+        "--model_path", metavar="FILE", help="with --eval: checkpoint of this script, or a published state dict"
+    )
+
+
+def check_training_arguments(args: argparse.Namespace) -> None:
+    """Refuse settings that contradict each other.
+
+    Raises:
+        UserError: see above.
+    """
+    if args.eval and not args.model_path:
+        raise UserError("--eval needs --model_path: the checkpoint to score")
+    if args.model_path and not args.eval:
+        raise UserError("--model_path is what --eval scores; to start from pretrained weights use --pretrain_path")
+    if args.eval and args.pretrain_path:
+        raise UserError("--eval scores a finished model (--model_path); --pretrain_path only starts a training")
+    if args.batch_size * (1 if args.no_sync_bn else world_size()) < 2:
+        raise UserError("--batch_size 1 gives batch norm no statistics; use 2 or more")
+    if not 0 <= args.label_smoothing < 1:
+        raise UserError(f"--label_smoothing {args.label_smoothing}: expected 0 or more and less than 1")
+    if args.dropout is not None and not 0 <= args.dropout < 1:
+        raise UserError(f"--dropout {args.dropout}: expected 0 or more and less than 1")
+    if args.json and is_main():
+        check_writable(Path(args.json).absolute().parent)
+
+
+def smoothed_cross_entropy(scores: Tensor, target: Tensor, eps: float = SMOOTHING) -> Tensor:
+    """Cross entropy with the released label smoothing: 1 - eps for the true class, eps / (K - 1) for each other one.
+
+    PyTorch's smoothing spreads its share over all K classes, the true one too, hence the factor.
+
+    Shape:
+        scores (B, K) or (B, K, N), target (B,) or (B, N) -> ()
+    """
+    classes = scores.shape[1]
+    smoothing = eps * classes / (classes - 1) if classes > 1 else 0.0
+    if scores.is_cuda and scores.ndim == 3:  # rows of points: the loss of (B, K, N) adds in another order every time
+        scores, target = scores.mT.flatten(0, 1), target.flatten()
+    return F.cross_entropy(scores.float(), target, label_smoothing=smoothing)
+
+
+def fine_tuning_rate(
+    step: int, *, scheduler: str, epochs: int, steps_per_epoch: int, base: float, lr: float, per_batch: bool = False
+) -> float:
+    """Learning rate of a step.
+
+    Args:
+        step: optimiser steps done, from 0.
+        scheduler: one of ``SCHEDULERS``.
+        epochs: of the run.
+        steps_per_epoch: of the run.
+        base: highest rate.
+        lr: the flag ``--lr``, which the released cosine of the segmentation scripts takes as its lowest rate, so that
+            Adam's never changes.
+        per_batch: the released classification script steps its cosine at every batch, not at every epoch, down to a
+            hundredth of the highest rate.
+    """
+    epoch = step // steps_per_epoch
+    if scheduler == "cosine":
+        return cosine_lr(step, total=epochs * steps_per_epoch, base=base, floor=base / 100)
+    if scheduler == "step":
+        return max(base * 0.5 ** (epoch // 20), min(base, 1e-5))
+    if per_batch:
+        return cosine_lr(step, total=epochs, base=base, floor=base / 100)
+    return cosine_lr(epoch, total=epochs, base=base, floor=lr)
+
+
+def choose_labeled(labels: np.ndarray, fraction: float, *, seed: int) -> np.ndarray:
+    """Samples whose labels a limited-label run may use: one of every class, then at random.
+
+    Args:
+        labels: (n,) classes.
+        fraction: share of the samples, in (0, 1].
+        seed: of the draw.
+
+    Returns:
+        Sorted indices, round(n * fraction) of them, or one per class where that is more.
+
+    Raises:
+        UserError: the fraction is not in (0, 1].
+    """
+    if not 0 < fraction <= 1:
+        raise UserError(f"--label_fraction {fraction:g}: expected more than 0 and at most 1")
+    order = np.random.default_rng(seed).permutation(len(labels))
+    first = order[np.unique(labels[order], return_index=True)[1]]
+    rest = order[~np.isin(order, first)]
+    missing = max(0, round(len(labels) * fraction) - len(first))
+    return np.sort(np.concatenate([first, rest[:missing]]))
+
+
+def hold_out(labels: np.ndarray, share: float, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Split samples into those to fit and those to choose the best epoch by; every class keeps one to fit.
+
+    Args:
+        labels: (n,) classes.
+        share: of the samples to hold out, as far as classes have more than one.
+        seed: of the draw.
+
+    Returns:
+        Sorted indices to fit and to hold out; the latter may be empty.
+    """
+    keep = choose_labeled(labels, 1 / max(len(labels), 1), seed=seed)  # one of every class
+    others = np.setdiff1d(np.arange(len(labels)), keep)
+    held = np.random.default_rng([seed, 1]).permutation(others)[: round(share * len(labels))]
+    return np.setdiff1d(np.arange(len(labels)), held), np.sort(held)
+
+
+def start_model(
+    args: argparse.Namespace, task: type[FineTuned], *, k: int, sizes: Mapping[str, int], in_channels: int | None = None
+) -> tuple[FineTuned, list[str]]:
+    """The model to train: encoder from ``--pretrain_path`` or from scratch, head from scratch.
+
+    Args:
+        args: parsed flags.
+        task: what is fine-tuned.
+        k: neighbours from scratch, where ``--k`` is not given.
+        sizes: of the head.
+        in_channels: values per point; None takes the checkpoint's, 3 from scratch.
+
+    Returns:
+        The model, and what to tell about its origin.
+
+    Raises:
+        CheckpointError: the checkpoint's encoder has no head for the task or takes other channels.
+        UserError: an argument that the encoder does not have.
+    """
+    seed_everything(args.seed)
+    default = next(name for name, kind in ENCODERS.items() if kind in task.heads)
+    if args.pretrain_path:
+        encoder = encoder_from_checkpoint(args.pretrain_path, model=args.model, k=args.k, emb_dims=args.emb_dims)
+        name = describe_encoder(encoder)["name"]
+        if type(encoder) not in task.heads:
+            fitting = ", ".join(n for n, kind in ENCODERS.items() if kind in task.heads)
+            raise CheckpointError(
+                f"{args.pretrain_path} holds the encoder {name}, which has no head for {task.kind}: pretrain with "
+                f"--model {fitting.replace(', ', ' or ')}"
+            )
+        if in_channels not in (None, encoder.in_channels):
+            raise CheckpointError(
+                f"{args.pretrain_path} holds an encoder of {encoder.in_channels} values per point, "
+                f"--in_channels {in_channels} was asked for"
+            )
+    else:
+        name = resolve_encoder_name(args.model or default)
+        known = encoder_arguments(name)
+        wanted = {"k": args.k or k, "emb_dims": args.emb_dims, "in_channels": in_channels}
+        if args.k and "k" not in known:
+            raise UserError(f"--k: {name} has no neighbours")
+        encoder = build_encoder(name, **{key: v for key, v in wanted.items() if key in known and v is not None})
+    # What the encoder came from must not change the head that it gets.
+    seed_everything(args.seed + HEAD_SEED)
+    model = task(encoder, **sizes, **({} if args.dropout is None else {"dropout": args.dropout}))
+    kwargs = ", ".join(f"{key} {value}" for key, value in describe_encoder(encoder)["kwargs"].items())
+    encoder_text, head_text = (
+        f"{len(part.state_dict())} tensors, {sum(p.numel() for p in part.parameters()):,} parameters"
+        for part in (encoder, model.head)
+    )
+    origin = f"loaded from {args.pretrain_path}, all of it" if args.pretrain_path else "starts fresh"
+    layers = ", ".join(dict.fromkeys(key.split(".")[0] for key in model.head.state_dict()))
+    return model, [
+        f"encoder {name} ({kwargs}): {encoder_text}: {origin}",
+        f"head for {task.kind} ({layers}): {head_text}: starts fresh",
+    ]
+
+
+class _Keyed(Dataset):
+    """Chosen samples of a data set, taken by the sampler's keys; a sample's own index goes with it."""
+
+    def __init__(self, dataset: Dataset, chosen: np.ndarray) -> None:
+        self.dataset, self.chosen = dataset, chosen
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, key: SampleKey) -> tuple[Any, ...]:
+        index = int(self.chosen[key.index])
+        return (index, *self.dataset[index])
+
+
+def scores_of(
+    model: nn.Module,
+    dataset: Dataset,
+    *,
+    batch_size: int,
+    device: torch.device,
+    workers: int = 0,
+    chosen: Sequence[int] | None = None,
+    copies: Sequence[Callable[[Tensor, Tensor], Tensor]] = (),
+    inputs: int = 1,
+) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """Run a model over samples in evaluation mode; its training mode comes back afterwards.
+
+    Several processes take turns at the batches and exchange the scores, so that each yields everything.
+
+    Args:
+        model: called with points (B, C, N) and ``inputs - 1`` further tensors.
+        dataset: its items are points (N, C), the further inputs, then whatever else.
+        batch_size: samples per pass.
+        device: where the model is.
+        workers: processes that read.
+        chosen: indices of the samples, in order; None takes all.
+        copies: what makes changed copies of a batch's points (B, N, C), given the samples' numbers (B,); with some, the
+            scores are probabilities, averaged over the points as they are and all copies.
+        inputs: how many of an item's tensors the model takes.
+
+    Yields:
+        The scores, on the device, and the batch as read.
+    """
+    part = dataset if chosen is None else Subset(dataset, [int(i) for i in chosen])
+    loader = DataLoader(part, batch_size=batch_size, num_workers=workers, pin_memory=device.type == "cuda")
+    numbered = enumerate(loader)
+    with evaluating(model):
+        while group := list(itertools.islice(numbered, world_size())):
+            # Where the last batches do not suffice for all, the rest repeat the first one; nobody looks at that.
+            turns = [*group, *[group[0]] * (world_size() - len(group))]
+            turn, batch = turns[rank()]
+            points, *others = (tensor.to(device, non_blocking=True) for tensor in batch[:inputs])
+            scores = model(points.mT, *others).float()
+            if copies:
+                number = torch.arange(len(points), device=device) + turn * batch_size
+                scores = scores.softmax(1)
+                for change in copies:
+                    scores = scores + model(change(points, number).mT, *others).float().softmax(1)
+                scores = scores / (1 + len(copies))
+            of_all = gather_rows(scores, [len(batch[0]) for _, batch in turns])
+            yield from zip(of_all[: len(group)], [batch for _, batch in group], strict=True)
+
+
+class FineTuning(TrainingLoop):
+    """One fine-tuning run.
+
+    Args:
+        args: the parsed command line.
+        folder: the run folder.
+        device: where to train.
+        model: encoder and head.
+        dataset: items are points (N, C), further inputs of the model, and last the target.
+        chosen: samples to train on.
+        validate: scores of the model on held-out data; None where nothing is held out.
+        score: the score that chooses the best epoch.
+        table: names of classes or parts, kept in the checkpoint.
+        identity: text that tells the training data apart from others.
+        augmentation: of the training clouds.
+        per_batch: see ``fine_tuning_rate``.
+
+    Raises:
+        UserError: fewer than two samples, or more neighbours than points.
+    """
+
+    # Which of several runs there are changes none of them: the samples of each are compared by themselves.
+    free_on_resume = FREE_ON_RESUME | {"label_fraction", "test_area", "train_area"}
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        folder: RunFolder,
+        device: torch.device,
+        *,
+        model: FineTuned,
+        dataset: Dataset,
+        chosen: np.ndarray,
+        validate: Callable[[nn.Module], Scores] | None,
+        score: str,
+        table: Mapping[str, Any],
+        identity: str,
+        augmentation: PointAugmentation | None = None,
+        per_batch: bool = False,
+    ) -> None:
+        super().__init__(args, folder, device)
+        if len(chosen) < 2:
+            raise UserError(f"{len(chosen)} training sample: batch norm needs at least two")
+        if len(chosen) < world_size():
+            raise UserError(f"{len(chosen)} training samples for {world_size()} processes: start fewer")
+        self.kind = model.kind
+        self.model = model.to(device)
+        self.network = self.wrap_distributed(self.model)
+        self.dropouts = SampleDropout.convert(self.model)
+        self.dataset = _Keyed(dataset, chosen)
+        # Fewer samples than a batch are one batch.
+        batch = min(args.batch_size, len(chosen) // world_size())
+        self.sampler = self.sampler_of(len(chosen), batch, keep_rest=len(chosen) < DROP_REST_FROM)
+        self.optimizer = build_optimizer(self.model, args)
+        self.validate, self.score, self.table = validate, score, dict(table)
+        self.identity, self.augmentation, self.per_batch = identity, augmentation, per_batch
+
+    def step(self, batch: list[Tensor]) -> Tensor:
+        """One optimiser step; returns (1,) the loss."""
+        args, progress = self.args, self.progress
+        rate = fine_tuning_rate(
+            progress.step,
+            scheduler=args.scheduler,
+            epochs=args.epochs,
+            steps_per_epoch=len(self.sampler),
+            base=base_rate(args),
+            lr=args.lr,
+            per_batch=self.per_batch,
+        )
+        set_learning_rate(self.optimizer, rate)
+        index, points, *others, target = (tensor.to(self.device, non_blocking=True) for tensor in batch)
+        if self.augmentation is not None:
+            streams = SampleStreams(seed=args.seed, epoch=progress.epoch, index=index, purpose=Stream.FINE_TUNING)
+            points = self.augmentation(points, streams)
+        for number, dropout in enumerate(self.dropouts, Stream.DROPOUT):
+            # From the numbers as read: those on a GPU would have to be waited for.
+            streams = SampleStreams(seed=args.seed, epoch=progress.epoch, index=batch[0], purpose=number)
+            dropout.reseed(streams.seeds())
+        with autocast(self.device, args.amp):
+            scores = self.network(points.mT, *others)
+        loss = smoothed_cross_entropy(scores, target, args.label_smoothing)
+        self.backward_and_step(loss)
+        return loss.detach()[None]
+
+    def evaluate(self) -> dict[str, float]:
+        """Validate; keep the weights as ``best.pth`` if they are the best so far."""
+        if self.validate is None:
+            return {}
+        scores = {key: value for key, value in self.validate(self.model).items() if isinstance(value, float)}
+        value = scores[self.score]
+        if value > self.progress.best:
+            self.progress.best, self.progress.best_epoch = value, self.progress.epoch
+            self.save("best.pth")
+        return {f"{self.args.select_on}_{key}": value for key, value in scores.items()}
+
+    def weights(self) -> dict[str, Any]:
+        """Encoder and head, and what the classes are."""
+        return {**describe_fine_tuned(self.model), "table": self.table}
+
+    def load_weights(self, payload: Mapping[str, Any], path: Path) -> None:
+        """Load what ``weights`` gave."""
+        load_strictly(self.model.encoder, payload["point_encoder"], path=path, what="these settings")
+        load_strictly(self.model.head, payload["head"], path=path, what="these settings")
+
+    def fingerprint(self) -> str:
+        """Which samples are trained on, in which order."""
+        text = f"{self.identity} {json.dumps(self.table, sort_keys=True)} {self.dataset.chosen.tolist()}"
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def finish(self, test: Callable[[nn.Module], Scores]) -> dict[str, Any]:
+        """Score the best and the last weights on the test data.
+
+        Returns:
+            ``best`` (None where nothing was validated) and ``last``: each with epoch, validation and test scores.
+        """
+        records = {record["epoch"]: record for record in broadcast_from_rank0(lambda: list(self.folder.metrics()))}
+        prefix = f"{self.args.select_on}_"
+
+        def entry(epoch: int) -> dict[str, Any]:
+            held_out = {k: v for k, v in records.get(epoch, {}).items() if k.startswith(prefix)}
+            return {"epoch": epoch, **held_out, "test": test(self.model)}
+
+        last = entry(self.progress.epoch)
+        best = None
+        if self.progress.best_epoch == self.progress.epoch:
+            best = last
+        elif self.progress.best_epoch:
+            path = self.folder / "best.pth"
+            self.load_weights(broadcast_from_rank0(lambda: load_checkpoint(path)), path)
+            best = entry(self.progress.best_epoch)
+        return {"selected_on": self.args.select_on if best else None, "best": best, "last": last}
+
+    def run(self, test: Callable[[nn.Module], Scores], report: Iterable[str]) -> dict[str, Any]:
+        """Train, or go on where the run stands, and test; a finished run returns its result.
+
+        Args:
+            test: scores of a model on the test data.
+            report: lines for the log.
+        """
+        args, folder = self.args, self.folder
+        folder.start_log()
+        if self.resume(args.resume):
+            result = broadcast_from_rank0(self.earlier_result) if self.progress.epoch >= args.epochs else None
+            if result is not None:
+                logger.info("%s is finished", folder.path)
+                return result
+        folder.write_config(self.provenance())
+        for line in report:
+            logger.info(line)
+        logger.info(
+            "%d training samples, %d steps of %d in %d process(es) on %s",
+            *(len(self.dataset), self.total_steps, self.sampler.global_batch, world_size(), self.device),
+        )
+        if self.sampler.global_batch < args.batch_size * world_size():
+            logger.info("fewer samples than --batch_size %d asks for: each step takes them all", args.batch_size)
+        if self.sampler.sizes[-1] < self.sampler.global_batch:
+            logger.info("the last step of an epoch takes the %d samples that are left", self.sampler.sizes[-1])
+        if self.validate is None:
+            logger.info("nothing is held out: there is no best epoch, the last one is reported")
+        start = time.perf_counter()
+        self.train()
+        seconds = time.perf_counter() - start
+        result = {**self.finish(test), "training_samples": len(self.dataset), "training_seconds": round(seconds, 1)}
+        if is_main():
+            write_json(folder / "result.json", result)
+        return result
+
+    def earlier_result(self) -> dict[str, Any] | None:
+        """What a finished run in the folder has found."""
+        path = self.folder / "result.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def run_folders(args: argparse.Namespace, names: Sequence[str]) -> list[RunFolder]:
+    """Folders of the runs of one call: the run folder itself for one run, sub-folders of it for several.
+
+    All are looked at before the first run starts, so that an earlier run in one of them stops the call at once.
+
+    Raises:
+        UserError: one holds a run and neither ``--resume`` nor ``--overwrite`` is given.
+    """
+    base = Path(args.output_dir) / args.exp_name
+    if len(names) > 1 and args.resume not in (None, "auto"):
+        raise UserError(f"--resume {args.resume} goes on with one run, this call has {len(names)}: use --resume")
+    paths = [base] if len(names) == 1 else [base / name for name in names]
+    return [RunFolder(path, overwrite=args.overwrite, resume=args.resume) for path in paths]
+
+
+def reported_entry(result: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """The entry of a result that is reported, and how it was chosen: best on held-out data, or else the last."""
+    if result["best"] is None:
+        return "last", result["last"]
+    return f"best on {result['selected_on']}", result["best"]

@@ -1,0 +1,1 @@
+"""Runs: the loop, faults, resume, checkpoints, processes."""

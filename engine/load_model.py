@@ -1,0 +1,223 @@
+"""Encoders and fine-tuned models, described in checkpoints and rebuilt from them."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.checkpoint import checkpoint_errors, load_checkpoint
+from engine.published_weights import (
+    ALIASES,
+    guess_encoder,
+    published_arguments,
+    published_encoder_state,
+    published_head_state,
+    published_state,
+)
+from models import ENCODERS, build_encoder, encoder_arguments, resolve_encoder_name
+from models.task_heads import TASKS, FineTuned
+from utils.errors import CheckpointError
+
+logger = logging.getLogger("crossnet")
+
+
+def describe_encoder(encoder: nn.Module) -> dict[str, Any]:
+    """Name and keyword arguments that rebuild an encoder of ``models.ENCODERS``."""
+    name = next(name for name, kind in ENCODERS.items() if type(encoder) is kind)
+    return {"name": name, "kwargs": {key: getattr(encoder, key) for key in encoder_arguments(name)}}
+
+
+def load_strictly(module: nn.Module, state: Mapping[str, Tensor], *, path: str | os.PathLike[str], what: str) -> None:
+    """Load a state dict that must fit exactly.
+
+    Raises:
+        CheckpointError: naming the file and the tensors that are missing, too many, of another shape or type, or not
+            finite.
+    """
+    _check_fit(module, state, path=path, what=what)
+    module.load_state_dict(state)
+
+
+def _check_fit(module: nn.Module, state: Mapping[str, Tensor], *, path: str | os.PathLike[str], what: str) -> None:
+    """See that a state dict fits a module, which may have no memory yet; see ``load_strictly``."""
+    expected = module.state_dict()
+    common = {name: (state[name], expected[name]) for name in expected if isinstance(state.get(name), Tensor)}
+    problems = {
+        "missing": [name for name in expected if name not in common],
+        "unknown": [str(name) for name in state if name not in common],
+        "of another shape": [
+            f"{name} is {tuple(ours.shape)}, not {tuple(theirs.shape)}"
+            for name, (ours, theirs) in common.items()
+            if ours.shape != theirs.shape
+        ],
+        "of another type": [
+            f"{name} is {ours.dtype}, not {theirs.dtype}"
+            for name, (ours, theirs) in common.items()
+            if ours.is_floating_point() != theirs.is_floating_point() or ours.is_complex()
+        ],
+        "not finite": [name for name, (ours, _) in common.items() if not ours.isfinite().all()],
+    }
+    if any(problems.values()):
+        text = "; ".join(
+            f"{len(names)} {kind}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+            for kind, names in problems.items()
+            if names
+        )
+        raise CheckpointError(f"{path} does not fit {what}: tensors {text}")
+
+
+def encoder_from_checkpoint(
+    path: str | os.PathLike[str], *, model: str | None = None, k: int | None = None, emb_dims: int | None = None
+) -> nn.Module:
+    """Rebuild a point encoder and load its weights strictly.
+
+    Our checkpoints need no other argument. Weights published by DGCNN repositories, CrossPoint or CrossNet hold neither
+    the encoder's name nor k: the name follows from the shapes of the tensors, and k falls back to the released 20, both
+    with a notice.
+
+    Args:
+        path: checkpoint or state dict.
+        model: encoder name; must agree with the checkpoint's.
+        k: neighbours; another value than the checkpoint's is used with a warning.
+        emb_dims: must agree with the weights.
+
+    Returns:
+        The encoder, in train mode, on the CPU.
+
+    Raises:
+        CheckpointError: unreadable, another model, or tensors that do not fit; the message names file and tensors.
+    """
+    payload = load_checkpoint(path)
+    with checkpoint_errors(path):
+        return _encoder_from_payload(payload, path, model=model, k=k, emb_dims=emb_dims)
+
+
+def _encoder_from_payload(
+    payload: Mapping[str, Any],
+    path: str | os.PathLike[str],
+    *,
+    model: str | None = None,
+    k: int | None = None,
+    emb_dims: int | None = None,
+    released_k: int | None = None,
+) -> nn.Module:
+    """See ``encoder_from_checkpoint``; ``released_k`` is the fallback of weights that do not say their k."""
+    if "encoder" in payload and "point_encoder" in payload:
+        name, kwargs = payload["encoder"]["name"], dict(payload["encoder"]["kwargs"])
+        if not all(
+            isinstance(value, int) and not isinstance(value, bool) and value < 1 << 31 for value in kwargs.values()
+        ):
+            raise CheckpointError(f"{path} describes an encoder with sizes that are no such numbers: {kwargs}")
+        state = payload["point_encoder"]
+        if model is not None and resolve_encoder_name(model) != name:
+            raise CheckpointError(f"{path} holds a {name}, not the {resolve_encoder_name(model)} that was asked for")
+    else:
+        state = published_state(payload, path)
+        name = guess_encoder(state, path) if model is None else resolve_encoder_name(model)
+        state, left_out = published_encoder_state(state, name)
+        if left_out:
+            logger.info("%s: %d tensors of heads and aliases are left out", path, len(left_out))
+        kwargs = published_arguments(state, name)
+        if "k" in kwargs:
+            kwargs["k"] = released_k or kwargs["k"]
+        if k is None and "k" in kwargs:
+            logger.warning("%s does not say its number of neighbours; --k %d is used", path, kwargs["k"])
+        elif "k" in kwargs:
+            kwargs["k"] = k
+    if emb_dims is not None and emb_dims != kwargs["emb_dims"]:
+        raise CheckpointError(f"{path} has an embedding of {kwargs['emb_dims']}, not --emb_dims {emb_dims}")
+    if k is not None and "k" in kwargs and k != kwargs["k"]:
+        logger.warning("%s was trained with k = %d; --k %d is used instead", path, kwargs["k"], k)
+        kwargs["k"] = k
+
+    def build() -> nn.Module:
+        try:
+            encoder = build_encoder(name, **kwargs)
+            if missing := sorted(encoder_arguments(name).keys() - kwargs.keys()):
+                raise ValueError(f"it does not say its {', '.join(missing)}")
+            return encoder
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{path} describes an encoder that this version does not have ({error})") from error
+
+    what = f"the encoder {name}"
+    with torch.device("meta"):  # sizes that the weights do not have take no memory
+        shapes = build()
+    _check_fit(shapes, state, path=path, what=what)
+    encoder = build()
+    load_strictly(encoder, state, path=path, what=what)
+    return encoder
+
+
+def describe_fine_tuned(model: FineTuned) -> dict[str, Any]:
+    """What a checkpoint of a fine-tuned model holds, so that ``fine_tuned_from_checkpoint`` can rebuild it."""
+    return {
+        "kind": model.kind,
+        "encoder": describe_encoder(model.encoder),
+        "point_encoder": model.encoder.state_dict(),
+        "head_sizes": dict(model.sizes),
+        "head": model.head.state_dict(),
+    }
+
+
+def fine_tuned_from_checkpoint(
+    path: str | os.PathLike[str], task: type[FineTuned], *, model: str | None = None, k: int | None = None
+) -> tuple[FineTuned, dict[str, Any]]:
+    """Rebuild an encoder with its head and load both strictly.
+
+    Published state dicts (names without or with ``module.``, batch norms registered twice) open too: encoder and sizes
+    follow from their tensors, and k falls back to that of the task's released script, with a notice.
+
+    Args:
+        path: checkpoint of a fine-tuning run, or state dict.
+        task: what the model must do.
+        model: encoder name; must agree with the checkpoint's.
+        k: neighbours; another value than the checkpoint's is used with a warning.
+
+    Returns:
+        The model, in train mode, on the CPU; and the checkpoint's content, empty for a published state dict.
+
+    Raises:
+        CheckpointError: unreadable, of another task, without head, or tensors that do not fit.
+    """
+    payload = load_checkpoint(path)
+    with checkpoint_errors(path):
+        return _fine_tuned_from_payload(payload, path, task, model=model, k=k)
+
+
+def _fine_tuned_from_payload(
+    payload: Mapping[str, Any], path: str | os.PathLike[str], task: type[FineTuned], *, model: str | None, k: int | None
+) -> tuple[FineTuned, dict[str, Any]]:
+    """See ``fine_tuned_from_checkpoint``."""
+    kind = payload.get("kind")
+    if isinstance(kind, str) and kind != task.kind:
+        holds = f"a model for {kind}" if kind in TASKS else "an encoder without a head (--pretrain_path takes that)"
+        raise CheckpointError(f"{path} holds {holds}; expected a model for {task.kind}")
+    encoder = _encoder_from_payload(payload, path, model=model, k=k, released_k=task.released_k)
+    head_kind = task.heads.get(type(encoder))
+    if head_kind is None:
+        raise CheckpointError(f"{path} holds a {describe_encoder(encoder)['name']}, which has no head for {task.kind}")
+    if kind is not None:
+        sizes, state = dict(payload["head_sizes"]), payload["head"]
+    else:
+        state, payload = published_head_state(payload, path, describe_encoder(encoder)["name"]), {}
+        try:
+            sizes = head_kind.sizes(state, encoder)
+        except KeyError as error:
+            raise CheckpointError(f"{path} holds no head for {task.kind}: the tensor {error} is missing") from error
+    with torch.device("meta"):
+        shapes = head_kind(encoder, **sizes)
+    known = shapes.state_dict()
+    if not payload:
+        # Of the names that repeat a batch norm only those stay that this head really uses (bn6 of a classifier).
+        aliases = ALIASES[describe_encoder(encoder)["name"].split("_")[0]]
+        state = {key: tensor for key, tensor in state.items() if key in known or not aliases.match(key)}
+    what = f"the head for {task.kind}"
+    _check_fit(shapes, state, path=path, what=what)
+    fine_tuned = task(encoder, **sizes)
+    load_strictly(fine_tuned.head, state, path=path, what=what)
+    return fine_tuned, payload

@@ -1,0 +1,66 @@
+"""Optimisers, learning rates and mixed precision."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+
+import torch
+from torch import nn
+
+AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+LR_SCHEDULES = ("cosine", "released")
+
+
+def cosine_lr(step: int, *, total: int, base: float, floor: float = 0.0) -> float:
+    """Cosine decay (arXiv:1608.03983) from ``base`` at step 0 to ``floor`` at step ``total``."""
+    return floor + (base - floor) * (1 + math.cos(math.pi * step / total)) / 2
+
+
+def learning_rate(step: int, *, schedule: str, total: int, epochs: int, base: float) -> float:
+    """Learning rate of a pretraining step.
+
+    Args:
+        step: optimiser steps done, from 0.
+        schedule: ``cosine`` decays once over the whole run; ``released`` is what the released code does: it steps a
+            cosine of period 2 x epochs at every batch, so that the rate swings between ``base`` and 0 all along.
+        total: steps of the whole run.
+        epochs: epochs of the whole run.
+        base: highest rate.
+    """
+    return cosine_lr(step, total=total if schedule == "cosine" else epochs, base=base)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set every parameter group's rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManager:
+    """Mixed precision for the forward pass: ``off``, ``bf16`` or ``fp16``."""
+    dtype = AMP_DTYPES[amp]
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+
+
+def grad_scaler(device: torch.device, amp: str) -> torch.amp.GradScaler:
+    """Loss scaling, active for fp16 only: bf16 has float32's range."""
+    return torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+
+
+SGD_FACTOR = 100  # the released scripts give SGD this many times Adam's rate
+
+
+def base_rate(args: argparse.Namespace) -> float:
+    """Highest learning rate: ``--lr``, or 100 times that with SGD, as released."""
+    return args.lr * (SGD_FACTOR if args.use_sgd else 1)
+
+
+def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
+    """Adam, or SGD with momentum, over all parameters of the model."""
+    if args.use_sgd:
+        return torch.optim.SGD(
+            model.parameters(), lr=base_rate(args), momentum=args.momentum, weight_decay=args.weight_decay
+        )
+    return torch.optim.Adam(model.parameters(), lr=base_rate(args), weight_decay=args.weight_decay)

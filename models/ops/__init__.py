@@ -1,0 +1,1 @@
+"""Why the encoders are fast, all exact: layers, EdgeConv without edges, neighbors, pooling, kernels."""

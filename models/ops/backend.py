@@ -1,0 +1,195 @@
+"""Which form of the encoder's inner loops runs: PyTorch's operations, or Triton kernels on a GPU.
+
+``CROSSNET_KERNELS`` in the environment decides:
+
+- ``auto`` (default): the kernels, on a GPU on which they compile and agree with plain formulas in a check at first use;
+  else PyTorch's operations, with a warning that says why.
+- ``triton``: the kernels; where they cannot run, that is an error. With TRITON_INTERPRET=1 also on a CPU, slowly.
+- ``torch``: PyTorch's operations everywhere.
+
+Both forms find the same neighbours, but for ties, and agree up to rounding; neither is an approximation.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from models.ops.tiles import runs_eagerly
+from utils.collectives import all_gather_strings, rank, world_size
+from utils.errors import UserError
+
+VARIABLE = "CROSSNET_KERNELS"
+CHOICES = ("auto", "triton", "torch")
+logger = logging.getLogger("crossnet.kernels")
+_without_everywhere: list[str] = []  # why no process uses the kernels; see agree_on_kernels
+
+
+def wanted() -> str:
+    """The choice in the environment.
+
+    Raises:
+        UserError: it is none of ``CHOICES``.
+    """
+    choice = os.environ.get(VARIABLE, CHOICES[0])
+    if choice not in CHOICES:
+        raise UserError(f"{VARIABLE}={choice} in the environment: expected one of {', '.join(CHOICES)}")
+    return choice
+
+
+def check_choice(device: torch.device) -> None:
+    """Refuse a choice in the environment that cannot be had on a device; to be called before a run begins.
+
+    Raises:
+        UserError: CROSSNET_KERNELS is no choice, or asks for kernels that cannot run here.
+    """
+    if wanted() != "triton":
+        return
+    if device.type != "cuda" and not _interpreted():
+        raise UserError(f"{VARIABLE}=triton in the environment: the kernels need a GPU, the encoder runs on {device}")
+    kernels, reason = _checked(_indexed(device))
+    if kernels is None:
+        raise UserError(f"{VARIABLE}=triton in the environment, but the kernels cannot run on {device}: {reason}")
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def backend_for(x: Tensor) -> ModuleType | None:
+    """``models.ops.triton_kernels`` where it computes what is made of ``x``, None where PyTorch's operations do.
+
+    The kernels take float32 only, and are not recorded by torch.compile and torch.export.
+
+    Raises:
+        UserError: CROSSNET_KERNELS is no choice, or asks for kernels that cannot run here.
+    """
+    if x.dtype != torch.float32 or not runs_eagerly():
+        return None
+    choice = wanted()
+    if choice == "torch" or (choice == "auto" and (_interpreted() or not x.is_cuda)):
+        return None
+    check_choice(x.device)
+    return None if _without_everywhere else _checked(_indexed(x.device))[0]
+
+
+def agree_on_kernels(device: torch.device) -> None:
+    """Make all processes use PyTorch's operations if the kernels fail in one of them; every process must call this.
+
+    With different forms the processes would break ties differently, and wait for the slowest one in every step.
+    """
+    if world_size() == 1 or device.type != "cuda" or wanted() == "torch":
+        return
+    _, reason = _checked(_indexed(device))
+    _without_everywhere[:] = all_gather_strings([f"process {rank()} on {device}: {reason}"] if reason else [])
+    if _without_everywhere:
+        logger.warning("all processes use PyTorch's operations: %s", "; ".join(_without_everywhere))
+
+
+def _indexed(device: torch.device) -> torch.device:
+    """Give ``cuda`` the index of the current GPU, so that a GPU is checked once, whatever it is called."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+@functools.cache
+def _checked(device: torch.device) -> tuple[ModuleType | None, str]:
+    """The kernels if they work on a device (see ``_indexed``), or None and the reason; found out once.
+
+    Raises:
+        UserError: they failed in a way after which the device takes no more work.
+    """
+    try:
+        kernels = importlib.import_module("models.ops.triton_kernels")
+        with torch.inference_mode(False), torch.enable_grad():  # gradients are compared, whatever the caller needs
+            check(kernels, device)
+    except torch.cuda.OutOfMemoryError:
+        raise  # says nothing about the kernels
+    except Exception as error:  # whatever a compiler, a driver or a device may raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        try:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        except Exception as broken:
+            raise UserError(
+                f"a check of the Triton kernels left {device} unusable ({reason}): start again with {VARIABLE}=torch"
+            ) from broken
+        logger.warning("Triton kernels are not used on %s, PyTorch's operations are: %s", device, reason)
+        return None, reason
+    logger.info("Triton kernels are used on %s (%s=torch turns them off)", device, VARIABLE)
+    return kernels, ""
+
+
+def check(kernels: ModuleType, device: torch.device) -> None:
+    """Compare every kernel with the plain formula, in float64 on the CPU.
+
+    On a GPU also at a size that is compiled as a run's is: several warps to a row, aligned loads, several tiles.
+
+    Raises:
+        RuntimeError: one differs by more than rounding.
+    """
+    _check_size(kernels, device, clouds=2, points=12, k=5, width=20)
+    if device.type == "cuda":
+        _check_size(kernels, device, clouds=2, points=1040, k=20, width=144)
+
+
+def _check_size(kernels: ModuleType, device: torch.device, *, clouds: int, points: int, k: int, width: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+
+    def compare(what: str, found: Tensor, expected: Tensor) -> None:
+        error = ((found.cpu().double() - expected).abs().max() / expected.abs().max()).item()
+        if not error < 1e-5:
+            raise RuntimeError(f"{what} on {device} differ from the plain formula by {error:.1e} of the largest")
+
+    cloud = random(clouds, points, 3)
+    cloud[:, points // 2 :] = cloud[:, :1]  # as input dropout leaves them: more equal distances than k
+    distances = (cloud[:, :, None] - cloud[:, None]).double().square().sum(-1)
+    smallest, nearest = (part[..., :k] for part in distances.sort(dim=-1, stable=True))
+    selected = kernels.largest(-distances.float().flatten(0, 1).to(device), k).unflatten(0, (clouds, points))
+    for what, found in (("nearest points", kernels.nearest(cloud.to(device), k)), ("largest values", selected)):
+        index = found.cpu()
+        if index.min() < 0 or index.max() >= points or (index.diff(dim=-1) <= 0).any():
+            raise RuntimeError(f"{what} on {device} are not different places: they differ from the plain formula")
+        compare(what, distances.gather(-1, index).sort(-1).values, smallest)
+
+    neighbors = (nearest + points * torch.arange(clouds)[:, None, None]).flatten(0, 1)
+    a, c, grad_at_argmax = (random(clouds * points, width) for _ in range(3))
+    grad_scale, constant, about = (random(width) for _ in range(3))
+    sign = torch.where(grad_scale < 0, -1.0, 1.0)
+    exact_a, exact_c = (x.double().requires_grad_() for x in (a, c))
+    h = exact_a[neighbors] + exact_c[:, None]
+    inputs = [x.to(device) for x in (a, c, neighbors, sign)]
+    for given in (about.to(device), None):
+        extremes, argmax, total, squares = kernels.edge_extremes(*inputs, about=given)
+        compare("extremes", extremes, ((h * sign).amax(1) * sign).detach())
+        compare("places of extremes", extremes, (exact_a.gather(0, _rows(argmax, len(a))) + exact_c).detach())
+        if given is not None:
+            compare("sums of edges", total, (h - about).sum((0, 1)).detach())
+            compare("sums of squares", squares, (h - about).square().sum((0, 1)).detach())
+    energy = (grad_scale * h.square() / 2 + constant * h).sum()
+    energy = energy + (grad_at_argmax * (exact_a.gather(0, _rows(argmax, len(a))) + exact_c)).sum()
+    expected = torch.autograd.grad(energy, (exact_a, exact_c))
+    for argmax_type in (torch.int16, torch.int32):
+        of_edges = [
+            *inputs[:3],
+            *(x.to(device) for x in (grad_scale, constant, grad_at_argmax)),
+            argmax.to(argmax_type),
+        ]
+        gradients = kernels.edge_gradients(*of_edges)
+        for what, found, exact in zip(("neighbours", "centres"), gradients, expected, strict=True):
+            compare(f"gradients of {what}", found, exact)
+
+
+def _rows(argmax: Tensor, rows: int) -> Tensor:
+    """Places from a kernel as an index; one that is out of range becomes the next, whose value then is wrong."""
+    return argmax.cpu().long().clamp(0, rows - 1)

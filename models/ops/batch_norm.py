@@ -1,0 +1,207 @@
+"""Batch-norm statistics as mergeable moments: over chunks of edges and over processes.
+
+A layer that never builds its edge tensor cannot call ``nn.BatchNorm2d``; it works out the count, the mean and the
+centred sum of squares, and the functions here do with them what the module would do.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from models.ops.precision import at_least_float32, without_autocast
+from utils.collectives import all_reduce_sum, gather_with_grad, world_size
+
+
+class Moments(NamedTuple):
+    """First and second moments of a set of vectors."""
+
+    count: Tensor  # () number of vectors
+    mean: Tensor  # (C,)
+    scatter: Tensor  # (C,) centred sum of squares, or (C, C) centred sum of outer products
+
+
+def merge_moments(counts: Tensor, means: Tensor, scatters: Tensor) -> Moments:
+    """Moments of the union of R disjoint sets (Chan, Golub and LeVeque, 1983).
+
+    Shape:
+        counts (R,), means (R, C), scatters (R, C) or (R, C, C)
+    """
+    count = counts.sum()
+    mean = (counts[:, None] * means).sum(0) / count
+    offset = means - mean
+    weighted = counts[:, None] * offset
+    between = weighted.T @ offset if scatters.ndim == 3 else (weighted * offset).sum(0)
+    return Moments(count, mean, scatters.sum(0) + between)
+
+
+def moments_of(rows: Tensor) -> Moments:
+    """Moments of the rows of a matrix (P, C), with the scatter per channel."""
+    mean = rows.mean(0)
+    return Moments(rows.new_full((), len(rows)), mean, (rows - mean).square().sum(0))
+
+
+def shares_statistics(norm: _BatchNorm) -> bool:
+    """Whether the batch statistics of ``norm`` are those of several processes."""
+    return world_size() > 1 and isinstance(norm, SyncBatchNorm)
+
+
+def across_processes(moments: Moments, norm: _BatchNorm) -> Moments:
+    """Merge every process's moments by one differentiable all-reduce, where ``norm`` is a ``SyncBatchNorm``.
+
+    A single process, and any other batch norm, keeps its own.
+    """
+    if not shares_statistics(norm):
+        return moments
+    packed = torch.cat([moments.count.reshape(1).to(moments.mean.dtype), moments.mean, moments.scatter.flatten()])
+    channels = len(moments.mean)
+    slots = gather_with_grad(packed[None])
+    counts, means, scatters = slots.split([1, channels, packed.numel() - 1 - channels], dim=1)
+    return merge_moments(counts.flatten(), means, scatters.reshape(-1, *moments.scatter.shape))
+
+
+def sum_across_processes(x: Tensor, norm: _BatchNorm) -> Tensor:
+    """Sum of every process's ``x`` where ``norm`` is a ``SyncBatchNorm``; any other batch norm keeps its own."""
+    return all_reduce_sum(x) if shares_statistics(norm) else x
+
+
+def uses_batch_statistics(norm: _BatchNorm) -> bool:
+    """Whether the module normalises with the batch's statistics rather than with its running ones."""
+    return norm.training or norm.running_mean is None
+
+
+@torch.no_grad()
+def update_running_statistics(norm: _BatchNorm, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+    """What ``nn.BatchNorm`` does to its buffers in train mode.
+
+    Args:
+        norm: module whose buffers change; ``momentum=None`` means the cumulative average, as in PyTorch.
+        mean: batch mean (C,).
+        variance: biased batch variance (C,).
+        count: number of vectors behind them; the buffer takes the unbiased variance.
+    """
+    if not norm.training or norm.running_mean is None:
+        return
+    norm.num_batches_tracked.add_(1)
+    factor = norm.momentum if norm.momentum is not None else 1.0 / norm.num_batches_tracked.item()
+    unbiased = variance * (count / (count - 1).clamp_min(1))
+    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), factor)
+    norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), factor)
+
+
+def scale_and_shift(norm: _BatchNorm, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+    """``norm`` with these statistics as ``x * scale + shift``, each (C,)."""
+    scale = torch.rsqrt(variance + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    shift = -mean * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias
+    return scale, shift
+
+
+def gradient_of_statistics(
+    norm: _BatchNorm,
+    sum_grad: Tensor,
+    sum_grad_y: Tensor,
+    *,
+    scale: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    count: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The part of batch norm's gradient that every input gets, because the statistics depend on it.
+
+    With g the gradient with respect to ``scale * y + shift``, that with respect to y is
+    ``scale * g + slope * y + constant``.
+
+    Args:
+        norm: whether its statistics are shared with other processes.
+        sum_grad: (C,) sum of g over all y of this process.
+        sum_grad_y: (C,) sum of g times the centred y.
+        scale: (C,), see ``scale_and_shift``.
+        mean: (C,).
+        variance: (C,), biased.
+        count: number of y, in all processes; None where running statistics are used.
+
+    Returns:
+        slope (C,), constant (C,), and the gradient of the gain (C,); that of the bias is ``sum_grad``.
+    """
+    rstd = torch.rsqrt(variance + norm.eps)
+    grad_gain = sum_grad_y * rstd
+    if count is None:
+        return torch.zeros_like(scale), torch.zeros_like(scale), grad_gain
+    # The mean and the variance depend on every y of every process.
+    shared = sum_across_processes(torch.stack([sum_grad, grad_gain]), norm) / count
+    slope = -scale * rstd * shared[1]
+    return slope, -scale * shared[0] - slope * mean, grad_gain
+
+
+def sign_of_gain(scale: Tensor) -> Tensor:
+    """+1 where ``x * scale + shift`` is non-decreasing in x, also for a scale of zero, and -1 where it decreases."""
+    return torch.where(scale.detach() < 0, -1.0, 1.0).to(scale.dtype)
+
+
+class _NormalizeTogether(torch.autograd.Function):
+    """Batch norm by the statistics of all processes, which keeps only its input for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: _BatchNorm) -> Tensor:
+        values = at_least_float32(x)
+        ctx.dims, ctx.norm = [0, *range(2, x.ndim)], norm
+        variance, mean = torch.var_mean(values, ctx.dims, correction=0)
+        count = values.new_full((), x.numel() // x.shape[1])  # filled there: a copy would wait for the device
+        moments = across_processes(Moments(count, mean, variance * count), norm)
+        variance = moments.scatter / moments.count
+        update_running_statistics(norm, moments.mean, variance, moments.count)
+        ctx.save_for_backward(x, weight, moments.mean, torch.rsqrt(variance + norm.eps), moments.count)
+        return F.batch_norm(values, moments.mean, variance, weight, bias, eps=norm.eps).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, rstd, count = ctx.saved_tensors
+        shape = [1, -1, *[1] * (x.ndim - 2)]
+        grad, centered = at_least_float32(grad), at_least_float32(x) - mean.reshape(shape)
+        sum_grad, grad_gain = grad.sum(ctx.dims), (grad * centered).sum(ctx.dims) * rstd
+        # The mean and the variance depend on every row of every process.
+        shared = sum_across_processes(torch.stack([sum_grad, grad_gain]), ctx.norm) / count
+        scale = rstd if weight is None else rstd * weight
+        grad_x = torch.addcmul(grad - shared[0].reshape(shape), centered, (-shared[1] * rstd).reshape(shape))
+        of_weight, of_bias = (None, None) if weight is None else (grad_gain, sum_grad)
+        return (grad_x * scale.reshape(shape)).to(x.dtype), of_weight, of_bias, None
+
+
+class SyncBatchNorm(_BatchNorm):
+    """Batch norm over the rows of all processes, on gloo (CPU) as well as on NCCL.
+
+    ``torch.nn.SyncBatchNorm`` refuses CPU tensors. Counts, means and centred sums travel in one all-reduce each way;
+    parameter and buffer names are those of ``nn.BatchNorm``. In one process it is plain batch norm.
+    """
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        if x.ndim < 2:
+            raise ValueError(f"expected at least 2 dimensions, got {x.ndim}")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape: (B, C, ...) -> the same."""
+        if world_size() == 1 or not uses_batch_statistics(self):
+            return super().forward(x)
+        with without_autocast(x.device):
+            return _NormalizeTogether.apply(x, self.weight, self.bias, self)
+
+    @classmethod
+    def convert(cls, module: nn.Module) -> nn.Module:
+        """Turn every batch norm inside ``module`` into this class, in place, parameters and buffers kept.
+
+        EdgeConv blocks do not call their batch norm; its class decides whether their statistics are shared.
+        """
+        for child in module.modules():
+            if isinstance(child, _BatchNorm):
+                child.__class__ = cls
+        return module

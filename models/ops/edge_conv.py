@@ -1,0 +1,385 @@
+"""EdgeConv of DGCNN (arXiv:1801.07829) without edge tensors.
+
+A textbook EdgeConv builds [x_j - x_i ; x_i] for all k neighbours j of every point i, a tensor of N * k edges, and runs
+a 1x1 convolution, batch norm, a leaky ReLU and a maximum over it. With the weight split as W = [A B] the convolution is
+``h_ij = a_j + c_i`` with ``a = A x`` and ``c = (B - A) x``: two products over N points. Batch norm followed by a leaky
+ReLU is monotone in each channel, so the maximum over j moves inside (the minimum where the gain is negative), and the
+batch statistics of all edges follow from sums over points. Nothing here is an approximation.
+
+Inside, clouds are rows: (B, N, C), or (B * N, C) with neighbour indices into all rows of the batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from models.ops.backend import backend_for
+from models.ops.batch_norm import (
+    Moments,
+    across_processes,
+    gradient_of_statistics,
+    merge_moments,
+    scale_and_shift,
+    shares_statistics,
+    sign_of_gain,
+    update_running_statistics,
+    uses_batch_statistics,
+)
+from models.ops.layers import max_over_points
+from models.ops.pooling import leaky_relu_gradient
+from models.ops.precision import at_least_float32, without_autocast
+from models.ops.tiles import in_degree, neighbor_max, neighbor_sum, tiles_of_rows, transposed_sum, whole_clouds
+
+# Elements of one block of edges in a two-layer EdgeConv.
+_EDGE_TILE = {"cpu": 1 << 22, "cuda": 1 << 25}
+
+
+def edge_terms(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The terms of ``weight [x_j - x_i ; x_i] = a_j + c_i``.
+
+    Args:
+        x: (P, C) rows.
+        weight: (C_out, 2 C), of a 1x1 convolution without bias (batch norm follows).
+
+    Returns:
+        a, c: each (P, C_out).
+    """
+    neighbor, center = weight.split(x.shape[1], dim=1)
+    return F.linear(x, neighbor), F.linear(x, center - neighbor)
+
+
+def edge_moments(a: Tensor, c: Tensor, neighbors: Tensor, degree: Tensor) -> Moments:
+    """Moments of ``h_ij = a_j + c_i`` over all edges, from sums over points, without gradient.
+
+    With a and c centred, so that no large mean cancels, d_j how often j is chosen and S_i = sum_j a_j over the
+    neighbours j of i: sum (h - mean)^2 = sum_j d_j a_j^2 + 2 sum_i c_i S_i + k sum_i c_i^2.
+
+    Args:
+        a: (P, C).
+        c: (P, C).
+        neighbors: (P, k).
+        degree: (P,) d_j.
+    """
+    points, k = neighbors.shape
+    mean_a, mean_c = degree @ a / (points * k), c.mean(0)
+    scatter = torch.zeros_like(mean_a)
+    for rows in tiles_of_rows(a):
+        centered_a, centered_c = a[rows] - mean_a, c[rows] - mean_c
+        scatter += degree[rows] @ centered_a.square_()
+        twice = neighbor_sum(a, neighbors[rows]).sub_(mean_a, alpha=k).mul_(2).add_(centered_c, alpha=k)
+        scatter += twice.mul_(centered_c).sum(0)
+    return Moments(a.new_full((), points * k), mean_a + mean_c, scatter.clamp_min_(0))
+
+
+class _EdgeMoments(torch.autograd.Function):
+    """Mean and scatter of ``edge_moments``, with gradient.
+
+    The derivatives of the scatter are 2 (d_j a_j + T_j) for a_j, with T_j = sum of the c_i that chose j, and
+    2 (S_i + k c_i) for c_i, a and c centred.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, c: Tensor, neighbors: Tensor) -> tuple[Tensor, Tensor]:
+        degree = in_degree(neighbors).to(a.dtype)
+        moments = edge_moments(a, c, neighbors, degree)
+        ctx.save_for_backward(a, c, neighbors, degree, moments.mean)
+        return moments.mean, moments.scatter
+
+    @staticmethod
+    def backward(ctx: Any, grad_mean: Tensor, grad_scatter: Tensor) -> tuple[Tensor, Tensor, None]:
+        a, c, neighbors, degree, mean = ctx.saved_tensors
+        points, k = neighbors.shape
+        grad_scale = 2 * grad_scatter
+        constant = grad_mean / (points * k) - grad_scale * mean
+        return *gradients_of_all_edges(a, c, neighbors, degree, grad_scale, constant), None
+
+
+def gradients_of_all_edges(
+    a: Tensor, c: Tensor, neighbors: Tensor, degree: Tensor, grad_scale: Tensor, constant: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients with respect to a and c where that of each edge is ``grad_scale * (a_j + c_i) + constant``.
+
+    Args:
+        a: (P, C).
+        c: (P, C).
+        neighbors: (P, k).
+        degree: (P,) how often each row is a neighbour.
+        grad_scale: (C,).
+        constant: (C,).
+
+    Returns:
+        ``grad_scale (d_j a_j + T_j) + d_j constant``, T_j being the sum of the c_i that chose j, and
+        ``grad_scale (S_i + k c_i) + k constant``, S_i being the sum of the neighbours' a_j; each (P, C).
+    """
+    k = neighbors.shape[1]
+    grad_a, grad_c = transposed_sum(c, neighbors), neighbor_sum(a, neighbors)
+    for rows in tiles_of_rows(a):
+        grad_a[rows].mul_(grad_scale).addcmul_(degree[rows, None], torch.addcmul(constant, a[rows], grad_scale))
+        grad_c[rows].add_(c[rows], alpha=k).mul_(grad_scale).add_(constant, alpha=k)
+    return grad_a, grad_c
+
+
+def edge_extremes(
+    a: Tensor, c: Tensor, neighbors: Tensor, sign: Tensor, *, with_moments: bool
+) -> tuple[Tensor, Tensor, Moments | None]:
+    """Extremes over the neighbours j of ``h_ij = a_j + c_i``, and its moments, without gradient.
+
+    Args:
+        a: (P, C).
+        c: (P, C).
+        neighbors: (P, k).
+        sign: (C,) of 1 and -1, where the minimum is wanted.
+        with_moments: whether those are wanted.
+
+    Returns:
+        Extremes (P, C), the rows j that they come from (P, C), and the moments over all edges or None.
+    """
+    if kernels := backend_for(a):
+        about = a.mean(0) + c.mean(0) if with_moments else None  # close to the mean, so that no digits cancel
+        extremes, argmax, total, squares = kernels.edge_extremes(a, c, neighbors, sign, about=about)
+        if about is None:
+            return extremes, argmax, None
+        offset = total / neighbors.numel()
+        scatter = (squares - total * offset).clamp_min_(0)
+        return extremes, argmax, Moments(a.new_full((), neighbors.numel()), about + offset, scatter)
+    moments = edge_moments(a, c, neighbors, in_degree(neighbors).to(a.dtype)) if with_moments else None
+    largest, argmax = neighbor_max(a, neighbors, sign)
+    return largest.add_(c), argmax, moments
+
+
+def edge_gradients(
+    a: Tensor,
+    c: Tensor,
+    neighbors: Tensor,
+    grad_scale: Tensor,
+    constant: Tensor,
+    grad_at_argmax: Tensor,
+    argmax: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """``gradients_of_all_edges``, and ``grad_at_argmax`` (P, C) on top at the extremes, whose rows j are ``argmax``."""
+    if kernels := backend_for(a):
+        return kernels.edge_gradients(a, c, neighbors, grad_scale, constant, grad_at_argmax, argmax)
+    grad_a, grad_c = gradients_of_all_edges(a, c, neighbors, in_degree(neighbors).to(a.dtype), grad_scale, constant)
+    return grad_a.scatter_add_(0, argmax.to(torch.int64), grad_at_argmax), grad_c.add_(grad_at_argmax)
+
+
+class _EdgeConv(torch.autograd.Function):
+    """See ``edge_conv``. Inputs: rows, the convolution's weight, the gain, the bias; the rest has no gradient.
+
+    A block of clouds at a time, so that a and c stay in a cache. Between forward and backward only the extremes
+    ``e_i = a_j + c_i`` and their places are kept; a and c are two small products and are taken again.
+
+    The gradient with respect to h_ij is ``scale * g_i`` where ij is an extreme, g being that with respect to the
+    normalised value, and everywhere ``grad_scale * h_ij + constant`` from the batch statistics.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        gain: Tensor | None,
+        bias: Tensor | None,
+        norm: nn.BatchNorm2d,
+        negative_slope: float,
+        neighbors: Tensor,
+        clouds: int,
+        trains: bool,
+    ) -> Tensor:
+        batch, tiles = uses_batch_statistics(norm), whole_clouds(x, clouds, len(weight))
+        # For any m the layer is W [x_j - x_i ; x_i - m] + B m, and with the mean as m no large offset costs digits.
+        offset = x.mean(0)
+        constant = F.linear(offset, weight[:, len(offset) :])
+        sign = sign_of_gain(weight.new_ones(len(weight)) if gain is None else gain).to(x.dtype)
+        extremes = x.new_empty(len(x), len(weight))
+        longest = max(rows.stop - rows.start for rows in tiles)
+        argmax = (
+            torch.empty_like(extremes, dtype=torch.int16 if longest <= 1 << 15 else torch.int32) if trains else None
+        )
+        parts = []
+        for rows in tiles:
+            local_neighbors = neighbors[rows] - rows.start
+            a, c = edge_terms(x[rows] - offset, weight)
+            extremes[rows], chosen, moments = edge_extremes(a, c, local_neighbors, sign, with_moments=batch)
+            parts.append(moments)
+            if trains:
+                argmax[rows] = chosen
+        if batch:
+            moments = merge_moments(*map(torch.stack, zip(*parts, strict=True)))
+            moments = across_processes(moments._replace(mean=moments.mean + constant), norm)
+            mean, variance, count = moments.mean, moments.scatter / moments.count, moments.count
+            update_running_statistics(norm, mean, variance, count)
+        else:
+            mean, variance, count = norm.running_mean, norm.running_var, None
+        mean = mean - constant
+        scale, shift = scale_and_shift(norm, mean, variance)
+        out = torch.empty_like(extremes) if trains else extremes
+        for rows in tiles_of_rows(out):
+            out[rows] = F.leaky_relu_(torch.addcmul(shift, extremes[rows], scale), negative_slope)
+        if trains:
+            ctx.save_for_backward(
+                x, weight, gain, bias, neighbors, extremes, argmax, offset, scale, shift, mean, variance, count
+            )
+            ctx.norm, ctx.negative_slope, ctx.clouds = norm, negative_slope, clouds
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, gain, bias, neighbors, extremes, argmax, offset, scale, shift, mean, variance, count = (
+            ctx.saved_tensors
+        )
+
+        def normalized_gradient(rows: slice) -> Tensor:
+            return leaky_relu_gradient(grad[rows], torch.addcmul(shift, extremes[rows], scale), ctx.negative_slope)
+
+        sum_grad, sum_grad_h = torch.zeros_like(scale), torch.zeros_like(scale)
+        for rows in tiles_of_rows(extremes):
+            inner = normalized_gradient(rows)
+            sum_grad += inner.sum(0)
+            sum_grad_h += inner.mul_(extremes[rows] - mean).sum(0)
+        grad_scale, constant, grad_gain = gradient_of_statistics(
+            ctx.norm, sum_grad, sum_grad_h, scale=scale, mean=mean, variance=variance, count=count
+        )
+        width = x.shape[1]
+        of_neighbor, of_center = weight[:, :width], weight[:, width:] - weight[:, :width]
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        sum_a, sum_c = (weight.new_zeros(len(weight), width) for _ in range(2))
+        # What batch norm passes on sums to zero over its batch; rounding would come back times the offset.
+        sums_to_zero = count is not None and not shares_statistics(ctx.norm)
+        total = torch.zeros_like(scale)
+        for rows in whole_clouds(x, ctx.clouds, len(weight)):
+            centered = x[rows] - offset
+            grad_c = normalized_gradient(rows).mul_(scale)
+            if count is None:
+                grad_a = torch.zeros_like(grad_c).scatter_add_(0, argmax[rows].to(torch.int64), grad_c)
+            else:
+                local_neighbors = neighbors[rows] - rows.start
+                a, c = edge_terms(centered, weight)
+                grad_a, grad_c = edge_gradients(a, c, local_neighbors, grad_scale, constant, grad_c, argmax[rows])
+            if not sums_to_zero:
+                total += grad_c.sum(0)
+            sum_a.addmm_(grad_a.T, centered)
+            sum_c.addmm_(grad_c.T, centered)
+            if grad_x is not None:
+                grad_x[rows] = (grad_a @ of_neighbor).addmm_(grad_c, of_center)
+        grad_weight = torch.cat([sum_a - sum_c, sum_c + torch.outer(total, offset)], dim=1)
+        return (
+            *(grad_x, grad_weight, None if gain is None else grad_gain, None if bias is None else sum_grad),
+            *(None, None, None, None, None),
+        )
+
+
+def first_edge_layer(x: Tensor, neighbors: Tensor, block: nn.Sequential) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Split an EdgeConv's first layer into parts of which no edge is built.
+
+    Args:
+        x: (P, C) rows.
+        neighbors: (P, k).
+        block: Conv2d (1x1, 2 C channels), batch norm, activation. Running statistics are updated as the module would.
+
+    Returns:
+        a (P, C_out), c (P, C_out), scale (C_out,), shift (C_out,) such that the normalised value of edge ij is
+        ``scale * (a_j + c_i) + shift``.
+    """
+    weight, norm = block[0].weight.flatten(1), block[1]
+    if not uses_batch_statistics(norm):
+        return *edge_terms(x, weight), *scale_and_shift(norm, norm.running_mean, norm.running_var)
+    # For any m the layer is W [x_j - x_i ; x_i - m] + B m, and with the mean as m no large offset costs digits.
+    offset = x.detach().mean(0)
+    a, c = edge_terms(x - offset, weight)
+    constant = F.linear(offset, weight[:, len(offset) :])
+    mean, scatter = _EdgeMoments.apply(a, c, neighbors)
+    moments = across_processes(Moments(a.new_full((), neighbors.numel()), mean + constant, scatter), norm)
+    variance = moments.scatter / moments.count
+    update_running_statistics(norm, moments.mean, variance, moments.count)
+    return a, c, *scale_and_shift(norm, moments.mean - constant, variance)
+
+
+def edge_conv(x: Tensor, neighbors: Tensor, block: nn.Sequential, *, clouds: int = 1) -> Tensor:
+    """One-layer EdgeConv: max over neighbours j of ``block([x_j - x_i ; x_i])``.
+
+    Args:
+        x: (P, C) rows.
+        neighbors: (P, k) indices into the rows; those of a row are of its cloud.
+        block: Conv2d (1x1, 2 C channels), batch norm, leaky ReLU. Running statistics are updated as the module would.
+        clouds: how many clouds the rows are, each P / clouds of them.
+
+    Returns:
+        (P, C_out), at least float32: a_j + c_i is a small difference of large numbers, which half precision would lose.
+
+    Raises:
+        ValueError: the rows are not so many clouds of one size.
+    """
+    if len(x) % clouds:
+        raise ValueError(f"{len(x)} rows are not {clouds} clouds of one size")
+    conv, norm, activation = block
+    with without_autocast(x.device):
+        return _EdgeConv.apply(
+            *(at_least_float32(x), conv.weight.flatten(1), norm.weight, norm.bias),
+            *(norm, activation.negative_slope, neighbors, clouds, torch.is_grad_enabled()),
+        )
+
+
+def edge_conv_two_layers(x: Tensor, neighbors: Tensor, first: nn.Sequential, second: nn.Sequential) -> Tensor:
+    """Two-layer EdgeConv: max over neighbours j of ``second(first([x_j - x_i ; x_i]))``.
+
+    The first layer needs no edges. The second is computed in blocks of points that the backward pass computes again;
+    its batch statistics cover all edges and come from a first pass over the blocks, which accumulates the mean m and
+    the scatter S of the first layer's output: the mean of W2 y is W2 m, its centred sum of squares diag(W2 S W2^T).
+
+    Args:
+        x: (P, C) rows.
+        neighbors: (P, k).
+        first: Conv2d (1x1, 2 C channels), batch norm, activation.
+        second: Conv2d (1x1), batch norm, monotone activation.
+
+    Returns:
+        (P, C_out), at least float32.
+    """
+    with without_autocast(x.device):
+        a, c, scale, shift = first_edge_layer(at_least_float32(x), neighbors, first)
+        weight, norm = second[0].weight.flatten(1), second[1]
+        # Folding the first norm into a and c leaves one gather, one sum and the activation per edge.
+        a, c = a * scale, torch.addcmul(shift, c, scale)
+        width = max(weight.shape)
+        rows = max(1, _EDGE_TILE.get(x.device.type, 1 << 24) // (neighbors.shape[1] * width))
+        tiles = list(zip(c.split(rows), neighbors.split(rows), strict=True))
+
+        def hidden(center: Tensor, index: Tensor) -> Tensor:  # (p, C1), (p, k) -> (p * k, C1)
+            edges = F.embedding(index, a) + center[:, None, :]
+            return first[2](edges).flatten(0, 1)
+
+        def tile_moments(center: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+            h = hidden(center, index)
+            mean = h.mean(0)
+            h = h - mean
+            return mean, h.T @ h
+
+        def tile_extreme(center: Tensor, index: Tensor) -> Tensor:
+            y = F.linear(hidden(center, index), weight * sign[:, None])
+            return max_over_points(y.unflatten(0, index.shape))
+
+        def recomputed(function, *inputs):
+            return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+        if uses_batch_statistics(norm):
+            parts = [recomputed(tile_moments, center, index) for center, index in tiles]
+            counts = torch.stack([a.new_full((), index.numel()) for _, index in tiles])
+            means, scatters = (torch.stack(part) for part in zip(*parts, strict=True))
+            moments = across_processes(merge_moments(counts, means, scatters), norm)
+            mean = weight @ moments.mean
+            variance = ((weight @ moments.scatter) * weight).sum(1).clamp_min(0) / moments.count
+            update_running_statistics(norm, mean, variance, moments.count)
+        else:
+            mean, variance = norm.running_mean, norm.running_var
+        scale, shift = scale_and_shift(norm, mean, variance)
+        sign = sign_of_gain(scale)
+        extreme = torch.cat([recomputed(tile_extreme, center, index) for center, index in tiles]) * sign
+        return second[2](torch.addcmul(shift, extreme, scale))

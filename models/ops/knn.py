@@ -1,0 +1,97 @@
+"""Exact k nearest neighbours of every point of a cloud."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from models.ops.backend import backend_for
+from models.ops.precision import at_least_float32, without_autocast
+from models.ops.tiles import can_mark, mark_places, runs_eagerly, tiles_of_clouds, unmark
+
+# Elements of one block of the distance matrix: small enough for a CPU's cache, large enough to fill a GPU.
+_TILE = {"cpu": 1 << 21, "cuda": 1 << 25}
+# Selecting among more than this many times k values goes through the maxima of groups, on a CPU.
+_DIRECT_SELECTION, _GROUP = 16, 8
+
+
+def largest(values: Tensor, k: int) -> Tensor:
+    """Where the k largest values of every row are, in no particular order.
+
+    On a CPU ``topk`` takes several nanoseconds for every value. So the maxima of groups are compared first, which is
+    fast: the k groups of the largest maxima hold k largest values, for each value elsewhere has those k before it. And
+    NumPy partitions with vector instructions, which need the places written into the values.
+
+    Args:
+        values: (R, N).
+        k: 1 to N.
+
+    Returns:
+        (R, k) int64.
+    """
+    rows, n = values.shape
+    if (kernels := backend_for(values)) and n <= kernels.MAX_ROW:
+        return kernels.largest(values, k)
+    if not (can_mark(values, n) and runs_eagerly()):
+        return values.topk(k, dim=1, sorted=False).indices
+    if n <= _DIRECT_SELECTION * k:
+        return _largest_places(values, torch.arange(n), k)
+    groups = n // _GROUP
+    grouped = groups * _GROUP  # group g is g, g + groups, g + 2 groups, ...: the maximum then runs over whole rows
+    chosen = _largest_places(values[:, :grouped].unflatten(1, (_GROUP, groups)).amax(1), torch.arange(groups), k)
+    candidates = (chosen[:, None] + torch.arange(0, grouped, groups)[:, None]).flatten(1)
+    if grouped < n:
+        candidates = torch.cat([candidates, torch.arange(grouped, n).expand(rows, -1)], dim=1)
+    return _largest_places(values.gather(1, candidates), candidates, k)
+
+
+def _largest_places(values: Tensor, places: Tensor, k: int) -> Tensor:
+    """The places, (N,) or (R, N), of the k largest of every row of (R, N) values."""
+    finite = torch.finfo(values.dtype)
+    marked = mark_places(values.clamp(finite.min, finite.max), places)  # an infinite value would become none
+    first = marked.shape[1] - k
+    marked.numpy().partition(first, axis=1)
+    return unmark(marked[:, first:])[1]
+
+
+def knn(points: Tensor, k: int) -> Tensor:
+    """Indices of the k nearest points of every point, itself included, in no particular order.
+
+    Distances are taken in at least float32, also under autocast: in bfloat16 about 5 % of the neighbours change.
+    The cloud is centred first, so that a far-away cloud loses no digits.
+
+    Args:
+        points: (B, N, C).
+        k: number of neighbours, 1 to N.
+
+    Returns:
+        (B, N, k) int64.
+
+    Raises:
+        ValueError: k is not between 1 and N.
+    """
+    b, n, _ = points.shape
+    if not 1 <= k <= n:
+        raise ValueError(f"k = {k} neighbours of a cloud of {n} points: k must lie between 1 and the number of points")
+    with torch.no_grad(), without_autocast(points.device):
+        x = at_least_float32(points.detach())
+        x = x - x.mean(dim=1, keepdim=True)
+        if (kernels := backend_for(x)) and n <= kernels.MAX_ROW and x.shape[2] <= kernels.MAX_COORDINATES:
+            return kernels.nearest(x, k)
+        # x_i . x_j - |x_j|^2 / 2 orders the j as the distance does, largest first; one product gives it.
+        last = torch.full_like(x[..., :1], -0.5)
+        queries, others = torch.cat([x, last], dim=2), torch.cat([x, x.square().sum(2, keepdim=True)], dim=2).mT
+        index = torch.empty(b, n, k, dtype=torch.int64, device=x.device)
+        space = None  # every block's product takes the memory of the first, the largest
+        for clouds, rows in tiles_of_clouds(b, n, n, _TILE.get(x.device.type, 1 << 24)):
+            part = queries[clouds, rows]
+            space = part.new_empty(len(part), part.shape[1], n) if space is None else space
+            closeness = torch.bmm(part, others[clouds], out=space[: len(part), : part.shape[1]])
+            index[clouds, rows] = largest(closeness.flatten(0, 1), k).unflatten(0, closeness.shape[:2])
+    return index
+
+
+def flatten_neighbors(index: Tensor) -> Tensor:
+    """(B, N, k) indices within each cloud -> (B * N, k) indices into the rows of the whole batch."""
+    b, n, k = index.shape
+    return (index + torch.arange(b, device=index.device)[:, None, None] * n).reshape(b * n, k)

@@ -1,0 +1,191 @@
+"""The last pointwise layer of an encoder and its pooling in one: batch norm and activation are never stored.
+
+``fusion`` maps every point to a wide embedding of which only the maximum and the mean over the cloud are used. Plain
+modules keep three tensors of B * N * E numbers for the backward pass; here it is one, the product itself, and all else
+is computed again, block by block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.ops.batch_norm import (
+    Moments,
+    across_processes,
+    gradient_of_statistics,
+    scale_and_shift,
+    update_running_statistics,
+    uses_batch_statistics,
+)
+from models.ops.precision import at_least_float32, autocast_dtype
+from models.ops.tiles import ELEMENTWISE_TILE, tiles_of_clouds
+
+
+def leaky_relu_gradient(grad: Tensor, before: Tensor, negative_slope: float) -> Tensor:
+    """Gradient with respect to the input ``before`` of a leaky ReLU."""
+    return torch.ops.aten.leaky_relu_backward(grad, before, negative_slope, False)
+
+
+# Points of a group: the maximum is found among the maxima of groups first.
+_GROUP = 16
+
+
+class _Pool(torch.autograd.Function):
+    """See ``pool_pointwise``. Inputs: module, clouds, whether the mean and gradients are wanted, parameters, rows.
+
+    With y = W x, the normalised s y + t and its activation z: the gradient with respect to s y + t is that of the mean,
+    the same for all points of a cloud, times the activation's slope d there, plus that of the maximum at one point.
+    Batch norm's own backward then needs the sums of it and of it times y over all points. Those of d and of d y over a
+    cloud are the same whatever the gradient is, so the forward pass takes them; they give the mean of z as well.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        block: nn.Sequential,
+        clouds: int,
+        with_mean: bool,
+        trains: bool,
+        weight: Tensor,
+        gain: Tensor | None,
+        bias: Tensor | None,
+        *rows: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        norm, negative_slope = block[1], block[2].negative_slope
+        points, width = len(rows[0]) // clouds, len(weight)
+        compute_dtype = autocast_dtype(rows[0])
+        kernel = weight.to(compute_dtype).T
+        batch = uses_batch_statistics(norm)
+        keep = batch or trains
+        y = rows[0].new_empty((clouds, points, width) if keep else (0,), dtype=compute_dtype)
+        exact = at_least_float32(y).dtype
+
+        def product(c: slice, r: slice) -> Tensor:
+            x = torch.cat([part.view(clouds, points, -1)[c, r] for part in rows], dim=2).to(compute_dtype)
+            if keep:  # straight to where it stays: blocks are contiguous
+                y[c, r].flatten(0, 1).addmm_(x.flatten(0, 1), kernel, beta=0)
+                return at_least_float32(y[c, r])
+            return at_least_float32(x @ kernel)
+
+        count = None
+        if batch:
+            for c, r in _tiles(clouds, points, width, weight.device):
+                product(c, r)
+            running = [weight.new_zeros(width, dtype=exact) for _ in range(2)]  # not used; the result has their type
+            mean, variance = torch.batch_norm_update_stats(y.flatten(0, 1), *running, 1.0)
+            count = mean.new_full((), clouds * points)
+            moments = across_processes(Moments(count, mean, variance * count), norm)
+            mean, variance, count = moments.mean, moments.scatter / moments.count, moments.count
+            update_running_statistics(norm, mean, variance, count)
+        else:
+            mean, variance = norm.running_mean, norm.running_var
+        mean, variance = mean.to(exact), variance.to(exact)
+        scale, shift = scale_and_shift(norm, torch.zeros_like(mean), variance)  # of what is centred
+        groups = -(-points // _GROUP)
+        maxima = mean.new_empty((clouds, groups, width))
+        sum_slope, sum_slope_y = (mean.new_zeros(clouds, width) for _ in range(2))
+        one = mean.new_ones(())
+        for c, r in _tiles(clouds, points, width, weight.device):
+            value = (at_least_float32(y[c, r]) if batch else product(c, r)) - mean
+            before = torch.addcmul(shift, value, scale)
+            if with_mean:
+                sum_slope[c] += leaky_relu_gradient(one.expand_as(value), before, negative_slope).sum(1)
+                sum_slope_y[c] += leaky_relu_gradient(value, before, negative_slope).sum(1)
+            if rest := before.shape[1] % _GROUP:  # the last points of a cloud
+                before = F.pad(before, (0, 0, 0, _GROUP - rest), value=float("-inf"))
+            first = r.start // _GROUP
+            maxima[c, first : first + before.shape[1] // _GROUP] = before.unflatten(1, (-1, _GROUP)).amax(2)
+        if not keep:
+            pooled, argmax = maxima.amax(1), None
+        else:
+            pooled, group = maxima.max(1)
+            inside = torch.arange(_GROUP, device=y.device)[None, :, None]
+            candidates = (group[:, None] * _GROUP + inside).clamp_max(points - 1)
+            values = torch.addcmul(shift, at_least_float32(y.gather(1, candidates)) - mean, scale)
+            argmax = candidates.gather(1, values.argmax(1, keepdim=True))
+        ctx.save_for_backward(
+            *(y, argmax, pooled, sum_slope, sum_slope_y, scale, shift, mean, variance, count, weight, gain, bias, *rows)
+        )
+        ctx.norm, ctx.negative_slope, ctx.with_mean = norm, negative_slope, with_mean
+        means = (sum_slope_y * scale + sum_slope * shift) / points
+        return F.leaky_relu(pooled, negative_slope), means
+
+    @staticmethod
+    def backward(ctx: Any, grad_max: Tensor, grad_mean: Tensor) -> tuple[Tensor | None, ...]:
+        y, argmax, pooled, sum_slope, sum_slope_y, scale, shift, mean, variance, count, weight, gain, bias, *rows = (
+            ctx.saved_tensors
+        )
+        clouds, points, width = y.shape
+        compute_dtype = y.dtype
+        kernel = weight.to(compute_dtype)
+        grad_mean = grad_mean / points
+        grad_at_argmax = leaky_relu_gradient(grad_max, pooled, ctx.negative_slope)
+        best = at_least_float32(y.gather(1, argmax)[:, 0]) - mean
+        sum_grad = grad_at_argmax.sum(0) + (grad_mean * sum_slope).sum(0)
+        sum_grad_y = (grad_at_argmax * best).sum(0) + (grad_mean * sum_slope_y).sum(0)
+        slope_y, constant, grad_gain = gradient_of_statistics(
+            ctx.norm, sum_grad, sum_grad_y, scale=scale, mean=mean, variance=variance, count=count
+        )
+        grad_at_argmax, grad_mean = grad_at_argmax * scale, (grad_mean * scale)[:, None]
+        shift = shift - mean * scale
+        grad_rows = [torch.empty_like(part) for part in rows]
+        grad_weight = torch.zeros_like(weight, dtype=scale.dtype)
+        sizes = [part.shape[1] for part in rows]
+        for c, r in _tiles(clouds, points, width, weight.device):
+            value = at_least_float32(y[c, r])
+            grad = torch.addcmul(constant, value, slope_y)
+            if ctx.with_mean:
+                before = torch.addcmul(shift, value, scale)
+                grad += leaky_relu_gradient(grad_mean[c].expand_as(value), before, ctx.negative_slope)
+            inside = (argmax[c] >= r.start) & (argmax[c] < r.stop)
+            place = (argmax[c] - r.start).clamp(0, r.stop - r.start - 1)
+            grad.scatter_add_(1, place, grad_at_argmax[c, None] * inside)
+            grad = grad.to(compute_dtype).flatten(0, 1)
+            x = torch.cat([part.view(clouds, points, -1)[c, r] for part in rows], dim=2).to(compute_dtype).flatten(0, 1)
+            if compute_dtype == grad_weight.dtype:
+                grad_weight.addmm_(grad.T, x)
+            else:
+                grad_weight += grad.T @ x
+            pieces = (grad @ kernel).unflatten(0, value.shape[:2]).split(sizes, dim=2)
+            for target, piece in zip(grad_rows, pieces, strict=True):
+                target.view(clouds, points, -1)[c, r] = piece
+        return (
+            *(None, None, None, None, grad_weight.to(weight.dtype)),
+            None if gain is None else grad_gain.to(gain.dtype),
+            None if bias is None else sum_grad.to(bias.dtype),
+            *grad_rows,
+        )
+
+
+def _tiles(clouds: int, points: int, width: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
+    """Blocks of clouds and points, of whole groups but for the last points of a cloud."""
+    budget = ELEMENTWISE_TILE.get(device.type, 1 << 24)
+    return tiles_of_clouds(clouds, points, width, budget, multiple=_GROUP)
+
+
+def pool_pointwise(
+    layers: Sequence[Tensor], clouds: int, block: nn.Sequential, *, with_mean: bool = False
+) -> tuple[Tensor, Tensor]:
+    """A pointwise layer on the concatenation of ``layers``, then the maximum and the mean over each cloud's points.
+
+    Equal to ``block`` on every point followed by ``max`` and ``mean``; also what happens to the batch norm.
+
+    Args:
+        layers: rows of the points, each (B * N, C_i).
+        clouds: B.
+        block: Conv1d (1x1, sum of C_i channels, no bias), batch norm, leaky ReLU.
+        with_mean: whether the mean is wanted; without, it is zero.
+
+    Returns:
+        Maximum and mean, each (B, E), at least float32.
+    """
+    conv, norm = block[0], block[1]
+    return _Pool.apply(
+        *(block, clouds, with_mean, torch.is_grad_enabled(), conv.weight.flatten(1), norm.weight, norm.bias),
+        *(part.contiguous() for part in layers),
+    )

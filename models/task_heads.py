@@ -1,0 +1,307 @@
+"""Heads of fine-tuning on top of a point encoder: part segmentation, semantic segmentation, classification.
+
+Layer names and widths are those of the published DGCNN and PointNet repositories, so that the tensors of an encoder and
+of its head, side by side, carry the names of published files (see ``FineTuned.published_state_dict``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.base import PointFeatures
+from models.dgcnn import DGCNNCls, DGCNNPartSeg, DGCNNSemSeg
+from models.ops.layers import LEAKY_SLOPE, apply_to_rows, point_block
+from models.pointnet import PointNetCls, PointNetPartSeg
+
+
+def cloud_and_points(cloud: Tensor, local: Tensor, conv: nn.Conv1d, *rest: nn.Module) -> Tensor:
+    """A 1x1 convolution over ``[cloud repeated at every point ; local]`` and what follows it.
+
+    The cloud's share of the product is the same at all of its points, so it is taken once and added; the wide repeated
+    tensor is never built.
+
+    Args:
+        cloud: (B, D) one vector per cloud.
+        local: (B, C, N) one vector per point.
+        conv: of D + C input channels.
+        rest: modules that are applied to the rows.
+
+    Returns:
+        (B * N, C_out) rows.
+    """
+    of_cloud, of_point = conv.weight.flatten(1).split([cloud.shape[1], local.shape[1]], dim=1)
+    rows = F.linear(local.mT, of_point) + F.linear(cloud, of_cloud, conv.bias)[:, None]
+    rows = rows.flatten(0, 1)
+    for module in rest:
+        rows = module(rows)
+    return rows
+
+
+def to_scores(rows: Tensor, local: Tensor) -> Tensor:
+    """(B * N, classes) rows -> (B, classes, N), B and N as in ``local`` (B, C, N)."""
+    return rows.unflatten(0, (local.shape[0], local.shape[2])).mT
+
+
+def one_hot(category: Tensor, count: int, like: Tensor) -> Tensor:
+    """(B,) category numbers -> (B, count) in the dtype of ``like``."""
+    return F.one_hot(category, count).to(like.dtype)
+
+
+class DGCNNPartHead(nn.Module):
+    """Part head of DGCNN: the category's one-hot vector -> 64, then points 256, 256, 128, parts.
+
+    Args:
+        encoder: gives the widths of its features.
+        num_categories: length of the one-hot vector.
+        num_parts: parts of all categories together.
+        dropout: after conv8 and after conv9.
+
+    Shape:
+        features and category (B,) -> (B, num_parts, N)
+    """
+
+    def __init__(self, encoder: nn.Module, *, num_categories: int, num_parts: int, dropout: float = 0.5) -> None:
+        super().__init__()
+        self.num_categories = num_categories
+        self.conv7 = point_block(num_categories, 64)
+        self.conv8 = point_block(encoder.feature_dim + 64 + encoder.local_dim, 256)
+        self.conv9 = point_block(256, 256)
+        self.conv10 = point_block(256, 128)
+        self.conv11 = nn.Conv1d(128, num_parts, kernel_size=1, bias=False)
+        self.dropout8, self.dropout9 = nn.Dropout(dropout), nn.Dropout(dropout)
+
+    def forward(self, features: PointFeatures, category: Tensor) -> Tensor:
+        """See the class for shapes."""
+        category = apply_to_rows(one_hot(category, self.num_categories, features.pooled), *self.conv7)
+        rows = cloud_and_points(torch.cat([features.pooled, category], dim=1), features.local, *self.conv8)
+        rows = self.dropout8(rows)
+        rows = self.dropout9(apply_to_rows(rows, *self.conv9))
+        rows = apply_to_rows(rows, *self.conv10)
+        return to_scores(apply_to_rows(rows, self.conv11), features.local)
+
+    @staticmethod
+    def sizes(state: Mapping[str, Tensor], encoder: nn.Module) -> dict[str, int]:
+        """Arguments that a published state dict implies."""
+        return {"num_categories": state["conv7.0.weight"].shape[1], "num_parts": len(state["conv11.weight"])}
+
+
+class PointNetPartHead(nn.Module):
+    """Part head of PointNet over [global, one-hot category, local]: points 256, 256, 128, parts.
+
+    Args:
+        encoder: gives the widths of its features.
+        num_categories: length of the one-hot vector.
+        num_parts: parts of all categories together.
+        dropout: kept for a common signature; the published layout has none.
+
+    Shape:
+        features and category (B,) -> (B, num_parts, N)
+    """
+
+    def __init__(self, encoder: nn.Module, *, num_categories: int, num_parts: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.num_categories = num_categories
+        widths = (encoder.feature_dim + num_categories + encoder.local_dim, 256, 256, 128, num_parts)
+        for i in range(4):
+            setattr(self, f"convs{i + 1}", nn.Conv1d(widths[i], widths[i + 1], kernel_size=1))
+        for i in range(3):
+            setattr(self, f"bns{i + 1}", nn.BatchNorm1d(widths[i + 1]))
+
+    def forward(self, features: PointFeatures, category: Tensor) -> Tensor:
+        """See the class for shapes."""
+        cloud = torch.cat([features.pooled, one_hot(category, self.num_categories, features.pooled)], dim=1)
+        rows = F.relu(cloud_and_points(cloud, features.local, self.convs1, self.bns1))
+        rows = F.relu(apply_to_rows(rows, self.convs2, self.bns2))
+        rows = F.relu(apply_to_rows(rows, self.convs3, self.bns3))
+        return to_scores(apply_to_rows(rows, self.convs4), features.local)
+
+    @staticmethod
+    def sizes(state: Mapping[str, Tensor], encoder: nn.Module) -> dict[str, int]:
+        """Arguments that a published state dict implies."""
+        width = state["convs1.weight"].shape[1]
+        return {
+            "num_categories": width - encoder.feature_dim - encoder.local_dim,
+            "num_parts": len(state["convs4.weight"]),
+        }
+
+
+class DGCNNSemanticHead(nn.Module):
+    """Semantic head of DGCNN: points 512, 256, classes.
+
+    Args:
+        encoder: gives the widths of its features.
+        num_classes: number of classes.
+        dropout: before the last layer.
+
+    Shape:
+        features -> (B, num_classes, N)
+    """
+
+    def __init__(self, encoder: nn.Module, *, num_classes: int, dropout: float = 0.5) -> None:
+        super().__init__()
+        self.conv7 = point_block(encoder.feature_dim + encoder.local_dim, 512)
+        self.conv8 = point_block(512, 256)
+        self.conv9 = nn.Conv1d(256, num_classes, kernel_size=1, bias=False)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, features: PointFeatures) -> Tensor:
+        """See the class for shapes."""
+        rows = cloud_and_points(features.pooled, features.local, *self.conv7)
+        rows = self.dropout(apply_to_rows(rows, *self.conv8))
+        return to_scores(apply_to_rows(rows, self.conv9), features.local)
+
+    @staticmethod
+    def sizes(state: Mapping[str, Tensor], encoder: nn.Module) -> dict[str, int]:
+        """Arguments that a published state dict implies."""
+        return {"num_classes": len(state["conv9.weight"])}
+
+
+class DGCNNClassHead(nn.Module):
+    """Classifier of DGCNN: 512, 256, classes, with dropout after each hidden layer.
+
+    Args:
+        encoder: gives the width of its features.
+        num_classes: number of classes.
+        dropout: probability.
+
+    Shape:
+        features -> (B, num_classes)
+    """
+
+    def __init__(self, encoder: nn.Module, *, num_classes: int, dropout: float = 0.5) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(encoder.feature_dim, 512, bias=False)
+        self.bn6 = nn.BatchNorm1d(512)
+        self.linear2 = nn.Linear(512, 256)
+        self.bn7 = nn.BatchNorm1d(256)
+        self.linear3 = nn.Linear(256, num_classes)
+        self.dropout1, self.dropout2 = nn.Dropout(dropout), nn.Dropout(dropout)
+
+    def forward(self, features: PointFeatures) -> Tensor:
+        """See the class for shapes."""
+        x = self.dropout1(F.leaky_relu(self.bn6(self.linear1(features.pooled)), LEAKY_SLOPE))
+        x = self.dropout2(F.leaky_relu(self.bn7(self.linear2(x)), LEAKY_SLOPE))
+        return self.linear3(x)
+
+    @staticmethod
+    def sizes(state: Mapping[str, Tensor], encoder: nn.Module) -> dict[str, int]:
+        """Arguments that a published state dict implies."""
+        return {"num_classes": len(state["linear3.weight"])}
+
+
+class PointNetClassHead(nn.Module):
+    """Classifier of PointNet: 512, dropout, classes.
+
+    Args:
+        encoder: gives the width of its features.
+        num_classes: number of classes.
+        dropout: probability.
+
+    Shape:
+        features -> (B, num_classes)
+    """
+
+    def __init__(self, encoder: nn.Module, *, num_classes: int, dropout: float = 0.5) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(encoder.feature_dim, 512, bias=False)
+        self.bn6 = nn.BatchNorm1d(512)
+        self.linear2 = nn.Linear(512, num_classes)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, features: PointFeatures) -> Tensor:
+        """See the class for shapes."""
+        return self.linear2(self.dropout(F.relu(self.bn6(self.linear1(features.pooled)))))
+
+    @staticmethod
+    def sizes(state: Mapping[str, Tensor], encoder: nn.Module) -> dict[str, int]:
+        """Arguments that a published state dict implies."""
+        return {"num_classes": len(state["linear2.weight"])}
+
+
+class FineTuned(nn.Module):
+    """An encoder and the head of one task.
+
+    Args:
+        encoder: one of those in ``heads``.
+        sizes: arguments of the head; what is left out takes the head's default.
+
+    Attributes:
+        kind: name of the task, as written into checkpoints.
+        released_k: neighbours of the released script; its weights do not hold them.
+        heads: the head for each encoder that the task has one for.
+
+    Raises:
+        ValueError: the task has no head for this encoder.
+    """
+
+    kind: str
+    released_k: int = 20
+    heads: Mapping[type[nn.Module], type[nn.Module]]
+
+    def __init__(self, encoder: nn.Module, **sizes: Any) -> None:
+        super().__init__()
+        if type(encoder) not in self.heads:
+            fitting = ", ".join(kind.__name__ for kind in self.heads)
+            raise ValueError(f"{self.kind} has no head for {type(encoder).__name__}; expected one of {fitting}")
+        self.encoder, self.sizes = encoder, sizes
+        self.head = self.heads[type(encoder)](encoder, **sizes)
+
+    def published_state_dict(self) -> dict[str, Tensor]:
+        """Tensors of encoder and head under the field's names, without prefixes."""
+        return {**self.encoder.state_dict(), **self.head.state_dict()}
+
+
+class PartSegmentation(FineTuned):
+    """Part of every point; arguments ``num_categories``, ``num_parts``, ``dropout``.
+
+    Shape:
+        points (B, 3, N), category (B,) int64 -> (B, num_parts, N) scores
+    """
+
+    kind = "part segmentation"
+    heads = {DGCNNPartSeg: DGCNNPartHead, PointNetPartSeg: PointNetPartHead}
+
+    def forward(self, points: Tensor, category: Tensor) -> Tensor:
+        """See the class for shapes."""
+        return self.head(self.encoder(points), category)
+
+
+class SemanticSegmentation(FineTuned):
+    """Class of every point; arguments ``num_classes``, ``dropout``.
+
+    Shape:
+        points (B, in_channels, N) -> (B, num_classes, N) scores
+    """
+
+    kind = "semantic segmentation"
+    heads = {DGCNNSemSeg: DGCNNSemanticHead}
+
+    def forward(self, points: Tensor) -> Tensor:
+        """See the class for shapes."""
+        return self.head(self.encoder(points))
+
+
+class Classification(FineTuned):
+    """Class of a cloud; arguments ``num_classes``, ``dropout``.
+
+    Shape:
+        points (B, 3, N) -> (B, num_classes) scores
+    """
+
+    kind = "classification"
+    released_k = 16
+    heads = {DGCNNCls: DGCNNClassHead, PointNetCls: PointNetClassHead}
+
+    def forward(self, points: Tensor) -> Tensor:
+        """See the class for shapes."""
+        return self.head(self.encoder(points))
+
+
+TASKS: dict[str, type[FineTuned]] = {
+    task.kind: task for task in (PartSegmentation, SemanticSegmentation, Classification)
+}

@@ -1,0 +1,241 @@
+import argparse
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import Dataset
+
+from datasets.transforms import fine_tuning_augmentation
+from downstream import finetuning
+from engine.run_folder import RunFolder
+from models import build_encoder
+from models.task_heads import Classification
+from utils.errors import CheckpointError, UserError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch):
+    monkeypatch.setattr("engine.run_folder.RunFolder.draw_curves", lambda folder: None)  # a second per epoch
+
+
+class Balls(Dataset):
+    """Clouds of two sizes."""
+
+    def __init__(self, count=6):
+        generator = torch.Generator().manual_seed(0)
+        self.points = torch.randn(count, 16, 3, generator=generator) * (1 + torch.arange(count) % 2)[:, None, None]
+
+    def __len__(self):
+        return len(self.points)
+
+    def __getitem__(self, index):
+        return self.points[index], index % 2
+
+
+def parse(tmp_path, *arguments):
+    parser = argparse.ArgumentParser()
+    finetuning.add_training_arguments(parser, task=Classification, exp_name="a", k=4)
+    common = ["--output_dir", tmp_path, "--workers", 0, "--batch_size", 2, "--emb_dims", 8, "--epochs", 2]
+    return parser.parse_args([str(a) for a in (*common, *arguments)])
+
+
+def tuning(tmp_path, *arguments, name="a", **changes):
+    args = parse(tmp_path, *arguments)
+    model, _ = finetuning.start_model(args, Classification, k=4, sizes={"num_classes": 2})
+    settings = {
+        "model": model,
+        "dataset": Balls(),
+        "chosen": np.arange(6),
+        "validate": None,
+        "score": "accuracy",
+        "table": {"class_names": ["small", "large"]},
+        "identity": "balls",
+        "augmentation": fine_tuning_augmentation(),
+    }
+    folder = RunFolder(tmp_path / name, overwrite=args.overwrite, resume=args.resume)
+    return finetuning.FineTuning(args, folder, CPU, **{**settings, **changes})
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (5, 7, 4)])
+def test_label_smoothing_is_the_released_formula(shape):
+    scores, target = torch.randn(shape, dtype=torch.float64), torch.randint(7, (5, *shape[2:]))
+    share = torch.full(shape, 0.2 / 6, dtype=torch.float64).scatter(1, target[:, None], 0.8)
+    expected = -(share * F.log_softmax(scores, 1)).sum(1).mean()
+    assert finetuning.smoothed_cross_entropy(scores, target).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert finetuning.smoothed_cross_entropy(torch.randn(3, 1), torch.zeros(3, dtype=torch.int64)).item() == 0
+
+
+def rates(scheduler, *, epochs=40, steps=5, base=0.1, lr=1e-3, **more):
+    total = range(epochs * steps)
+    settings = {"scheduler": scheduler, "epochs": epochs, "steps_per_epoch": steps, "base": base, "lr": lr, **more}
+    return [finetuning.fine_tuning_rate(step, **settings) for step in total]
+
+
+def test_cosine_really_decays_with_adam_too():
+    for base in (0.1, 1e-3):
+        found = rates("cosine", base=base)
+        assert found[0] == base and found == sorted(found, reverse=True) and found[-1] < 0.011 * base
+        assert found[100] == pytest.approx((base + base / 100) / 2)
+
+
+def test_step_halves_every_twenty_epochs_and_has_a_floor():
+    found = rates("step")
+    assert found[:100] == [0.1] * 100 and found[100:] == [0.05] * 100
+    assert min(rates("step", epochs=2000, steps=1, base=1e-3)) == 1e-5
+
+
+def test_released_is_constant_with_adam_and_swings_with_classification():
+    assert rates("released", base=1e-3) == [1e-3] * 200
+    found = rates("released")
+    assert found[:5] == [0.1] * 5 and found[5] < 0.1 and found[195] > 1e-3
+    for base in (0.1, 1e-3):  # SGD, Adam
+        swinging = rates("released", base=base, per_batch=True)
+        assert swinging[0] == pytest.approx(swinging[80]) == pytest.approx(base)
+        assert min(swinging) == swinging[40] == pytest.approx(base / 100)
+
+
+def test_labeled_samples_hold_every_class_and_the_asked_share():
+    labels = np.repeat([0, 3, 7], [100, 50, 2])
+    for fraction, count in ((0.01, 3), (0.1, 15), (0.5, 76), (1, 152)):
+        chosen = finetuning.choose_labeled(labels, fraction, seed=1)
+        assert len(chosen) == count == len(set(chosen)) and set(labels[chosen]) == {0, 3, 7}
+    assert not np.array_equal(*(finetuning.choose_labeled(labels, 0.1, seed=s) for s in (1, 2)))
+    for wrong in (0, -0.1, 1.1):
+        with pytest.raises(UserError, match="--label_fraction"):
+            finetuning.choose_labeled(labels, wrong, seed=1)
+
+
+def test_holding_out_never_takes_the_last_of_a_class():
+    labels = np.repeat([0, 1, 2], [8, 1, 1])
+    fit, held = finetuning.hold_out(labels, 0.5, seed=3)
+    assert len(held) == 5 and set(labels[held]) == {0} and sorted([*fit, *held]) == list(range(10))
+    assert len(finetuning.hold_out(np.arange(4), 0.5, seed=3)[1]) == 0
+
+
+def test_scores_are_averaged_over_copies_and_the_mode_comes_back():
+    model = nn.Module()
+    model.forward = lambda x: torch.stack([x.sum((1, 2)), -x.sum((1, 2))], 1)
+    model.train()
+    dataset = Balls()
+    plain = torch.cat([s for s, _ in finetuning.scores_of(model, dataset, batch_size=4, device=CPU)])
+    assert plain.shape == (6, 2) and model.training
+    numbers = []
+
+    def flip(points, number):
+        numbers.extend(number.tolist())
+        return -points
+
+    both = torch.cat([s for s, _ in finetuning.scores_of(model, dataset, batch_size=4, device=CPU, copies=[flip])])
+    torch.testing.assert_close(both, torch.full((6, 2), 0.5))
+    assert numbers == list(range(6))
+    some = torch.cat([s for s, _ in finetuning.scores_of(model, dataset, batch_size=4, device=CPU, chosen=[5, 0])])
+    torch.testing.assert_close(some, plain[[5, 0]])
+
+
+def test_the_best_epoch_is_kept_beside_the_last(tmp_path):
+    scores = iter([50.0, 70.0, 60.0])
+    run = tuning(tmp_path, "--epochs", 3, validate=lambda model: {"accuracy": next(scores), "ignored": {}})
+    tested = []
+    result = run.run(lambda model: tested.append(model.head.linear3.weight.clone()) or {"accuracy": 1.0}, [])
+    assert (result["best"]["epoch"], result["best"]["val_accuracy"]) == (2, 70.0)
+    assert (result["last"]["epoch"], result["last"]["val_accuracy"]) == (3, 60.0)
+    assert finetuning.reported_entry(result) == ("best on val", result["best"])
+    assert not torch.equal(*tested)  # the two were tested with their own weights
+    best = torch.load(tmp_path / "a/best.pth", weights_only=True)
+    assert torch.equal(best["head"]["linear3.weight"], tested[1]) and best["table"]["class_names"] == ["small", "large"]
+
+
+@pytest.mark.parametrize("arguments", [(), ("--use_sgd", "--amp", "bf16", "--scheduler", "step")])
+def test_resuming_within_an_epoch_is_exact(tmp_path, arguments):
+    few = (*arguments, "--epochs", 2, "--save_every", 1)
+    whole = tuning(tmp_path, *few, name="whole")
+    whole.run(lambda model: {}, [])
+    part = tuning(tmp_path, *few, name="part")
+    part.count_bad_samples = lambda batch: (_ for _ in ()).throw(KeyboardInterrupt) if part.progress.step == 4 else None
+    with pytest.raises(KeyboardInterrupt):
+        part.run(lambda model: {}, [])
+    again = tuning(tmp_path, *few, "--resume", name="part")
+    again.run(lambda model: {}, [])
+    assert again.progress.step == whole.progress.step == 6
+    for key, value in whole.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[key]), key
+
+
+def test_resuming_with_other_settings_or_data_is_refused(tmp_path):
+    tuning(tmp_path).run(lambda model: {}, [])
+    with pytest.raises(CheckpointError, match=r"--lr 0\.001 there, 0\.5 here"):
+        tuning(tmp_path, "--resume", "--lr", 0.5).run(lambda model: {}, [])
+    with pytest.raises(CheckpointError, match="other shapes"):
+        tuning(tmp_path, "--resume", chosen=np.arange(1, 6)).run(lambda model: {}, [])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    dataset = Balls()
+    dataset.points[3] = math.nan
+    with pytest.raises(UserError, match="the loss is not finite at step"):
+        tuning(tmp_path, dataset=dataset, augmentation=None).run(lambda model: {}, [])
+
+
+def test_one_sample_is_too_few_and_few_are_one_batch(tmp_path):
+    with pytest.raises(UserError, match="1 training sample: batch norm needs at least two"):
+        tuning(tmp_path, chosen=np.array([2]))
+    assert tuning(tmp_path, "--batch_size", 32, name="b").total_steps == 2
+
+
+def test_the_smaller_last_batch_is_kept_below_a_hundred_samples(tmp_path):
+    def epoch(count, batch):
+        run = tuning(tmp_path, "--batch_size", batch, name=f"{count}", dataset=Balls(count), chosen=np.arange(count))
+        sizes = []
+        run.look_at = lambda items: sizes.append(len(items[0]))
+        run.run(lambda model: {}, [])
+        assert run.progress.step == len(sizes) == run.total_steps
+        return sizes
+
+    assert epoch(9, 4) == [4, 3, 2] * 2  # a step of one sample would have no batch statistics
+    assert epoch(10, 4) == [4, 4, 2] * 2
+    assert epoch(99, 64) == [64, 35] * 2 and epoch(100, 64) == [64] * 2
+    assert tuning(tmp_path, "--batch_size", 32, name="c", dataset=Balls(33), chosen=np.arange(33)).total_steps == 2 * 2
+
+
+def test_settings_that_contradict_each_other(tmp_path):
+    for arguments, message in (
+        (("--eval",), "--eval needs --model_path"),
+        (("--model_path", "x"), "to start from pretrained weights use --pretrain_path"),
+        (("--eval", "--model_path", "x", "--pretrain_path", "y"), "--pretrain_path only starts a training"),
+        (("--batch_size", 1), "--batch_size 1"),
+        (("--label_smoothing", 1), "--label_smoothing"),
+        (("--dropout", 1), "--dropout"),
+    ):
+        with pytest.raises(UserError, match=message):
+            finetuning.check_training_arguments(parse(tmp_path, *arguments))
+
+
+def test_several_runs_are_looked_at_before_one_is_overwritten_or_started(tmp_path):
+    (tmp_path / "a" / "two").mkdir(parents=True)
+    (tmp_path / "a" / "two" / "last.pth").write_bytes(b"precious")
+    with pytest.raises(UserError, match="two holds an earlier run"):
+        finetuning.run_folders(parse(tmp_path), ["one", "two"])
+    with pytest.raises(UserError, match="goes on with one run, this call has 2"):
+        finetuning.run_folders(parse(tmp_path, "--resume", "x.pth"), ["one", "two"])
+    assert [f.path.name for f in finetuning.run_folders(parse(tmp_path, "--overwrite"), ["one", "two"])] == [
+        "one",
+        "two",
+    ]
+    # Nothing is lost before the run itself begins.
+    assert (tmp_path / "a" / "two" / "last.pth").read_bytes() == b"precious"
+
+
+def test_the_head_starts_the_same_with_and_without_pretraining(tmp_path):
+    encoder = build_encoder("dgcnn_cls", k=4, emb_dims=8)
+    torch.save(encoder.state_dict(), tmp_path / "p.pth")
+    more = ("--pretrain_path", tmp_path / "p.pth", "--model", "dgcnn_cls", "--k", 4)
+    fresh, _ = finetuning.start_model(parse(tmp_path), Classification, k=4, sizes={"num_classes": 2})
+    loaded, report = finetuning.start_model(parse(tmp_path, *more), Classification, k=4, sizes={"num_classes": 2})
+    assert torch.equal(fresh.head.linear1.weight, loaded.head.linear1.weight)
+    assert torch.equal(loaded.encoder.conv3[0].weight, encoder.conv3[0].weight)
+    assert "loaded from" in report[0] and "starts fresh" in report[1]

@@ -1,0 +1,413 @@
+import errno
+import logging
+import math
+import os
+import pickle
+import tracemalloc
+import zipfile
+
+import pytest
+import torch
+from torch import nn
+
+from engine.checkpoint import load_checkpoint, save_checkpoint
+from engine.load_model import describe_encoder, encoder_from_checkpoint, load_strictly
+from models import ENCODERS, build_encoder
+from tests.support.pairs import contents
+from utils.cli import check_writable
+from utils.errors import CheckpointError, UserError
+
+KWARGS = {
+    "dgcnn_cls": {"k": 5, "emb_dims": 24},
+    "dgcnn_partseg": {"k": 6, "emb_dims": 16},
+    "dgcnn_semseg": {"k": 4, "emb_dims": 16, "in_channels": 9},
+    "pointnet_cls": {"emb_dims": 24},
+    "pointnet_partseg": {"emb_dims": 16},
+}
+
+
+def make(name, **kwargs):
+    """An encoder whose batch norms have seen data."""
+    encoder = build_encoder(name, **(KWARGS[name] | kwargs))
+    for module in encoder.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            nn.init.uniform_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    return encoder
+
+
+def save(encoder, path, **more):
+    save_checkpoint(path, {"encoder": describe_encoder(encoder), "point_encoder": encoder.state_dict(), **more})
+    return path
+
+
+def same(a, b):
+    x = torch.randn(2, a.in_channels, 12)
+    a, b = a.eval(), b.eval()
+    states = a.state_dict(), b.state_dict()
+    return (
+        type(a) is type(b)
+        and states[0].keys() == states[1].keys()
+        and all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+        and torch.equal(a(x).pooled, b(x).pooled)
+    )
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_every_encoder_comes_back_without_any_flag(name, tmp_path):
+    encoder = make(name)
+    back = encoder_from_checkpoint(save(encoder, tmp_path / "new" / "a.pth", other=[1, "x", {"y": None}]))
+    assert describe_encoder(back) == {"name": name, "kwargs": KWARGS[name]}
+    assert back.training and same(encoder, back)
+    assert torch.load(tmp_path / "new" / "a.pth", weights_only=True)["other"] == [1, "x", {"y": None}]
+
+
+def block(prefix, conv, norm, *, bias=False):
+    """Names of a layer and its batch norm in a Sequential, as the field's heads have them."""
+    out = {f"{prefix}.0.weight": torch.randn(conv)} | ({f"{prefix}.0.bias": torch.randn(conv[0])} if bias else {})
+    return out | {f"{prefix}.1.{key}": value for key, value in nn.BatchNorm1d(norm).state_dict().items()}
+
+
+def norm(prefix, width):
+    return {f"{prefix}.{key}": value for key, value in nn.BatchNorm1d(width).state_dict().items()}
+
+
+def published(name):
+    """A state dict with the field's names: the encoder's, batch norms registered twice, heads."""
+    encoder = make(name)
+    state = dict(encoder.state_dict())
+    width = encoder.feature_dim
+    if name.startswith("dgcnn"):
+        for i in range(1, 6 if name == "dgcnn_cls" else 7):
+            state |= {f"bn{i}.{k.split('.')[-1]}": v for k, v in state.items() if k.startswith(f"conv{i}.1.")}
+    if name == "dgcnn_cls":  # WangYueFt/dgcnn, antao97/dgcnn.pytorch: classifier
+        state |= {"linear1.weight": torch.randn(512, width), "linear2.weight": torch.randn(256, 512)}
+        state |= {"linear2.bias": torch.randn(256), "linear3.weight": torch.randn(40, 256)}
+        state |= {"linear3.bias": torch.zeros(40)} | norm("bn6", 512) | norm("bn7", 256)
+    if name == "dgcnn_partseg":
+        for i in (1, 2):
+            state |= {
+                f"transform_net.bn{i}.{k.split('.')[-1]}": v
+                for k, v in state.items()
+                if k.startswith(f"transform_net.conv{i}.1.")
+            }
+        state |= block("conv7", (64, 16, 1), 64) | block("conv8", (256, width + 256, 1), 256)
+        state |= block("conv9", (256, 256, 1), 256) | block("conv10", (128, 256, 1), 128)
+        state |= {"conv11.weight": torch.randn(50, 128, 1)}
+        state |= norm("bn7", 64) | norm("bn8", 256) | norm("bn9", 256) | norm("bn10", 128)
+    if name == "dgcnn_semseg":
+        state |= block("conv7", (512, width + 192, 1), 512) | block("conv8", (256, 512, 1), 256)
+        state |= {"conv9.weight": torch.randn(13, 256, 1)} | norm("bn7", 512) | norm("bn8", 256)
+    if name == "pointnet_cls":
+        state |= {"linear1.weight": torch.randn(512, width), "linear2.weight": torch.randn(40, 512)}
+        state |= {"linear2.bias": torch.randn(40)} | norm("bn6", 512)
+    if name == "pointnet_partseg":
+        for i, (a, b) in enumerate(((256, 256), (256, 256), (128, 256), (50, 128)), 1):
+            state |= {f"convs{i}.weight": torch.randn(a, b, 1), f"convs{i}.bias": torch.randn(a)}
+        state |= norm("bns1", 256) | norm("bns2", 256) | norm("bns3", 128)
+    head = nn.Sequential(nn.Linear(width, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 8))
+    return encoder, state | {f"inv_head.{key}": value for key, value in head.state_dict().items()}
+
+
+@pytest.mark.parametrize("form", ["bare", "module.", "state_dict", "model_state_dict"])
+@pytest.mark.parametrize("name", ENCODERS)
+def test_published_weights_open_with_model_and_k(name, form, tmp_path, caplog):
+    encoder, state = published(name)
+    if form == "module.":
+        state = {f"module.{key}": value for key, value in state.items()}
+    elif form != "bare":
+        state = {form: state, "epoch": 3, "optimizer": {"lr": 0.1}}
+    torch.save(state, tmp_path / "published.pth")
+    k = KWARGS[name].get("k")
+    with caplog.at_level(logging.INFO, "crossnet"):
+        back = encoder_from_checkpoint(tmp_path / "published.pth", model=name, k=k)
+    assert same(encoder, back) and describe_encoder(back)["kwargs"] == KWARGS[name]
+    assert "of heads and aliases are left out" in caplog.text
+    if k:
+        assert encoder_from_checkpoint(tmp_path / "published.pth", model=name).k == 20
+        assert "--k 20 is used" in caplog.text
+    caplog.clear()
+    guessed = encoder_from_checkpoint(tmp_path / "published.pth", k=k)
+    assert same(encoder, guessed) and describe_encoder(guessed)["kwargs"] == KWARGS[name]
+    assert f"does not say which encoder it is of; by its tensors it is a {name}" in caplog.text
+
+
+def test_bare_weights_that_fit_no_encoder_exactly_are_not_guessed(tmp_path):
+    for name in ENCODERS:
+        _, state = published(name)
+        missing = next(key for key in encoder_keys(name) if key.endswith("conv3.0.weight") or key == "conv3.weight")
+        for wrong in ({missing: torch.zeros(())}, {missing: torch.zeros(7, 7)}, {"unknown.weight": torch.zeros(2)}):
+            torch.save(state | wrong, tmp_path / "a.pth")
+            refuse(tmp_path / "a.pth", "holds bare weights, .* not exactly those of one encoder: .*--model")
+        torch.save({key: value for key, value in state.items() if key != missing}, tmp_path / "a.pth")
+        refuse(tmp_path / "a.pth", "--model")
+        refuse(tmp_path / "a.pth", f"{missing}", model=name)  # as the message says
+
+
+def encoder_keys(name):
+    return build_encoder(name).state_dict()
+
+
+def test_released_names_of_encoders_open_too(tmp_path):
+    torch.save(published("dgcnn_partseg")[1], tmp_path / "a.pth")
+    back = encoder_from_checkpoint(tmp_path / "a.pth", model="dgcnn_seg", k=6)
+    assert describe_encoder(back)["name"] == "dgcnn_partseg"
+
+
+def refuse(path, message, **kwargs):
+    with pytest.raises(CheckpointError, match=message) as caught:
+        encoder_from_checkpoint(path, **kwargs)
+    text = str(caught.value)
+    assert str(path) in text and "\n" not in text and len(text) < 500
+    return text
+
+
+def test_another_model_is_an_error(tmp_path):
+    path = save(make("pointnet_cls"), tmp_path / "a.pth")
+    refuse(path, "holds a pointnet_cls, not the dgcnn_cls", model="dgcnn_cls")
+    torch.save(published("dgcnn_cls")[1], tmp_path / "b.pth")
+    refuse(tmp_path / "b.pth", "does not fit the encoder dgcnn_semseg: tensors .*conv6.0.weight", model="dgcnn_semseg")
+    refuse(tmp_path / "b.pth", "does not fit the encoder pointnet_cls: tensors .*conv1.weight", model="pointnet_cls")
+
+
+def test_tensors_that_do_not_fit_are_named(tmp_path):
+    state = published("dgcnn_cls")[1]
+    cases = {
+        "missing: conv3.1.running_mean": {k: v for k, v in state.items() if k != "conv3.1.running_mean"},
+        "unknown: surprise": state | {"surprise": torch.zeros(1)},
+        r"conv2.0.weight is \(64, 128, 1\), not \(64, 128, 1, 1\)": state
+        | {"conv2.0.weight": state["conv2.0.weight"].squeeze(3)},
+    }
+    for message, changed in cases.items():
+        torch.save(changed, tmp_path / "a.pth")
+        refuse(tmp_path / "a.pth", message, model="dgcnn_cls", k=5)
+    encoder = make("dgcnn_cls")
+    broken = {key: value for key, value in encoder.state_dict().items() if not key.startswith("conv5")}
+    save_checkpoint(tmp_path / "b.pth", {"encoder": describe_encoder(encoder), "point_encoder": broken})
+    refuse(tmp_path / "b.pth", r"tensors 6 missing: conv5.0.weight, conv5.1.weight, conv5.1.bias \.\.\.")
+    with pytest.raises(CheckpointError, match="x.pth does not fit a layer: tensors 1 missing: bias"):
+        load_strictly(nn.Linear(2, 2), {"weight": torch.zeros(2, 2)}, path="x.pth", what="a layer")
+
+
+def test_k_of_the_checkpoint_is_the_default_and_another_is_used_with_a_warning(tmp_path, caplog):
+    path = save(make("dgcnn_cls"), tmp_path / "a.pth")
+    assert encoder_from_checkpoint(path).k == encoder_from_checkpoint(path, k=5).k == 5
+    assert caplog.text == ""
+    assert encoder_from_checkpoint(path, k=9).k == 9
+    assert "was trained with k = 5; --k 9" in caplog.text
+    refuse(path, "embedding of 24, not --emb_dims 32", emb_dims=32)
+    assert encoder_from_checkpoint(path, emb_dims=24).emb_dims == 24
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"format": 2}, "checkpoint format 2; this version reads 1"),
+        ({"format": None}, "checkpoint format None"),
+        ({"encoder": {"name": "point_mamba", "kwargs": {}}}, "describes an encoder that this version does not have"),
+        ({"encoder": {"name": "pointnet_cls", "kwargs": {"depth": 3}}}, "describes an encoder .*depth"),
+        ({"encoder": {"name": "dgcnn_cls", "kwargs": {"emb_dims": 24}}}, "describes an encoder .*does not say its k"),
+    ],
+)
+def test_checkpoints_of_other_versions_are_refused(change, message, tmp_path):
+    encoder = make("dgcnn_cls")
+    payload = {"format": 1, "encoder": describe_encoder(encoder), "point_encoder": encoder.state_dict()}
+    torch.save(payload | change, tmp_path / "a.pth")
+    refuse(tmp_path / "a.pth", message)
+
+
+def truncated(data):
+    return data[: len(data) // 2]
+
+
+def flipped(data):
+    where = data.index(bytes(4000)) + 100
+    return data[:where] + b"\1" + data[where + 1 :]
+
+
+DAMAGE = {"truncated": truncated, "flipped": flipped, "empty": lambda data: b"", "text": lambda data: b"hello world\n"}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_damaged_files_are_refused(how, tmp_path):
+    path = tmp_path / "a.pth"
+    save(make("pointnet_cls"), path, zeros=torch.zeros(1000))
+    path.write_bytes(DAMAGE[how](path.read_bytes()))
+    refuse(path, "a.pth is damaged")
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path):
+    refuse(tmp_path / "absent.pth", "does not exist")
+    refuse(tmp_path, "is a folder; give the checkpoint in it")
+    torch.save([torch.zeros(1)], tmp_path / "list.pth")
+    refuse(tmp_path / "list.pth", "holds a list")
+    for content in ({}, {"a": 1}, {"state_dict": {"a": "b"}}):
+        torch.save(content, tmp_path / "dict.pth")
+        refuse(tmp_path / "dict.pth", "neither one of our checkpoints nor a state dict", model="dgcnn_cls")
+    with zipfile.ZipFile(tmp_path / "zip.pth", "w") as archive:
+        archive.writestr("data", "x")
+    refuse(tmp_path / "zip.pth", "is damaged or no checkpoint")
+
+
+class Bomb:
+    """Runs a command when it is unpickled without care."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
+def test_code_in_a_checkpoint_is_refused_and_never_run(form, tmp_path):
+    content = {"point_encoder": {}, "encoder": Bomb(tmp_path / "ran")}
+    if form == "pickle":
+        (tmp_path / "bomb.pth").write_bytes(pickle.dumps(content, protocol=2))
+    else:
+        torch.save(content, tmp_path / "bomb.pth", _use_new_zipfile_serialization=form == "zip")
+    refuse(tmp_path / "bomb.pth", "is refused.*could run code")
+    assert not (tmp_path / "ran").exists()
+    torch.save(make("pointnet_cls"), tmp_path / "module.pth")
+    refuse(tmp_path / "module.pth", "is refused", model="pointnet_cls")
+
+
+def full_disk(*args, **kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("fails", ["write", "fsync", "replace", "torch.save"])
+def test_a_failing_write_leaves_the_old_checkpoint(fails, tmp_path, monkeypatch):
+    path = save(make("pointnet_cls"), tmp_path / "a.pth")
+    before = contents(tmp_path)
+    if fails == "write":
+        (tmp_path / "a.pth.tmp").symlink_to("/dev/full")
+    elif fails == "torch.save":
+        monkeypatch.setattr(torch, "save", lambda *args: (_ for _ in ()).throw(RuntimeError("unexpected pos 64")))
+    else:
+        monkeypatch.setattr(os, fails, full_disk)
+    with pytest.raises(UserError, match="cannot write the checkpoint .*a.pth .*an earlier one is unchanged"):
+        save_checkpoint(path, {"x": torch.zeros(10)})
+    monkeypatch.undo()
+    assert contents(tmp_path) == before and load_checkpoint(path)["encoder"]["name"] == "pointnet_cls"
+
+
+def version(path):
+    return load_checkpoint(path)["version"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_checkpoint_before_the_last_is_kept(links, tmp_path, monkeypatch):
+    last, previous = tmp_path / "last.pth", tmp_path / "previous.pth"
+    if not links:  # as on some network and memory-card file systems
+        monkeypatch.setattr(os, "link", lambda *args: (_ for _ in ()).throw(OSError(errno.EPERM, "not permitted")))
+    for number in range(3):
+        save_checkpoint(last, {"version": number}, keep=previous)
+        assert version(last) == number and (not number or version(previous) == number - 1)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_that_cannot_be_replaced_stays_the_last(links, tmp_path, monkeypatch):
+    last, previous = tmp_path / "last.pth", tmp_path / "previous.pth"
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *args: (_ for _ in ()).throw(OSError(errno.EPERM, "not permitted")))
+    for number in range(2):
+        save_checkpoint(last, {"version": number}, keep=previous)
+    replace = os.replace
+
+    def fails(source, target):
+        if str(source).endswith("last.pth.tmp"):
+            raise OSError(errno.EIO, "input/output error")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(UserError, match="an earlier one is unchanged"):
+        save_checkpoint(last, {"version": 2}, keep=previous)
+    assert version(last) == 1 and not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_checkpoint_that_is_kept_already_is_kept_still(tmp_path):
+    last, previous = tmp_path / "last.pth", tmp_path / "previous.pth"
+    save_checkpoint(last, {"version": 0})
+    os.link(last, previous)  # a process was killed between the two replacements
+    save_checkpoint(last, {"version": 1}, keep=previous)
+    assert (version(last), version(previous)) == (1, 0)
+    assert {path.name for path in tmp_path.iterdir()} == {"last.pth", "previous.pth"}
+
+
+def test_unwritable_folders_are_one_clear_error(tmp_path):
+    (tmp_path / "file").write_text("a file, no folder")
+    for folder in (tmp_path / "file", tmp_path / "file" / "deeper"):
+        with pytest.raises(UserError, match="cannot write the checkpoint"):
+            save_checkpoint(folder / "a.pth", {})
+        with pytest.raises(UserError, match=f"cannot write to {folder}"):
+            check_writable(folder)
+    check_writable(tmp_path / "new" / "folder")
+    assert contents(tmp_path / "new") == {"folder": None}
+
+
+def test_a_compressed_checkpoint_is_refused_before_it_is_unpacked(tmp_path):
+    path = save(make("pointnet_cls"), tmp_path / "a.pth")
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as bomb:
+        for name in old.namelist():
+            bomb.writestr(name, old.read(name) + (bytes(10 << 20) if name.endswith("data/0") else b""))
+    refuse(tmp_path / "bomb.pth", "its members are compressed")
+
+
+def test_a_length_that_an_older_file_claims_takes_no_memory(tmp_path):
+    path = tmp_path / "older.pth"
+    path.write_bytes(b"\x80\x02X" + (2**31 - 1).to_bytes(4, "little") + b"text")  # a text of 2 GB
+    tracemalloc.start()
+    with pytest.raises(CheckpointError, match="older.pth is damaged or no checkpoint"):
+        load_checkpoint(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10 << 20
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.zeros(1).expand(10**12), torch.zeros(3).to_sparse(), torch.zeros(3, device="meta")],
+    ids=["expanded", "sparse", "meta"],
+)
+def test_tensors_whose_values_are_not_stored_are_refused(tensor, tmp_path):
+    encoder = make("pointnet_cls")
+    save(encoder, tmp_path / "a.pth", other={"deep": [tensor]})
+    refuse(tmp_path / "a.pth", "a.pth is damaged or no checkpoint .a tensor in it")
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"emb_dims": 10**9}, "tensors .*of another shape: conv5.weight"),
+        ({"emb_dims": 10**18}, "sizes that are no such numbers"),
+        ({"emb_dims": 24.0}, "sizes that are no such numbers"),
+        ({"emb_dims": None}, "sizes that are no such numbers"),
+    ],
+)
+def test_sizes_that_the_weights_do_not_have_take_no_memory(kwargs, message, tmp_path):
+    state = make("pointnet_cls").state_dict()
+    payload = {"encoder": {"name": "pointnet_cls", "kwargs": kwargs}, "point_encoder": state}
+    save_checkpoint(tmp_path / "a.pth", payload)
+    refuse(tmp_path / "a.pth", message)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_or_of_another_type_are_named(value, tmp_path):
+    encoder = make("pointnet_cls")
+    state = encoder.state_dict()
+    state["conv2.weight"][3] = value
+    save_checkpoint(tmp_path / "a.pth", {"encoder": describe_encoder(encoder), "point_encoder": state})
+    refuse(tmp_path / "a.pth", "tensors 1 not finite: conv2.weight")
+    state["conv2.weight"] = torch.zeros_like(state["conv2.weight"], dtype=torch.complex64)
+    state["bn1.num_batches_tracked"] = torch.tensor(1.5)
+    save_checkpoint(tmp_path / "a.pth", {"encoder": describe_encoder(encoder), "point_encoder": state})
+    refuse(tmp_path / "a.pth", "2 of another type: .*conv2.weight is torch.complex64")
+
+
+def test_entries_that_are_missing_or_of_another_kind_are_one_error(tmp_path):
+    encoder = make("pointnet_cls")
+    good = {"encoder": describe_encoder(encoder), "point_encoder": encoder.state_dict()}
+    for change in ({"encoder": 3}, {"encoder": {"name": "pointnet_cls"}}, {"point_encoder": [1]}, {"encoder": {}}):
+        save_checkpoint(tmp_path / "a.pth", good | change)
+        refuse(tmp_path / "a.pth", "does not hold what this version writes")

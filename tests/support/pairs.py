@@ -1,0 +1,123 @@
+"""Tiny pretraining pairs in the released folder layout, and what tests do with files."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import h5py
+import numpy as np
+from PIL import Image
+from plyfile import PlyData, PlyElement
+
+MODES = ("RGBA", "RGB", "L", "P")
+SIZES = ((20, 20), (33, 17), (8, 40))
+
+
+def cloud(seed: int, size: int = 48) -> np.ndarray:
+    """(size, 3) float32: an ellipsoid whose axes depend on the seed, off the origin."""
+    rng = np.random.default_rng(seed)
+    return (rng.normal(size=(size, 3)) * rng.uniform(0.2, 2, 3) + 0.1).astype(np.float32)
+
+
+def write_ply(path: Path, points: np.ndarray, *, text: bool = False, axes: str = "xyz") -> None:
+    """Write a PLY file of float coordinates, ascii or binary."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = np.zeros(len(points), [(axis, "f4") for axis in axes])
+    for axis, column in zip(axes, points.T, strict=False):
+        rows[axis] = column
+    PlyData([PlyElement.describe(rows, "vertex")], text=text).write(path)
+
+
+def png(seed: int, mode: str = "RGB", size: tuple[int, int] = (20, 20)) -> bytes:
+    """An encoded picture of smooth colours; RGBA and P have a transparent border."""
+    rng = np.random.default_rng(seed)
+    width, height = size
+    x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
+    colors = rng.uniform(0, 255, (3, 2))
+    values = np.stack([a + (b - a) * (x + y) / 2 for a, b in colors], axis=2).astype(np.uint8)
+    alpha = np.full((height, width, 1), 255, np.uint8)
+    alpha[:2], alpha[:, -2:] = 0, 128
+    image = Image.fromarray(np.concatenate([values, alpha], axis=2))
+    options = {}
+    if mode == "P":
+        image = image.convert("RGB").quantize(16)
+        options["transparency"] = 3
+    else:
+        image = image.convert(mode)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", **options)
+    return buffer.getvalue()
+
+
+def cloud_path(root: Path, name: str) -> Path:
+    """The cloud's file of shape ``<synset>/<model_id>``."""
+    return root / "ShapeNet" / f"{name}.ply"
+
+
+def view_path(root: Path, name: str, view: int = 0) -> Path:
+    """One rendering's file."""
+    return root / "ShapeNetRendering" / name / "rendering" / f"{view:02d}.png"
+
+
+def write_pairs(root: Path, shapes: int = 12, *, points: int = 48, views: int = 2, unpaired: int = 0) -> list[str]:
+    """Write shapes with clouds ascii and binary, pictures of several modes and sizes, ``views`` to ``views + 2`` each.
+
+    Returns:
+        Ids of the shapes with a rendering, sorted; the ``unpaired`` further ones have none.
+    """
+    names = [f"{'02691156' if i % 2 else '03001627'}/shape{i:02d}" for i in range(shapes + unpaired)]
+    for i, name in enumerate(names):
+        write_ply(cloud_path(root, name), cloud(i, points), text=i % 2 == 0)
+        if i >= shapes:
+            continue
+        for view in range(views + i % 3):
+            path = view_path(root, name, view)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(png(100 * i + view, MODES[(i + view) % 4], SIZES[i % 3]))
+        (path.parent / "rendering_metadata.txt").write_text("0 0 0 1 25\n")
+    return sorted(names[:shapes])
+
+
+def write_demo_set(root: Path, *, points: int = 40, train: int = 10, test: int = 4) -> None:
+    """Write a labelled set of balls, plates and rods that is read as ``demo``; ``train`` and ``test`` count a class."""
+    folder = root / "demo_hdf5"
+    folder.mkdir(parents=True)
+    stretch = np.array([[1, 1, 1], [1, 0.1, 1], [0.1, 1, 0.1]])
+    for seed, (split, count) in enumerate((("train", train), ("test", test))):
+        labels = np.arange(3 * count) % 3
+        clouds = np.random.default_rng(seed).normal(size=(len(labels), points, 3)) * stretch[labels][:, None] / 3
+        with h5py.File(folder / f"ply_data_{split}0.h5", "w") as file:
+            file["data"], file["label"] = clouds.astype("f4"), labels[:, None].astype("u1")
+        (folder / f"{split}_files.txt").write_text(f"ply_data_{split}0.h5\n")
+    (folder / "shape_names.txt").write_text("ball\nplate\nrod\n")
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """Every file below a folder with its bytes, every folder with None."""
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+
+_opened: list[str] | None = None
+
+
+def _note_opened(event: str, arguments: tuple) -> None:
+    if _opened is not None and event == "open" and isinstance(arguments[0], str):
+        _opened.append(arguments[0])
+
+
+@contextlib.contextmanager
+def files_opened() -> Iterator[list[str]]:
+    """Paths that Python code opens inside the block, in order, repetitions included."""
+    global _opened
+    if not getattr(_note_opened, "installed", False):
+        sys.addaudithook(_note_opened)  # cannot be taken back; silent outside the block
+        _note_opened.installed = True
+    _opened = []
+    try:
+        yield _opened
+    finally:
+        _opened = None

@@ -1,0 +1,47 @@
+"""train_crossnet_con.py with an image network of a few thousand weights, in this process or in one of its own.
+
+Checkpoints with two ResNets and Adam's moments have hundreds of megabytes; what tests of the loop look at does not
+depend on the image network. ``python -m tests.support.small_run ARGUMENTS`` is the script with that network.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from engine.launch import launch
+from models.image import IMAGE_ENCODERS
+from train_crossnet_con import main
+
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = (
+    "--device cpu --num_points 24 --k 4 --emb_dims 16 --image_model resnet18 --image_size 16 --batch_size 4 "
+    "--workers 0 --eval_points 24 --log_every 1"
+)
+
+
+class TinyImageNet(nn.Module):
+    """One convolution with the parts of a ResNet that ``models.image`` replaces."""
+
+    def __init__(self, weights: None = None) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.fc = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, 10), or (B, 64) without the classifier."""
+        return self.fc(self.bn1(self.conv1(x)).relu().mean((2, 3)))
+
+
+def arguments(root: Path, out: Path, *more: str) -> list[str]:
+    """Command line of a run of a fraction of a second per step; what comes later counts."""
+    return [*SETTINGS.split(), "--data_root", str(root), "--output_dir", str(out), *map(str, more)]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    IMAGE_ENCODERS["resnet18"] = TinyImageNet
+    launch(main)
