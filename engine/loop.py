@@ -23,7 +23,7 @@ from tqdm import tqdm
 from datasets.sampler import ResumableSampler
 from engine.checkpoint import checkpoint_errors, save_checkpoint
 from engine.faults import batches, leave_signals_to_the_main_process, postponed, stop_workers, worker_gone
-from engine.optim import grad_scaler
+from engine.optim import grad_scaler, load_optimizer
 from engine.resume import FREE_ON_RESUME, Progress
 from engine.run_folder import RunFolder, WandbMirror
 from models.ops.backend import agree_on_kernels
@@ -400,11 +400,7 @@ class TrainingLoop(ABC):
         if payload["shapes"] != self.fingerprint():
             raise CheckpointError(f"{path} was trained on other shapes than {self.args.data_root} holds")
         self.load_weights(payload, path)
-        self.optimizer.load_state_dict(payload["optimizer"])
-        for parameter, state in self.optimizer.state.items():
-            for name, value in state.items():  # which PyTorch does not look at
-                if value is not None and value.shape not in ((), parameter.shape):
-                    raise ValueError(f"{name} of the optimiser is {tuple(value.shape)}, not {tuple(parameter.shape)}")
+        load_optimizer(self.optimizer, payload["optimizer"])
         self.scaler.load_state_dict(payload["scaler"])
         restore_random_states(payload["random"])
         self.progress = Progress(**payload["progress"])

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from models.base import pooled_features
 from models.image import build_image_encoder
 from models.losses import OBJECTIVES, Losses, crossnet_objective
 from models.projection_heads import image_projection, point_projection
@@ -68,7 +69,7 @@ class CrossNet(nn.Module):
 
     def project_points(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor]:
         """Projections of two views, each (B, 3, N) -> (B, 256); one 2B batch, so they share batch statistics."""
-        z1, z2 = self.point_head(self.point_encoder(torch.cat([view1, view2])).pooled).chunk(2)
+        z1, z2 = self.point_head(pooled_features(self.point_encoder, torch.cat([view1, view2]))).chunk(2)
         return z1, z2
 
     def project_images(self, modality: str, images: Tensor | None) -> Tensor | None:

@@ -68,10 +68,19 @@ class _DGCNN(nn.Module):
             raise ValueError(f"expected (B, {self.in_channels}, N), got {tuple(x.shape)}")
         return x.transpose(1, 2).contiguous()
 
-    @staticmethod
-    def to_local(layers: list[Tensor], shape: torch.Size) -> Tensor:
-        """Rows of the EdgeConvs -> (B, local_dim, N)."""
-        return torch.cat(layers, dim=1).unflatten(0, shape[:2]).transpose(1, 2)
+    def pooled_and_layers(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """(B, C, N) -> the pooled features (B, D) and the rows (B * N, C_i) of every EdgeConv."""
+        raise NotImplementedError
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """Return the pooled features alone: (B, C, N) -> (B, D). Features per point are never concatenated."""
+        return self.pooled_and_layers(x)[0]
+
+    def forward(self, x: Tensor) -> PointFeatures:
+        """Return pooled features and the EdgeConvs' outputs at every point; the layouts state the shapes."""
+        pooled, layers = self.pooled_and_layers(x)
+        local = torch.cat(layers, dim=1).unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)  # (B, local_dim, N)
+        return PointFeatures(pooled, local)
 
 
 class DGCNNCls(_DGCNN):
@@ -94,15 +103,14 @@ class DGCNNCls(_DGCNN):
         self.conv5 = point_block(512, emb_dims)
         self.feature_dim, self.local_dim = 2 * emb_dims, 512
 
-    def forward(self, x: Tensor) -> PointFeatures:
-        """See the class for shapes."""
+    def pooled_and_layers(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """(B, 3, N) -> (B, 2 E) and four layers of rows."""
         points = self.to_points(x)
         shape, rows, layers = points.shape, points.flatten(0, 1), []
         for block in (self.conv1, self.conv2, self.conv3, self.conv4):
             rows = edge_conv(rows, self.neighbors(rows.unflatten(0, shape[:2])), block, clouds=len(x))
             layers.append(rows)
-        pooled = torch.cat(pool_pointwise(layers, len(x), self.conv5, with_mean=True), dim=1)
-        return PointFeatures(pooled, self.to_local(layers, shape))
+        return torch.cat(pool_pointwise(layers, len(x), self.conv5, with_mean=True), dim=1), layers
 
 
 class _DGCNNSeg(_DGCNN):
@@ -118,15 +126,15 @@ class _DGCNNSeg(_DGCNN):
         self.conv6 = point_block(192, emb_dims)
         self.feature_dim, self.local_dim = emb_dims, 192
 
-    def edge_convs(self, points: Tensor, first_neighbors: Tensor) -> PointFeatures:
-        """(B, N, C) and the first layer's neighbours -> features."""
+    def edge_convs(self, points: Tensor, first_neighbors: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """(B, N, C) and the first layer's neighbours -> (B, E) and three layers of rows."""
         shape = points.shape
         x1 = edge_conv_two_layers(points.flatten(0, 1), first_neighbors, self.conv1, self.conv2)
         x2 = edge_conv_two_layers(x1, self.neighbors(x1.unflatten(0, shape[:2])), self.conv3, self.conv4)
         x3 = edge_conv(x2, self.neighbors(x2.unflatten(0, shape[:2])), self.conv5, clouds=len(points))
         layers = [x1, x2, x3]
         pooled, _ = pool_pointwise(layers, len(points), self.conv6)
-        return PointFeatures(pooled, self.to_local(layers, shape))
+        return pooled, layers
 
 
 class DGCNNPartSeg(_DGCNNSeg):
@@ -144,8 +152,8 @@ class DGCNNPartSeg(_DGCNNSeg):
         super().__init__(k=k, emb_dims=emb_dims, in_channels=3)
         self.transform_net = TransformNet()
 
-    def forward(self, x: Tensor) -> PointFeatures:
-        """See the class for shapes."""
+    def pooled_and_layers(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """(B, 3, N) -> (B, E) and three layers of rows."""
         points = self.to_points(x)
         matrices = self.transform_net(points, self.neighbors(points))
         with without_autocast(points.device):  # rounded coordinates would have other neighbours
@@ -172,7 +180,7 @@ class DGCNNSemSeg(_DGCNNSeg):
             raise ValueError(f"in_channels = {in_channels}: expected 3 (xyz) or 9 (xyz, rgb, room-normalised xyz)")
         super().__init__(k=k, emb_dims=emb_dims, in_channels=in_channels)
 
-    def forward(self, x: Tensor) -> PointFeatures:
-        """See the class for shapes."""
+    def pooled_and_layers(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """(B, in_channels, N) -> (B, E) and three layers of rows."""
         points = self.to_points(x)
         return self.edge_convs(points, self.neighbors(points[..., 6:9] if self.in_channels == 9 else points))

@@ -20,7 +20,25 @@ def _to_rows(x: Tensor) -> tuple[Tensor, torch.Size]:
     return points.flatten(0, 1), points.shape[:2]
 
 
-class PointNetCls(nn.Module):
+class _PointNet(nn.Module):
+    """What the layouts share: pooled features alone, or with those of every point."""
+
+    def pooled_and_layers(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """(B, 3, N) -> the pooled features (B, E) and the rows (B * N, C_i) that make up the local ones."""
+        raise NotImplementedError
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """Return the pooled features alone: (B, 3, N) -> (B, E). Features per point are never concatenated."""
+        return self.pooled_and_layers(x)[0]
+
+    def forward(self, x: Tensor) -> PointFeatures:
+        """Return pooled features and those of every point; the layouts state the shapes."""
+        pooled, layers = self.pooled_and_layers(x)
+        local = torch.cat(layers, dim=1).unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)  # (B, local_dim, N)
+        return PointFeatures(pooled, local)
+
+
+class PointNetCls(_PointNet):
     """Classification layout without transformer: pointwise 64, 64, 64, 128, E, then the maximum.
 
     Args:
@@ -40,15 +58,14 @@ class PointNetCls(nn.Module):
             setattr(self, f"bn{i + 1}", nn.BatchNorm1d(widths[i + 1]))
         self.emb_dims, self.feature_dim, self.local_dim = emb_dims, emb_dims, sum(widths[1:5])
 
-    def forward(self, x: Tensor) -> PointFeatures:
-        """See the class for shapes."""
+    def pooled_and_layers(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """(B, 3, N) -> (B, E) and the rows (B * N, C_i) of the four layers before the embedding."""
         rows, shape = _to_rows(x)
         layers = []
         for i in range(1, 6):
             rows = F.relu(apply_to_rows(rows, getattr(self, f"conv{i}"), getattr(self, f"bn{i}")))
             layers.append(rows)
-        local = torch.cat(layers[:4], dim=1).unflatten(0, shape).transpose(1, 2)
-        return PointFeatures(max_over_points(rows.unflatten(0, shape)), local)
+        return max_over_points(rows.unflatten(0, shape)), layers[:4]
 
 
 class AlignmentNet(nn.Module):
@@ -80,7 +97,7 @@ class AlignmentNet(nn.Module):
         return x + torch.eye(self.channels, device=x.device, dtype=x.dtype)
 
 
-class PointNetPartSeg(nn.Module):
+class PointNetPartSeg(_PointNet):
     """Part-segmentation layout: input and feature transformer, pointwise 64, 128, 128, 512, E, then the maximum.
 
     Args:
@@ -103,8 +120,8 @@ class PointNetPartSeg(nn.Module):
         self.conv5, self.bn5 = nn.Conv1d(512, emb_dims, 1), nn.BatchNorm1d(emb_dims)
         self.emb_dims, self.feature_dim, self.local_dim = emb_dims, emb_dims, 64 + 128 + 128 + 512 + emb_dims
 
-    def forward(self, x: Tensor) -> PointFeatures:
-        """See the class for shapes."""
+    def pooled_and_layers(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """(B, 3, N) -> (B, E) and the rows (B * N, C_i) of every pointwise layer."""
         rows, shape = _to_rows(x)
         rows = self.align(rows, shape, self.stn)
         out1 = F.relu(apply_to_rows(rows, self.conv1, self.bn1))
@@ -113,8 +130,7 @@ class PointNetPartSeg(nn.Module):
         aligned = self.align(out3, shape, self.fstn)
         out4 = F.relu(apply_to_rows(aligned, self.conv4, self.bn4))
         out5 = apply_to_rows(out4, self.conv5, self.bn5)
-        local = torch.cat([out1, out2, out3, out4, out5], dim=1).unflatten(0, shape).transpose(1, 2)
-        return PointFeatures(max_over_points(out5.unflatten(0, shape)), local)
+        return max_over_points(out5.unflatten(0, shape)), [out1, out2, out3, out4, out5]
 
     @staticmethod
     def align(rows: Tensor, shape: torch.Size, net: AlignmentNet) -> Tensor:

@@ -79,7 +79,7 @@ def test_the_flag_holds_inside_training_only(monkeypatch):
     cudnn = torch.backends.cudnn
     before = (torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark)
     with deterministic(False):
-        assert not torch.are_deterministic_algorithms_enabled()
+        assert not torch.are_deterministic_algorithms_enabled() and cudnn.benchmark
     with pytest.raises(KeyError), deterministic(True):
         assert torch.are_deterministic_algorithms_enabled() and cudnn.deterministic and not cudnn.benchmark
         raise KeyError

@@ -146,7 +146,12 @@ def wrap_ddp(model: nn.Module) -> nn.Module:
     if world_size() == 1:
         return model
     device = next(model.parameters()).device
-    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    return DistributedDataParallel(
+        model,
+        device_ids=[device] if device.type == "cuda" else None,
+        broadcast_buffers=False,  # the same everywhere with shared statistics; else the loop broadcasts them each epoch
+        gradient_as_bucket_view=True,  # gradients are averaged where they lie
+    )
 
 
 def sync_gradients_if(network: nn.Module, when: bool) -> contextlib.AbstractContextManager:

@@ -29,13 +29,18 @@ def seed_everything(seed: int) -> None:
 def deterministic(wanted: bool) -> Iterator[None]:
     """Inside, PyTorch takes only algorithms that give the same result every time, where it has them.
 
-    An operation that has none warns with its name. On a CPU this changes nothing: runs repeat there anyway.
+    An operation that has none warns with its name. On a CPU this changes nothing: runs repeat there anyway. Where this
+    is not wanted, cuDNN measures its algorithms for each new shape and keeps the fastest.
     """
+    cudnn = torch.backends.cudnn
     if not wanted:
-        yield
+        benchmark, cudnn.benchmark = cudnn.benchmark, True
+        try:
+            yield
+        finally:
+            cudnn.benchmark = benchmark
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # looked at when cuBLAS starts
-    cudnn = torch.backends.cudnn
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     cudnn_before = cudnn.deterministic, cudnn.benchmark
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -8,7 +8,8 @@ from torch import nn
 
 from benchmarks.reference.textbook import TEXTBOOK_ENCODERS
 from engine.load_model import describe_encoder
-from models import ENCODERS, PointFeatures, build_encoder, encoder_arguments, resolve_encoder_name
+from models import ENCODERS, CrossNet, PointFeatures, build_encoder, encoder_arguments, resolve_encoder_name
+from models.base import pooled_features
 
 K, WIDTH = 5, 16
 # Name, further arguments, width of the pooled feature, channels of the local one.
@@ -369,3 +370,23 @@ def test_an_exported_encoder_computes_the_same(layout):
     x = clouds(encoder)
     exported = torch.export.export(encoder, (x,)).module()
     torch.testing.assert_close(exported(x), encoder(x))
+
+
+@EVERY_LAYOUT
+def test_pooled_features_alone_are_those_of_the_whole_to_the_last_bit(layout):
+    encoder, outcomes = small_encoder(layout, dtype=torch.float32), []
+    x = torch.randn(2, encoder.in_channels, 12)
+    for features in (lambda net: net(x).pooled, lambda net: pooled_features(net, x)):
+        net = copy.deepcopy(encoder)
+        pooled = features(net)
+        pooled.square().sum().backward()
+        outcomes.append([pooled, *(p.grad for p in net.parameters()), *net.buffers()])
+    assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_pretraining_never_concatenates_features_per_point(name, monkeypatch):
+    encoder = build_encoder(name, emb_dims=8, **({"k": 3} if name.startswith("dgcnn") else {}))
+    monkeypatch.setattr(type(encoder), "forward", lambda *_: pytest.fail("features per point were asked for"))
+    model = CrossNet(encoder, image_model="resnet18", image_modality="rgb")
+    assert model.project_points(*torch.randn(2, 2, 3, 12))[0].shape == (2, 256)
