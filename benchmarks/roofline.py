@@ -69,7 +69,7 @@ class GPU:
 # tests/compile_kernels.py. A third of the rows meets 29 halvings or more, others about 16.
 HALVINGS = 20
 SELECTION = {"_nearest": (1700, 76), "_largest": (1200, 76)}
-_NO_WORK = ("empty", "new_empty", "detach", "_local_scalar", "lift")
+_NO_WORK = ("empty", "new_empty", "detach", "_local_scalar", "lift", "device")
 _TAKES_ROWS = ("gather", "index_select", "embedding", "index")
 _RADIX_PASSES = 8
 
