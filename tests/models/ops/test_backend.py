@@ -340,7 +340,7 @@ def test_every_kernel_compiles_for_gpus(tmp_path):
     command = [sys.executable, "-m", "tests.compile_kernels", "--capability", "90", "--points", "700"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    names = ("_nearest", "_largest", "_edge_forward", "_gradient_of_centres", "_gradient_of_neighbours")
+    names = ("_nearest", "_largest", "_edge_forward", "_gradient_of_centers", "_gradient_of_neighbors")
     assert all(f"{name} for compute capability 9.0: " in done.stdout for name in names)
 
 
