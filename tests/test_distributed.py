@@ -254,14 +254,14 @@ def fail_in_step(how, victim=1):
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_the_other_with_a_message(root, tmp_path, victim):
     def main():
-        original = Pretraining.update
+        original = Pretraining.optimizer_step
 
         def update(self):
             if self.progress.step == 1 and launch.rank() == victim:
                 os.kill(os.getpid(), signal.SIGKILL)
             original(self)
 
-        Pretraining.update = update
+        Pretraining.optimizer_step = update
         pretraining.main(arguments(root, tmp_path, *SHORT))
 
     begin = time.monotonic()

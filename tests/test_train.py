@@ -419,7 +419,7 @@ def test_impossible_parts_of_a_batch_are_refused(root, tmp_path, flags, message)
 
 def test_learning_rates_of_both_schedules_and_optimizers(root, tmp_path, short):
     rates = []
-    step = Pretraining.update
+    step = Pretraining.optimizer_step
 
     def note(self):
         rates.append((type(self.optimizer).__name__, self.optimizer.param_groups[0]["lr"]))

@@ -191,7 +191,7 @@ def test_the_smaller_last_batch_is_kept_below_a_hundred_samples(tmp_path):
     def epoch(count, batch):
         run = tuning(tmp_path, "--batch_size", batch, name=f"{count}", dataset=Balls(count), chosen=np.arange(count))
         sizes = []
-        run.look_at = lambda items: sizes.append(len(items[0]))
+        run.count_bad_samples = lambda items: sizes.append(len(items[0]))
         run.run(lambda model: {}, [])
         assert run.progress.step == len(sizes) == run.total_steps
         return sizes

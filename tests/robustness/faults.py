@@ -195,14 +195,14 @@ def at_step(step: int, act: Callable[[], None]) -> Callable[[], None]:
     """Harm: act in the middle of a step, between its forward and its backward pass."""
 
     def harm() -> None:
-        original = Pretraining.update
+        original = Pretraining.optimizer_step
 
         def update(self: Pretraining) -> None:
             if self.progress.step == step:
                 act()
             original(self)
 
-        Pretraining.update = update
+        Pretraining.optimizer_step = update
 
     return harm
 
