@@ -23,7 +23,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from models.ops import backend, triton_kernels
 
 DEVICE = torch.device("cuda:0")
-KERNELS = ("_largest", "_nearest", "_edge_forward", "_gradient_of_centres", "_gradient_of_neighbours")
+KERNELS = ("_largest", "_nearest", "_edge_forward", "_gradient_of_centers", "_gradient_of_neighbors")
 
 
 class Launch(NamedTuple):
@@ -95,6 +95,8 @@ def fake_gpu(recorder: Recorder, *, ranks: int = 1) -> Iterator[None]:
             mock.patch.multiple(triton_kernels, **stubs),
             mock.patch.object(backend, "_checked", lambda device: (triton_kernels, "")),
             mock.patch.dict("os.environ", {backend.VARIABLE: "auto"}),
+            mock.patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
+            mock.patch.object(torch.cuda, "is_bf16_supported", lambda *_, **__: True),
             mock.patch.object(torch.cuda, "device_of", lambda tensor: contextlib.nullcontext()),
             mock.patch.object(torch.autograd.Function, "apply", classmethod(recorded_apply)),
             mock.patch.object(torch.autograd, "backward", backward),

@@ -145,8 +145,8 @@ class Stages(Recorder):
             busy = max(warps * (fixed + HALVINGS * halving) / self.gpu.instructions, moved / self.gpu.memory)
         else:
             rows, k = arguments["a"].numel(), arguments["k"]
-            gathered = {"_gradient_of_neighbours": 10}.get(launch.kernel, 4)  # bytes of an edge: c, peak, place; or a
-            whole = {"_gradient_of_neighbours": 12}.get(launch.kernel, 16)
+            gathered = {"_gradient_of_neighbors": 10}.get(launch.kernel, 4)  # bytes of an edge: c, peak, place; or a
+            whole = {"_gradient_of_neighbors": 12}.get(launch.kernel, 16)
             moved = rows * (gathered * k + whole)
             busy = moved / self.gpu.gather
         self.note(launch.kernel, moved=moved, busy=busy)
@@ -192,7 +192,7 @@ class _Count(TorchDispatchMode):
             return out
         flops, rate = self.flops(func, args, kwargs, out, inputs)
         moved = self.moved(func, args, kwargs, inputs, outputs)
-        launches = 3 if name == "convolution_backward" else 8 if name.startswith("_foreach") else 1
+        launches = 3 if name == "convolution_backward" else 1
         busy = max(moved / self.stages.gpu.memory, flops / rate)
         self.stages.note(name, moved=moved, flops=flops, launches=launches, busy=busy)
         return out

@@ -34,9 +34,10 @@ def test_flops_are_those_of_the_layers(plain):
     assert plain["stages"]["EdgeConv"]["flops"] == pytest.approx(edges - of_first_x, rel=0.01)
 
 
-def test_half_precision_moves_less_and_ranks_talk():
+def test_half_precision_moves_less_and_ranks_talk(plain):
     half = roofline.main([*TINY, "--amp", "bf16", "--channels_last", "--ranks", "4"])
     assert half["collectives"] > 40
+    assert half["stages"]["conv5 and pooling"]["bytes"] < 0.8 * plain["stages"]["conv5 and pooling"]["bytes"]
     assert half["settings"]["ranks"] == 4
 
 
