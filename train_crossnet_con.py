@@ -81,6 +81,7 @@ from utils.collectives import (
     world_size,
 )
 from utils.errors import CheckpointError, UserError
+from utils.released_flags import IN_PRETRAINING, Switch, add_released_flags, model_name
 from utils.reproducible import seed_everything
 
 logger = logging.getLogger("crossnet")
@@ -111,7 +112,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--strict_data", action="store_true", help="stop at the first unreadable sample; default: at more than 1 %%"
     )
     g = parser.add_argument_group("point encoder")
-    g.add_argument("--model", choices=[*ENCODERS, *ENCODER_ALIASES], default="dgcnn_cls", help="encoder to pretrain")
+    g.add_argument(
+        "--model",
+        type=model_name([*ENCODERS, *ENCODER_ALIASES]),
+        choices=[*ENCODERS, *ENCODER_ALIASES],
+        default="dgcnn_cls",
+        help="encoder to pretrain",
+    )
     g.add_argument(
         "--k",
         type=positive_int,
@@ -176,7 +183,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="highest learning rate of Adam; SGD takes 100 x this",
     )
     g.add_argument("--weight_decay", type=non_negative_float, default=1e-5, metavar="WD", help="L2 penalty")
-    g.add_argument("--use_sgd", action="store_true", help="SGD with momentum instead of Adam, for all encoders")
+    g.add_argument("--use_sgd", action=Switch, help="SGD with momentum instead of Adam, for all encoders")
     g.add_argument("--momentum", type=non_negative_float, default=0.9, metavar="M", help="of SGD")
     g.add_argument(
         "--lr_schedule",
@@ -214,6 +221,7 @@ def build_parser() -> argparse.ArgumentParser:
         default="val",
         help="best.pth by held-out training clouds (val) or, as released, by the test set",
     )
+    add_released_flags(parser, IN_PRETRAINING, datasets=("shapenet", "shapenetrender"))
     return parser
 
 

@@ -63,6 +63,7 @@ from utils.collectives import (
     world_size,
 )
 from utils.errors import CheckpointError, UserError
+from utils.released_flags import IN_FINE_TUNING, Switch, add_released_flags, model_name, scheduler_name
 from utils.reproducible import seed_everything
 
 logger = logging.getLogger("crossnet")
@@ -75,7 +76,13 @@ Scores = dict[str, Any]
 
 
 def add_training_arguments(
-    parser: argparse.ArgumentParser, *, task: type[FineTuned], exp_name: str, k: int, use_sgd: bool = False
+    parser: argparse.ArgumentParser,
+    *,
+    task: type[FineTuned],
+    exp_name: str,
+    k: int,
+    use_sgd: bool = False,
+    datasets: Sequence[str] = (),
 ) -> None:
     """Add the flags that all fine-tuning scripts share; defaults are the released settings.
 
@@ -85,6 +92,7 @@ def add_training_arguments(
         exp_name: default name of the run folder.
         k: released number of neighbours, from scratch.
         use_sgd: whether SGD is the released optimiser.
+        datasets: see ``add_released_flags``.
     """
     names = [name for name, kind in ENCODERS.items() if kind in task.heads]
     aliases = [alias for alias, name in ENCODER_ALIASES.items() if name in names]
@@ -92,7 +100,10 @@ def add_training_arguments(
     add_run_arguments(parser, exp_name=exp_name, save_every=500)
     g = parser.add_argument_group("model")
     g.add_argument(
-        "--model", choices=[*names, *aliases], help=f"encoder (default: the checkpoint's; {names[0]} from scratch)"
+        "--model",
+        type=model_name([*names, *aliases]),
+        choices=[*names, *aliases],
+        help=f"encoder (default: the checkpoint's; {names[0]} from scratch)",
     )
     g.add_argument(
         "--pretrain_path",
@@ -109,13 +120,12 @@ def add_training_arguments(
     g.add_argument("--batch_size", type=positive_int, default=32, metavar="B", help="samples per process and step")
     g.add_argument("--test_batch_size", type=positive_int, default=16, metavar="B", help="samples per pass of testing")
     g.add_argument("--lr", type=float, default=1e-3, metavar="LR", help="highest rate of Adam; SGD takes 100 x this")
-    g.add_argument(
-        "--use_sgd", action=argparse.BooleanOptionalAction, default=use_sgd, help="SGD with momentum instead of Adam"
-    )
+    g.add_argument("--use_sgd", action=Switch, default=use_sgd, help="SGD with momentum instead of Adam")
     g.add_argument("--momentum", type=float, default=0.9, metavar="M", help="of SGD")
     g.add_argument("--weight_decay", type=float, default=1e-4, metavar="WD", help="L2 penalty")
     g.add_argument(
         "--scheduler",
+        type=scheduler_name,
         choices=SCHEDULERS,
         default="cosine",
         help="cosine: from the highest rate to a hundredth of it, once; step: halved every 20 epochs, not below 1e-5; "
@@ -133,10 +143,11 @@ def add_training_arguments(
         help="best.pth by held-out training data (val) or, as released, by the test data",
     )
     g = parser.add_argument_group("evaluation only")
-    g.add_argument("--eval", action="store_true", help="score --model_path on the test data, train nothing")
+    g.add_argument("--eval", action=Switch, help="score --model_path on the test data, train nothing")
     g.add_argument(
         "--model_path", metavar="FILE", help="with --eval: checkpoint of this script, or a published state dict"
     )
+    add_released_flags(parser, IN_FINE_TUNING, datasets=datasets)
 
 
 def check_training_arguments(args: argparse.Namespace) -> None:

@@ -16,6 +16,7 @@ from engine.load_model import encoder_from_checkpoint
 from models import ENCODER_ALIASES, ENCODERS, build_encoder, encoder_arguments, resolve_encoder_name
 from utils.cli import positive_int, seed_number
 from utils.errors import DataError, UserError
+from utils.released_flags import model_name
 from utils.reproducible import seed_everything
 
 DEFAULT_MODEL = "dgcnn_cls"
@@ -55,9 +56,10 @@ def add_encoder_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--model",
+        type=model_name([*ENCODERS, *ENCODER_ALIASES]),
         choices=[*ENCODERS, *ENCODER_ALIASES],
-        help="encoder; needed for published state dicts, which do not say it "
-        f"(default: the checkpoint's; {DEFAULT_MODEL} with --random_init)",
+        help="encoder (default: the checkpoint's, of published state dicts by their tensors; "
+        f"{DEFAULT_MODEL} with --random_init)",
     )
     group.add_argument(
         "--k",
@@ -98,7 +100,11 @@ def add_data_arguments(parser: argparse.ArgumentParser, *, num_points: int | Non
     """
     group = parser.add_argument_group("data")
     group.add_argument(
-        "--dataset", choices=CLASSIFICATION_SETS, default="modelnet40", help="labelled clouds to score on"
+        "--dataset",
+        type=str.lower,
+        choices=CLASSIFICATION_SETS,
+        default="modelnet40",
+        help="labelled clouds to score on",
     )
     group.add_argument(
         "--variant",

@@ -49,6 +49,7 @@ from models.task_heads import Classification
 from utils.cli import HelpFormatter, log_to_screen, write_json
 from utils.collectives import is_main
 from utils.errors import CheckpointError, DataError, UserError
+from utils.released_flags import add_percent_train
 from utils.reproducible import git_commit, versions
 
 RELEASED_K = Classification.released_k
@@ -60,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_training_arguments(parser, task=Classification, exp_name="finetune", k=RELEASED_K, use_sgd=True)
     add_data_arguments(parser, batch=False)
     g = parser.add_argument_group("labels")
+    add_percent_train(g)
     g.add_argument(
         "--label_fraction",
         type=float,

@@ -53,6 +53,7 @@ from utils.cli import (
     write_json,
 )
 from utils.errors import DataError, UserError
+from utils.released_flags import IN_LINEAR_SVM, add_released_flags
 from utils.reproducible import git_commit, versions
 
 
@@ -100,6 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="draw test clouds beside their nearest neighbours, first run (.png, .pdf)",
     )
     add_common_arguments(parser, workers=False)
+    add_released_flags(parser, IN_LINEAR_SVM)
     return parser
 
 

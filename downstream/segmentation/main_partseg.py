@@ -61,22 +61,25 @@ from utils.cli import (
 from utils.collectives import is_main
 from utils.errors import CheckpointError, UserError
 from utils.files import has_data_files
+from utils.released_flags import add_percent_train
 from utils.reproducible import git_commit, versions
 
 RELEASED_K = PartSegmentation.released_k
+DATASET_NAMES = ("shapenetpart", "shapenet_part", "shapenet")
 VOTE_SCALES = (0.8, 1.25)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Command line of this script; defaults are the released settings."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    add_training_arguments(parser, task=PartSegmentation, exp_name="partseg", k=RELEASED_K)
+    add_training_arguments(parser, task=PartSegmentation, exp_name="partseg", k=RELEASED_K, datasets=DATASET_NAMES)
     g = parser.add_argument_group("data")
     g.add_argument(
         "--num_points", type=positive_int, metavar="N", help="points per shape, the first N rows (default: all; 2,048)"
     )
     g.add_argument("--class_choice", metavar="NAME", help="train and test a model of this category alone")
     g.add_argument("--class_test", nargs="+", metavar="NAME", help="score the test shapes of these categories only")
+    add_percent_train(g)
     g.add_argument(
         "--label_fraction",
         type=float,

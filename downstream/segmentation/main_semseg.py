@@ -87,7 +87,7 @@ def test_areas(text: str) -> list[int]:
 def build_parser() -> argparse.ArgumentParser:
     """Command line of this script; defaults are the released settings."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    add_training_arguments(parser, task=SemanticSegmentation, exp_name="semseg", k=RELEASED_K)
+    add_training_arguments(parser, task=SemanticSegmentation, exp_name="semseg", k=RELEASED_K, datasets=("s3dis",))
     g = parser.add_argument_group("data")
     g.add_argument(
         "--test_area", type=test_areas, default="5", metavar="1..6|all", help="area to test on; all: each in turn"
@@ -110,6 +110,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--num_points", type=positive_int, metavar="N", help="points per block, the first N rows (default: all; 4,096)"
     )
     g = parser.add_argument_group("testing")
+    g.add_argument(
+        "--model_root",
+        dest="model_path",
+        default=argparse.SUPPRESS,
+        metavar="DIR",
+        help="with --eval: folder of released model_1.t7 to model_6.t7, or of a six-fold run; same as --model_path DIR",
+    )
     g.add_argument(
         "--protocol", choices=(*PROTOCOLS, "both"), default="blocks", help="what is scored, see above; both: each"
     )
@@ -289,12 +296,17 @@ def train(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def fold_checkpoint(folder: Path, area: int) -> Path:
-    """The finished checkpoint of one fold of a six-fold run.
+    """The checkpoint of one fold in the folder of a six-fold run, or of released models.
 
     Raises:
-        UserError: the fold is not finished.
+        UserError: it is missing, or its run is not finished.
     """
+    released = folder / f"model_{area}.t7"
+    if released.is_file():
+        return released
     fold = folder / f"area_{area}"
+    if not fold.is_dir() and any(folder.glob("model_[1-6].t7")):
+        raise UserError(f"{released} does not exist: scoring area {area} needs the model that was not trained on it")
     if not (fold / "result.json").is_file():
         raise UserError(
             f"{fold} is not finished ({'it was started' if (fold / 'last.pth').is_file() else 'it was not started'}); "
@@ -306,14 +318,10 @@ def fold_checkpoint(folder: Path, area: int) -> Path:
 def score_checkpoints(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Score finished models, one per tested area; returns a record for each."""
     path = Path(args.model_path)
-    if len(args.test_area) > 1:
-        if not path.is_dir():
-            raise UserError(
-                f"--test_area all scores one model per area: --model_path must be the run folder, not {path}"
-            )
-        paths = [fold_checkpoint(path, area) for area in args.test_area]
-    else:
-        paths = [path]
+    if len(args.test_area) > 1 and not path.is_dir():
+        raise UserError(f"--test_area all scores one model per area: --model_path must be the run folder, not {path}")
+    folds = path.is_dir() and (len(args.test_area) > 1 or any(path.glob("model_[1-6].t7")))
+    paths = [fold_checkpoint(path, area) if folds else path for area in args.test_area]
     records = []
     for area, path in zip(args.test_area, paths, strict=True):
         model, payload = fine_tuned_from_checkpoint(path, SemanticSegmentation, model=args.model, k=args.k)

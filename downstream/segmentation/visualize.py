@@ -74,7 +74,11 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument(
         "--task", choices=("parts", "rooms"), help="what published weights are for (default: the checkpoint's task)"
     )
-    g.add_argument("--model", choices=[*ENCODERS, *ENCODER_ALIASES], help="encoder of published weights")
+    g.add_argument(
+        "--model",
+        choices=[*ENCODERS, *ENCODER_ALIASES],
+        help="encoder of published weights (default: by their tensors)",
+    )
     g.add_argument("--k", type=positive_int, help="neighbours per point (default: the checkpoint's)")
     g.add_argument("--test_batch_size", type=positive_int, default=8, metavar="B", help="samples per forward pass")
     g = parser.add_argument_group("what to draw")

@@ -1,0 +1,217 @@
+"""A table of command lines of the released scripts: what each does here, run through the real ``main``."""
+
+import json
+import shlex
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+import train_crossnet_con
+from downstream.classification import finetune
+from downstream.classification import main as linear_svm
+from downstream.segmentation import main_partseg, main_semseg
+from models import build_encoder
+from models.image import IMAGE_ENCODERS
+from models.projection_heads import point_projection
+from models.task_heads import Classification, PartSegmentation, SemanticSegmentation
+from tests.support.pairs import write_pairs
+from tests.support.segmentation_sets import write_parts, write_rooms
+from tests.support.small_run import TinyImageNet
+from utils.errors import UserError
+
+SCRIPTS = {
+    "train_crossnet_con.py": train_crossnet_con,
+    "main.py": linear_svm,
+    "finetune.py": finetune,
+    "main_partseg.py": main_partseg,
+    "main_semseg.py": main_semseg,
+}
+TINY = "--device cpu --workers 0 --k 4 --emb_dims 16 --batch_size 8 --epochs 1"
+TRAINING = {  # in the place of the released sizes; the command line of the table comes behind them
+    "train_crossnet_con.py": f"{TINY} --num_points 24 --image_size 16 --image_model resnet18 --eval_every 0",
+    "finetune.py": f"{TINY} --num_points 24 --batch_size 40",
+    "main_partseg.py": TINY,
+    "main_semseg.py": TINY,
+}
+SCORING = {name: "--device cpu --workers 0" for name in TRAINING} | {
+    "main.py": "--device cpu --num_points 24 --shots 1"
+}
+
+# Script, released command line, and what it does: settings of the run that it is.
+RUN = [
+    (
+        "train_crossnet_con.py",
+        "--model dgcnn --use_sgd True --start_epoch 0 --n_imgs 1",
+        {"model": "dgcnn_cls", "use_sgd": True},
+    ),
+    (
+        "train_crossnet_con.py",
+        "--model dgcnn_part --gpu 0 --use_sgd False",
+        {"model": "dgcnn_partseg", "use_sgd": False},
+    ),
+    ("train_crossnet_con.py", "--model dgcnn_sem --eval False --dataset ShapeNet", {"model": "dgcnn_semseg"}),
+    ("train_crossnet_con.py", "--model dgcnn_seg --no_cuda True --use_sgd 1", {"model": "dgcnn_seg", "use_sgd": True}),
+    ("train_crossnet_con.py", "--model dgcnn_cls --resume --model_path released/cls.pth", {"k": 4, "emb_dims": 16}),
+    (
+        "finetune.py",
+        "--model dgcnn --dataset ModelNet40 --use_sgd True --scheduler cos --percent_train 0.5 --eval False",
+        {"model": "dgcnn_cls", "use_sgd": True, "scheduler": "released", "label_fraction": [0.5], "eval": False},
+    ),
+    ("finetune.py", "--pretrain_path released/cls.pth --use_sgd 0 --no_cuda", {"use_sgd": False, "device": "cpu"}),
+    ("finetune.py", "--model dgcnn --no-use_sgd --scheduler cos", {"use_sgd": False, "scheduler": "released"}),
+    (
+        "main_partseg.py",
+        "--model dgcnn --dataset shapenetpart --scheduler cos --use_sgd True --normalize_input False",
+        {"model": "dgcnn_partseg", "scheduler": "released", "use_sgd": True},
+    ),
+    (
+        "main_partseg.py",
+        "--pretrain_path released/part.pth --class_choice cone --scheduler step",
+        {"scheduler": "step"},
+    ),
+    (
+        "main_semseg.py",
+        "--model dgcnn_seg --dataset S3DIS --train_area 1,2,3,4,5,6 --test_area 5 --scheduler cos",
+        {"model": "dgcnn_semseg", "scheduler": "released", "train_area": [[1, 2, 3, 4, 5, 6]], "test_area": [5]},
+    ),
+]
+
+# Script, released command line, files that are scored.
+SCORE = [
+    (
+        "finetune.py",
+        "--eval True --dataset modelnet40 --num_points 24 --model_path released/model.t7",
+        ["released/model.t7"],
+    ),
+    ("main_partseg.py", "--eval True --model_path released/model_part.t7", ["released/model_part.t7"]),
+    ("main_semseg.py", "--eval 1 --test_area 6 --model_root released/sem", ["released/sem/model_6.t7"]),
+    (
+        "main_semseg.py",
+        "--eval True --test_area all --model_root released/sem",
+        [f"released/sem/model_{area}.t7" for area in range(1, 7)],
+    ),
+    ("main.py", "--dataset ModelNet40 --model dgcnn --model_path released/cls.pth --k 4 --gpu 0", ["released/cls.pth"]),
+    ("main.py", "--dataset modelnet40 --model_path released/cls.pth --k 4 --eval False", ["released/cls.pth"]),
+]
+
+# Script, released command line, and words of the line that refuses it: what to type.
+REFUSE = [
+    ("train_crossnet_con.py", "--eval", r"--eval: .*downstream/classification/main.py --model_path"),
+    ("train_crossnet_con.py", "--eval True --model_path a.pth", r"--eval True: .*downstream/classification/main.py"),
+    ("train_crossnet_con.py", "--start_epoch 100", r"--start_epoch 100: .*--resume"),
+    ("train_crossnet_con.py", "--n_imgs 2", r"--n_imgs 2: .*one random rendering .*leave the flag out"),
+    (
+        "train_crossnet_con.py",
+        "--dataset ModelNet40",
+        r"--dataset ModelNet40: .*--eval_dataset of train_crossnet_con.py",
+    ),
+    ("train_crossnet_con.py", "--gpu 0,1", r"--gpu 0,1: .*torchrun"),
+    ("finetune.py", "--start_epoch 5", r"--start_epoch 5: .*--resume"),
+    ("finetune.py", "--normalize_input True", r"--normalize_input True: .*as they are in the files"),
+    ("finetune.py", "--percent_train 10", r"--label_fraction 10: expected more than 0 and at most 1"),
+    ("main_partseg.py", "--dataset S3DIS", r"--dataset S3DIS: this script has one data set \(shapenetpart\)"),
+    ("main_partseg.py", "--pretrain_path released/cls.pth", r"holds the encoder dgcnn_cls, .*--model dgcnn_partseg"),
+    ("main_semseg.py", "--dataset modelnet40", r"--dataset modelnet40: this script has one data set \(s3dis\)"),
+    ("main_semseg.py", "--eval True --test_area 6 --model_root released/some", r"model_6.t7 does not exist"),
+    ("main_semseg.py", "--eval True", r"--eval needs --model_path"),
+    ("main.py", "--pretrain_path best_model.pth", r"--pretrain_path best_model.pth: .*finetune.py with the same flags"),
+    ("main.py", "--exp_name cls --epochs 200", r"--exp_name cls: .*finetune.py"),
+    ("main.py", "--epochs 200 --use_sgd True", r"--epochs 200: .*finetune.py"),
+    ("main.py", "--percent_train 0.1", r"--percent_train 0.1: .*finetune.py"),
+    ("main.py", "--eval True --model_path released/model.t7", r"--eval True: .*finetune.py"),
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with ``data`` and with ``released``, files of the released scripts."""
+    place = tmp_path_factory.mktemp("place")
+    write_pairs(place / "data", 16)
+    write_parts(place / "data")
+    write_rooms(place / "data", [f"Area_{area}_{kind}_1" for area in range(1, 7) for kind in ("hall", "office")])
+    write_modelnet40(place / "data" / "modelnet40_ply_hdf5_2048")
+    (place / "released" / "sem").mkdir(parents=True)
+    (place / "released" / "some").mkdir()
+    torch.manual_seed(0)
+    encoders = {name: build_encoder(f"dgcnn_{name}", k=4, emb_dims=16) for name in ("cls", "partseg", "semseg")}
+    head = point_projection(32, 16).state_dict()
+    pretrained = {**encoders["cls"].state_dict(), **{f"inv_head.{key}": value for key, value in head.items()}}
+    torch.save(pretrained, place / "released" / "cls.pth")
+    torch.save(encoders["partseg"].state_dict(), place / "released" / "part.pth")
+    models = {
+        "model.t7": Classification(encoders["cls"], num_classes=40),
+        "model_part.t7": PartSegmentation(encoders["partseg"], num_categories=2, num_parts=5),
+        "some/model_5.t7": SemanticSegmentation(encoders["semseg"], num_classes=13),
+        **{f"sem/model_{area}.t7": SemanticSegmentation(encoders["semseg"], num_classes=13) for area in range(1, 7)},
+    }
+    for name, model in models.items():  # in DataParallel's names, as released
+        state = {f"module.{key}": value for key, value in model.published_state_dict().items()}
+        torch.save(state, place / "released" / name)
+    return place
+
+
+def write_modelnet40(folder):
+    """Two training clouds and a test cloud of each class."""
+    folder.mkdir()
+    for seed, (split, count) in enumerate((("train", 80), ("test", 40))):
+        with h5py.File(folder / f"ply_data_{split}0.h5", "w") as file:
+            file["data"] = np.random.default_rng(seed).normal(size=(count, 24, 3)).astype("f4")
+            file["label"] = (np.arange(count) % 40)[:, None].astype("u1")
+        (folder / f"{split}_files.txt").write_text(f"data/modelnet40_ply_hdf5_2048/ply_data_{split}0.h5\n")
+    (folder / "shape_names.txt").write_text("".join(f"class{i}\n" for i in range(40)))
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch, place):
+    monkeypatch.chdir(place)
+    monkeypatch.setitem(IMAGE_ENCODERS, "resnet18", TinyImageNet)
+    monkeypatch.setattr("engine.run_folder.RunFolder.draw_curves", lambda folder: None)  # a second per epoch
+
+
+@pytest.mark.parametrize(("script", "line", "settings"), RUN)
+def test_it_trains_with_these_settings(script, line, settings, tmp_path):
+    out = ["--output_dir", str(tmp_path), "--exp_name", "a"]
+    SCRIPTS[script].main([*TRAINING[script].split(), *out, *shlex.split(line)])
+    assert (tmp_path / "a" / "last.pth").is_file()
+    found = json.loads((tmp_path / "a" / "config.json").read_text())["arguments"]
+    assert {name: found[name] for name in settings} == settings
+    assert not {"gpu", "no_cuda", "start_epoch", "n_imgs", "percent_train", "normalize_input"} & found.keys()
+
+
+@pytest.mark.parametrize(("script", "line", "files"), SCORE)
+def test_it_scores_these_files(script, line, files):
+    metrics = SCRIPTS[script].main([*SCORING[script].split(), *shlex.split(line)])
+    assert [record["model_path"] for record in metrics["runs"]] == files
+
+
+@pytest.mark.parametrize(("script", "line", "message"), REFUSE)
+def test_it_is_refused_by_a_line_that_names_the_new_way(script, line, message, place, tmp_path):
+    with pytest.raises(UserError, match=message) as caught:
+        SCRIPTS[script].main(
+            [*TRAINING.get(script, "").split(), "--output_dir", str(tmp_path / "a"), *shlex.split(line)]
+            if script in TRAINING
+            else shlex.split(line)
+        )
+    assert "\n" not in str(caught.value) and not list(tmp_path.rglob("*.pth"))
+
+
+def test_words_that_were_always_true_are_named(caplog, tmp_path):
+    finetune.build_parser().parse_args(["--use_sgd", "False"])
+    assert "--use_sgd False is off here; the released scripts took any word as on" in caplog.text
+
+
+@pytest.mark.parametrize("line", ["--use_sgd maybe", "--no-use_sgd True", "--scheduler cosinus", "--model resnet"])
+def test_a_wrong_value_is_still_an_error_of_the_command_line(line, capsys):
+    with pytest.raises(SystemExit) as caught:
+        finetune.build_parser().parse_args(line.split())
+    assert caught.value.code == 2 and line.split()[0] in capsys.readouterr().err
+
+
+def test_the_gpu_of_a_number_is_taken_where_there_are_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for module in SCRIPTS.values():
+        need = ["--random_init"] if module is linear_svm else []
+        assert module.build_parser().parse_args([*need, "--gpu", "1"]).device == "cuda:1"
+        assert module.build_parser().parse_args([*need, "--no_cuda"]).device == "cpu"
