@@ -21,13 +21,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 
 from datasets.sampler import SampleKey
 from datasets.streams import SampleStreams, Stream
 from datasets.transforms import PointAugmentation
 from downstream.features import evaluating
 from engine.checkpoint import load_checkpoint
+from engine.data_workers import data_loader
+from engine.faults import batches
 from engine.load_model import (
     describe_encoder,
     describe_fine_tuned,
@@ -355,8 +357,7 @@ def scores_of(
         The scores, on the device, and the batch as read.
     """
     part = dataset if chosen is None else Subset(dataset, [int(i) for i in chosen])
-    loader = DataLoader(part, batch_size=batch_size, num_workers=workers, pin_memory=device.type == "cuda")
-    numbered = enumerate(loader)
+    numbered = enumerate(batches(data_loader(part, batch_size=batch_size, workers=workers, device=device)))
     with evaluating(model):
         while group := list(itertools.islice(numbered, world_size())):
             # Where the last batches do not suffice for all, the rest repeat the first one; nobody looks at that.

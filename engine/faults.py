@@ -10,18 +10,8 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from engine.data_workers import is_handover_error
 from utils.errors import UserError
-
-WORKER_GRACE = 60
-
-
-def leave_signals_to_the_main_process(worker: int) -> None:
-    """For data workers: Ctrl-C and SIGTERM reach the whole group, but the main process ends its workers itself.
-
-    A worker that it does not end goes ``WORKER_GRACE`` seconds after SIGTERM.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE))
 
 
 @contextlib.contextmanager
@@ -49,26 +39,27 @@ def worker_gone(error: Exception) -> UserError:
     """The error for a killed data worker."""
     reason = (str(error).splitlines() or [type(error).__name__])[0].strip()
     return UserError(
-        f"a process that reads data is gone ({reason}), perhaps for want of memory or /dev/shm: go on with "
-        "--resume and fewer --workers"
+        f"a process that reads data is gone ({reason}), perhaps for want of memory, shared memory (/dev/shm; in a "
+        "container: docker run --shm-size=8g) or open files (ulimit -n): continue with --resume and fewer --workers"
     )
 
 
 def batches(loader: DataLoader) -> Iterator[Any]:
-    """Batches of a loader; a worker that is killed while it hands one over is an error that says so.
+    """Yield the batches of a loader.
 
     Raises:
-        UserError: see above.
+        UserError: the workers cannot start, one of them is killed, or a batch cannot be handed over.
     """
-    iterator = iter(loader)
+    iterator = None
     while True:
         try:
+            if iterator is None:
+                iterator = iter(loader)  # starts the workers
             batch = next(iterator)
         except StopIteration:
             return
-        except (ConnectionError, EOFError, FileNotFoundError) as error:
-            # A worker's own error comes with the text of its traceback; this one is of the pipe to it.
-            if not loader.num_workers or str(error).startswith("Caught "):
+        except (OSError, EOFError, RuntimeError) as error:
+            if not loader.num_workers or not is_handover_error(error):
                 raise
             raise worker_gone(error) from error
         yield batch

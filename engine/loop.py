@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from datasets.sampler import ResumableSampler
 from engine.checkpoint import checkpoint_errors, save_checkpoint
-from engine.faults import batches, leave_signals_to_the_main_process, postponed, stop_workers, worker_gone
+from engine.data_workers import data_loader
+from engine.faults import batches, postponed, stop_workers, worker_gone
 from engine.optim import grad_scaler, load_optimizer
 from engine.resume import FREE_ON_RESUME, Progress
 from engine.run_folder import RunFolder, WandbMirror
@@ -157,13 +158,12 @@ class TrainingLoop(ABC):
     def loader(self) -> DataLoader:
         """Batches of the sampler's epoch, from its start on."""
         workers = self.args.workers
-        return DataLoader(
+        return data_loader(
             self.dataset,
             batch_sampler=self.sampler,
-            collate_fn=self.collate,
-            num_workers=workers,
-            worker_init_fn=leave_signals_to_the_main_process,
-            pin_memory=self.device.type == "cuda",
+            collate=self.collate,
+            workers=workers,
+            device=self.device,
             persistent_workers=workers > 0,
             prefetch_factor=4 if workers > 0 else None,
         )
