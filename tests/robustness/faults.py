@@ -84,7 +84,7 @@ def same_end(folder: Path, reference: Path) -> None:
     """The run ended bitwise as the uninterrupted one did, and left no temporary file."""
     for name in ("last.pth", "best.pth"):
         ours, theirs = load_checkpoint(folder / name), load_checkpoint(reference / name)
-        for part in ("point_encoder", "heads_and_image_encoders", "optimizer", "scaler"):
+        for part in ("point_encoder", "heads_and_image_encoders", "optimizer", "scaler", "random"):
             assert equal(ours[part], theirs[part]), (name, part)
         for progress in (ours["progress"], theirs["progress"]):
             del progress["seconds"], progress["waited"]
@@ -371,6 +371,7 @@ def worker_killed(place: Place, rng: random.Random) -> None:
     place.finish(out)
 
 
+_SHARED_MEMORY = Path("/dev/shm")
 _NEW_NAMESPACES = 0x00020000 | 0x10000000  # CLONE_NEWNS, CLONE_NEWUSER
 _REMOUNT = 32
 
@@ -452,6 +453,32 @@ _DAMAGE: tuple[Callable[[Path], Any], ...] = (
     lambda path: path.write_bytes(b""),
     lambda path: path.unlink(),
 )
+
+
+def _little_shared_memory(place: Place, out: Path, size: int) -> None:
+    """In a process that alone sees the small /dev/shm: train until a batch does not fit, enlarge it, continue."""
+    try:
+        resize = _small_disk(_SHARED_MEMORY, size)
+    except PermissionError:
+        sys.exit(NOT_PERMITTED)
+    code = place.train(out, "--workers", 2)
+    if code == 0:
+        sys.exit(0)  # it was large enough
+    said = place.output(out)
+    assert code == EXIT_USER_ERROR and "error: a process that reads data" in said and "/dev/shm" in said, said
+    resize(64 << 20)
+    place.finish(out, "--resume", "--workers", 2)
+
+
+def shared_memory_full(place: Place, rng: random.Random) -> None:
+    """A /dev/shm of a random size, then a larger one."""
+    out = place.new()
+    size = 4096 * rng.randint(2, 40)
+    code = in_child(_little_shared_memory, place, out, size)
+    if code == NOT_PERMITTED:
+        raise NotImplementedError("this system does not let a process mount a small /dev/shm")
+    assert code == 0, f"/dev/shm of {size} bytes: {place.output(out)}"
+    shutil.rmtree(out)
 
 
 def bad_sample(place: Place, rng: random.Random) -> None:
@@ -654,6 +681,7 @@ FAULTS: dict[str, tuple[Callable[[Place, random.Random], None], str]] = {
         (sigterm, "nothing"),
         (worker_killed, SINCE),
         (disk_full, SINCE),
+        (shared_memory_full, SINCE),
         (bad_sample, "the sample"),
         (many_bad_samples, "nothing; the run stops"),
         (damaged_checkpoint, "the steps since the newest whole checkpoint, which are repeated bit for bit"),
