@@ -107,7 +107,12 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument(
         "--image_size", type=positive_int, default=224, metavar="PX", help="renderings are resized to PX x PX"
     )
-    g.add_argument("--background", choices=sorted(BACKGROUNDS), default="black", help="behind transparent renderings")
+    g.add_argument(
+        "--background",
+        choices=list(BACKGROUNDS),
+        default="black",
+        help="behind transparent renderings; released: alpha is dropped, the hidden color shows",
+    )
     g.add_argument(
         "--strict_data", action="store_true", help="stop at the first unreadable sample; default: at more than 1 %%"
     )

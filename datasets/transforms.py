@@ -20,7 +20,8 @@ from datasets.streams import SampleStreams
 
 PointTransform = Callable[[Tensor, SampleStreams], Tensor]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-BACKGROUNDS = {"black": (0, 0, 0), "white": (255, 255, 255), "gray": (127, 127, 127)}
+# What transparent pixels are composited on; None drops alpha, as the released reader does, and shows the hidden color.
+BACKGROUNDS = {"black": (0, 0, 0), "white": (255, 255, 255), "gray": (127, 127, 127), "released": None}
 
 
 class RandomSubset:
@@ -224,7 +225,7 @@ class RenderPixels:
     Args:
         size: a rendering with more than size x size pixels is resized to that here, as the augmentation would do first;
             a smaller one is left to it, because fewer pixels are quicker to move.
-        background: what transparent pixels are composited on, a key of ``BACKGROUNDS``.
+        background: what becomes of transparent pixels, a key of ``BACKGROUNDS``.
     """
 
     def __init__(self, size: int = 224, *, background: str = "black") -> None:
@@ -234,9 +235,10 @@ class RenderPixels:
         """Any PNG mode -> RGB on the chosen background."""
         if image.mode.startswith("I"):  # 16-bit gray, which Pillow would cut off at 255 instead of scaling
             image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-        if "A" in image.getbands() or "transparency" in image.info:
+        color = BACKGROUNDS[self.background]
+        if color and ("A" in image.getbands() or "transparency" in image.info):
             image = image.convert("RGBA")
-            canvas = Image.new("RGBA", image.size, (*BACKGROUNDS[self.background], 255))
+            canvas = Image.new("RGBA", image.size, (*color, 255))
             image = Image.alpha_composite(canvas, image)
         return image.convert("RGB")
 

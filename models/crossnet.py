@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from models.base import pooled_features
 from models.image import build_image_encoder
 from models.losses import OBJECTIVES, Losses, crossnet_objective
-from models.projection_heads import image_projection, point_projection
+from models.projection_heads import HIDDEN_DIM, image_projection, point_projection
 
 MODALITIES = ("both", "rgb", "gray")
 
@@ -28,7 +28,8 @@ class CrossNet(nn.Module):
     """The whole training-time model: encoders, heads and objective.
 
     Args:
-        point_encoder: module (B, 3, N) -> PointFeatures, with ``feature_dim`` and ``emb_dims``.
+        point_encoder: module (B, 3, N) -> PointFeatures, with ``feature_dim``; its ``emb_dims``, if it
+            has one, is the width of the point head's hidden layer.
         image_model: ResNet of the image branches, see ``models.image``.
         image_modality: ``both``, ``rgb`` or ``gray``; a branch that is not used is not built.
         objective: ``con`` or ``ave``, see ``models.losses.crossnet_objective``.
@@ -59,7 +60,8 @@ class CrossNet(nn.Module):
         self.objective, self.alpha, self.temperature = objective, alpha, temperature
         self.mask_same_object = mask_same_object
         self.point_encoder = point_encoder
-        self.point_head = point_projection(point_encoder.feature_dim, point_encoder.emb_dims)
+        hidden = getattr(point_encoder, "emb_dims", HIDDEN_DIM)
+        self.point_head = point_projection(point_encoder.feature_dim, hidden)
         self.image_encoders, self.image_heads = nn.ModuleDict(), nn.ModuleDict()
         for modality, channels in (("rgb", 3), ("gray", 1)):
             if image_modality in ("both", modality):

@@ -3,9 +3,10 @@
 from torch import nn
 
 PROJECTION_DIM = 256
+HIDDEN_DIM = 1024
 
 
-def point_projection(in_dim: int, hidden: int = 1024, out_dim: int = PROJECTION_DIM) -> nn.Sequential:
+def point_projection(in_dim: int, hidden: int = HIDDEN_DIM, out_dim: int = PROJECTION_DIM) -> nn.Sequential:
     """Points: D -> width of the embedding (batch norm, ReLU) -> 256, with biases. Published as ``inv_head``."""
     return nn.Sequential(
         nn.Linear(in_dim, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, out_dim)

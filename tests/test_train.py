@@ -363,7 +363,7 @@ def test_every_encoder_pretrains(root, tmp_path, short, model):
 
 
 @pytest.mark.parametrize(
-    "flags", ["--amp bf16", "--amp fp16", "--channels_last", "--mask_same_object", "--background white"]
+    "flags", ["--amp bf16", "--amp fp16", "--channels_last", "--mask_same_object", "--background released"]
 )
 def test_switches_train(root, tmp_path, short, flags):
     plain = train(root, tmp_path, *short, "--exp_name", "plain")

@@ -198,7 +198,7 @@ def saved(picture, **options):
     return Image.open(io.BytesIO(buffer.getvalue()))
 
 
-@pytest.mark.parametrize("background", BACKGROUNDS)
+@pytest.mark.parametrize("background", [name for name, color in BACKGROUNDS.items() if color])
 def test_transparency_is_composited_on_the_background(background):
     color = BACKGROUNDS[background]
     flatten = RenderPixels(4, background=background).flatten
@@ -214,6 +214,15 @@ def test_transparency_is_composited_on_the_background(background):
     assert np.asarray(flatten(saved(palette)))[0].tolist() == [[10, 20, 30], [40, 50, 60]]
     keyed = saved(image([[[1, 2, 3], [4, 5, 6]]]), transparency=(4, 5, 6))
     assert np.asarray(flatten(keyed))[0].tolist() == [[1, 2, 3], list(color)]
+
+
+def test_the_released_background_is_the_hidden_color():
+    flatten = RenderPixels(4, background="released").flatten
+    rgba = image([[[200, 100, 50, 255], [200, 100, 50, 0], [1, 2, 3, 51]]])
+    assert np.asarray(flatten(saved(rgba)))[0].tolist() == [[200, 100, 50], [200, 100, 50], [1, 2, 3]]
+    assert np.asarray(flatten(image([[[90, 255], [70, 0]]])))[0].tolist() == [[90] * 3, [70] * 3]
+    keyed = saved(image([[[1, 2, 3], [4, 5, 6]]]), transparency=(4, 5, 6))
+    assert np.asarray(flatten(keyed))[0].tolist() == [[1, 2, 3], [4, 5, 6]]
 
 
 def test_gray_pictures_of_any_depth_keep_their_brightness():
