@@ -1,16 +1,19 @@
-"""Turn a folder of your own meshes into point clouds in the layout that pretraining reads.
+"""Turn a folder of your own meshes or clouds into pretraining pairs: point clouds with color pictures.
 
-Reads OFF, OBJ, PLY, GLB, GLTF and STL files below --meshes and writes <out>/ShapeNet/<category>/<id>.ply: points drawn
-evenly by area from the surface, centred, in the unit sphere. The category is the first folder below --meshes
-(00000000 for files that lie directly in it), the id is the rest of the path joined by '-'. Meshes that cannot be used
-are named, counted and left out. A run that was stopped continues: clouds that are there already are kept.
+Reads meshes (OFF, OBJ with materials, PLY, GLB, GLTF, STL) and clouds (PLY, PCD, XYZ, PTS, NPY, LAS) below --meshes and
+writes <out>/ShapeNet/<category>/<id>.ply, points drawn evenly by area and centered in the unit sphere, and
+<out>/ShapeNetRendering/<category>/<id>/rendering/00.png, 01.png, ... on a transparent background, with cameras.json.
+The category is the first folder below --meshes (00000000 for files directly in it) or what --labels says; the id is the
+rest of the path joined by '-'. With two or more categories, <out>/labeled_hdf5 holds the clouds with their labels, for
+the linear SVM. Files that cannot be used are named with the reason, counted and left out, and listed in
+<out>/prepared_report.tsv. A run that was stopped continues; pairs that were made with other settings are never mixed.
 
-Pretraining also needs pictures of each object, from any renderer and any number of views:
-<out>/ShapeNetRendering/<category>/<id>/rendering/00.png, 01.png, ...
+Rendering needs OpenGL, not a display; on Debian or Ubuntu: apt-get install libegl1 libgl1 libgl1-mesa-dri.
 
 Example:
-  python -m data.prepare_meshes --meshes ~/models --out data/mine --num_points 2048
+  python -m data.prepare_meshes --meshes ~/models --out data/mine
   python -m data.check_data --data_root data/mine
+  python train_crossnet_con.py --data_root data/mine
 """
 
 from __future__ import annotations
@@ -18,151 +21,244 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
-import trimesh
-from plyfile import PlyData, PlyElement
 from tqdm import tqdm
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from datasets.untrusted import read_ply
-from utils.cli import HelpFormatter, positive_int, run, write_json
+from data.pair_folder import LABELED_NAME, PairFolder, PairPaths, Settings, make_pair, read_source, write_labeled
+from data.rendering.renderer import Renderer, create_context
+from data.shape_files import ShapeFile, find_shapes, split_shapes
+from utils.cli import HelpFormatter, non_negative_int, positive_int, run, seed_number, write_json
 from utils.errors import DataError, UserError
 
-SUFFIXES = (".off", ".obj", ".ply", ".glb", ".gltf", ".stl")
-NO_CATEGORY = "00000000"
+REPORT_NAME = "prepared_report.tsv"
+_QUEUE = 8  # files handed out per process ahead of time
+_NOTES_SHOWN = 20
 
 
-def to_unit_sphere(points: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """Centre (N, 3) on the mean and scale the largest radius to 1; returns points, centre and radius."""
-    center = points.mean(0)
-    radius = float(np.linalg.norm(points - center, axis=1).max())
-    return (points - center) / radius, center, radius
+class Outcome(NamedTuple):
+    """What became of one file: notes if it is a pair now, or why it was refused."""
+
+    notes: list[str]
+    refused: str | None = None
 
 
-def find_meshes(folder: Path) -> dict[str, Path]:
-    """Mesh files below a folder, by ``<category>/<id>``, sorted.
+@dataclass(frozen=True)
+class _Worker:
+    """What a process keeps between files."""
 
-    Raises:
-        DataError: there is no such folder, no mesh in it, or two files would get the same name.
-    """
-    if not folder.is_dir():
-        raise DataError(f"{folder} is no folder; --meshes names the one with the mesh files")
-    found: dict[str, Path] = {}
-    for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()):
-        *parents, _ = path.relative_to(folder).parts
-        category = parents[0] if parents else NO_CATEGORY
-        name = f"{category}/{'-'.join([*parents[1:], path.stem])}"
-        if name in found:
-            raise DataError(f"{found[name]} and {path} would both become {name}.ply; rename one")
-        found[name] = path
-    if not found:
-        raise DataError(f"no mesh below {folder}; expected files ending in {', '.join(SUFFIXES)}")
-    return found
+    paths: PairPaths
+    settings: Settings
+    renderer: Renderer | None
 
 
-def load_mesh(path: Path) -> trimesh.Trimesh:
-    """Read a mesh; the parts of a scene are joined where they stand.
+_worker: _Worker | None = None
 
-    Raises:
-        DataError: the file cannot be read, has no faces or no area, or has coordinates that are not finite.
-    """
+
+def needs_renderer(settings: Settings) -> bool:
+    """Return whether OpenGL is needed."""
+    return settings.views > 0 or settings.remove_interior
+
+
+def _start_worker(root: Path, settings: Settings) -> None:
+    """Make this process's renderer."""
+    global _worker
+    renderer = None
+    if needs_renderer(settings):
+        renderer = Renderer(settings.image_size, samples=settings.samples)
+    _worker = _Worker(PairPaths(root), settings, renderer)
+
+
+def _work(shape: ShapeFile) -> Outcome:
+    """Make and write the pair of one file."""
+    assert _worker is not None, "runs in a process that _start_worker has prepared"
+    paths = _worker.paths
     try:
-        mesh = trimesh.load(path, force="mesh", process=False, skip_materials=True)
-    except Exception as error:  # its many readers raise many kinds
-        raise DataError(f"{path} is no readable mesh ({error or type(error).__name__})") from error
-    faces = getattr(mesh, "faces", None)
-    if faces is None or len(faces) == 0:
-        raise DataError(f"{path} has no faces; a surface is needed to draw points from")
-    if not np.isfinite(mesh.vertices[np.unique(faces)]).all():
-        raise DataError(f"{path} has coordinates that are not finite")
-    if not 0 < mesh.area < np.inf:
-        raise DataError(f"{path} has no usable surface area")
-    return mesh
-
-
-def sample_cloud(mesh: trimesh.Trimesh, num_points: int, *, seed: int, up: str = "y") -> np.ndarray:
-    """Draw points evenly by area, centre them and scale them to the unit sphere.
-
-    Args:
-        mesh: with faces of positive area.
-        num_points: N.
-        seed: the same seed draws the same points.
-        up: axis of the mesh that points up, ``y`` or ``z``; clouds have y up.
-
-    Returns:
-        (N, 3) float32.
-    """
-    points, _ = trimesh.sample.sample_surface(mesh, num_points, seed=seed)
-    points = np.asarray(points, dtype=np.float64)
-    if up == "z":
-        points = points[:, [0, 2, 1]] * [1, 1, -1]
-    return to_unit_sphere(points)[0].astype(np.float32)
-
-
-def write_ply(path: Path, points: np.ndarray) -> None:
-    """Write (N, 3) float32 as binary little-endian PLY, in one step.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    vertex = np.empty(len(points), dtype=[("x", "<f4"), ("y", "<f4"), ("z", "<f4")])
-    for axis, name in enumerate("xyz"):
-        vertex[name] = points[:, axis]
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        PlyData([PlyElement.describe(vertex, "vertex")], byte_order="<").write(temporary)
-        os.replace(temporary, path)
+        refused = None
+        try:
+            pair = make_pair(read_source(shape.path), shape.name, _worker.settings, _worker.renderer)
+        except DataError as error:
+            refused = str(error)
+        except MemoryError:
+            refused = f"{shape.path} does not fit into memory"
+        if refused is not None:
+            paths.remove(shape.name)
+            return Outcome([], refused)
+        paths.write(shape.name, pair)
+        return Outcome(pair.notes)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        raise UserError(f"cannot write {error.filename or paths.root}: {error.strerror or error}") from error
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Convert a folder of meshes; return counts and the meshes left out."""
+def make_pairs(folder: PairFolder, shapes: Sequence[ShapeFile], *, workers: int) -> Iterator[tuple[ShapeFile, Outcome]]:
+    """Make pairs in ``workers`` processes; yield each file with what became of it, in the order of completion.
+
+    Raises:
+        UserError: a pair cannot be written, or a process ended.
+    """
+    arguments = folder.root, folder.settings
+    # Spawned, not forked: an OpenGL context does not survive a fork.
+    with ProcessPoolExecutor(min(workers, len(shapes)), get_context("spawn"), _start_worker, arguments) as pool:
+        waiting = list(reversed(shapes))
+        running: dict[Future[Outcome], ShapeFile] = {}
+        try:
+            while waiting or running:
+                while waiting and len(running) < _QUEUE * workers:
+                    shape = waiting.pop()
+                    folder.record(shape)
+                    running[pool.submit(_work, shape)] = shape
+                for done in wait(running, return_when=FIRST_COMPLETED).done:
+                    yield running[done], done.result()
+                    del running[done]
+        except BrokenProcessPool as error:
+            suspects = ", ".join(str(shape.path) for shape in list(running.values())[: 2 * workers])
+            raise UserError(
+                f"a process ended abruptly, perhaps for want of memory, at one of {suspects}; start again with fewer "
+                "--workers (finished pairs are kept) or move that file away"
+            ) from error
+        finally:
+            for future in running:
+                future.cancel()
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    usual = Settings()
     parser = argparse.ArgumentParser(
         prog="python -m data.prepare_meshes", description=__doc__, formatter_class=HelpFormatter
     )
-    parser.add_argument("--meshes", required=True, metavar="DIR", help="folder with mesh files, best one per category")
-    parser.add_argument("--out", required=True, metavar="DIR", help="data root to write; clouds go to DIR/ShapeNet")
-    parser.add_argument("--num_points", type=positive_int, default=2048, metavar="N", help="points of a cloud")
-    parser.add_argument("--up", choices=("y", "z"), default="y", help="axis of the meshes that points up")
-    parser.add_argument("--seed", type=int, default=1, metavar="S", help="seed of the points")
-    parser.add_argument("--overwrite", action="store_true", help="make clouds again that are there already")
-    parser.add_argument("--json", metavar="FILE", help="also write the counts to FILE as one JSON object")
-    args = parser.parse_args(argv)
-    meshes = find_meshes(Path(args.meshes))
-    report: dict[str, Any] = {"written": 0, "kept": 0, "skipped": []}
-    for name, path in tqdm(meshes.items(), desc="sampling", unit="mesh", disable=not sys.stderr.isatty()):
-        target = Path(args.out) / "ShapeNet" / f"{name}.ply"
-        if target.exists() and not args.overwrite:
-            if (found := len(read_ply(target))) != args.num_points:
-                raise UserError(f"{target} has {found} points, not {args.num_points}; --overwrite makes it again")
-            report["kept"] += 1
-            continue
-        try:
-            # Seeded by name, so that a cloud does not depend on which other meshes there are.
-            seed = zlib.crc32(f"{args.seed}/{name}".encode())
-            cloud = sample_cloud(load_mesh(path), args.num_points, seed=seed, up=args.up)
-        except DataError as error:
-            report["skipped"].append(str(error))
-            continue
-        write_ply(target, cloud)
-        report["written"] += 1
-    for message in report["skipped"]:
-        print(f"left out: {message}")
-    if report["written"] + report["kept"] == 0:
-        raise DataError(f"none of the {len(meshes)} meshes in {args.meshes} could be used")
-    print(
-        f"{args.out}/ShapeNet: {report['written']} clouds of {args.num_points} points written, {report['kept']} kept, "
-        f"{len(report['skipped'])} meshes left out"
+    files = parser.add_argument_group("files")
+    files.add_argument("--meshes", required=True, metavar="DIR", help="folder with meshes or clouds, one per category")
+    files.add_argument("--out", required=True, metavar="DIR", help="data root to write")
+    files.add_argument(
+        "--labels",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="categories: lines 'name category [train|test]', or the Princeton Shape Benchmark's .cla files",
     )
+    files.add_argument("--overwrite", action="store_true", help="make pairs again that are there already")
+    files.add_argument("--json", metavar="FILE", help="also write the counts to FILE as one JSON object")
+    content = parser.add_argument_group("content")
+    content.add_argument(
+        "--num_points", type=positive_int, default=usual.num_points, metavar="N", help="points of each cloud"
+    )
+    content.add_argument(
+        "--views", type=non_negative_int, default=usual.views, metavar="V", help="pictures of a shape; 0: clouds alone"
+    )
+    content.add_argument(
+        "--image_size", type=positive_int, default=usual.image_size, metavar="PX", help="side of a picture in pixels"
+    )
+    content.add_argument("--up", choices=("y", "z"), default=usual.up, help="axis of the files that points up")
+    content.add_argument(
+        "--remove_interior", action="store_true", help="no points on surfaces that cannot be seen from outside"
+    )
+    content.add_argument(
+        "--test_fraction",
+        type=float,
+        default=0.2,
+        metavar="F",
+        help="part of each category that is for testing, where neither folders nor labels say it",
+    )
+    content.add_argument("--seed", type=seed_number, default=usual.seed, metavar="S", help="seed of points and views")
+    content.add_argument(
+        "--workers",
+        type=positive_int,
+        default=os.cpu_count() or 1,
+        metavar="W",
+        help="processes; does not change the result",
+    )
+    args = parser.parse_args(argv)
+    if not 0 < args.test_fraction < 1:
+        parser.error(f"--test_fraction {args.test_fraction} is not between 0 and 1")
+    return args
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Convert a folder of meshes and clouds; return counts and the files left out."""
+    args = parse_args(argv)
+    shapes = find_shapes(Path(args.meshes), [Path(path) for path in args.labels])
+    settings = Settings(
+        num_points=args.num_points,
+        views=args.views,
+        image_size=args.image_size,
+        up=args.up,
+        remove_interior=args.remove_interior,
+        seed=args.seed,
+    )
+    folder = PairFolder(Path(args.out), settings, overwrite=args.overwrite)
+    todo = [shape for shape in shapes if not folder.is_done(shape)]
+    for shape in todo:
+        folder.check_free(shape)
+    report: dict[str, Any] = {"written": 0, "kept": len(shapes) - len(todo), "skipped": [], "noted": []}
+    refused: list[tuple[ShapeFile, str]] = []
+    if todo:
+        if needs_renderer(settings):
+            create_context().release()  # a missing OpenGL is better told once, here
+        folder.begin()
+        bar = tqdm(total=len(todo), desc="making pairs", unit="shape", disable=not sys.stderr.isatty())
+        with bar:
+            for shape, outcome in make_pairs(folder, todo, workers=args.workers):
+                bar.update()
+                if outcome.refused is not None:
+                    refused.append((shape, outcome.refused))
+                    continue
+                folder.record(shape, outcome.notes)
+                report["written"] += 1
+    finish(folder, shapes, refused, report, test_fraction=args.test_fraction)
     write_json(args.json, report)
     return report
+
+
+def finish(
+    folder: PairFolder,
+    shapes: Sequence[ShapeFile],
+    refused: list[tuple[ShapeFile, str]],
+    report: dict[str, Any],
+    *,
+    test_fraction: float,
+) -> None:
+    """Print and write what was refused, and write the labeled clouds."""
+    refused.sort(key=lambda item: item[0].name)
+    report["skipped"] = [reason for _, reason in refused]
+    left_out = {shape.name for shape, _ in refused}
+    usable = [shape for shape in shapes if shape.name not in left_out]
+    report["noted"] = [f"{s.path}: {note}" for s in usable for note in folder.records[s.name]["notes"]]
+    for message in report["skipped"]:
+        print(f"left out: {message}")
+    for message in report["noted"][:_NOTES_SHOWN]:
+        print(f"note: {message}")
+    if len(report["noted"]) > _NOTES_SHOWN:
+        print(f"note: {len(report['noted']) - _NOTES_SHOWN} more in {folder.root / REPORT_NAME}")
+    if not usable:
+        raise DataError(f"none of the {len(shapes)} files could be used; the reasons are above")
+    rows = [("file", "result", "reason"), *((str(shape.path), "left out", reason) for shape, reason in refused)]
+    rows += [(str(s.path), "note", note) for s in usable for note in folder.records[s.name]["notes"]]
+    text = "".join("\t".join(" ".join(cell.split()) for cell in row) + "\n" for row in rows)
+    try:
+        (folder.root / REPORT_NAME).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {folder.root / REPORT_NAME}: {error.strerror or error}") from error
+    settings = folder.settings
+    print(
+        f"{folder.root}: {report['written']} pairs of {settings.num_points} points and {settings.views} views written, "
+        f"{report['kept']} kept, {len(refused)} files left out"
+    )
+    sides = split_shapes(usable, test_fraction=test_fraction, seed=settings.seed)
+    classes = {shape.category for shape in sides["train"]} & {shape.category for shape in sides["test"]}
+    if len(classes) > 1:
+        sides = {side: [s for s in chosen if s.category in classes] for side, chosen in sides.items()}
+        report["classes"] = write_labeled(folder, sides)
+        train, test = (len(sides[side]) for side in ("train", "test"))
+        print(f"{folder.root / LABELED_NAME}: {len(classes)} classes, {train} clouds for training, {test} for testing")
 
 
 if __name__ == "__main__":

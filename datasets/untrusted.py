@@ -5,21 +5,16 @@ from __future__ import annotations
 import io
 import os
 import re
-from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 from plyfile import PlyData
 
 from utils.errors import DataError
-
-PLY_HEADER = 1 << 16  # bytes that hold the header of any PLY file
-
+from utils.ply_headers import PLY_HEADER as PLY_HEADER
+from utils.ply_headers import check_sizes, with_plain_header
 
 PLY_VERTICES = re.compile(rb"[\r\n]element[ \t]+vertex[ \t]+(\d{1,12})[ \t]*[\r\n]")
-
-
-_PLY_FIRST_LINE = re.compile(rb"(?:\xef\xbb\xbf)?ply[ \t]*(\r\n|\n|\r)", re.IGNORECASE)
 
 
 _IMAGE_FORMATS = ("PNG", "JPEG")  # Pillow would also start other programs, for pictures in PostScript
@@ -44,8 +39,8 @@ def read_ply(path: str | os.PathLike[str]) -> np.ndarray:
     """
     try:
         with open(path, "rb") as file:
-            _check_ply_sizes(file)
-            vertex = PlyData.read(_with_plain_header(file))["vertex"]
+            check_sizes(file)
+            vertex = PlyData.read(with_plain_header(file))["vertex"]
         points = np.stack([np.asarray(vertex[axis], dtype=np.float32) for axis in "xyz"], axis=1)
     except FileNotFoundError as error:
         raise DataError(f"{path} is gone; {GET_PAIRS}") from error
@@ -55,46 +50,6 @@ def read_ply(path: str | os.PathLike[str]) -> np.ndarray:
             f"{path} is no readable PLY with an element 'vertex' of x, y, z ({reason}); fetch or convert it again"
         ) from error
     return check_cloud(points, str(path))
-
-
-def _with_plain_header(file: BinaryIO) -> BinaryIO:
-    """Return the file, or a copy in memory whose header plyfile can read.
-
-    plyfile decodes headers as ASCII and takes nothing but a line end after ``ply`` and ``end_header``. Programs write
-    comments in any encoding, blanks at line ends, empty lines and, in ascii files, a byte-order mark.
-    """
-    start = file.read(PLY_HEADER)
-    file.seek(0)
-    first = _PLY_FIRST_LINE.match(start)
-    if first is None:
-        return file
-    newline = first[1]
-    last = re.search(re.escape(newline) + rb"[ \t]*end_header[ \t]*" + re.escape(newline), start)
-    if last is None:
-        return file
-    lines = start[first.end() : last.start()].split(newline)
-    plain = [line.strip().decode("ascii", "replace").replace("\ufffd", "?").encode() for line in lines if line.strip()]
-    header = newline.join([b"ply", *plain, b"end_header", b""])
-    if start.startswith(header):
-        return file
-    file.seek(last.end())
-    return io.BytesIO(header + file.read())
-
-
-def _check_ply_sizes(file: BinaryIO) -> None:
-    """See that the file can hold the rows that its header promises: plyfile takes memory for them first.
-
-    Raises:
-        ValueError: it cannot, or a number of rows is no number.
-        IndexError: a number of rows is missing.
-    """
-    header, size = file.read(PLY_HEADER).split(b"end_header")[0], file.seek(0, os.SEEK_END)
-    file.seek(0)
-    for element in re.split(rb"[\r\n]element ", header)[1:]:
-        words = element.split()
-        rows, values = int(words[1]), max(1, element.count(b"property "))
-        if rows * values > size:
-            raise ValueError(f"its header promises {rows} rows of {values} values, its size is {size} bytes")
 
 
 def check_cloud(points: np.ndarray, name: str) -> np.ndarray:

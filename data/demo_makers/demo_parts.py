@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data.demo_makers.make_demo import Material, Mesh, sample_surface
-from data.prepare_meshes import to_unit_sphere
+from data.rendering.sampling import to_unit_sphere
 
 # Category -> (synset of WordNet 3.0, as in ShapeNet; names of its parts).
 CATEGORIES: dict[str, tuple[str, tuple[str, ...]]] = {

@@ -44,7 +44,7 @@ from tqdm import tqdm
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data.prepare_meshes import to_unit_sphere
+from data.rendering.sampling import to_unit_sphere
 from utils import cli
 from utils.errors import DataError, UserError
 from utils.files import data_files

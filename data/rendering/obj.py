@@ -7,6 +7,7 @@ what refers to missing vertices; both are common in files from the web.
 from __future__ import annotations
 
 import io
+import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from data.rendering.polygons import triangulate
 from data.rendering.shape import Material, Mesh
 from utils.errors import DataError
 
-MAX_TEXTURE = 1024
+MAX_TEXTURE = 512
 # What ``map_Kd`` may carry before the file's name, with the number of values that follow each option.
 _MAP_OPTIONS = {"-blendu": 1, "-blendv": 1, "-cc": 1, "-clamp": 1, "-mm": 2, "-texres": 1, "-boost": 1, "-bm": 1}
 _MAP_VECTORS = ("-o", "-s", "-t")  # one to three numbers each
@@ -55,13 +56,15 @@ def read_obj(data: bytes, where: str, beside: FileBeside, *, max_texture: int = 
     by_size: dict[int, _Polygons] = defaultdict(_Polygons)
     text = data.decode("utf-8", "replace").replace("\\\r\n", " ").replace("\\\n", " ")
     for line in text.splitlines():
-        key, _, rest = line.strip().replace("\t", " ").partition(" ")
+        words = line.split(None, 1)
+        if len(words) < 2:
+            continue
+        key, rest = words
         if key == "v":
             vertices.append(rest)
         elif key == "vt":
             texture.append(rest)
         elif key == "f":
-            rest = rest.partition("#")[0].strip()
             size = len(rest.split())
             if size < 3:  # a point or line
                 continue
@@ -96,6 +99,20 @@ def read_obj(data: bytes, where: str, beside: FileBeside, *, max_texture: int = 
     )
 
 
+def numbers(text: str, kind: type) -> np.ndarray:
+    """Return the numbers of a text with blanks between them, ten times as fast as from a list of words.
+
+    Raises:
+        ValueError: something is not a number.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DeprecationWarning)  # how numpy says that it stopped at such a word
+        try:
+            return np.fromstring(text, kind, sep=" ")
+        except DeprecationWarning as error:
+            raise ValueError("not all of it is numbers") from error
+
+
 def _plain(name: str, *, white: bool) -> Material:
     return Material(name or "none", np.ones(3, np.float32)) if white else Material(name or "none")
 
@@ -106,7 +123,7 @@ def _vertex_table(lines: list[str], where: str) -> tuple[np.ndarray, np.ndarray 
         return np.zeros((0, 3)), None
     width = len(lines[0].split())
     try:
-        table = np.array(" ".join(lines).split(), np.float64)
+        table = numbers(" ".join(lines), np.float64)
         if table.size == len(lines) * width and width in (3, 4, 6, 7):
             table = table.reshape(-1, width)
         else:  # lines of uneven length
@@ -156,14 +173,14 @@ def _corner_indices(lines: list[str], size: int, where: str) -> tuple[np.ndarray
     corners, slashes = len(lines) * size, text.count("/")
     try:
         if slashes == 0:
-            index = np.array(text.split(), np.int64).reshape(-1, size)
+            index = numbers(text, np.int64).reshape(-1, size)
             return index, np.zeros_like(index)
         if slashes in (corners, 2 * corners):  # every corner of one form: v/t, v/t/n or v//n
-            numbers = np.array(text.replace("//", "/0/").replace("/", " ").split(), np.int64)
+            table = numbers(text.replace("//", "/0/").replace("/", " "), np.int64)
             per_corner = 1 + slashes // corners
-            if numbers.size == corners * per_corner:
-                numbers = numbers.reshape(-1, size, per_corner)
-                return numbers[..., 0], numbers[..., 1]
+            if table.size == corners * per_corner:
+                table = table.reshape(-1, size, per_corner)
+                return table[..., 0], table[..., 1]
         split = [corner.split("/") for corner in text.split()]
         index = np.array([int(corner[0]) for corner in split], np.int64)
         uv = np.array([int(corner[1]) if len(corner) > 1 and corner[1] else 0 for corner in split], np.int64)

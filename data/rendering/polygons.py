@@ -21,11 +21,13 @@ def triangulate(polygons: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     fan = np.stack([np.zeros(size - 2, int), np.arange(1, size - 1), np.arange(2, size)], 1)
     face, corners = [], []
-    for i, polygon in enumerate(polygons):
-        centered = polygon - polygon.mean(0)
-        normal = np.cross(centered, np.roll(centered, -1, 0)).sum(0)
-        keep = np.argsort(np.abs(normal))[:2]  # drop the axis the polygon faces most
-        cut = mapbox_earcut.triangulate_float64(centered[:, np.sort(keep)], np.array([size], np.uint32)).reshape(-1, 3)
+    centered = polygons - polygons.mean(1, keepdims=True)
+    normals = np.cross(centered, np.roll(centered, -1, 1)).sum(1)  # (f, 3)
+    keep = np.sort(np.argsort(np.abs(normals), axis=1)[:, :2], axis=1)  # drop the axis the polygon faces most
+    flat = np.ascontiguousarray(np.take_along_axis(centered, keep[:, None], 2))  # (f, n, 2)
+    ends = np.array([size], np.uint32)
+    for i in range(count):
+        cut = mapbox_earcut.triangulate_float64(flat[i], ends).reshape(-1, 3)
         cut = cut.astype(int) if len(cut) else fan
         face.append(np.full(len(cut), i))
         corners.append(cut)

@@ -7,8 +7,14 @@ VTK's do not: cut-out textures with sharp edges, and light that does not depend 
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import importlib.util
+import io
 import os
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -104,6 +110,21 @@ MISSING_OPENGL = (
 )
 
 
+def _load_triton_first() -> None:
+    """Load Triton's library before Mesa's, without importing Triton.
+
+    Both bring an LLVM. Loaded after Mesa's, Triton's kills the process (segmentation fault at ``import triton``, for
+    example by ``torch.compile``); the other order works.
+    """
+    found = importlib.util.find_spec("triton") if "triton" not in sys.modules else None
+    if found is None or found.origin is None:
+        return
+    library = Path(found.origin).parent / "_C" / "libtriton.so"
+    if library.exists():
+        with contextlib.suppress(OSError):
+            ctypes.CDLL(str(library))
+
+
 def create_context() -> Any:
     """Return a moderngl context that needs no display (EGL), or a desktop's where there is no EGL.
 
@@ -116,6 +137,7 @@ def create_context() -> Any:
         import moderngl
     except ImportError as error:
         raise UserError("the Python package moderngl is missing: pip install moderngl") from error
+    _load_triton_first()
     reasons = []
     # The development packages alone bring the name without a version, which moderngl looks for.
     attempts: tuple[dict[str, str], ...] = (
@@ -171,14 +193,14 @@ class Renderer:
             item.release()
         self.gl.release()
 
-    def views(self, shape: Mesh | Cloud, cameras: Sequence[Camera]) -> np.ndarray:
-        """Render a shape from each camera.
+    def views(self, shape: Mesh | Cloud, cameras: Sequence[Camera | View]) -> np.ndarray:
+        """Render a shape from each camera, which is aimed at it first unless it is aimed already.
 
         Returns:
             (V, size, size, 4) uint8 RGBA, not premultiplied; the background is transparent black.
         """
         points = shape.spanned()  # (n, 3)
-        aimed = [aim(points, camera) for camera in cameras]
+        aimed = [aim(points, camera) if isinstance(camera, Camera) else camera for camera in cameras]
         pictures = np.empty((len(aimed), self.size, self.size, 4), np.uint8)
         draw, owned = self._cloud(shape) if isinstance(shape, Cloud) else self._mesh(shape, points)
         try:
@@ -305,8 +327,6 @@ class Renderer:
 
 def encode_png(picture: np.ndarray) -> bytes:
     """Encode (h, w, 4) uint8 as PNG."""
-    import io
-
     out = io.BytesIO()
     Image.fromarray(picture).save(out, "PNG", compress_level=6)
     return out.getvalue()

@@ -13,7 +13,7 @@ from PIL import Image
 
 from data import check_data as module
 from data.check_data import check, format_table, main
-from data.prepare_meshes import write_ply
+from data.pair_folder import write_ply
 from data.unpack import KNOWN_MD5
 from datasets import pack
 from utils.errors import DataError

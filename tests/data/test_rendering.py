@@ -1,7 +1,9 @@
 """Pictures of meshes and clouds, checked pixel by pixel where that is possible."""
 
 import builtins
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from data.rendering.renderer import create_context
 from tests.support.opengl import needs_opengl
 from utils.errors import DataError, UserError
 
+ROOT = Path(__file__).resolve().parents[2]
 QUAD = np.array([[0, 1, 2], [0, 2, 3]])
 FRONT = Camera(azimuth=0, elevation=0, fill=1.0)
 
@@ -150,7 +153,7 @@ def test_a_cloud_becomes_a_closed_picture_in_its_colors(renderer, count):
     colors = np.where(points[:, 1:2] > 0, [[1, 0, 0]], [[0, 0, 1]]).astype(np.float32)
     (picture,) = renderer.views(Cloud(points, colors), [FRONT])
     disc = np.hypot(*np.mgrid[-15.5:16, -15.5:16]) < 13
-    assert (picture[disc][:, 3] > 0).mean() > (0.75 if count == 40 else 0.99)
+    assert (picture[disc][:, 3] > 0).mean() > (0.65 if count == 40 else 0.99)
     # Row 0 is the top: red above, blue below, and nothing in the corners.
     top, bottom = picture[:14][disc[:14]], picture[18:][disc[18:]]
     assert top[:, 0].mean() > 1.5 * top[:, 2].mean() and bottom[:, 2].mean() > 1.5 * bottom[:, 0].mean()
@@ -208,6 +211,14 @@ def test_a_surface_that_is_all_cut_away_is_an_error():
     mesh.materials[0].texture = np.zeros((2, 2, 4), np.uint8)
     with pytest.raises(DataError, match="cut away"):
         sample_surface(mesh, 10, seed=0)
+
+
+@needs_opengl
+def test_triton_can_be_imported_after_rendering():
+    """Mesa and Triton each bring an LLVM; in the wrong order the process dies."""
+    pytest.importorskip("triton")
+    code = "from data.rendering import Renderer; Renderer(8).release(); import triton"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
 
 
 def test_a_missing_opengl_names_the_packages(monkeypatch):
