@@ -1,7 +1,7 @@
 r"""Pretrain a point-cloud encoder with CrossNet (Wu et al., IEEE TMM 2023): no labels, clouds and renderings only.
 
 Examples:
-  # the released settings on ShapeNet (see data/README.md); scores on ModelNet40 when it is in --data_root
+  # the defaults (docs/fidelity.md: the released ones) on ShapeNet; scores on ModelNet40 when it is in --data_root
   python train_crossnet_con.py --data_root data --exp_name crossnet
 
   # go on after a stop; the result is the one of an uninterrupted run
@@ -90,7 +90,7 @@ PROBE_SETTINGS = {"eval_every", "eval_dataset", "eval_root", "eval_points", "svm
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Command line of this script; defaults are the released settings."""
+    """Command line of this script; docs/fidelity.md says which defaults are not the released ones."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add_common_arguments(parser)
     add_run_arguments(parser, exp_name="crossnet", save_every=500)

@@ -86,7 +86,7 @@ def add_training_arguments(
     use_sgd: bool = False,
     datasets: Sequence[str] = (),
 ) -> None:
-    """Add the flags that all fine-tuning scripts share; defaults are the released settings.
+    """Add the flags that all fine-tuning scripts share; docs/fidelity.md says which defaults are not the released ones.
 
     Args:
         parser: to add to.

@@ -1,7 +1,9 @@
 """A table of command lines of the released scripts: what each does here, run through the real ``main``."""
 
 import json
+import re
 import shlex
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -18,7 +20,7 @@ from models.projection_heads import point_projection
 from models.task_heads import Classification, PartSegmentation, SemanticSegmentation
 from tests.support.pairs import write_pairs
 from tests.support.segmentation_sets import write_parts, write_rooms
-from tests.support.small_run import TinyImageNet
+from tests.support.small_run import ROOT, TinyImageNet
 from utils.errors import UserError
 
 SCRIPTS = {
@@ -215,3 +217,34 @@ def test_the_gpu_of_a_number_is_taken_where_there_are_gpus(monkeypatch):
         need = ["--random_init"] if module is linear_svm else []
         assert module.build_parser().parse_args([*need, "--gpu", "1"]).device == "cuda:1"
         assert module.build_parser().parse_args([*need, "--no_cuda"]).device == "cpu"
+
+
+def documented_commands():
+    """The commands in docs/fidelity.md that do what the released scripts do."""
+    text = (
+        (ROOT / "docs" / "fidelity.md").read_text("utf-8").split("## As released")[1].split("## Old command lines")[0]
+    )
+    commands = [shlex.split(cell) for cell in re.findall(r"`python ([^`]+)`", text)]
+    return [(Path(path).name, arguments) for path, *arguments in commands]
+
+
+def test_the_documented_commands_of_the_released_scripts_have_the_released_settings():
+    commands = documented_commands()
+    assert [script for script, _ in commands] == [
+        *["train_crossnet_con.py"] * 4,
+        *("finetune.py", "main_partseg.py", "main_semseg.py"),
+    ]
+    common = {"lr": 1e-3, "batch_size": 32, "test_batch_size": 32, "seed": 1}
+    con = {"epochs": 250, "weight_decay": 1e-5, "svm_c": 0.01, "objective": "con", "temperature": None}
+    ave = {"epochs": 120, "weight_decay": 1e-6, "svm_c": 0.1, "objective": "ave", "temperature": None}
+    pretraining = {"lr_schedule": "released", "background": "released", "num_points": None, "image_model": "resnet50"}
+    tuning = {"epochs": 200, "test_batch_size": 16, "weight_decay": 1e-4, "scheduler": "released"}
+    expected = [
+        *({**common, **pretraining, **con, "image_modality": "both"},),
+        *({**common, **pretraining, **ave, "image_modality": modality} for modality in ("both", "rgb", "gray")),
+        *({**common, **tuning, "use_sgd": sgd, "k": k} for sgd, k in ((True, 16), (False, 20), (False, 20))),
+    ]
+    for (script, arguments), settings in zip(commands, expected, strict=True):
+        found = vars(SCRIPTS[script].build_parser().parse_args(arguments))
+        assert {name: found[name] for name in settings} == settings
+        assert found["select_on"] == "test"

@@ -56,7 +56,7 @@ RELEASED_K = Classification.released_k
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Command line of this script; defaults are the released settings."""
+    """Command line of this script; docs/fidelity.md says which defaults are not the released ones."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add_training_arguments(parser, task=Classification, exp_name="finetune", k=RELEASED_K, use_sgd=True)
     add_data_arguments(parser, batch=False)

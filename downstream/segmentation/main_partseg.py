@@ -70,7 +70,7 @@ VOTE_SCALES = (0.8, 1.25)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Command line of this script; defaults are the released settings."""
+    """Command line of this script; docs/fidelity.md says which defaults are not the released ones."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add_training_arguments(parser, task=PartSegmentation, exp_name="partseg", k=RELEASED_K, datasets=DATASET_NAMES)
     g = parser.add_argument_group("data")

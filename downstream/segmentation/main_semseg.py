@@ -85,7 +85,7 @@ def test_areas(text: str) -> list[int]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Command line of this script; defaults are the released settings."""
+    """Command line of this script; docs/fidelity.md says which defaults are not the released ones."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add_training_arguments(parser, task=SemanticSegmentation, exp_name="semseg", k=RELEASED_K, datasets=("s3dis",))
     g = parser.add_argument_group("data")
