@@ -1,0 +1,481 @@
+"""Fill the tables of docs/results.md: run what is missing, record it, write the page.
+
+A plan (benchmarks/reproduce.toml) holds roots (where data lies), pretrainings, tables and rows. A row is one way of
+scoring, of a pretrained encoder or of none, for every seed. Each seed gets a folder results/<row>/seed_<s>/ with
+  row.json       commands, commit, machine, versions, minutes, SHA-256 of the checkpoint
+  scores.json    what the scoring script reported
+  config.json, metrics.jsonl  of the run that trained the weights that were scored
+Rows whose data is not there are skipped and shown as "not run". A call that was stopped continues when it is repeated:
+finished seeds are kept, and training resumes from its last checkpoint.
+
+Examples:
+  python -m benchmarks.reproduce --list
+  python -m benchmarks.reproduce --root pairs2k=/data/pairs --root modelnet10=/data/mn10 --rows 'modelnet10-*'
+  python -m benchmarks.reproduce --tables                     # only write docs/results.md from results/
+  python -m benchmarks.reproduce --check modelnet10-untrained --seeds 1
+  python -m benchmarks.reproduce --quick                      # every row at a tiny size on the demo set
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import hashlib
+import json
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import ROOT, machine
+from utils.cli import HelpFormatter, run, seed_number, write_json
+from utils.errors import UserError
+from utils.training import git_commit, versions
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PLAN = ROOT / "benchmarks" / "reproduce.toml"
+PRETRAINING_SCRIPT = "train_crossnet_con.py"
+# Scripts that train keep a run folder and resume; the others only score.
+TRAINING_SCRIPTS = {
+    PRETRAINING_SCRIPT,
+    "downstream/classification/finetune.py",
+    "downstream/segmentation/main_partseg.py",
+    "downstream/segmentation/main_semseg.py",
+}
+DEFAULT_SEEDS = (1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """An encoder to pretrain, once per seed; several rows may score it."""
+
+    name: str
+    flags: Mapping[str, Any]
+    needs: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the page: heading, explanation, and columns as paths into ``scores.json``."""
+
+    title: str
+    note: str
+    columns: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a table: a scoring script and its flags, for each seed."""
+
+    name: str
+    table: str
+    label: str
+    script: str
+    flags: Mapping[str, Any]
+    needs: Sequence[str] = ()
+    pretraining: str | None = None
+    seeds: Sequence[int] = DEFAULT_SEEDS
+    published: str = "not available"
+    reproduced: str = "none known"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A plan file, checked.
+
+    Raises:
+        UserError: a row names a table or pretraining that is not in the file, or a name is given twice.
+    """
+
+    title: str
+    roots: Mapping[str, str]
+    pretrainings: Mapping[str, Pretraining]
+    tables: Mapping[str, Table]
+    rows: Sequence[Row]
+    quick: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path, roots: Mapping[str, str]) -> Plan:
+        """Read a plan; ``roots`` replace those of the file."""
+        try:
+            content = tomllib.loads(path.read_text(encoding="utf-8"))
+            plan = cls(
+                title=content["title"],
+                roots={**content["roots"], **roots},
+                pretrainings={
+                    name: Pretraining(name=name, **entry) for name, entry in content.get("pretraining", {}).items()
+                },
+                tables={name: Table(**entry) for name, entry in content["tables"].items()},
+                rows=[Row(**entry) for entry in content["rows"]],
+                quick=content.get("quick", {}),
+            )
+        except (OSError, tomllib.TOMLDecodeError, KeyError, TypeError) as error:
+            raise UserError(f"{path} cannot be read as a plan: {error}; compare it with {PLAN.name}") from error
+        unknown_roots = sorted(roots.keys() - content["roots"].keys())
+        if unknown_roots:
+            raise UserError(f"--root {unknown_roots[0]}: {path} has the roots {', '.join(content['roots'])}")
+        names = [row.name for row in plan.rows]
+        for row in plan.rows:
+            if row.table not in plan.tables:
+                raise UserError(f"{path}: row {row.name} names a table that is not there: {row.table}")
+            if row.pretraining and row.pretraining not in plan.pretrainings:
+                raise UserError(f"{path}: row {row.name} names a pretraining that is not there: {row.pretraining}")
+            if names.count(row.name) > 1:
+                raise UserError(f"{path}: two rows are called {row.name}")
+        return plan
+
+    def place(self, text: str) -> str:
+        """Put the roots into a flag's text: ``{data}`` becomes the folder of that name."""
+        for name, folder in self.roots.items():
+            text = text.replace(f"{{{name}}}", folder)
+        return text
+
+    def missing(self, needs: Iterable[str]) -> list[str]:
+        """Those of the needed files that are not there; ``root/a|root/b`` needs one of the two."""
+        absent = []
+        for need in needs:
+            choices = [Path(self.roots[root]) / rest for root, _, rest in (c.partition("/") for c in need.split("|"))]
+            if not any(choice.exists() for choice in choices):
+                absent.append(" or ".join(map(str, choices)))
+        return absent
+
+
+def command_line(script: str, flags: Mapping[str, Any]) -> list[str]:
+    """A script's command line; True is a bare flag, a list several values, None and False leave the flag out."""
+    words = ["python", script]
+    for name, value in flags.items():
+        if value is None or value is False:
+            continue
+        words.append(f"--{name}")
+        if value is not True:
+            words.extend(map(str, value if isinstance(value, list) else [value]))
+    return words
+
+
+def sha256(path: Path) -> str:
+    """Checksum of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+class Runner:
+    """Runs rows and records them.
+
+    Args:
+        plan: what to run.
+        work: folder of checkpoints and logs.
+        results: folder of the records.
+        quick: flags by script that replace a row's, for a try-out.
+    """
+
+    def __init__(self, plan: Plan, *, work: Path, results: Path, quick: Mapping[str, Mapping[str, Any]]) -> None:
+        self.plan, self.work, self.results, self.quick = plan, work, results, quick
+
+    def flags(self, script: str, flags: Mapping[str, Any]) -> dict[str, Any]:
+        """A row's flags with the roots put in, and the try-out's values in their place."""
+        merged = {**flags, **self.quick.get(script, {})}
+        return {key: self.plan.place(value) if isinstance(value, str) else value for key, value in merged.items()}
+
+    def run_folder(self, name: str, seed: int) -> Path:
+        """Where a training run keeps its checkpoints."""
+        return self.work / name / f"seed_{seed}"
+
+    def training_command(self, name: str, script: str, flags: Mapping[str, Any], seed: int) -> list[str]:
+        """Command line of a training run, which resumes what is there."""
+        folder = self.run_folder(name, seed)
+        placed = {"output_dir": folder.parent, "exp_name": folder.name, "seed": seed, "resume": True}
+        return command_line(script, {**self.flags(script, flags), **placed})
+
+    def commands(self, row: Row, seed: int) -> list[list[str]]:
+        """All commands of one seed of a row, in order."""
+        commands, pretrained = [], ""
+        if row.pretraining:
+            pretraining = self.plan.pretrainings[row.pretraining]
+            commands.append(self.training_command(pretraining.name, PRETRAINING_SCRIPT, pretraining.flags, seed))
+            pretrained = str(self.run_folder(pretraining.name, seed) / "last.pth")
+        flags = {
+            key: value.replace("{pretrained}", pretrained) if isinstance(value, str) else value
+            for key, value in row.flags.items()
+        }
+        report = {"json": self.work / row.name / f"seed_{seed}.json"}
+        if row.script in TRAINING_SCRIPTS:
+            commands.append(self.training_command(row.name, row.script, flags, seed) + command_line("", report)[2:])
+        else:
+            commands.append(command_line(row.script, {**self.flags(row.script, flags), "seed": seed, **report}))
+        return commands
+
+    def recorded(self, row: Row, seed: int) -> dict[str, Any] | None:
+        """The record of a finished seed; None where there is none.
+
+        Raises:
+            UserError: it was made by other commands than the plan's.
+        """
+        path = self.results / row.name / f"seed_{seed}" / "row.json"
+        if not path.exists():
+            return None
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["flags"] != self.identity(row):
+            raise UserError(
+                f"{path.parent} was recorded with other settings than the plan's; move it away to run the row again, "
+                "or give the row another name"
+            )
+        return record
+
+    def identity(self, row: Row) -> dict[str, Any]:
+        """The settings that a record belongs to, apart from where data lies."""
+        pretraining = self.plan.pretrainings[row.pretraining] if row.pretraining else None
+        given = {row.script: row.flags, **({PRETRAINING_SCRIPT: pretraining.flags} if pretraining else {})}
+        return {script: {**flags, **self.quick.get(script, {})} for script, flags in given.items()}
+
+    def missing(self, row: Row) -> list[str]:
+        """Data that a row needs and that is not there; a try-out needs none but the demo set."""
+        if self.quick:
+            return []
+        pretraining = self.plan.pretrainings[row.pretraining].needs if row.pretraining else ()
+        return self.plan.missing(dict.fromkeys([*pretraining, *row.needs]))
+
+    def run_seed(self, row: Row, seed: int) -> dict[str, Any]:
+        """Run one seed of a row and record it; returns its scores.
+
+        Raises:
+            UserError: a command failed; its output is in the row's log.
+        """
+        start, commands = time.time(), self.commands(row, seed)
+        log = self.work / row.name / f"seed_{seed}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        commit = git_commit()  # of the code that runs, not of one made meanwhile
+        with log.open("a", encoding="utf-8") as output:
+            for command in commands:
+                print(f"{row.name}, seed {seed}: {shlex.join(command)}", flush=True)
+                done = subprocess.run(
+                    [sys.executable, *command[1:]], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, check=False
+                )
+                if done.returncode:
+                    raise UserError(f"{shlex.join(command)} ended with exit code {done.returncode}; see {log}")
+        scores = json.loads((self.work / row.name / f"seed_{seed}.json").read_text(encoding="utf-8"))
+        trained = self.run_folder(row.name if row.script in TRAINING_SCRIPTS else row.pretraining or "", seed)
+        checkpoint = trained / "last.pth"
+        record = {
+            "name": row.name,
+            "seed": seed,
+            "flags": self.identity(row),
+            "commands": [shlex.join(command) for command in commands],
+            "minutes": round((time.time() - start) / 60, 1),
+            "date": time.strftime("%Y-%m-%d", time.gmtime(start)),
+            "commit": commit,
+            "machine": machine(),
+            "versions": versions(),
+            "checkpoint_sha256": sha256(checkpoint) if checkpoint.exists() else None,
+        }
+        target = self.results / row.name / f"seed_{seed}"
+        target.mkdir(parents=True, exist_ok=True)
+        write_json(target / "scores.json", scores)
+        for name in ("config.json", "metrics.jsonl"):
+            if (trained / name).exists():
+                shutil.copy(trained / name, target / name)
+        write_json(target / "row.json", record)  # last: its presence says that the seed is finished
+        return scores
+
+
+def value_at(scores: Any, path: str) -> float | None:
+    """A number in a script's JSON: keys and list positions with dots between; None where there is none.
+
+    ``reported`` is the entry of a fine-tuning run that is reported: the best on held-out data, or else the last.
+    """
+    for key in path.split("."):
+        if key == "reported":
+            scores = scores.get("best") or scores.get("last")
+        elif isinstance(scores, list) and int(key) < len(scores):
+            scores = scores[int(key)]
+        elif isinstance(scores, Mapping) and key in scores:
+            scores = scores[key]
+        else:
+            return None
+    return float(scores) if scores is not None else None
+
+
+def mean_and_deviation(values: Sequence[float]) -> str:
+    """Mean and sample deviation over seeds, as text; a single seed has no deviation."""
+    if len(values) == 1:
+        return f"{values[0]:.1f} (one seed)"
+    return f"{statistics.mean(values):.1f} +- {statistics.stdev(values):.1f}"
+
+
+def write_tables(plan: Plan, results: Path, page: Path) -> None:
+    """Write the page from what is recorded; cells without a record say ``not run``."""
+    lines = [
+        f"# {plan.title}",
+        "",
+        "Written by `python -m benchmarks.reproduce --tables` from the records in `results/`: one folder a row and",
+        "seed, with commands, settings, scores, commit and machine. Mean and sample standard deviation over seeds.",
+        'Scores are percent. "Not run": nobody has run this row yet. Published numbers are quoted with their source;',
+        "CrossNet's own tables could not be had, so most of its numbers are not available.",
+        "",
+    ]
+    for name, table in plan.tables.items():
+        lines += [f"## {table.title}", "", table.note.strip(), ""]
+        heading = ["row", *table.columns, "seeds", "published", "reproduced by others", "record"]
+        lines += ["| " + " | ".join(heading) + " |", "| " + " | ".join("---" for _ in heading) + " |"]
+        commands: dict[str, list[str]] = {}
+        for row in plan.rows:
+            if row.table != name:
+                continue
+            folders = sorted((results / row.name).glob("seed_*/row.json"))
+            records = [json.loads(path.read_text(encoding="utf-8")) for path in folders]
+            scores = [json.loads((path.parent / "scores.json").read_text(encoding="utf-8")) for path in folders]
+            cells = []
+            for path in table.columns.values():
+                values = [value for value in (value_at(entry, path) for entry in scores) if value is not None]
+                cells.append(mean_and_deviation(values) if values else "not run")
+            if records:
+                commits = sorted({record["commit"][:7] for record in records})
+                cpu = sorted({record["machine"]["gpu"] or record["machine"]["cpu"] for record in records})
+                where = f"[{row.name}](../results/{row.name}), {', '.join(commits)}, {', '.join(cpu)}"
+                commands[row.name] = records[0]["commands"]
+            else:
+                where = f"`{row.name}`"
+            seeds = ", ".join(str(record["seed"]) for record in records) or "-"
+            lines.append("| " + " | ".join([row.label, *cells, seeds, row.published, row.reproduced, where]) + " |")
+        lines.append("")
+        for shown in commands.values():
+            lines += ["```", *shown, "```", ""]
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+
+
+def check_row(row: Row, seed: int, *, recorded: Runner, again: Runner, tolerance: float) -> bool:
+    """Run a recorded seed again in a folder of its own and compare the table's columns; True where they agree."""
+    before = json.loads((recorded.results / row.name / f"seed_{seed}" / "scores.json").read_text(encoding="utf-8"))
+    shutil.rmtree(again.work, ignore_errors=True)
+    after = again.run_seed(row, seed)
+    agree = True
+    for column, path in recorded.plan.tables[row.table].columns.items():
+        old, new = value_at(before, path), value_at(after, path)
+        same = old == new or (old is not None and new is not None and abs(old - new) <= tolerance)
+        agree &= same
+        print(f"{row.name}, seed {seed}, {column}: recorded {old}, now {new}: {'agrees' if same else 'DIFFERS'}")
+    return agree
+
+
+def chosen_rows(plan: Plan, patterns: Sequence[str]) -> list[Row]:
+    """The rows whose names match one of the patterns; all without patterns.
+
+    Raises:
+        UserError: a pattern matches none.
+    """
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(row.name, pattern) for row in plan.rows):
+            raise UserError(f"no row matches {pattern!r}; see --list")
+    return [row for row in plan.rows if not patterns or any(fnmatch.fnmatchcase(row.name, p) for p in patterns)]
+
+
+def root_setting(text: str) -> tuple[str, str]:
+    """A value of ``--root``."""
+    name, equals, folder = text.partition("=")
+    if not (name and equals and folder):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH")
+    return name, folder
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Command line of this script."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.reproduce", description=__doc__, formatter_class=HelpFormatter
+    )
+    parser.add_argument("--plan", default=str(PLAN), metavar="FILE", help="the plan")
+    parser.add_argument("--rows", nargs="+", default=[], metavar="NAME", help="only these rows; * is any text")
+    parser.add_argument("--seeds", type=seed_number, nargs="+", metavar="S", help="only these seeds")
+    parser.add_argument(
+        "--root", type=root_setting, action="append", default=[], metavar="NAME=PATH", help="where a root's data lies"
+    )
+    parser.add_argument("--work_dir", default="runs/reproduce", metavar="DIR", help="checkpoints and logs")
+    parser.add_argument("--results", default="results", metavar="DIR", help="records, a folder a row and seed")
+    parser.add_argument("--page", default="docs/results.md", metavar="FILE", help="the page that is written")
+    parser.add_argument("--list", action="store_true", help="show the rows and what each lacks, then stop")
+    parser.add_argument("--tables", action="store_true", help="only write the page from what is recorded")
+    parser.add_argument(
+        "--check", action="store_true", help="run recorded rows again and compare; exit code 1 if any differs"
+    )
+    parser.add_argument(
+        "--tolerance", type=float, default=0.0, metavar="T", help="--check: difference in percent that still agrees"
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="every row with the plan's quick settings, one seed, in a folder below --work_dir",
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write what was done to FILE")
+    return parser
+
+
+def prepare(args: argparse.Namespace) -> tuple[Runner, Path]:
+    """The runner of a command line, and the page it writes."""
+    plan = Plan.read(Path(args.plan), dict(args.root))
+    work, results, page, quick = Path(args.work_dir), Path(args.results), Path(args.page), {}
+    if args.quick:
+        plan = Plan(**{**vars(plan), "roots": {**plan.roots, **plan.quick.get("roots", {}), **dict(args.root)}})
+        quick = plan.quick.get("flags", {})
+        work = work / "quick"
+        results, page = work / "results", work / "results.md"
+    return Runner(plan, work=work, results=results, quick=quick), page
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Run the rows that are missing and write the page; returns the state of every chosen row.
+
+    Raises:
+        UserError: a plan that cannot be read, a row that does not exist, or a command that failed.
+    """
+    args = build_parser().parse_args(argv)
+    runner, page = prepare(args)
+    rows = chosen_rows(runner.plan, args.rows)
+    state: dict[str, Any] = {}
+    for row in rows:
+        seeds = args.seeds or (row.seeds[:1] if args.quick else row.seeds)
+        missing = runner.missing(row)
+        done = [seed for seed in seeds if runner.recorded(row, seed)]
+        state[row.name] = {"recorded": done, "missing_data": missing}
+        if args.list or args.tables:
+            what = f"lacks {', '.join(missing)}" if missing else "can run"
+            print(f"{row.name}: seeds {done or 'none'} of {list(seeds)} recorded; {what}") if args.list else None
+        elif args.check:
+            again = Runner(
+                runner.plan, work=runner.work / "check", results=runner.work / "check_results", quick=runner.quick
+            )
+            agree = [check_row(row, seed, recorded=runner, again=again, tolerance=args.tolerance) for seed in done]
+            state[row.name]["agrees"] = all(agree) if agree else None
+        elif missing:
+            print(f"{row.name}: not run, {', '.join(missing)} is not there (python -m data.check_data)")
+        else:
+            for seed in seeds:
+                if seed not in done:
+                    runner.run_seed(row, seed)
+                    done.append(seed)
+    if not (args.list or args.check):
+        write_tables(runner.plan, runner.results, page)
+        print(f"wrote {page}")
+    write_json(args.json, state)
+    return state
+
+
+def _script() -> None:
+    state = main()
+    if any(entry.get("agrees") is False for entry in state.values()):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    run(_script)
