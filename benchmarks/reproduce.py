@@ -36,7 +36,7 @@ from typing import Any
 from benchmarks.measure import ROOT, machine
 from utils.cli import HelpFormatter, run, seed_number, write_json
 from utils.errors import UserError
-from utils.training import git_commit, versions
+from utils.reproducible import git_commit, versions
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -450,7 +450,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         state[row.name] = {"recorded": done, "missing_data": missing}
         if args.list or args.tables:
             what = f"lacks {', '.join(missing)}" if missing else "can run"
-            print(f"{row.name}: seeds {done or 'none'} of {list(seeds)} recorded; {what}") if args.list else None
+            if args.list:
+                print(f"{row.name}: seeds {done or 'none'} of {list(seeds)} recorded; {what}")
         elif args.check:
             again = Runner(
                 runner.plan, work=runner.work / "check", results=runner.work / "check_results", quick=runner.quick

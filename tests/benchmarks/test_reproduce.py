@@ -1,0 +1,183 @@
+"""The plan of docs/results.md, and the command that runs it."""
+
+import json
+import sys
+
+import pytest
+
+import train_crossnet_con
+from benchmarks import reproduce
+from benchmarks.reproduce import PLAN, Plan, Runner, command_line, mean_and_deviation, value_at
+from downstream.classification import few_shot, finetune
+from downstream.classification import main as classification
+from downstream.segmentation import main_partseg, main_semseg
+from utils.errors import UserError
+
+PARSERS = {
+    "train_crossnet_con.py": train_crossnet_con.build_parser,
+    "downstream/classification/main.py": classification.build_parser,
+    "downstream/classification/few_shot.py": few_shot.build_parser,
+    "downstream/classification/finetune.py": finetune.build_parser,
+    "downstream/segmentation/main_partseg.py": main_partseg.build_parser,
+    "downstream/segmentation/main_semseg.py": main_semseg.build_parser,
+}
+# A script that scores: writes a number that depends on the seed, and counts its calls.
+SCRIPT = """
+import argparse, json, pathlib
+p = argparse.ArgumentParser()
+p.add_argument("--seed", type=int); p.add_argument("--json"); p.add_argument("--base", type=float)
+p.add_argument("--fail", action="store_true"); p.add_argument("--noise")
+a = p.parse_args()
+calls = pathlib.Path(__file__).with_name("calls")
+calls.write_text(calls.read_text() + "x" if calls.exists() else "x")
+assert not a.fail, "asked to fail"
+extra = len(calls.read_text()) if a.noise else 0
+pathlib.Path(a.json).write_text(json.dumps({"accuracy": a.base + a.seed + extra, "shots": {"1": [40.0, 2.0]}}))
+"""
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A folder with a plan of one row that can run and one whose data is missing; returns the command line for it."""
+    (tmp_path / "score.py").write_text(SCRIPT)
+    (tmp_path / "here").mkdir()
+    write_plan(tmp_path)
+    paths = {"plan": "plan.toml", "work_dir": "work", "results": "results", "page": "docs/results.md"}
+    return [word for flag, name in paths.items() for word in (f"--{flag}", str(tmp_path / name))]
+
+
+def write_plan(folder, flags="base = 90.0"):
+    (folder / "plan.toml").write_text(
+        f"""
+title = "Results"
+[roots]
+data = "{folder / "here"}"
+[tables.t]
+title = "A table"
+note = "What it means."
+columns = {{ "all labels" = "accuracy", "1 label" = "shots.1.0", "mAP" = "nowhere" }}
+[[rows]]
+name = "runs"
+table = "t"
+label = "can run"
+script = "{folder / "score.py"}"
+flags = {{ {flags} }}
+published = "91.5 (somebody)"
+[[rows]]
+name = "lacks"
+table = "t"
+label = "cannot run"
+script = "{folder / "score.py"}"
+flags = {{ base = 1.0 }}
+needs = ["data/absent|data/gone"]
+"""
+    )
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_every_command_of_the_plan_is_one_that_its_script_takes(quick, tmp_path):
+    plan = Plan.read(PLAN, {})
+    if quick:
+        plan = Plan.read(PLAN, plan.quick["roots"])
+    runner = Runner(plan, work=tmp_path, results=tmp_path, quick=plan.quick["flags"] if quick else {})
+    assert {row.script for row in plan.rows} | {"train_crossnet_con.py"} == set(PARSERS)
+    for row in plan.rows:
+        for _, script, *words in runner.commands(row, 2):
+            args = PARSERS[script]().parse_args(words)
+            assert args.seed == 2
+            assert (args.data_root == "data/demo") == (quick or "demo" in row.name) or not quick
+
+
+def test_a_row_runs_once_a_seed_is_recorded_and_fills_the_page(project, tmp_path, capsys):
+    state = reproduce.main([*project, "--seeds", "1", "2"])
+    assert state["runs"]["recorded"] == [1, 2]
+    assert state["lacks"] == {"recorded": [], "missing_data": [f"{tmp_path}/here/absent or {tmp_path}/here/gone"]}
+    assert "lacks: not run" in capsys.readouterr().out
+    record = json.loads((tmp_path / "results/runs/seed_2/row.json").read_text())
+    assert (
+        record["seed"] == 2 and record["commit"] and record["machine"]["cores"] and "--seed 2" in record["commands"][0]
+    )
+    page = (tmp_path / "docs/results.md").read_text()
+    assert "| can run | 91.5 +- 0.7 | 40.0 +- 0.0 | not run | 1, 2 | 91.5 (somebody) |" in page
+    assert "| cannot run | not run | not run | not run | - | not available |" in page
+    reproduce.main([*project, "--seeds", "1", "2", "3"])  # only the third is missing
+    assert (tmp_path / "calls").read_text() == "xxx"
+
+
+def test_a_record_of_other_settings_is_never_mixed_with_new_ones(project, tmp_path):
+    reproduce.main([*project, "--seeds", "1"])
+    write_plan(tmp_path, flags="base = 80.0")
+    with pytest.raises(UserError, match="recorded with other settings"):
+        reproduce.main([*project, "--seeds", "1", "2"])
+
+
+def test_check_runs_again_and_compares_with_what_is_recorded(project, tmp_path, monkeypatch, capsys):
+    reproduce.main([*project, "--seeds", "1"])
+    assert reproduce.main([*project, "--rows", "runs", "--check", "--seeds", "1"])["runs"]["agrees"] is True
+    before = (tmp_path / "results/runs/seed_1/scores.json").read_bytes()
+    (tmp_path / "score.py").write_text(SCRIPT.replace("if a.noise else 0", ""))  # the number depends on the call
+    monkeypatch.setattr(sys, "argv", ["reproduce", *project, "--rows", "runs", "--check", "--seeds", "1"])
+    with pytest.raises(SystemExit) as stop:
+        reproduce._script()
+    assert stop.value.code == 1 and "all labels: recorded 91.0, now" in capsys.readouterr().out
+    assert (tmp_path / "results/runs/seed_1/scores.json").read_bytes() == before
+
+
+def test_a_command_that_fails_is_named_with_its_log_and_nothing_is_recorded(project, tmp_path):
+    write_plan(tmp_path, flags="base = 90.0, fail = true")
+    with pytest.raises(UserError, match=r"--fail .* exit code 1; see .*seed_1.log"):
+        reproduce.main([*project, "--rows", "runs", "--seeds", "1"])
+    assert "asked to fail" in (tmp_path / "work/runs/seed_1.log").read_text()
+    assert not (tmp_path / "results/runs").exists()
+
+
+def test_a_real_row_at_a_tiny_size(tmp_path):
+    small = """
+model = "pointnet_cls"
+emb_dims = 16
+num_points = 16
+"""
+    heading = '[quick.flags."downstream/classification/main.py"]\n'
+    text = (
+        PLAN.read_text().replace("num_points = 64\nshots = [1, 5]", "shots = [1, 5]").replace(heading, heading + small)
+    )
+    (tmp_path / "plan.toml").write_text(text)
+    words = ["--quick", "--rows", "demo-untrained", "--plan", str(tmp_path / "plan.toml"), "--work_dir", str(tmp_path)]
+    assert reproduce.main(words)["demo-untrained"]["recorded"] == [1]
+    scores = json.loads((tmp_path / "quick/results/demo-untrained/seed_1/scores.json").read_text())
+    assert 100 / 15 < scores["test_accuracy_mean"] <= 100
+    assert f"| {scores['test_accuracy_mean']:.1f} (one seed) |" in (tmp_path / "quick/results.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (('table = "t"', 'table = "u"'), "row runs names a table that is not there: u"),
+        (('[[rows]]\nname = "lacks"', '[[rows]]\nname = "runs"'), "two rows are called runs"),
+        (("label =", "lable ="), "cannot be read as a plan"),
+        (("[roots]", "[roots"), "cannot be read as a plan"),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_an_error_that_names_it(project, tmp_path, change, message):
+    path = tmp_path / "plan.toml"
+    path.write_text(path.read_text().replace(*change))
+    with pytest.raises(UserError, match=message):
+        reproduce.main([*project, "--list"])
+
+
+def test_unknown_rows_and_roots_are_errors(project):
+    with pytest.raises(UserError, match="no row matches 'x-"):
+        reproduce.main([*project, "--rows", "x-*"])
+    with pytest.raises(UserError, match="--root nodata: .* has the roots data"):
+        reproduce.main([*project, "--root", "nodata=there", "--list"])
+
+
+def test_flags_paths_and_spread_as_text():
+    assert command_line("s.py", {"a": 1, "b": True, "c": [1, 2], "d": False, "e": None}) == [
+        *("python", "s.py", "--a", "1", "--b", "--c", "1", "2")
+    ]
+    runs = {"runs": [{"best": None, "last": {"test": {"miou": 5}}}], "s": {"1": [3.0, 1.0]}}
+    assert value_at(runs, "runs.0.reported.test.miou") == 5.0
+    assert value_at(runs, "s.1.0") == 3.0
+    assert value_at(runs, "runs.1.best") is None
+    assert mean_and_deviation([1.0, 2.0, 3.0]) == "2.0 +- 1.0"
