@@ -23,17 +23,24 @@ from tqdm import tqdm
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.unpack import KNOWN_MD5, file_md5
-from datasets.hdf5 import hdf5_file, read_labeled_clouds
+from datasets.hdf5 import SPLITS, hdf5_file, read_labeled_clouds
 from datasets.modelnet import (
     DEMO_FOLDER,
     MODELNET10_LABELS,
     MODELNET40_CLASSES,
-    MODELNET_FOLDER,
+    MODELNET40_TRAIN,
+    POINT_CLOUD_DATASETS,
+    RELEASED,
+    RESAMPLED,
+    Layout,
     ModelNet10,
     ModelNet40,
-    find_hdf5_folder,
+    find_modelnet,
     listed_files,
+    read_first_rows,
+    resampled_files,
 )
+from datasets.own_clouds import find_class_folders, own_hdf5_files
 from datasets.pair_sources import (
     PACKED_NAME,
     FolderSource,
@@ -43,6 +50,8 @@ from datasets.pair_sources import (
 from datasets.s3dis import BLOCK_FOLDER, CHANNELS, FILE_LIST, PREPARE_COMMAND, ROOM_FOLDER, ROOM_LIST
 from datasets.scanobjectnn import CLASSES as SCANOBJECTNN_CLASSES
 from datasets.scanobjectnn import VARIANTS, candidate_files
+from datasets.shape_reader import Reader, read_shape
+from datasets.shapenet_part import OTHER_PATTERN
 from datasets.untrusted import decode_image
 from utils.cli import HelpFormatter, run, write_json
 from utils.errors import DataError
@@ -176,11 +185,13 @@ class _Checker:
 
     # --- labelled clouds ---
 
-    def _labeled(self, folder: Path, split: str, finding: Finding, num_classes: int | None) -> np.ndarray:
+    def _labeled(
+        self, folder: Path, split: str, finding: Finding, num_classes: int | None, prefix: str = "ply_data_"
+    ) -> np.ndarray:
         """Labels of the sound files of one split; the others become problems."""
-        files = self.attempt(finding, lambda: listed_files(folder, split))
+        files = self.attempt(finding, lambda: listed_files(folder, split, prefix=prefix))
         if files is None:
-            files = data_files(folder, f"ply_data_{split}*.h5")
+            files = data_files(folder, f"{prefix}{split}*.h5")
         labels = [np.empty(0, np.int64)]
         for file in files:
             read = self.attempt(finding, lambda f=file: read_labeled_clouds(f, num_classes=num_classes))
@@ -193,25 +204,89 @@ class _Checker:
         get = self.command("modelnet40")
         forty = Finding(expected=dict(ModelNet40.official_sizes), get=get)
         ten = Finding(expected=dict(ModelNet10.official_sizes), get=get)
-        folder = find_hdf5_folder(self.root, MODELNET_FOLDER)
-        if folder is None:
+        layout, own = find_modelnet(self.root), find_modelnet(self.root, "modelnet10")
+        if layout is not None:
+            forty.where = ten.where = str(layout.folder)
+            if layout.name != RELEASED:
+                forty.expected["train"] = MODELNET40_TRAIN
+                forty.notes.append(layout.name)
+            classes: set[int] = set()
+            for split in SPLITS:
+                labels = self._modelnet_labels(layout, "modelnet40", split, forty)
+                forty.found[split] = len(labels)
+                ten.found[split] = int(np.isin(labels, MODELNET10_LABELS).sum())
+                classes.update(labels.tolist())
+            ten.problems = list(forty.problems)
+            if classes <= set(MODELNET10_LABELS):  # another release than the one whose checksums are known
+                forty.notes.append("only the ten classes of ModelNet10")
+            elif layout.name == RELEASED:
+                self.compare_md5("modelnet40", data_files(layout.folder, "*.h5"), forty)
+        if own is not None and (layout is None or layout.name == own.name == RESAMPLED):
+            ten.where, ten.problems = str(own.folder), []
+            ten.notes.append(own.name)
+            for split in SPLITS:
+                ten.found[split] = len(self._modelnet_labels(own, "modelnet10", split, ten))
+        elif layout is None:
             return forty, ten
-        forty.where = ten.where = str(folder)
-        classes: set[int] = set()
-        for split in ("train", "test"):
-            labels = self._labeled(folder, split, forty, len(MODELNET40_CLASSES))
-            forty.found[split] = len(labels)
-            ten.found[split] = int(np.isin(labels, MODELNET10_LABELS).sum())
-            classes.update(labels.tolist())
-        ten.problems = list(forty.problems)
-        if classes <= set(MODELNET10_LABELS):  # another release than the one whose checksums are known
-            forty.notes.append("only the ten classes of ModelNet10")
-        else:
-            self.compare_md5("modelnet40", data_files(folder, "*.h5"), forty)
         gap = ten.expected["train"] - ten.found["train"]
         return forty.settle(), ten.settle(
             complete=0 <= gap <= MODELNET10_TRAIN_GAP and ten.found["test"] == ten.expected["test"]
         )
+
+    def _modelnet_labels(self, layout: Layout, name: str, split: str, finding: Finding) -> np.ndarray:
+        """ModelNet40 labels of the sound clouds of one split, in any layout."""
+        folder = layout.folder
+        if layout.name in (RELEASED, POINT_CLOUD_DATASETS):
+            prefix = "ply_data_" if layout.name == RELEASED else "*"
+            if name == "modelnet40":
+                return self._labeled(folder, split, finding, len(MODELNET40_CLASSES), prefix)
+            return np.array(MODELNET10_LABELS)[self._labeled(folder, split, finding, len(MODELNET10_LABELS), prefix)]
+        if layout.name == RESAMPLED:
+            listed = self.attempt(finding, lambda: resampled_files(folder, name, split))
+            files, labels = ([], []) if listed is None else listed
+            return self._read_files(files, np.array(labels, dtype=str), finding, read_first_rows, MODELNET40_CLASSES)
+        found = find_class_folders(folder)
+        listed = self.attempt(finding, lambda: found.files(split)) if found else None
+        files, numbers = ([], np.empty(0, int)) if listed is None else listed
+        names = np.array(found.class_names if found else (), dtype=str)[numbers]
+        return self._read_files(files, names, finding, read_shape, MODELNET40_CLASSES)
+
+    def _read_files(
+        self, files: Sequence[Path], names: np.ndarray, finding: Finding, read: Reader, classes: Sequence[str]
+    ) -> np.ndarray:
+        """Labels of the files that are there, of which an evenly spread part is read unless all are wanted."""
+        number = {name: i for i, name in enumerate(classes)}
+        there = [i for i, file in enumerate(files) if file.is_file() and str(names[i]) in number]
+        if gone := [file for file in files if not file.is_file()]:
+            finding.problems.append(f"{len(gone):,} of {len(files):,} listed files are missing, {gone[0]} for one")
+        chosen = there
+        if not self.full and len(there) > SAMPLED_SHAPES:
+            chosen = [there[i] for i in np.linspace(0, len(there) - 1, SAMPLED_SHAPES).round().astype(int)]
+            finding.notes.append(f"read {SAMPLED_SHAPES} of {len(there):,} files; --full reads all")
+        broken = set()
+        for i in tqdm(chosen, desc="reading files", unit="file", leave=False, disable=not sys.stderr.isatty()):
+            if self.attempt(finding, lambda i=i: read(files[i], 64, files[i].name)) is None:
+                broken.add(i)
+        return np.array([number[str(names[i])] for i in there if i not in broken], dtype=np.int64)
+
+    def own_clouds(self) -> Finding:
+        """Class folders or HDF5 files of a user's own."""
+        finding = Finding(where=str(self.root))
+        if found := find_class_folders(self.root):
+            for split in SPLITS:
+                files, labels = self.attempt(finding, lambda s=split: found.files(s)) or ([], np.empty(0, int))
+                names = np.array(found.class_names, dtype=str)[labels]
+                finding.found[split] = len(self._read_files(files, names, finding, read_shape, found.class_names))
+            finding.notes.append(f"{len(found.class_names)} classes; use them with --dataset folder")
+        elif files := own_hdf5_files(self.root):
+            for split in SPLITS:
+                read = [
+                    self.attempt(finding, lambda f=file: read_labeled_clouds(f, num_classes=None))
+                    for file in files[split]
+                ]
+                finding.found[split] = sum(len(part[1]) for part in read if part is not None)
+            finding.notes.append("use them with --dataset folder")
+        return finding.settle()
 
     def scanobjectnn(self, variant: str) -> Finding:
         """One variant of ScanObjectNN."""
@@ -244,13 +319,18 @@ class _Checker:
         """ShapeNetPart as HDF5 files, or another set in its layout."""
         finding = Finding(**fields)
         folders = [path for path in data_files(root, "shapenet*hdf5*") if data_files(path, "ply_data_*.h5")]
+        prefix, arrays = "ply_data_", _PART_ARRAYS
         if not folders:
-            return finding
+            folders = [path for path in data_files(root, OTHER_PATTERN) if has_data_files(path, "*train*.h5")]
+            prefix, arrays = "*", _SEG_ARRAYS
+            if not folders:
+                return finding
+            finding.notes.append("HDF5 of PointCloudDatasets")
         folder = folders[0]
         finding.where = str(folder)
         for split in SHAPENETPART_SIZES:
-            files = self.listed_or_found(finding, folder, f"{split}_hdf5_file_list.txt", f"ply_data_{split}*.h5")
-            rows = [self.attempt(finding, lambda f=file: _check_arrays(f, _PART_ARRAYS)) for file in files]
+            files = self.listed_or_found(finding, folder, f"{split}_hdf5_file_list.txt", f"{prefix}{split}*.h5")
+            rows = [self.attempt(finding, lambda f=file: _check_arrays(f, arrays)) for file in files]
             finding.found[split] = sum(count or 0 for count in rows)
             if not files:
                 finding.notes.append(f"no files of the {split} split")
@@ -307,6 +387,10 @@ class _Checker:
                 rows[f"ScanObjectNN {variant}"] = finding
         if not is_demo:
             rows |= self.segmentation()
+        if not is_demo and all(row.state == MISSING for row in rows.values()):
+            own_clouds = self.own_clouds()
+            if own_clouds.state != MISSING:
+                return {"own labeled clouds": own_clouds}
         own = self.root.resolve() == _OWN_FOLDER  # the demo set comes with the repository, no other root needs one
         rows |= {name: row for name, row in self.demo(demo).items() if own or row.state != MISSING}
         return rows
@@ -342,6 +426,7 @@ class _Checker:
 
 
 _PART_ARRAYS = {"data": (None, None, 3), "label": (None,), "pid": (None, None)}
+_SEG_ARRAYS = {"data": (None, None, 3), "label": (None,), "seg": (None, None)}  # PointCloudDatasets' name for pid
 _BLOCK_ARRAYS = {"data": (None, None, CHANNELS), "label": (None, None)}
 _ROOM_ARRAYS = {**_BLOCK_ARRAYS, "index": (None, None)}
 

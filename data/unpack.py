@@ -38,7 +38,16 @@ from utils.cli import HelpFormatter, run, write_json
 from utils.errors import DataError
 from utils.files import is_data_name
 
-SETS = ("shapenet", "shapenet_render", "modelnet40", "scanobjectnn", "shapenetpart", "s3dis", "s3dis_test")
+SETS = (
+    "shapenet",
+    "shapenet_render",
+    "modelnet40",
+    "modelnet10",
+    "scanobjectnn",
+    "shapenetpart",
+    "s3dis",
+    "s3dis_test",
+)
 STAGING = ".download"  # inside the data root, so that moving into place is a rename
 
 # Published checksums of the HDF5 files, by data set and file name.
@@ -74,6 +83,9 @@ HEADER_BYTES = 2 * 2**20  # what one member's headers may take; a longer one is 
 
 _SYNSET = re.compile(r"\d{8}")
 _SCAN_FOLDER = re.compile(r"(main_split|split[1-4])(_nobg)?")
+_POINT_CLOUD_DATASETS = re.compile(r"(modelnet40|modelnet10|shapenetpart)_hdf5_2048")
+_RESAMPLED = "modelnet40_normal_resampled"  # the text files of PointNet++
+_MESH_SETS = ("ModelNet40", "ModelNet10")  # as published: <class>/<split>/*.off
 _HDF5_FOLDERS = {
     "modelnet40": "modelnet40_ply_hdf5_2048",
     "shapenetpart": "shapenet_part_seg_hdf5_data",
@@ -285,6 +297,8 @@ def identify_folder(parts: Sequence[str], names: Sequence[str]) -> tuple[str, tu
     arrays = [name for name in names if name.endswith(".h5")]
     if _SCAN_FOLDER.fullmatch(last) and arrays:
         return "scanobjectnn", ("ScanObjectNN", last)
+    if place := _identify_copy(parts, names, arrays):
+        return place
     name = None
     if any(array.startswith("ply_data_all_") for array in arrays):
         name = "s3dis_test" if "_test" in path else "s3dis"
@@ -295,6 +309,22 @@ def identify_folder(parts: Sequence[str], names: Sequence[str]) -> tuple[str, tu
         elif "part" in path or any(n.endswith("_hdf5_file_list.txt") or n.startswith("ply_data_val") for n in names):
             name = "shapenetpart"
     return (name, (_HDF5_FOLDERS[name],)) if name else None
+
+
+def _identify_copy(
+    parts: Sequence[str], names: Sequence[str], arrays: Sequence[str]
+) -> tuple[str, tuple[str, ...]] | None:
+    """Tell which layout of ModelNet or ShapeNetPart besides the released ones a folder of an archive belongs to."""
+    last = parts[-1] if parts else ""
+    if arrays and (match := _POINT_CLOUD_DATASETS.fullmatch(last)):  # PointCloudDatasets
+        return match[1], (last,)
+    for i, part in enumerate(parts):
+        if part == _RESAMPLED and any(name.endswith(".txt") for name in names):
+            return "modelnet40", tuple(parts[i:])
+        if part in _MESH_SETS and len(parts) == i + 3 and last in ("train", "test"):
+            if any(name.lower().endswith(".off") for name in names):
+                return part.lower(), tuple(parts[i:])
+    return None
 
 
 def peek(path: Path) -> str | None:

@@ -12,6 +12,7 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -230,45 +231,92 @@ def read_labeled_clouds(
     return points, numbers
 
 
+class CloudArrays(NamedTuple):
+    """Labelled clouds of one split and where they come from.
+
+    Attributes:
+        points: (n, N, 3) float32.
+        labels: (n,) int64.
+        class_names: a label is an index into it.
+        files: read, in order; a list of files or their folder where each holds one cloud.
+        layout: of the files, in words for messages and results.
+        folder: that holds them.
+        sizes: (n,) points of each file where these differ from N or from one another; where one is below N, points
+            repeat. None: every file has N or more.
+    """
+
+    points: np.ndarray
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+    files: tuple[Path, ...]
+    layout: str
+    folder: Path
+    sizes: np.ndarray | None = None
+
+
+def read_hdf5_clouds(
+    files: Sequence[Path],
+    *,
+    class_names: Sequence[str] | None,
+    num_points: int | None,
+    get: str,
+    layout: str = "HDF5",
+) -> CloudArrays:
+    """Read HDF5 files into one; see :func:`read_labelled_clouds` for the arguments and errors.
+
+    Raises:
+        DataError: clouds of two files differ in size, or as there.
+    """
+    num_classes = None if class_names is None else len(class_names)
+    parts = [read_labeled_clouds(f, num_classes=num_classes, num_points=num_points, get=get) for f in files]
+    sizes = {points.shape[1] for points, _ in parts}
+    if len(sizes) > 1:
+        names = ", ".join(f"{f.name}: {points.shape[1]}" for f, (points, _) in zip(files, parts, strict=True))
+        raise DataError(f"{files[0].parent} mixes clouds of different size ({names}). Check it: {get}")
+    points, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    if class_names is None:
+        class_names = [f"class {number}" for number in range(int(labels.max()) + 1)]
+    return CloudArrays(points, labels, tuple(class_names), tuple(files), layout, files[0].parent)
+
+
 class LabeledClouds(Dataset):
     """Labelled clouds of one split, held in memory.
 
     Attributes:
-        points: (n, N, 3) float32, as stored in the files.
+        points: (n, N, 3) float32.
         labels: (n,) int64.
         class_names: name of every label value; a label is an index into it.
         files: the files read, in order.
+        layout: of these files, in words.
+        folder: that holds them.
+        sizes: points of each file, None where all have N or more; see :class:`CloudArrays`.
         split: ``"train"`` or ``"test"``.
         official_sizes: clouds per split of the published set, where that is known.
     """
 
     official_sizes: dict[str, int] = {}
 
-    def __init__(
-        self,
-        files: Sequence[Path],
-        split: str,
-        *,
-        class_names: Sequence[str] | None,
-        num_points: int | None,
-        transform: Callable[[Tensor], Tensor] | None,
-        get: str,
-    ) -> None:
-        """Read ``files``; see :func:`read_labeled_clouds` for the arguments and errors."""
-        num_classes = None if class_names is None else len(class_names)
-        parts = [read_labeled_clouds(f, num_classes=num_classes, num_points=num_points, get=get) for f in files]
-        sizes = {points.shape[1] for points, _ in parts}
-        if len(sizes) > 1:
-            names = ", ".join(f"{f.name}: {points.shape[1]}" for f, (points, _) in zip(files, parts, strict=True))
-            raise DataError(f"{files[0].parent} mixes clouds of different size ({names}). Check it: {get}")
-        self.points = np.concatenate([points for points, _ in parts])
-        self.labels = np.concatenate([labels for _, labels in parts])
-        if class_names is None:
-            class_names = [f"class {number}" for number in range(int(self.labels.max()) + 1)]
-        self.class_names = tuple(class_names)
-        self.files = tuple(files)
+    def __init__(self, arrays: CloudArrays, split: str, *, transform: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Take what was read.
+
+        Args:
+            arrays: the clouds.
+            split: ``"train"`` or ``"test"``.
+            transform: applied to each (N, 3) cloud when it is taken.
+        """
+        self.points, self.labels, self.class_names, self.files, self.layout, self.folder, self.sizes = arrays
         self.split = split
         self.transform = transform
+
+    @property
+    def repeated(self) -> int:
+        """Number of clouds whose files have fewer than N points, so that points repeat."""
+        return 0 if self.sizes is None else int((self.sizes < self.points.shape[1]).sum())
+
+    def origin(self) -> dict[str, Any]:
+        """Say what was read, for results: layout, folder, clouds, and those whose points repeat."""
+        about = {"layout": self.layout, "folder": str(self.folder), "clouds": len(self)}
+        return about | ({"clouds_with_repeated_points": self.repeated} if self.repeated else {})
 
     def __len__(self) -> int:
         """Return the number of clouds."""

@@ -1,7 +1,14 @@
-"""ModelNet40 and ModelNet10 from ``modelnet40_ply_hdf5_2048``, and the demo set, which has the same layout.
+"""ModelNet40 and ModelNet10 in every layout in which people have them, and the demo set.
 
-ModelNet: Wu et al., 3D ShapeNets, CVPR 2015. The HDF5 release (2,048 surface points per object, unit sphere, y up) came
-with PointNet, Qi et al., CVPR 2017.
+ModelNet: Wu et al., 3D ShapeNets, CVPR 2015. Looked for in this order:
+
+- ``modelnet40_ply_hdf5_2048``: the HDF5 release of PointNet (Qi et al., CVPR 2017), 2,048 surface points per object,
+  unit sphere, y up;
+- ``modelnet40_hdf5_2048``: the HDF5 files of PointCloudDatasets, the same with all 9,843 training models;
+- ``modelnet40_normal_resampled``: the text files of PointNet++ (Qi et al., NeurIPS 2017), 10,000 points and normals per
+  object; the first rows are taken, as is the field's habit, and brought to the unit sphere;
+- ``ModelNet40/<class>/<split>/*.off``: the meshes as published, z up; points are drawn evenly by area, brought to the
+  unit sphere and turned to y up.
 """
 
 from __future__ import annotations
@@ -9,33 +16,41 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from io import StringIO
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from datasets.hdf5 import CHECK_COMMAND, LabeledClouds, check_split
-from utils.errors import DataError
-from utils.files import data_files, read_lines
+from datasets.hdf5 import CHECK_COMMAND, SPLITS, CloudArrays, LabeledClouds, check_split, read_hdf5_clouds
+from datasets.own_clouds import class_folder_clouds, find_class_folders
+from datasets.shape_reader import DEFAULT_POINTS, read_shape, read_shapes, to_unit_sphere
+from utils.errors import DataError, UserError
+from utils.files import data_files, has_data_files, read_lines
 
 MODELNET_FOLDER = "modelnet40_ply_hdf5_2048"
 MODELNET_GET = f"bash data/download_data.sh modelnet40 (what is there: {CHECK_COMMAND})"
 DEMO_FOLDER = "demo_hdf5"
 DEMO_GET = f"it is part of the repository: --data_root data/demo, or git checkout -- data/demo ({CHECK_COMMAND})"
 
-MODELNET40_CLASSES = (
+MODELNET40_CLASSES = tuple(
     "airplane bathtub bed bench bookshelf bottle bowl car chair cone cup curtain desk door dresser flower_pot "
     "glass_box guitar keyboard lamp laptop mantel monitor night_stand person piano plant radio range_hood sink sofa "
-    "stairs stool table tent toilet tv_stand vase wardrobe xbox"
-).split()
+    "stairs stool table tent toilet tv_stand vase wardrobe xbox".split()
+)
 MODELNET10_LABELS = (1, 2, 8, 12, 14, 22, 23, 30, 33, 35)
+MODELNET40_TRAIN = 9843  # of the official split; the release with PointNet has three fewer
+_LARGEST = 1e15  # squares of larger coordinates do not fit float32
+_AGAIN = "Unpack the data set again"
 
 
 def find_hdf5_folder(root: str | Path, name: str) -> Path | None:
     """Find the folder ``name`` in ``root``, or take ``root`` itself if it holds such a set; None if neither does."""
     root = Path(root)
     for folder in (root / name, root):
-        lists = [folder / f"{split}_files.txt" for split in ("train", "test")]
+        lists = [folder / f"{split}_files.txt" for split in SPLITS]
         # The part-segmentation release names its files ply_data_train*.h5 as well, beside *_hdf5_file_list.txt.
         ours = data_files(folder, "ply_data_t*.h5") and not data_files(folder, "*_hdf5_file_list.txt")
         if ours or any(file.is_file() for file in lists):
@@ -43,8 +58,10 @@ def find_hdf5_folder(root: str | Path, name: str) -> Path | None:
     return None
 
 
-def listed_files(folder: Path, split: str, *, index: str | None = None, get: str = CHECK_COMMAND) -> list[Path]:
-    """Files of one split: those of a list, or, where that list is absent, ``ply_data_<split>*.h5`` by number.
+def listed_files(
+    folder: Path, split: str, *, index: str | None = None, get: str = CHECK_COMMAND, prefix: str = "ply_data_"
+) -> list[Path]:
+    """Files of one split: those of a list, or, where that list is absent, ``<prefix><split>*.h5`` by number.
 
     Lines of the list often carry the folder of another machine; only their base names count.
 
@@ -53,6 +70,7 @@ def listed_files(folder: Path, split: str, *, index: str | None = None, get: str
         split: part of the files' names.
         index: name of the list; None means ``<split>_files.txt``.
         get: command named in errors.
+        prefix: of the files' names; may hold ``*``.
 
     Raises:
         DataError: no file, an empty list, a file listed twice, or a file listed but missing.
@@ -60,9 +78,9 @@ def listed_files(folder: Path, split: str, *, index: str | None = None, get: str
     index = folder / (index or f"{split}_files.txt")
     if not index.is_file():
         # By number, so that file 10 comes after file 9.
-        files = sorted(data_files(folder, f"ply_data_{split}*.h5"), key=lambda file: (len(file.name), file.name))
+        files = sorted(data_files(folder, f"{prefix}{split}*.h5"), key=lambda file: (len(file.name), file.name))
         if not files:
-            raise DataError(f"{folder} holds neither {index.name} nor ply_data_{split}*.h5. Get them: {get}")
+            raise DataError(f"{folder} holds neither {index.name} nor {prefix}{split}*.h5. Get them: {get}")
         return files
     try:
         lines = read_lines(index)
@@ -90,12 +108,10 @@ def _read_names(folder: Path) -> list[str] | None:
         raise DataError(f"{path} cannot be read as a list of class names ({error})") from error
 
 
-class _Hdf5Set(LabeledClouds):
-    """A set in the layout of ``modelnet40_ply_hdf5_2048``; subclasses name the folder and the classes."""
+class _Set(LabeledClouds):
+    """A set of known classes; subclasses say where it lies."""
 
-    folder_name: str
     get: str
-    known_classes: Sequence[str] | None = None
 
     def __init__(
         self,
@@ -110,75 +126,225 @@ class _Hdf5Set(LabeledClouds):
         Args:
             root: the folder that holds the set's folder, or that folder itself.
             split: ``"train"`` or ``"test"``.
-            num_points: keep the first rows of every cloud; None keeps all.
+            num_points: points of a cloud, the first rows of every stored cloud. None keeps all; of text files and
+                meshes it takes 2,048.
             transform: applied to each (N, 3) cloud when it is taken.
 
         Raises:
             DataError: a file is missing or not what was expected.
             UserError: ``num_points`` is larger than the clouds.
         """
-        check_split(split)
-        folder = find_hdf5_folder(root, self.folder_name)
-        if folder is None:
-            expected = f"{Path(root) / self.folder_name}/ply_data_{split}*.h5 beside {split}_files.txt"
-            raise DataError(f"no {type(self).__name__} in {root}; expected {expected}. Get it: {self.get}")
-        files = listed_files(folder, split, get=self.get)
-        names = _read_names(folder)
-        if self.known_classes is not None:
-            if names is not None and len(names) != len(self.known_classes):
-                raise DataError(
-                    f"{folder} is no {type(self).__name__}: its shape_names.txt has {len(names)} classes instead of "
-                    f"{len(self.known_classes)}. Get it: {self.get}"
-                )
-            names = self.known_classes
-        super().__init__(files, split, class_names=names, num_points=num_points, transform=transform, get=self.get)
+        super().__init__(self._read(Path(root), check_split(split), num_points), split, transform=transform)
+
+    def _read(self, root: Path, split: str, num_points: int | None) -> CloudArrays:
+        raise NotImplementedError
 
 
-class ModelNet40(_Hdf5Set):
+# --- the layouts of ModelNet ---
+
+RELEASED, POINT_CLOUD_DATASETS, RESAMPLED, MESHES = (
+    "HDF5 as released with PointNet",
+    "HDF5 of PointCloudDatasets",
+    "text of modelnet40_normal_resampled",
+    "meshes as published (OFF)",
+)
+RESAMPLED_FOLDER = "modelnet40_normal_resampled"
+
+
+class Layout(NamedTuple):
+    """Where ModelNet lies and how."""
+
+    name: str
+    folder: Path
+
+
+def find_modelnet(root: str | Path, name: str = "modelnet40") -> Layout | None:
+    """Find ModelNet40 or ModelNet10 (``name``) in or below ``root``, in the first layout that is there."""
+    root = Path(root)
+    if name == "modelnet40" and not root.match(f"{name}_hdf5_2048"):
+        if (folder := find_hdf5_folder(root, MODELNET_FOLDER)) is not None:
+            return Layout(RELEASED, folder)
+    named = [root, *(folder for folder in data_files(root) if folder.name.lower().startswith(name))]
+    for folder in named:
+        has_both = all(has_data_files(folder, f"*{split}*.h5") for split in SPLITS)
+        if folder.match(f"{name}_*hdf5_2048") and has_both:
+            return Layout(POINT_CLOUD_DATASETS, folder)
+    for folder in (root / RESAMPLED_FOLDER, root):
+        if all((folder / f"{name}_{split}.txt").is_file() for split in SPLITS):
+            return Layout(RESAMPLED, folder)
+    for folder in named:
+        if folder.name.lower().startswith(name) and has_data_files(folder, "*/train/*.off"):
+            return Layout(MESHES, folder)
+    return None
+
+
+def read_first_rows(path: Path, rows: int, name: str) -> tuple[np.ndarray, int]:
+    """Read the first rows of a text file, ``x,y,z,nx,ny,nz`` each, in the unit sphere; a ``Reader`` of shapes."""
+    try:
+        with open(path, encoding="utf-8-sig", errors="strict") as file:
+            text = "".join(islice(file, rows))
+        if not text.strip():
+            raise ValueError("it is empty")
+        table = np.loadtxt(StringIO(text.replace(",", " ")), dtype=np.float64, ndmin=2)
+        if table.shape[1] not in (3, 6) or not len(table):
+            raise ValueError(f"it holds an array of {table.shape}")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read; expected x,y,z,nx,ny,nz a line ({error}). {_AGAIN}") from error
+    points = table[:, :3]
+    if not (np.abs(points) < _LARGEST).all():
+        raise DataError(f"{path} has coordinates that are not finite, or beyond {_LARGEST:g}. {_AGAIN}")
+    return to_unit_sphere(points)[np.arange(rows) % len(points)], len(points)
+
+
+def _mesh_with_y_up(path: Path, rows: int, name: str) -> tuple[np.ndarray, int]:
+    """Draw points from a mesh of ModelNet, which has z up; a ``Reader`` of shapes."""
+    points, size = read_shape(path, rows, name)
+    return points[:, [0, 2, 1]] * [1, 1, -1], size
+
+
+def resampled_files(folder: Path, name: str, split: str) -> tuple[list[Path], list[str]]:
+    """Return the files that a split list of ``modelnet40_normal_resampled`` names, and the class of each.
+
+    Raises:
+        DataError: the list cannot be read, is empty, or names a class or a file that is not there.
+    """
+    index = folder / f"{name}_{split}.txt"
+    try:
+        shapes = read_lines(index)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{index} cannot be read as a list of shapes ({error}). {_AGAIN}") from error
+    if not shapes:
+        raise DataError(f"{index} is empty; expected a shape per line, such as airplane_0001. {_AGAIN}")
+    classes = [shape.rpartition("_")[0] for shape in shapes]
+    for shape, label in zip(shapes, classes, strict=True):
+        if label not in MODELNET40_CLASSES or Path(shape).name != shape:
+            raise DataError(f"{index} lists {shape!r}; expected the name of a shape, such as airplane_0001. {_AGAIN}")
+    return [folder / label / f"{shape}.txt" for shape, label in zip(shapes, classes, strict=True)], classes
+
+
+def _read_resampled(folder: Path, name: str, split: str, num_points: int | None) -> CloudArrays:
+    files, classes = resampled_files(folder, name, split)
+    wanted = _checked(num_points)
+    points, sizes = read_shapes(
+        files,
+        folder=folder,
+        rows=max(wanted, DEFAULT_POINTS),
+        split=f"{name}_{split}",
+        how=RESAMPLED,
+        read=read_first_rows,
+    )
+    labels = np.array([MODELNET40_CLASSES.index(label) for label in classes], dtype=np.int64)
+    index = folder / f"{name}_{split}.txt"
+    return CloudArrays(points[:, :wanted], labels, MODELNET40_CLASSES, (index,), RESAMPLED, folder, sizes)
+
+
+def _read_meshes(folder: Path, split: str, num_points: int | None) -> CloudArrays:
+    found = find_class_folders(folder)
+    if found is None or not set(found.class_names) <= set(MODELNET40_CLASSES):
+        known = set(MODELNET40_CLASSES)
+        foreign = ", ".join(sorted(set(found.class_names) - known)[:3]) if found else "no <class>/test/"
+        raise DataError(
+            f"{folder} is not ModelNet as published: it has {foreign}. For classes of your own: --dataset folder"
+        )
+    arrays = class_folder_clouds(found, split, num_points=_checked(num_points), layout=MESHES, read=_mesh_with_y_up)
+    numbers = np.array([MODELNET40_CLASSES.index(name) for name in found.class_names])
+    return arrays._replace(labels=numbers[arrays.labels], class_names=MODELNET40_CLASSES)
+
+
+def _checked(num_points: int | None) -> int:
+    if num_points is not None and num_points < 1:
+        raise UserError(f"the number of points must be at least 1, got {num_points}")
+    return DEFAULT_POINTS if num_points is None else num_points
+
+
+def _read_hdf5(layout: Layout, split: str, num_points: int | None, classes: Sequence[str], what: str) -> CloudArrays:
+    folder = layout.folder
+    prefix = "ply_data_" if layout.name == RELEASED else "*"
+    files = listed_files(folder, split, get=MODELNET_GET, prefix=prefix)
+    names = _read_names(folder)
+    if names is not None and len(names) != len(classes):
+        raise DataError(
+            f"{folder} is not {what}: its shape_names.txt has {len(names)} classes instead of {len(classes)}. "
+            f"Get it: {MODELNET_GET}"
+        )
+    return read_hdf5_clouds(files, class_names=classes, num_points=num_points, get=MODELNET_GET, layout=layout.name)
+
+
+class ModelNet40(_Set):
     """ModelNet40: 9,840 train and 2,468 test clouds of 2,048 points, 40 classes, unit sphere.
+
+    The release with PointNet lacks three of the 9,843 training models that the other layouts have.
 
     Shape:
         each item: points (N, 3) float32, label int in 0..39
     """
 
-    folder_name = MODELNET_FOLDER
     get = MODELNET_GET
-    known_classes = MODELNET40_CLASSES
     official_sizes = {"train": 9840, "test": 2468}
 
+    def _read(self, root: Path, split: str, num_points: int | None) -> CloudArrays:
+        layout = find_modelnet(root)
+        if layout is None:
+            expected = (
+                f"{root / MODELNET_FOLDER}/ply_data_{split}*.h5 beside {split}_files.txt, or modelnet40_hdf5_2048, "
+                f"{RESAMPLED_FOLDER} or ModelNet40/<class>/{split}/*.off"
+            )
+            raise DataError(f"no {type(self).__name__} in {root}; expected {expected}. Get it: {self.get}")
+        if layout.name != RELEASED:
+            self.official_sizes = {**self.official_sizes, "train": MODELNET40_TRAIN}
+        if layout.name == RESAMPLED:
+            return _read_resampled(layout.folder, "modelnet40", split, num_points)
+        if layout.name == MESHES:
+            return _read_meshes(layout.folder, split, num_points)
+        return _read_hdf5(layout, split, num_points, MODELNET40_CLASSES, "ModelNet40")
 
-class ModelNet10(_Hdf5Set):
-    """The ten ModelNet10 classes of the ModelNet40 files: 3,991 train and 908 test clouds in the official split.
 
-    Labels keep their ModelNet40 numbers (1, 2, 8, 12, 14, 22, 23, 30, 33, 35), as in the released code, so
-    ``class_names`` has 40 entries.
+class ModelNet10(ModelNet40):
+    """The ten ModelNet10 classes: 3,991 train and 908 test clouds in the official split.
+
+    They are taken from its own files where these are there and ModelNet40's are not, or from the lists beside
+    ModelNet40's text files, else out of ModelNet40. Labels keep their ModelNet40 numbers (1, 2, 8, 12, 14, 22, 23, 30,
+    33, 35), as in the released code, so ``class_names`` has 40 entries.
     """
 
-    folder_name = MODELNET_FOLDER
-    get = MODELNET_GET
-    known_classes = MODELNET40_CLASSES
     official_sizes = {"train": 3991, "test": 908}
 
-    def __init__(
-        self,
-        root: str | Path,
-        split: str,
-        *,
-        num_points: int | None = None,
-        transform: Callable[[Tensor], Tensor] | None = None,
-    ) -> None:
-        """Read one split; see :class:`ModelNet40` for arguments and errors."""
-        super().__init__(root, split, num_points=num_points, transform=transform)
-        kept = np.isin(self.labels, MODELNET10_LABELS)
+    def _read(self, root: Path, split: str, num_points: int | None) -> CloudArrays:
+        own, forty = find_modelnet(root, "modelnet10"), find_modelnet(root)
+        if own is not None and (forty is None or forty.name == own.name == RESAMPLED):
+            if own.name == RESAMPLED:
+                return _read_resampled(own.folder, "modelnet10", split, num_points)
+            if own.name == MESHES:
+                return _read_meshes(own.folder, split, num_points)
+            names = [MODELNET40_CLASSES[label] for label in MODELNET10_LABELS]
+            arrays = _read_hdf5(own, split, num_points, names, "ModelNet10")
+            return arrays._replace(
+                labels=np.array(MODELNET10_LABELS, dtype=np.int64)[arrays.labels], class_names=MODELNET40_CLASSES
+            )
+        sizes = self.official_sizes
+        arrays = super()._read(root, split, num_points)
+        self.official_sizes = sizes
+        kept = np.isin(arrays.labels, MODELNET10_LABELS)
         if not kept.any():
-            names = ", ".join(str(file) for file in self.files)
+            names = ", ".join(str(file) for file in arrays.files[:3])
             problem = f"no cloud of a ModelNet10 class (labels {MODELNET10_LABELS}) in {names}"
             raise DataError(f"{problem}. Get it: {self.get}")
-        self.points, self.labels = self.points[kept], self.labels[kept]
+        return arrays._replace(
+            points=arrays.points[kept],
+            labels=arrays.labels[kept],
+            sizes=None if arrays.sizes is None else arrays.sizes[kept],
+        )
 
 
-class DemoShapes(_Hdf5Set):
+class DemoShapes(_Set):
     """The labelled part of the embedded demo set: furniture clouds, class names from ``shape_names.txt``."""
 
-    folder_name = DEMO_FOLDER
     get = DEMO_GET
+
+    def _read(self, root: Path, split: str, num_points: int | None) -> CloudArrays:
+        folder = find_hdf5_folder(root, DEMO_FOLDER)
+        if folder is None:
+            expected = f"{root / DEMO_FOLDER}/ply_data_{split}*.h5 beside {split}_files.txt"
+            raise DataError(f"no {type(self).__name__} in {root}; expected {expected}. Get it: {self.get}")
+        files = listed_files(folder, split, get=self.get)
+        return read_hdf5_clouds(files, class_names=_read_names(folder), num_points=num_points, get=self.get)

@@ -9,18 +9,21 @@ import numpy as np
 from datasets.hdf5 import SPLITS, LabeledClouds
 from datasets.modelnet import (
     DEMO_FOLDER,
+    MESHES,
     MODELNET10_LABELS,
-    MODELNET_FOLDER,
+    RELEASED,
+    RESAMPLED,
     DemoShapes,
     ModelNet10,
     ModelNet40,
-    find_hdf5_folder,
+    find_modelnet,
     listed_files,
 )
+from datasets.own_clouds import OwnClouds, find_class_folders, own_hdf5_files
 from datasets.scanobjectnn import ScanObjectNN, candidate_files
 from utils.errors import DataError, UserError
 
-CLASSIFICATION_SETS = ("modelnet40", "modelnet10", "scanobjectnn", "demo")
+CLASSIFICATION_SETS = ("modelnet40", "modelnet10", "scanobjectnn", "demo", "folder")
 
 
 def open_classification_set(
@@ -42,7 +45,7 @@ def open_classification_set(
     """
     if name == "scanobjectnn":
         return ScanObjectNN(root, split, variant=variant, num_points=num_points)
-    readers = {"modelnet40": ModelNet40, "modelnet10": ModelNet10, "demo": DemoShapes}
+    readers = {"modelnet40": ModelNet40, "modelnet10": ModelNet10, "demo": DemoShapes, "folder": OwnClouds}
     if name not in readers:
         raise ValueError(f"classification set must be one of {CLASSIFICATION_SETS}, got {name!r}")
     return readers[name](root, split, num_points=num_points)
@@ -51,19 +54,22 @@ def open_classification_set(
 def find_datasets(data_root: str | Path) -> list[str]:
     """Return the names of the classification sets whose files lie in ``data_root``, in the order of the table.
 
-    Places are looked at here, contents when a set is opened; only files in ModelNet40's layout that hold nothing but
-    ModelNet10's classes are told apart: they count as ``modelnet10`` alone. ScanObjectNN counts in the variant OBJ_BG.
+    Places are looked at here, contents when a set is opened; only HDF5 files in ModelNet40's layout that hold nothing
+    but ModelNet10's classes are told apart: they count as ``modelnet10`` alone. ScanObjectNN counts in the variant
+    OBJ_BG. ``folder`` counts where there is nothing else.
     """
 
-    def complete(folder_name: str) -> Path | None:
-        folder = find_hdf5_folder(data_root, folder_name)
+    def complete(folder: Path | None, prefix: str = "ply_data_") -> bool:
         try:
-            return folder if folder is not None and all(listed_files(folder, split) for split in SPLITS) else None
+            return folder is not None and all(listed_files(folder, split, prefix=prefix) for split in SPLITS)
         except DataError:
-            return None
+            return False
 
     found = []
-    if complete(MODELNET_FOLDER):
+    forty, ten = find_modelnet(data_root), find_modelnet(data_root, "modelnet10")
+    if forty is not None and forty.name in (RESAMPLED, MESHES):
+        found += ["modelnet40", "modelnet10"]
+    elif forty is not None and complete(forty.folder, "ply_data_" if forty.name == RELEASED else "*"):
         try:
             labels = np.unique(ModelNet40(data_root, "test", num_points=1).labels)
         except UserError:
@@ -71,8 +77,13 @@ def find_datasets(data_root: str | Path) -> list[str]:
         if not np.isin(labels, MODELNET10_LABELS).all() or not len(labels):
             found.append("modelnet40")
         found.append("modelnet10")
+    elif ten is not None:
+        found.append("modelnet10")
     if all(any(file.is_file() for file in candidate_files(data_root, split, "OBJ_BG")) for split in SPLITS):
         found.append("scanobjectnn")
-    if (Path(data_root) / DEMO_FOLDER).is_dir() and complete(DEMO_FOLDER):
+    demo = Path(data_root) / DEMO_FOLDER
+    if demo.is_dir() and complete(demo):
         found.append("demo")
+    if not found and (find_class_folders(data_root) or own_hdf5_files(data_root)):
+        found.append("folder")
     return found

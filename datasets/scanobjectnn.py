@@ -1,7 +1,7 @@
 """ScanObjectNN (Uy et al., ICCV 2019): objects cut out of indoor scans, 15 classes, 2,048 points each.
 
 The set has several variants whose accuracies differ by many points, and files of the same name that mean different
-things, so the variant is always named and the file read is kept in ``source``.
+things, so the variant is always named, and the file read is kept in ``source``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from datasets.hdf5 import CHECK_COMMAND, LabeledClouds, check_split
+from datasets.hdf5 import CHECK_COMMAND, LabeledClouds, check_split, read_hdf5_clouds
 from utils.errors import DataError, UserError
 
 GET = f"bash data/download_data.sh scanobjectnn (what is there: {CHECK_COMMAND})"
@@ -106,4 +106,7 @@ class ScanObjectNN(LabeledClouds):
         self.source = found[0]
         if self.variant == "OBJ_BG":
             self.official_sizes = {"train": 2309, "test": 581}
-        super().__init__([self.source], split, class_names=CLASSES, num_points=num_points, transform=transform, get=GET)
+        arrays = read_hdf5_clouds(
+            [self.source], class_names=CLASSES, num_points=num_points, get=GET, layout=self.variant
+        )
+        super().__init__(arrays, split, transform=transform)

@@ -1,7 +1,8 @@
 """ShapeNetPart (Yi et al., SIGGRAPH Asia 2016): objects of 16 categories whose points are labelled with 50 parts.
 
-Two layouts are read. The HDF5 release of PointNet (Qi et al., CVPR 2017), 2,048 points a shape: files such as
+Three layouts are read. The HDF5 release of PointNet (Qi et al., CVPR 2017), 2,048 points a shape: files such as
 ``ply_data_train0.h5`` with the arrays ``data``, ``label`` (category) and ``pid`` (part, numbered over all categories).
+The HDF5 files of PointCloudDatasets (``shapenetpart_hdf5_2048/train0.h5`` and so on), whose parts are called ``seg``.
 And the text release ``shapenetcore_partanno_segmentation_benchmark_v0``, with or without normals. A data set of other
 categories is read as well where its folder holds ``all_object_categories.txt`` and
 ``overallid_to_catid_partid.json``, as the HDF5 release does.
@@ -10,6 +11,7 @@ categories is read as well where its folder holds ``all_object_categories.txt`` 
 from __future__ import annotations
 
 import colorsys
+import contextlib
 import json
 import os
 import sys
@@ -30,10 +32,11 @@ from tqdm import tqdm
 from datasets.hdf5 import CHECK_COMMAND, read_hdf5, read_labeled_clouds
 from datasets.modelnet import listed_files
 from utils.errors import DataError, UserError
-from utils.files import data_files, read_text
+from utils.files import data_files, has_data_files, read_text
 
 PART_SPLITS = {"train": ("train",), "val": ("val",), "trainval": ("train", "val"), "test": ("test",)}
 HDF5_FOLDERS = ("shapenet_part_seg_hdf5_data", "hdf5_data")
+OTHER_PATTERN = "shapenet*part*hdf5*"  # of PointCloudDatasets: shapenetpart_hdf5_2048
 TEXT_FOLDERS = (
     "shapenetcore_partanno_segmentation_benchmark_v0_normal",
     "shapenetcore_partanno_segmentation_benchmark_v0",
@@ -270,15 +273,30 @@ def find_part_folder(root: str | Path) -> tuple[Path, str] | None:
     """
     root = Path(root)
     hdf5 = [root, *(root / name for name in HDF5_FOLDERS), *data_files(root, "shapenet*hdf5*")]
+    other = [folder for folder in (root, *data_files(root, OTHER_PATTERN)) if folder.match(OTHER_PATTERN)]
     for folder in hdf5:
         marks = (CATEGORY_FILE, PART_FILE, "*_hdf5_file_list.txt", "ply_data_val*.h5")
         is_named = folder != root or any(data_files(folder, mark) for mark in marks)
         if is_named and (data_files(folder, "ply_data_t*.h5") or data_files(folder, "*_hdf5_file_list.txt")):
             return folder, "hdf5"
+    for folder in other:
+        if has_data_files(folder, "*train*.h5"):
+            return folder, "hdf5"
     for folder in (root, *(root / name for name in TEXT_FOLDERS)):
         if (folder / "train_test_split").is_dir() or (folder / TEXT_CATEGORY_FILE).is_file():
             return folder, "text"
     return None
+
+
+def _prefix(folder: Path) -> str:
+    """What the names of the split's files begin with: other tools' files in a folder of PointCloudDatasets have any."""
+    return "ply_data_" if has_data_files(folder, "ply_data_*.h5") else "*"
+
+
+def part_files(folder: Path, split: str) -> list[Path]:
+    """HDF5 files of one split; see :func:`datasets.modelnet.listed_files`."""
+    index = f"{split}_hdf5_file_list.txt"
+    return listed_files(folder, split, index=index, get=GET, prefix=_prefix(folder))
 
 
 class ShapeNetPart(Dataset):
@@ -327,8 +345,8 @@ class ShapeNetPart(Dataset):
         found = find_part_folder(root)
         if found is None:
             raise DataError(
-                f"no ShapeNetPart in {root}; expected {Path(root) / HDF5_FOLDERS[0]}/ply_data_train*.h5 or "
-                f"{TEXT_FOLDERS[0]}/. Get it: {GET}"
+                f"no ShapeNetPart in {root}; expected {Path(root) / HDF5_FOLDERS[0]}/ply_data_train*.h5, "
+                f"shapenetpart_hdf5_2048/train*.h5 or {TEXT_FOLDERS[0]}/. Get it: {GET}"
             )
         if num_points is not None and num_points < 1:
             raise UserError(f"the number of points must be at least 1, got {num_points}")
@@ -380,17 +398,13 @@ class ShapeNetPart(Dataset):
         splits = PART_SPLITS[self.split]
         if self.split == "trainval" and not self._has_files("val"):
             splits = ("train",)
-        self.files = tuple(
-            file
-            for split in splits
-            for file in listed_files(self.folder, split, index=f"{split}_hdf5_file_list.txt", get=GET)
-        )
+        self.files = tuple(file for split in splits for file in part_files(self.folder, split))
         read = []
         for file in self.files:
             points, categories = read_labeled_clouds(
                 file, num_classes=len(self.taxonomy.category_names), num_points=num_points, get=GET
             )
-            parts = read_hdf5(file, ("pid",), get=GET)["pid"]
+            parts = self._read_parts(file, categories)
             if parts.ndim != 2 or len(parts) != len(points) or parts.shape[1] < points.shape[1]:
                 raise DataError(
                     f"{file}: 'pid' must be (n, N), a part for every point of 'data', it is {parts.shape} for "
@@ -410,9 +424,32 @@ class ShapeNetPart(Dataset):
             raise DataError(f"{self.folder} mixes clouds of different size ({listed}). Check it: {CHECK_COMMAND}")
         return tuple(np.concatenate(arrays) for arrays in zip(*read, strict=True))
 
+    def _read_parts(self, file: Path, categories: np.ndarray) -> np.ndarray:
+        """Read the parts of a file, which are called ``pid`` as released, ``seg`` by PointCloudDatasets.
+
+        Some copies number the parts of ``seg`` within each category, from 0; these come back numbered over all.
+        """
+        try:
+            return read_hdf5(file, ("pid",), get=GET)["pid"]
+        except DataError:
+            with contextlib.suppress(DataError):
+                parts = read_hdf5(file, ("seg",), get=GET)["seg"]
+                return self._numbered_over_all(parts, categories)
+            raise
+
+    def _numbered_over_all(self, parts: np.ndarray, categories: np.ndarray) -> np.ndarray:
+        if parts.ndim != 2 or len(parts) != len(categories) or parts.dtype.kind not in "iuf":
+            return parts  # refused by whoever checks it
+        first, counts = (
+            np.asarray(table)[categories][:, None] for table in (self.taxonomy.part_starts, self.taxonomy.part_counts)
+        )
+        over_all = ((parts >= first) & (parts < first + counts)).all()
+        within = ((parts >= 0) & (parts < counts)).all()
+        return parts + first if within and not over_all else parts
+
     def _has_files(self, split: str) -> bool:
         named = (self.folder / f"{split}_hdf5_file_list.txt").is_file()
-        return named or bool(data_files(self.folder, f"ply_data_{split}*.h5"))
+        return named or has_data_files(self.folder, f"{_prefix(self.folder)}{split}*.h5")
 
     # --- the text release ---
 

@@ -11,14 +11,17 @@ import h5py
 import numpy as np
 
 from utils.errors import DataError
+from utils.files import decode_text
 
 CLOUD_SUFFIXES = (".pcd", ".xyz", ".pts", ".npy", ".las", ".laz")
+TEXT_SUFFIXES = (".txt", ".csv", ".asc")  # read as clouds too, but files of these names often hold something else
+_DECIMAL_COMMAS = re.compile(r"^[ \t]*-?\d+,\d+(?:[ \t]+-?\d+,\d+){2,}[ \t]*$", re.MULTILINE)
 _PCD_DATA = re.compile(rb"^DATA[ \t]+(\w+)[ \t]*\r?\n", re.MULTILINE)
 _PCD_KINDS = {"F": "f", "U": "u", "I": "i"}
 
 
 def read_cloud_file(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray | None]:
-    """Read a cloud of any of the formats of ``CLOUD_SUFFIXES``.
+    """Read a cloud of any of the formats of ``CLOUD_SUFFIXES`` and ``TEXT_SUFFIXES``.
 
     Returns:
         Points (N, 3) float64, and colors (N, 3) float32 sRGB in [0, 1] or None.
@@ -27,7 +30,7 @@ def read_cloud_file(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarra
         DataError: missing, of another format, cut off, empty, or with coordinates that are not finite.
     """
     path = Path(path)
-    readers = {".pcd": _read_pcd, ".xyz": _read_text, ".pts": _read_text, ".npy": _read_npy}
+    readers = {".pcd": _read_pcd, ".npy": _read_npy} | dict.fromkeys((".xyz", ".pts", *TEXT_SUFFIXES), _read_text)
     suffix = path.suffix.lower()
     if suffix in (".las", ".laz"):
         points, colors = _read_las(path)
@@ -76,8 +79,15 @@ def _columns(table: np.ndarray, where: str) -> tuple[np.ndarray, np.ndarray | No
 
 def _read_text(data: bytes, where: str) -> tuple[np.ndarray, np.ndarray | None]:
     """Read rows of numbers between blanks, commas or semicolons; skip a heading, and the count in a PTS file."""
-    text = re.sub(r"(#|//)[^\n]*", "", data.decode("utf-8-sig", "replace"))
-    rows = [line.split() for line in re.sub(r"[,;]", " ", text).splitlines() if line.strip()]
+    try:
+        text = re.sub(r"(#|//)[^\n]*", "", decode_text(data))
+    except ValueError as error:
+        raise DataError(f"{where} is not a text ({error})") from error
+    text = text.replace(";", " ")
+    # A comma is part of a number where every word of a line holds one; else it lies between numbers.
+    decimal = _DECIMAL_COMMAS.search(text) is not None
+    text = text.replace(",", "." if decimal else " ")
+    rows = [line.split() for line in text.split("\n") if line.strip()]
     while rows and (len(rows[0]) == 1 or not all(map(_is_number, rows[0]))):
         rows.pop(0)
     if not rows:

@@ -104,7 +104,8 @@ def add_data_arguments(parser: argparse.ArgumentParser, *, num_points: int | Non
         type=str.lower,
         choices=CLASSIFICATION_SETS,
         default="modelnet40",
-        help="labelled clouds to score on",
+        help="labeled clouds to score on; folder: your own, --data_root DIR with train/<class>/* and test/<class>/* "
+        "(docs/datasets.md)",
     )
     group.add_argument(
         "--variant",
@@ -189,7 +190,10 @@ def open_splits(args: argparse.Namespace) -> tuple[LabeledClouds, LabeledClouds]
         hint = f" (found there: --dataset {', '.join(found)})" if found and args.dataset not in found else ""
         raise DataError(f"{error}{hint}") from error
     for part in (train, test):
-        print(f"{part!r} from {', '.join(map(str, part.files))}")
+        print(f"{part!r} from {', '.join(map(str, part.files))} ({part.layout})")
+        if part.repeated:
+            points = part.points.shape[1]
+            print(f"note: {part.repeated} {part.split} clouds have fewer than {points} points, and their points repeat")
         official = part.official_sizes.get(part.split)
         if official not in (None, len(part)):
             print(f"note: {len(part)} {part.split} clouds, the published set has {official}")

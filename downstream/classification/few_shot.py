@@ -246,6 +246,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "task": "few-shot classification",
         "dataset": args.dataset,
         "variant": args.variant if args.dataset == "scanobjectnn" else None,
+        "data": {part.split: part.origin() for part in (train, test)},
         "num_points": train.points.shape[1],
         "queries": args.queries,
         "number_of_runs": args.runs,

@@ -237,6 +237,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "task": Classification.kind,
         "dataset": args.dataset,
         "variant": args.variant if args.dataset == "scanobjectnn" else None,
+        "data": {part.split: part.origin() for part in splits},
         "num_points": train_clouds.clouds.points.shape[1],
         "seed": args.seed,
         "runs": records,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from data.check_data import check, format_table, main
 from data.pair_folder import write_ply
 from data.unpack import KNOWN_MD5
 from datasets import pack
+from tests.support.shape_files import write_class_folders, write_meshes, write_point_cloud_datasets, write_resampled
 from utils.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -339,3 +341,93 @@ def test_real_modelnet10_is_complete():
 def test_real_pairs_are_sound():
     row = check(Path(REAL) / "shapenet2k", full=True)["ShapeNet pairs"]
     assert row.state == "partial" and row.found == {"pairs": 2033} and "clouds of 2,048 points" in row.notes
+
+
+def counts(rows, *names):
+    return {name: (rows[name].state, rows[name].found) for name in names}
+
+
+def test_every_layout_of_modelnet_is_counted(tmp_path, monkeypatch):
+    write_point_cloud_datasets(tmp_path / "a")
+    write_resampled(tmp_path / "b")
+    write_meshes(tmp_path / "c")
+    for name, layout in (("a", "HDF5 of PointCloudDatasets"), ("b", "text of"), ("c", "meshes as published")):
+        rows = check(tmp_path / name)
+        assert counts(rows, "ModelNet40", "ModelNet10") == {
+            "ModelNet40": ("partial", {"train": 8, "test": 4}),
+            "ModelNet10": ("partial", {"train": 4, "test": 2}),
+        }
+        assert rows["ModelNet40"].expected == {"train": 9843, "test": 2468}
+        assert rows["ModelNet40"].notes[0].startswith(layout)
+    monkeypatch.setattr(module, "MODELNET40_TRAIN", 8)
+    monkeypatch.setattr(module.ModelNet40, "official_sizes", {"train": 5, "test": 4})
+    assert all(check(tmp_path / name)["ModelNet40"].state == "ok" for name in "abc")
+    # Its own files, alone.
+    write_point_cloud_datasets(tmp_path / "d", "modelnet10")
+    write_meshes(tmp_path / "e", "ModelNet10")
+    for name in "de":
+        assert check(tmp_path / name)["ModelNet10"].found == {"train": 4, "test": 2}
+        assert check(tmp_path / name)["ModelNet40"].state == "missing"
+
+
+def test_damaged_and_missing_files_of_the_other_layouts_are_named(tmp_path):
+    write_resampled(tmp_path / "b")
+    write_meshes(tmp_path / "c")
+    cut(write_point_cloud_datasets(tmp_path / "a") / "train1.h5")
+    (tmp_path / "b/modelnet40_normal_resampled/xbox/xbox_0001.txt").write_text("1,2\n")
+    (tmp_path / "b/modelnet40_normal_resampled/xbox/xbox_0002.txt").unlink()
+    cut(tmp_path / "c/ModelNet40/xbox/train/xbox_0001.off")
+    expected = {
+        "a": ["train1.h5"],
+        "b": ["xbox_0001.txt", "1 of 8 .* missing, .*xbox_0002.txt"],
+        "c": ["xbox_0001.off"],
+    }
+    for root, names in expected.items():
+        problems = "\n".join(check(tmp_path / root)["ModelNet40"].problems)
+        assert all(re.search(name, problems) for name in names), problems
+
+
+def test_parts_of_point_cloud_datasets_are_counted(tmp_path):
+    for split, count in (("train", 5), ("val", 2), ("test", 3)):
+        labels = {"label": np.zeros((count, 1), "u1"), "seg": np.zeros((count, 4), "u1")}
+        h5(tmp_path / "shapenetpart_hdf5_2048" / f"{split}0.h5", data=clouds(count), **labels)
+    row = check(tmp_path)["ShapeNetPart"]
+    assert (row.state, row.found) == ("partial", {"train": 5, "val": 2, "test": 3})
+    assert row.notes == ["HDF5 of PointCloudDatasets"]
+
+
+def test_clouds_of_ones_own_are_the_only_row_where_there_is_nothing_else(tmp_path, capsys):
+    write_class_folders(tmp_path / "a")
+    (tmp_path / "a/train/ball/._0.ply").write_bytes(b"\0\5")
+    (row,) = check(tmp_path / "a").values()
+    assert (row.state, row.found, row.get) == ("ok", {"train": 30, "test": 15}, "")
+    (tmp_path / "a/test/rod/1.xyz").write_text("hello")
+    report = main(["--data_root", str(tmp_path / "a")])
+    assert report["broken"] == 1 and list(report["sets"]) == ["own labeled clouds"]
+    assert "rod/1.xyz" in capsys.readouterr().out
+    for split, count in (("train", 5), ("test", 3)):
+        h5(tmp_path / "b" / f"{split}.h5", data=clouds(count), label=np.arange(count))
+    (row,) = check(tmp_path / "b").values()
+    assert (row.state, row.found) == ("ok", {"train": 5, "test": 3})
+
+
+def test_files_of_an_operating_system_are_no_shapes(root):
+    before = {name: row.found for name, row in check(root).items()}
+    for folder in [root, *(path for path in root.rglob("*") if path.is_dir())]:
+        for file in [*folder.iterdir()]:
+            if file.is_file() and not file.name.startswith("._"):
+                file.with_name(f"._{file.name}").write_bytes(b"\0\5\x16\7")
+        (folder / "Thumbs.db").write_bytes(b"\0")
+    rows = check(root)
+    assert {name: row.found for name, row in rows.items()} == before
+    assert not any(row.problems for row in rows.values())
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_lists_in_any_encoding_are_read(root, encoding):
+    before = {name: row.found for name, row in check(root).items()}
+    for path in root.rglob("*.txt"):
+        path.write_bytes(path.read_text().replace("\n", "\r\n").encode(encoding))
+    rows = check(root)
+    assert {name: row.found for name, row in rows.items()} == before
+    assert not any(row.problems for row in rows.values())

@@ -28,6 +28,21 @@ LAYOUTS = {
         "data/modelnet40_ply_hdf5_2048/ply_data_train9.h5": "modelnet40_ply_hdf5_2048/ply_data_train9.h5",
         "data/modelnet40_ply_hdf5_2048/shape_names.txt": "modelnet40_ply_hdf5_2048/shape_names.txt",
     },
+    "modelnet40 of PointCloudDatasets": {
+        "modelnet40_hdf5_2048/train0.h5": "modelnet40_hdf5_2048/train0.h5",
+        "modelnet40_hdf5_2048/train0_id2name.json": "modelnet40_hdf5_2048/train0_id2name.json",
+    },
+    "modelnet40 as text": {
+        "x/modelnet40_normal_resampled/modelnet40_train.txt": "modelnet40_normal_resampled/modelnet40_train.txt",
+        "x/modelnet40_normal_resampled/xbox/xbox_0001.txt": "modelnet40_normal_resampled/xbox/xbox_0001.txt",
+    },
+    "modelnet40 as meshes": {
+        "ModelNet40/xbox/train/xbox_0001.off": "ModelNet40/xbox/train/xbox_0001.off",
+        "ModelNet40/xbox/test/xbox_0104.off": "ModelNet40/xbox/test/xbox_0104.off",
+    },
+    "modelnet10 as meshes": {"ModelNet10/bed/train/bed_0001.off": "ModelNet10/bed/train/bed_0001.off"},
+    "modelnet10 of PointCloudDatasets": {"modelnet10_hdf5_2048/test0.h5": "modelnet10_hdf5_2048/test0.h5"},
+    "shapenetpart of PointCloudDatasets": {"shapenetpart_hdf5_2048/val0.h5": "shapenetpart_hdf5_2048/val0.h5"},
     "shapenetpart": {
         "hdf5_data/ply_data_train9.h5": "shapenet_part_seg_hdf5_data/ply_data_train9.h5",
         "hdf5_data/train_hdf5_file_list.txt": "shapenet_part_seg_hdf5_data/train_hdf5_file_list.txt",
@@ -81,11 +96,12 @@ def files_in(folder):
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_members_of_every_set_go_where_its_reader_looks(tmp_path, name, make):
     contents = {member: member.encode() for member in LAYOUTS[name]}
+    targets, name = LAYOUTS[name], name.split()[0]
     # The file name says nothing about the set, or even about the kind of archive.
     archive = make(tmp_path / "download", contents)
     report = unpack(archive, tmp_path / "root", expect=name)
     assert report == {"sets": {name: len(contents)}, "kept": 0, "left_out": 0}
-    expected = {target: member.encode() for member, target in LAYOUTS[name].items()}
+    expected = {target: member.encode() for member, target in targets.items()}
     found = files_in(tmp_path / "root")
     assert found == expected
     assert peek(archive) == name

@@ -3,7 +3,18 @@ import numpy as np
 import pytest
 import torch
 
-from datasets.modelnet import MODELNET10_LABELS, MODELNET40_CLASSES, DemoShapes, ModelNet10, ModelNet40
+from datasets.modelnet import (
+    MESHES,
+    MODELNET10_LABELS,
+    MODELNET40_CLASSES,
+    POINT_CLOUD_DATASETS,
+    RELEASED,
+    RESAMPLED,
+    DemoShapes,
+    ModelNet10,
+    ModelNet40,
+)
+from tests.support.shape_files import MODELNET_CLASSES, write_meshes, write_point_cloud_datasets, write_resampled
 from utils.errors import DataError, UserError
 
 FOLDER = "modelnet40_ply_hdf5_2048"
@@ -219,3 +230,101 @@ def test_files_stay_untouched(root):
     ModelNet40(path, "train")
     ModelNet10(path, "test")
     assert [(file.read_bytes(), file.stat().st_mtime_ns) for file in files] == before
+
+
+def summary(dataset):
+    return dataset.layout, dataset.points.shape, [dataset.class_names[label] for label in dataset.labels]
+
+
+def test_files_of_point_cloud_datasets(tmp_path):
+    folder = write_point_cloud_datasets(tmp_path)
+    for root in (tmp_path, folder):
+        train = ModelNet40(root, "train", num_points=20)
+        assert summary(train) == (POINT_CLOUD_DATASETS, (8, 20, 3), list(MODELNET_CLASSES) * 2)
+        assert [file.name for file in train.files] == ["train0.h5", "train1.h5"]
+        assert train.official_sizes == {"train": 9843, "test": 2468}
+        ten = ModelNet10(root, "test")
+        assert summary(ten) == (POINT_CLOUD_DATASETS, (2, 30, 3), ["bathtub", "night_stand"])
+        assert ten.official_sizes == {"train": 3991, "test": 908}
+    # The release with PointNet comes first, where both are there.
+    for split in ("train", "test"):
+        write_h5(tmp_path / FOLDER / f"ply_data_{split}0.h5", [1, 2, 3])
+    assert ModelNet40(tmp_path, "train").layout == RELEASED
+    assert ModelNet40(folder, "train").layout == POINT_CLOUD_DATASETS
+
+
+def test_modelnet10_of_point_cloud_datasets_keeps_the_numbers_of_modelnet40(tmp_path):
+    folder = write_point_cloud_datasets(tmp_path, "modelnet10")
+    for root in (tmp_path, folder):
+        assert summary(ModelNet10(root, "test")) == (POINT_CLOUD_DATASETS, (2, 30, 3), ["bathtub", "toilet"])
+    with pytest.raises(DataError, match="no ModelNet40"):
+        ModelNet40(tmp_path, "train")
+
+
+def test_text_files_of_the_resampled_set(tmp_path):
+    folder = write_resampled(tmp_path)
+    (folder / "modelnet40_train.txt").write_bytes(
+        ("﻿" + (folder / "modelnet40_train.txt").read_text().replace("\n", "\r\n")).encode("utf-8")
+    )
+    names = [name for name in MODELNET_CLASSES for _ in range(2)]
+    for root in (tmp_path, folder):
+        train = ModelNet40(root, "train", num_points=8)
+        assert summary(train) == (RESAMPLED, (8, 8, 3), names) and train.repeated == 0
+        assert train.origin() == {"layout": RESAMPLED, "folder": str(folder), "clouds": 8}
+        rows = np.loadtxt(folder / "airplane" / "airplane_0001.txt", delimiter=",")[:, :3]
+        rows -= rows.mean(0)
+        # The first rows of the file, in its unit sphere.
+        expected = (rows / np.linalg.norm(rows, axis=1).max()).astype("f4")
+        np.testing.assert_allclose(train.points[0], expected[:8], rtol=1e-6)
+        ten = ModelNet10(root, "train")
+        assert summary(ten) == (RESAMPLED, (4, 2048, 3), ["bathtub"] * 2 + ["night_stand"] * 2) and ten.repeated == 4
+    assert ModelNet40(tmp_path, "train").official_sizes["train"] == 9843
+
+
+def test_meshes_as_published_are_sampled_and_turned_to_y_up(tmp_path):
+    folder = write_meshes(tmp_path)
+    (folder / "bathtub" / "train" / "._bathtub_0001.off").write_bytes(b"\0\5")
+    (folder / "README.txt").write_text("not a class\n")
+    for root in (tmp_path, folder):
+        test = ModelNet40(root, "test", num_points=100)
+        assert summary(test) == (MESHES, (4, 100, 3), list(MODELNET_CLASSES))
+        assert (np.ptp(test.points, axis=1).argmax(axis=1) == 1).all()  # long along z in the files
+        assert np.linalg.norm(test.points, axis=2).max() == pytest.approx(1, abs=0.1)
+        np.testing.assert_array_equal(ModelNet40(root, "test", num_points=50).points, test.points[:, :50])
+    assert summary(ModelNet10(tmp_path, "train"))[2] == ["bathtub"] * 2 + ["night_stand"] * 2
+    assert summary(ModelNet10(write_meshes(tmp_path / "ten", "ModelNet10"), "test"))[2] == ["bathtub", "night_stand"]
+    (folder / "dog" / "train").mkdir(parents=True)
+    with pytest.raises(DataError, match="it has dog. For classes of your own: --dataset folder"):
+        ModelNet40(tmp_path, "train")
+
+
+def test_bad_text_files_are_named(tmp_path):
+    folder = write_resampled(tmp_path)
+    path = folder / "xbox" / "xbox_0001.txt"
+    for text in ("", "1,2\n", "a,b,c\n", "1e300,0,0\n1,1,1\n", "nan,0,0\n"):
+        path.write_text(text)
+        with pytest.raises(DataError, match=f"{path} "):
+            ModelNet40(tmp_path, "train")
+    path.unlink()
+    with pytest.raises(DataError, match=f"{path}"):
+        ModelNet40(tmp_path, "train")
+    for text, message in (
+        ("../xbox_0001\n", "lists '../xbox_0001'"),
+        ("dog_0001\n", "lists 'dog_0001'"),
+        ("", "empty"),
+    ):
+        (folder / "modelnet40_train.txt").write_text(text)
+        with pytest.raises(DataError, match=f"modelnet40_train.txt.*{message}"):
+            ModelNet40(tmp_path, "train")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "latin-1"])
+def test_lists_and_class_names_in_any_encoding(tmp_path, encoding):
+    for split in ("train", "test"):
+        write_h5(tmp_path / "demo_hdf5" / f"ply_data_{split}0.h5", [0, 1])
+        (tmp_path / "demo_hdf5" / f"{split}_files.txt").write_bytes(f"ply_data_{split}0.h5\r\n".encode(encoding))
+    (tmp_path / "demo_hdf5" / "shape_names.txt").write_bytes("Bär\nant\n".encode(encoding))
+    (tmp_path / "demo_hdf5" / "._ply_data_train0.h5").write_bytes(b"\0\5")
+    assert DemoShapes(tmp_path, "train").class_names == ("Bär", "ant")
+    (tmp_path / "demo_hdf5" / "train_files.txt").unlink()
+    assert len(DemoShapes(tmp_path, "train")) == 2  # without its list: ._ply_data_train0.h5 is not a file of it

@@ -427,3 +427,44 @@ def test_files_stay_untouched(root):
     for split in ("trainval", "test"):
         ShapeNetPart(path, split)
     assert [(file.read_bytes(), file.stat().st_mtime_ns) for file in files] == before
+
+
+def write_point_cloud_datasets(root, *, within=False):
+    """The layout of PointCloudDatasets: train0.h5 and so on, parts in ``seg``."""
+    taxonomy = official_taxonomy()
+    folder = root / "shapenetpart_hdf5_2048"
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    expected = {}
+    for split, files in (("train", 2), ("val", 1), ("test", 1)):
+        for number in range(files):
+            categories = np.array([0, 1, 15, 10])
+            counts = np.asarray(taxonomy.part_counts)[categories]
+            parts = generator.integers(0, counts[:, None], (4, 6))
+            parts[:, 0] = 0
+            whole = parts + np.asarray(taxonomy.part_starts)[categories][:, None]
+            expected.setdefault(split, []).append(whole)
+            with h5py.File(folder / f"{split}{number}.h5", "w") as file:
+                file["data"] = generator.normal(size=(4, 6, 3)).astype("f4")
+                file["label"] = categories[:, None].astype("u1")
+                file["seg"] = (parts if within else whole).astype("u1")
+    return folder, {split: np.concatenate(parts) for split, parts in expected.items()}
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_files_of_point_cloud_datasets(tmp_path, within):
+    folder, expected = write_point_cloud_datasets(tmp_path, within=within)
+    for root in (tmp_path, folder):
+        for split, parts in expected.items():
+            shapes = ShapeNetPart(root, split)
+            assert shapes.folder == folder and shapes.categories[:4].tolist() == [0, 1, 15, 10]
+            np.testing.assert_array_equal(shapes.parts, parts)
+        assert [file.name for file in ShapeNetPart(root, "trainval").files] == ["train0.h5", "train1.h5", "val0.h5"]
+    with h5py.File(folder / "test0.h5", "r+") as file:
+        file["seg"][0, 0] = 60
+    with pytest.raises(DataError, match="test0.h5.*must be in 0..49"):
+        ShapeNetPart(tmp_path, "test")
+    # The classification set of the same collection is another one.
+    folder.rename(tmp_path / "shapenetcorev2_hdf5_2048")
+    with pytest.raises(DataError, match="no ShapeNetPart"):
+        ShapeNetPart(tmp_path, "train")

@@ -41,9 +41,11 @@ from typing import Any
 import h5py
 import numpy as np
 import torch
+import trimesh
 from tqdm import tqdm
 
-from datasets.modelnet import DemoShapes, ModelNet40
+from datasets.modelnet import DemoShapes, ModelNet10, ModelNet40
+from datasets.own_clouds import OwnClouds
 from datasets.pack import pack
 from datasets.pair_sources import FolderSource
 from datasets.s3dis import CHANNELS, CLASS_NAMES, S3DIS, S3DISRooms
@@ -67,6 +69,7 @@ from models import build_encoder
 from models.image import IMAGE_ENCODERS
 from tests.support.pairs import MODES, SIZES, cloud, png, write_demo_set, write_pairs, write_ply
 from tests.support.segmentation_sets import write_parts, write_rooms
+from tests.support.shape_files import write_class_folders, write_point_cloud_datasets, write_resampled
 from tests.support.small_run import TinyImageNet, arguments
 from train_crossnet_con import Pretraining, build_parser
 from utils.cli import HelpFormatter, positive_int, run, write_json
@@ -673,6 +676,62 @@ class Target:
     edit: Callable[[Path, random.Random], str] | None = None
 
 
+def write_own_clouds(root: Path) -> None:
+    """Class folders of clouds and meshes in every format, and a compressed PCD and a binary mesh."""
+    write_class_folders(root, train=3, test=2)
+    box = trimesh.creation.box((1, 2, 3))
+    for suffix in ("stl", "glb", "obj", "ply"):
+        box.export(root / "train" / "rod" / f"box.{suffix}")
+    points = cloud(7, 20)
+    header = b"VERSION .7\nFIELDS x y z\nSIZE 4 4 4\nTYPE F F F\nCOUNT 1 1 1\nWIDTH 20\nHEIGHT 1\nPOINTS 20\nDATA "
+    (root / "train" / "egg" / "b.pcd").write_bytes(header + b"binary\n" + points.tobytes())
+    # LZF that stores runs of at most 32 bytes as they are.
+    plain = points.T.tobytes()
+    runs = [plain[i : i + 32] for i in range(0, len(plain), 32)]
+    packed = b"".join(bytes([len(run) - 1]) + run for run in runs)
+    sizes = struct.pack("<II", len(packed), len(plain))
+    (root / "train" / "egg" / "c.pcd").write_bytes(header + b"binary_compressed\n" + sizes + packed)
+
+
+def write_lists(root: Path) -> None:
+    """ModelNet's text files, whose lists have a byte-order mark or are UTF-16."""
+    folder = write_resampled(root, points=12)
+    for split, encoding in (("train", "utf-8-sig"), ("test", "utf-16")):
+        index = folder / f"modelnet40_{split}.txt"
+        index.write_bytes(index.read_text().replace("\n", "\r\n").encode(encoding))
+
+
+def read_lists(root: Path) -> None:
+    """Both splits of ModelNet40 and ModelNet10."""
+    for kind in (ModelNet40, ModelNet10):
+        for split in ("train", "test"):
+            read_labeled(kind(root, split, num_points=8))
+
+
+def read_class_folders(root: Path) -> None:
+    """Both splits of a user's own clouds, in every format."""
+    for split in ("train", "test"):
+        read_labeled(OwnClouds(root, split, num_points=16))
+
+
+def write_other_hdf5(root: Path) -> None:
+    """ModelNet40 and ShapeNetPart as PointCloudDatasets has them."""
+    write_point_cloud_datasets(root, points=12)
+    folder = root / "shapenetpart_hdf5_2048"
+    folder.mkdir()
+    for split in ("train", "test"):
+        with h5py.File(folder / f"{split}0.h5", "w") as file:
+            file["data"] = np.stack([cloud(j, 12) for j in range(3)])
+            file["label"] = np.array([[0], [1], [15]], "u1")
+            file["seg"] = np.arange(36).reshape(3, 12) % 2
+
+
+def read_other_hdf5(root: Path) -> None:
+    """Both sets."""
+    read_labeled(ModelNet40(root, "train"))
+    read_parts(root)
+
+
 def read_clouds(root: Path) -> None:
     """Every cloud of a folder."""
     for path in sorted(root.glob("*.ply")):
@@ -685,6 +744,9 @@ TARGETS = {
     "pairs": Target(lambda root: write_pairs(root, 2, points=12) and None, read_pairs, "ShapeNet*/**/*"),
     "packed": Target(write_packed, read_packed, edit=edit_hdf5),
     "modelnet": Target(write_modelnet, read_modelnet, "**/*train*", edit=edit_hdf5),
+    "modelnet_text": Target(write_lists, read_lists),
+    "own_clouds": Target(write_own_clouds, read_class_folders),
+    "other_hdf5": Target(write_other_hdf5, read_other_hdf5, edit=edit_hdf5),
     "scanobjectnn": Target(write_scans, read_scans, edit=edit_hdf5),
     "parts_hdf5": Target(lambda root: write_parts(root, points=12) and None, read_parts, edit=edit_hdf5),
     "parts_text": Target(write_part_text, read_parts),

@@ -1,0 +1,179 @@
+"""Labeled clouds of any classes: a user's own files in class folders, or HDF5 files.
+
+Class folders are ``<root>/<split>/<class>/*`` or, as ModelNet has them, ``<root>/<class>/<split>/*``, with the splits
+``train`` and ``test`` and files of any format that ``datasets.shape_reader`` reads.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from datasets.hdf5 import CHECK_COMMAND, SPLITS, CloudArrays, LabeledClouds, check_split, read_hdf5_clouds
+from datasets.shape_reader import DEFAULT_POINTS, SHAPE_SUFFIXES, Reader, read_shape, read_shapes
+from utils.errors import DataError, UserError
+from utils.files import data_files, has_data_files, read_lines
+
+FOLDER_LAYOUT = "<split>/<class>/<file>"
+PREPARE_COMMAND = "python -m data.prepare_clouds --clouds DIR --out data/mine"
+
+
+class ClassFolders(NamedTuple):
+    """Files in class folders.
+
+    Attributes:
+        root: that holds the folders.
+        folders: (class, split) -> folder.
+        class_names: sorted; a label is an index into it.
+    """
+
+    root: Path
+    folders: dict[tuple[str, str], Path]
+    class_names: tuple[str, ...]
+
+    def files(self, split: str) -> tuple[list[Path], np.ndarray]:
+        """Return the files of one split, class by class, and the label of each, (n,) int64.
+
+        Raises:
+            DataError: there is none.
+        """
+        files: list[Path] = []
+        labels: list[int] = []
+        for label, name in enumerate(self.class_names):
+            folder = self.folders.get((name, split))
+            found = shape_files(folder) if folder else []
+            files += found
+            labels += [label] * len(found)
+        if not files:
+            raise DataError(
+                f"no clouds of the {split} split in {self.root}; expected {split}/<class>/* or <class>/{split}/* with "
+                f"files ending in {', '.join(SHAPE_SUFFIXES)}"
+            )
+        return files, np.array(labels, dtype=np.int64)
+
+
+def shape_files(folder: Path) -> list[Path]:
+    """List the clouds and meshes below a folder."""
+    return [path for path in data_files(folder, "**/*") if path.suffix.lower() in SHAPE_SUFFIXES and path.is_file()]
+
+
+def find_class_folders(root: str | Path) -> ClassFolders | None:
+    """Find class folders with a train and a test split below ``root``; None where there are none.
+
+    The splits' names may be in upper or lower case. Class names are brought to one Unicode form, as macOS stores names
+    in another one than Windows and Linux.
+    """
+    root = Path(root)
+    top = {folder.name.lower(): folder for folder in _folders(root)}
+    found: dict[tuple[str, str], Path] = {}
+    if all(split in top for split in SPLITS):
+        found = {(_class_name(folder), split): folder for split in SPLITS for folder in _folders(top[split])}
+    else:
+        for folder in top.values():
+            inner = {entry.name.lower(): entry for entry in _folders(folder)}
+            found |= {(_class_name(folder), split): inner[split] for split in SPLITS if split in inner}
+    names = sorted({name for name, _ in found})
+    return ClassFolders(root, found, tuple(names)) if {split for _, split in found} == set(SPLITS) else None
+
+
+def _folders(folder: Path) -> list[Path]:
+    return [path for path in data_files(folder) if path.is_dir()]
+
+
+def _class_name(folder: Path) -> str:
+    return unicodedata.normalize("NFC", folder.name)
+
+
+def class_folder_clouds(
+    found: ClassFolders, split: str, *, num_points: int | None, layout: str = FOLDER_LAYOUT, read: Reader = read_shape
+) -> CloudArrays:
+    """Read one split of class folders.
+
+    Args:
+        found: the folders.
+        split: ``"train"`` or ``"test"``.
+        num_points: points of a cloud; None: 2,048.
+        layout: what messages and results call it.
+        read: reads one file; named by ``layout`` in what is kept.
+
+    Raises:
+        DataError: no file, or one that cannot be read.
+        UserError: ``num_points`` is below 1.
+    """
+    files, labels = found.files(split)
+    wanted = DEFAULT_POINTS if num_points is None else num_points
+    if wanted < 1:
+        raise UserError(f"the number of points must be at least 1, got {wanted}")
+    rows = max(wanted, DEFAULT_POINTS)
+    points, sizes = read_shapes(files, folder=found.root, rows=rows, split=split, how=layout, read=read)
+    return CloudArrays(points[:, :wanted], labels, found.class_names, (found.root,), layout, found.root, sizes)
+
+
+def own_hdf5_files(root: str | Path) -> dict[str, list[Path]] | None:
+    """Files ``*train*.h5`` and ``*test*.h5`` in ``root``, by split; None unless both are there."""
+    found = {
+        split: sorted(data_files(root, f"*{split}*.h5"), key=lambda file: (len(file.name), file.name))
+        for split in SPLITS
+    }
+    return found if all(found.values()) else None
+
+
+class OwnClouds(LabeledClouds):
+    """Labeled clouds of any classes.
+
+    Shape:
+        each item: points (N, 3) float32, label int
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        *,
+        num_points: int | None = None,
+        transform: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """Read one split.
+
+        Args:
+            root: folder with class folders, or with HDF5 files ``*train*.h5`` and ``*test*.h5`` that hold ``data``
+                and ``label``, class names in ``shape_names.txt``.
+            split: ``"train"`` or ``"test"``.
+            num_points: points of a cloud. Class folders: drawn from each file, some again where it has fewer; None:
+                2,048. HDF5: the first rows; None keeps all.
+            transform: applied to each (N, 3) cloud when it is taken.
+
+        Raises:
+            DataError: nothing of the kind is there, or a file cannot be read.
+            UserError: ``num_points`` is larger than the clouds of HDF5 files.
+        """
+        check_split(split)
+        root = Path(root)
+        if found := find_class_folders(root):
+            arrays = class_folder_clouds(found, split, num_points=num_points)
+        elif files := own_hdf5_files(root):
+            names = root / "shape_names.txt"
+            try:
+                class_names = read_lines(names) if names.is_file() else None
+            except (OSError, ValueError) as error:
+                raise DataError(f"{names} cannot be read as a list of class names ({error})") from error
+            get = f"see docs/datasets.md, or {CHECK_COMMAND} --data_root {root}"
+            arrays = read_hdf5_clouds(files[split], class_names=class_names, num_points=num_points, get=get)
+        else:
+            raise DataError(f"no labeled clouds in {root}; {_expected(root)}")
+        super().__init__(arrays, split, transform=transform)
+
+
+def _expected(root: Path) -> str:
+    if has_data_files(root, "*/*") and any(shape_files(folder) for folder in _folders(root)[:5]):
+        divide = PREPARE_COMMAND.replace("DIR", str(root))
+        return f"its folders hold clouds, but it has no train and test: {divide} --test_fraction 0.2 divides them"
+    return (
+        "expected train/<class>/* and test/<class>/* with files ending in "
+        f"{', '.join(SHAPE_SUFFIXES)}, or *train*.h5 and *test*.h5 with the arrays 'data' and 'label'"
+    )

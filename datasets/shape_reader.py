@@ -1,0 +1,201 @@
+"""Read files of clouds and meshes, of any size and format, into arrays of one size, and keep what was read."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from datasets.untrusted import PLY_HEADER, read_ply
+from utils.cloud_files import CLOUD_SUFFIXES, TEXT_SUFFIXES, read_cloud_file
+from utils.errors import DataError
+
+MESH_SUFFIXES = (".off", ".obj", ".stl", ".glb", ".gltf")
+SHAPE_SUFFIXES = (".ply", *MESH_SUFFIXES, *CLOUD_SUFFIXES, *TEXT_SUFFIXES)
+DEFAULT_POINTS = 2048  # read from every file, so that smaller numbers of points need no second reading
+_PLY_FACES = re.compile(rb"[\r\n]element[ \t]+face[ \t]+0*[1-9]")
+_LARGEST = 1e15  # squares of larger coordinates do not fit float32
+_KEPT_FOLDER = ".parsed"
+_SECONDS = 3.0  # what takes longer to read is kept
+_FORMAT = 1  # of the kept arrays; another number makes them again
+
+
+class ShapeArrays(NamedTuple):
+    """Clouds of one size.
+
+    Attributes:
+        points: (n, N, 3) float32, in the unit sphere.
+        sizes: (n,) int64 points of each file; N for a mesh. Where it is below N, points repeat.
+    """
+
+    points: np.ndarray
+    sizes: np.ndarray
+
+
+Reader = Callable[[Path, int, str], tuple[np.ndarray, int]]
+
+
+def to_unit_sphere(points: np.ndarray) -> np.ndarray:
+    """Center (N, 3) on the mean and scale the largest radius to 1; points in one place come to the origin."""
+    points = points - points.mean(axis=0)
+    return points / max(np.linalg.norm(points, axis=1).max(), np.finfo(np.float64).tiny)
+
+
+def choose_rows(count: int, wanted: int, name: str) -> np.ndarray:
+    """Draw ``wanted`` of ``count`` rows: every row once in random order, then again in the same order if needed.
+
+    Args:
+        count: rows there are.
+        wanted: rows to draw; the first of them are what a smaller number would draw.
+        name: decides the order.
+    """
+    order = np.random.default_rng(zlib.crc32(name.encode())).permutation(count)
+    return order[np.arange(wanted) % count]
+
+
+def read_shape(path: Path, rows: int, name: str) -> tuple[np.ndarray, int]:
+    """Read points of a cloud, or draw them from the surface of a mesh evenly by area.
+
+    Args:
+        path: a file that ends in one of ``SHAPE_SUFFIXES``; a PLY with faces is a mesh.
+        rows: points wanted, N.
+        name: decides which points are drawn.
+
+    Returns:
+        points: (N, 3) float64 in the unit sphere.
+        size: points of the file; N for a mesh.
+
+    Raises:
+        DataError: the file is damaged, empty, or of no format that is read.
+    """
+    if path.suffix.lower() in MESH_SUFFIXES or (path.suffix.lower() == ".ply" and _has_faces(path)):
+        return to_unit_sphere(_sample_mesh(path, rows, name)), rows
+    cloud = read_ply(path).astype(np.float64) if path.suffix.lower() == ".ply" else read_cloud_file(path)[0]
+    if np.abs(cloud).max() > _LARGEST:
+        raise DataError(f"{path} has coordinates beyond {_LARGEST:g}; it may be damaged: write or convert it again")
+    return to_unit_sphere(cloud)[choose_rows(len(cloud), rows, name)], len(cloud)
+
+
+def _has_faces(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return _PLY_FACES.search(file.read(PLY_HEADER).split(b"end_header")[0]) is not None
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _sample_mesh(path: Path, count: int, name: str) -> np.ndarray:
+    """Draw points from a mesh evenly by area; see :func:`read_shape`."""
+    import trimesh  # a second; only meshes need it
+
+    try:
+        mesh = trimesh.load(path, force="mesh", process=False, skip_materials=True)
+        faces = len(mesh.faces)
+        if path.suffix.lower() == ".off" and faces < (promised := _off_faces(path)):
+            raise ValueError(f"it promises {promised} faces and holds {faces}: it is cut off")
+        if not (np.isfinite(mesh.vertices).all() and np.abs(mesh.vertices).max() < _LARGEST):
+            raise ValueError("it has coordinates that are not finite, or absurd ones")
+        if not 0 < mesh.area < np.inf:
+            raise ValueError("it has no surface to draw points from")
+        points, _ = trimesh.sample.sample_surface(mesh, count, seed=zlib.crc32(name.encode()))
+    except MemoryError:
+        raise
+    except Exception as error:  # trimesh's many readers raise many kinds
+        raise DataError(f"{path} is not a readable mesh ({error or type(error).__name__}); convert it again") from error
+    return np.asarray(points, dtype=np.float64)
+
+
+def _off_faces(path: Path) -> int:
+    """Number of faces that an OFF file promises."""
+    text = re.sub(rb"#[^\n]*", b"", path.read_bytes()[:4096])
+    return int(re.search(rb"OFF\s*\d+\s+(\d+)", text)[1])
+
+
+def read_shapes(
+    files: Sequence[Path], *, folder: Path, rows: int, split: str, how: str, read: Reader = read_shape
+) -> ShapeArrays:
+    """Read files into arrays; what took long is kept in ``.parsed`` below ``folder`` and read from there the next time.
+
+    What is kept is found by the names, sizes and times of all files, so that a changed file makes it be read again.
+    Where the folder cannot be written, the temporary folder of the system takes it.
+
+    Args:
+        files: one for each cloud.
+        folder: that holds them.
+        rows: points of a cloud, N.
+        split: for messages and the kept file's name.
+        how: names ``read`` and its settings.
+        read: takes a file, N and a name that decides what is drawn.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    names = [path.relative_to(folder).as_posix() for path in files]
+    key = _fingerprint(files, names, how, rows)
+    places = _places(folder)
+    for place in places:
+        with contextlib.suppress(OSError, ValueError, EOFError):  # missing or damaged: it is made again
+            kept = np.load(place / f"{split}-{rows}-{key}.npy", mmap_mode="r")
+            if kept.shape == (len(files),) and kept.dtype == _row_type(rows):
+                return ShapeArrays(np.array(kept["points"]), np.array(kept["size"]))
+    table = np.empty(len(files), _row_type(rows))
+    begun = time.monotonic()
+    quiet = not sys.stderr.isatty()
+    for i, (path, name) in enumerate(
+        zip(tqdm(files, desc=f"reading {split}", unit="shape", disable=quiet), names, strict=True)
+    ):
+        table[i]["points"], table[i]["size"] = read(path, rows, name)
+    if time.monotonic() - begun > _SECONDS:
+        _keep(table, places, f"{split}-{rows}-", key)
+    return ShapeArrays(table["points"].copy(), table["size"].astype(np.int64))
+
+
+def _row_type(rows: int) -> np.dtype:
+    return np.dtype([("size", "<i8"), ("points", "<f4", (rows, 3))])
+
+
+def _fingerprint(files: Sequence[Path], names: Sequence[str], how: str, rows: int) -> str:
+    digest = hashlib.sha256(f"{_FORMAT} {how} {rows}".encode())
+    for path, name in zip(files, names, strict=True):
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+        digest.update(f"\n{name} {status.st_size} {status.st_mtime_ns}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _places(folder: Path) -> tuple[Path, Path]:
+    """Where arrays are kept: beside the files, else in a folder of this user's among the temporary ones."""
+    user = os.getuid() if hasattr(os, "getuid") else "all"
+    key = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    return folder / _KEPT_FOLDER, Path(tempfile.gettempdir()) / f"crossnet_parsed_{user}_{key}"
+
+
+def _keep(table: np.ndarray, places: Sequence[Path], prefix: str, key: str) -> None:
+    """Write an array where that is possible, and remove the ones of changed files; nothing depends on it."""
+    for place in places:
+        temporary = place / f"{prefix}{key}.{os.getpid()}.tmp"
+        try:
+            # Users may share the data folder; the one among the temporary folders belongs to one user alone.
+            place.mkdir(mode=0o777 if place.name == _KEPT_FOLDER else 0o700, exist_ok=True)
+            with open(temporary, "wb") as file:
+                np.save(file, table)
+            for old in place.glob(f"{prefix}*.npy"):
+                old.unlink()
+            os.replace(temporary, place / f"{prefix}{key}.npy")
+            return
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
