@@ -116,11 +116,9 @@ def growth(steps: list[int], values: list[float]) -> dict[str, float]:
 
 def draw(samples: list[dict[str, float]], path: Path) -> None:
     """Memory, open files and log over the steps."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from utils.pictures import Figure, save_figure
 
     figure = Figure(figsize=(12, 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
     steps = [sample["step"] for sample in samples]
     panels = (
         ("memory of its own (MB)", ("memory", "workers_memory"), 1),
@@ -135,7 +133,7 @@ def draw(samples: list[dict[str, float]], path: Path) -> None:
         axis.grid(alpha=0.3)
         if len(names) > 1:
             axis.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)
 
 
 def watch(data_root: str, *, steps: int, every: int, workers: int, save_every: int, seed: int) -> dict[str, Any]:

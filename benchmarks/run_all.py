@@ -27,13 +27,11 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
 
 from benchmarks.measure import FORMULATIONS, ROOT
 from utils.cli import HelpFormatter, run, write_json
 from utils.errors import UserError
+from utils.pictures import Figure, LogLocator, save_figure
 
 RESULTS = "results.json"
 # glibc keeps what is freed for the next allocation, where it would give large blocks back to the system.
@@ -244,7 +242,6 @@ SWEEPS = {
 def new_figure(columns: int) -> tuple[Figure, Any]:
     """A row of axes."""
     figure = Figure(figsize=(4.2 * columns, 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
     return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
@@ -269,7 +266,7 @@ def draw_cost(results: dict[str, Any], path: Path) -> bool:
         axes[3].plot(x, y, "o-", color=COLORS[form], label=form)
     axes[3].set(xlabel="batch", ylabel="clouds per second", ylim=(0, None), xticks=x)
     axes[0].legend()
-    figure.savefig(path, dpi=90)
+    save_figure(figure, path, dpi=90)
     return True
 
 
@@ -287,7 +284,7 @@ def draw_shares(bars: dict[str, dict[str, float]], title: str, unit: str, path: 
     ax.invert_yaxis()
     ax.set(title=title, xlabel=unit)
     ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=90)
+    save_figure(figure, path, dpi=90)
 
 
 def draw_memory(step: dict[str, Any], path: Path) -> None:
@@ -298,7 +295,7 @@ def draw_memory(step: dict[str, Any], path: Path) -> None:
         ax.plot([run_["batch"] for run_ in runs], [run_["peak_mb"] for run_ in runs], "o-", label=label)
     ax.set(xlabel="batch", ylabel="peak memory, MB", ylim=(0, None))
     ax.legend()
-    figure.savefig(path, dpi=90)
+    save_figure(figure, path, dpi=90)
 
 
 def loader_bars(loader: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -325,7 +322,7 @@ def draw_speed(results: dict[str, Any], path: Path) -> bool:
     ax.margins(y=0.25)
     ax.set(ylabel="shapes per second and core")
     ax.legend(fontsize=8)
-    figure.savefig(path, dpi=90)
+    save_figure(figure, path, dpi=90)
     return True
 
 

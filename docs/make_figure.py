@@ -15,10 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Polygon, Rectangle
 from PIL import Image
 
 if __package__ in (None, ""):
@@ -29,6 +25,7 @@ from datasets.transforms import pretraining_augmentation
 from datasets.untrusted import decode_image
 from utils.cli import HelpFormatter, run
 from utils.errors import UserError
+from utils.pictures import Axes, FancyArrowPatch, FancyBboxPatch, Figure, FigureCanvasAgg, Polygon, Rectangle
 
 MODEL = "living_room/blendswap-cc-0-oakchair"  # CC0
 INK, PALE = "#2b2f36", "#8a919c"

@@ -21,7 +21,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
 
 if __package__ in (None, ""):
@@ -253,7 +252,6 @@ def summary(report: Mapping[str, Any]) -> list[str]:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the demo; returns what report.json holds."""
     args = build_parser().parse_args(argv)
-    matplotlib.use("Agg")
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
@@ -268,8 +266,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     report["pairs"] = len(ShapeNetRender(args.data_root))
     report["seconds"] = round(time.perf_counter() - start, 1)
     report.update({"seeds": args.seeds, "versions": versions(), "git_commit": git_commit()})
-    path = write_page(folder, report, data_root=args.data_root, headings=headings())
     write_json(folder / "report.json", report)
+    path = write_page(folder, report, data_root=args.data_root, headings=headings())
     print("\n" + "\n".join(summary(report)))
     print(f"report: {path} ({report['seconds'] / 60:.1f} minutes)")
     return report

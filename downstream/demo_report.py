@@ -6,19 +6,19 @@ import base64
 import html
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from datasets.shapenet_render import ShapeNetRender, collate_pairs
 from datasets.streams import SampleStreams, Stream
 from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD, RenderAugmentation, RenderPixels, pretraining_augmentation
 from datasets.untrusted import decode_image
+from utils.errors import warn_on_failure
+from utils.pictures import Figure, FigureCanvasAgg
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>CrossNet demo</title>
 <style>body{{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem}}
@@ -33,17 +33,29 @@ VIEW_POINTS = 512
 SEGMENTATION_TITLES = {"parts": "Part segmentation", "rooms": "Semantic segmentation of rooms"}
 
 
-def embedded(picture: Figure | Path, caption: str) -> str:
-    """A picture inside the page, so that the report is one file."""
-    if isinstance(picture, Figure):
-        buffer = io.BytesIO()
-        picture.savefig(buffer, dpi=80)
-        data = buffer.getvalue()
-    else:
-        data = picture.read_bytes()
+def embedded(picture: Callable[[], Figure] | Path, caption: str) -> str:
+    """Return a picture inside the page, so that the report is one file; a note where it cannot be drawn.
+
+    Args:
+        picture: what draws it, or its file.
+        caption: below it.
+    """
     text = html.escape(caption)
+    data = b""
+    with warn_on_failure(f"the picture of {caption}"):
+        data = picture.read_bytes() if isinstance(picture, Path) else png_of(picture())
+    if not data:
+        return f"<figure><figcaption>(could not be drawn) {text}</figcaption></figure>"
     source = base64.b64encode(data).decode()
     return f'<figure><img alt="{text}" src="data:image/png;base64,{source}"><figcaption>{text}</figcaption></figure>'
+
+
+def png_of(figure: Figure) -> bytes:
+    """Return a figure as the content of a PNG file."""
+    FigureCanvasAgg(figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=80)
+    return buffer.getvalue()
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -63,7 +75,6 @@ def draw_pairs(data_root: str, *, seed: int, count: int = 6) -> Figure:
     pairs = ShapeNetRender(data_root, transform=RenderPixels(96), seed=seed)
     chosen = np.linspace(0, len(pairs) - 1, count).astype(int)
     figure = Figure(figsize=(11, 2.1 * count), layout="constrained")
-    FigureCanvasAgg(figure)
     augmentation, render_augmentation = (
         pretraining_augmentation(min(VIEW_POINTS, pairs.cloud_size)),
         RenderAugmentation(96),
@@ -108,7 +119,6 @@ def draw_validation(runs: Mapping[str, list[dict[str, Any]]], key: str, heading:
         heading: what it is called.
     """
     figure = Figure(figsize=(6, 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for (start, records), color in zip(runs.items(), ("#888888", "#2a7f3f"), strict=True):
         for number, record in enumerate(records):
@@ -146,7 +156,7 @@ def classification_section(folder: Path, report: Mapping[str, Any], data_root: s
             ),
             "<h3>What the encoders see</h3>",
             embedded(
-                draw_pairs(data_root, seed=report["seeds"][0]),
+                lambda: draw_pairs(data_root, seed=report["seeds"][0]),
                 "clouds, two augmented views of each, and renderings before and after augmentation",
             ),
             "<h3>Nearest neighbours in feature space</h3>",
@@ -184,7 +194,7 @@ def segmentation_section(folder: Path, name: str, result: Mapping[str, Any], hea
             f"samples; {settings_text(result['fine_tuning'])}); the pretrained one saw unlabelled pairs before "
             f"({settings_text(result['pretraining'])}).{deviation}</p>",
             embedded(
-                draw_validation(result["runs"], result["validation"]["key"], result["validation"]["heading"]),
+                lambda: draw_validation(result["runs"], result["validation"]["key"], result["validation"]["heading"]),
                 "score on held-out training data by epoch; from scratch the running statistics of batch norm are still "
                 "near their start in the first epochs, which explains most of the early difference",
             ),

@@ -7,12 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from downstream.retrieval import nearest
 from utils.errors import UserError
+from utils.pictures import Axes, Figure, save_figure
 
 PICTURE_TYPES = (".png", ".pdf", ".svg", ".jpg")
 RIGHT, WRONG, NEUTRAL = "#2a7f3f", "#c23b22", "#444444"
@@ -37,19 +35,6 @@ def check_output_path(path: str | os.PathLike[str], endings: Sequence[str] | Non
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         raise UserError(f"cannot write {path}: it is a folder, or its folder is not writable")
-
-
-def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Write a figure.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    FigureCanvasAgg(figure)
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def draw_confusion_matrix(

@@ -1,6 +1,13 @@
 """Errors that are a user's to mend: shown as one message, without a traceback."""
 
+from __future__ import annotations
+
+import contextlib
+import logging
 import re
+from collections.abc import Iterator
+
+logger = logging.getLogger("crossnet")
 
 
 class UserError(Exception):
@@ -34,3 +41,17 @@ def plain_message(error: UserError) -> str:
     if text.startswith(f"Caught {kind.__name__} in DataLoader worker"):
         text = text.rpartition(f"\n{kind.__module__}.{kind.__qualname__}: ")[2].strip()
     return text
+
+
+@contextlib.contextmanager
+def warn_on_failure(what: str) -> Iterator[None]:
+    """Turn a failure inside into a warning: for pictures and other extras, which must not cost a result.
+
+    Args:
+        what: what is lost, for the warning.
+    """
+    try:
+        yield
+    except Exception as error:  # whatever it is, it is worth less than the run
+        reason = (str(error).splitlines() or [""])[0]
+        logger.warning("%s is left out (%s: %s); the results are not affected", what, type(error).__name__, reason)

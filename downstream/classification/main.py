@@ -52,7 +52,7 @@ from utils.cli import (
     run,
     write_json,
 )
-from utils.errors import DataError, UserError
+from utils.errors import DataError, UserError, warn_on_failure
 from utils.released_flags import IN_LINEAR_SVM, add_released_flags
 from utils.reproducible import git_commit, versions
 
@@ -323,6 +323,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "versions": {**versions(), "scikit-learn": sklearn.__version__},
         "commit": commit,
     }
+    write_json(args.json, metrics)
     print("\n" + result_table(metrics) + "\n")
     print("\n".join(notes(metrics)))
     name = args.dataset + (f" {args.variant}" if args.dataset == "scanobjectnn" else "")
@@ -330,10 +331,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         spread = f", {len(found)} runs together" if len(found) > 1 else ""
         title = f"{name}: linear SVM, {metrics['test_accuracy_mean']:.1f} percent{spread}"
         truth = np.tile(test.labels, len(found))
-        draw_confusion_matrix(truth, np.concatenate(predictions), test.class_names, args.confusion_matrix, title=title)
+        with warn_on_failure(f"--confusion_matrix {args.confusion_matrix}"):
+            draw_confusion_matrix(
+                truth, np.concatenate(predictions), test.class_names, args.confusion_matrix, title=title
+            )
     if args.retrieval_sheet:
-        draw_retrieval(test.points, first_features, test.labels, test.class_names, args.retrieval_sheet)
-    write_json(args.json, metrics)
+        with warn_on_failure(f"--retrieval_sheet {args.retrieval_sheet}"):
+            draw_retrieval(test.points, first_features, test.labels, test.class_names, args.retrieval_sheet)
     return metrics
 
 

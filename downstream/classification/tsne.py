@@ -11,6 +11,7 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,8 +21,6 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
 
 from downstream.classification.eval_inputs import (
@@ -32,7 +31,7 @@ from downstream.classification.eval_inputs import (
     open_splits,
 )
 from downstream.features import calibrate_batch_norm, check_neighbors, extract_features
-from downstream.figures import PICTURE_TYPES, check_output_path, save_figure
+from downstream.figures import PICTURE_TYPES, check_output_path
 from engine.device import resolve_device
 from utils.cli import (
     HelpFormatter,
@@ -44,6 +43,7 @@ from utils.cli import (
     write_json,
 )
 from utils.errors import UserError
+from utils.pictures import Figure, colormaps, save_figure
 
 MARKERS = "osD^vP"
 
@@ -59,7 +59,8 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument(
         "--perplexity", type=positive_float, default=30.0, metavar="P", help="neighbours that t-SNE looks at"
     )
-    g.add_argument("--output", default="tsne.png", metavar="FILE", help="picture; the .npz file lies beside it")
+    g.add_argument("--output", default="runs/tsne.png", metavar="FILE", help="picture; the .npz file lies beside it")
+    g.add_argument("--overwrite", action="store_true", help="replace an .npz file that is there")
     add_common_arguments(parser, workers=False)
     return parser
 
@@ -115,6 +116,21 @@ def draw_map(embedding: np.ndarray, labels: np.ndarray, class_names: Sequence[st
     save_figure(figure, path)
 
 
+def save_numbers(path: Path, **arrays: np.ndarray) -> None:
+    """Write arrays as an .npz file in one step.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    temporary = path.with_suffix(".tmp.npz")
+    try:
+        np.savez(temporary, **arrays)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Map and draw; returns the files written.
 
@@ -125,6 +141,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     log_to_screen()
     check_encoder_arguments(args)
     picture = Path(args.output)
+    numbers = picture.with_suffix(".npz")
+    if numbers.exists() and not args.overwrite:
+        raise UserError(f"{numbers} exists: --overwrite replaces it, another --output keeps it")
     check_output_path(picture, PICTURE_TYPES)
     train, test = open_splits(args)
     part = test if args.split == "test" else train
@@ -148,9 +167,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     features = extract_features(encoder, part.points[chosen], batch_size=args.batch_size, device=device)
     embedding, labels = embed(features, perplexity=args.perplexity, seed=args.seed), part.labels[chosen]
     title = f"{args.dataset}, {args.split} split, {len(chosen)} clouds: t-SNE of {found[0].name}"
+    save_numbers(numbers, features=features, embedding=embedding, labels=labels, class_names=np.array(part.class_names))
     draw_map(embedding, labels, part.class_names, picture, title=title)
-    numbers = picture.with_suffix(".npz")
-    np.savez(numbers, features=features, embedding=embedding, labels=labels, class_names=np.array(part.class_names))
     print(f"{picture} and {numbers}")
     metrics = {"picture": str(picture), "numbers": str(numbers), "clouds": len(chosen), "data": part.origin()}
     metrics |= found[0].origin

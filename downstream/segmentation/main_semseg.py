@@ -56,7 +56,7 @@ from utils.cli import (
     write_json,
 )
 from utils.collectives import is_main, main_only
-from utils.errors import CheckpointError, DataError, UserError
+from utils.errors import CheckpointError, DataError, UserError, warn_on_failure
 from utils.reproducible import git_commit, versions
 
 RELEASED_K = SemanticSegmentation.released_k
@@ -353,7 +353,8 @@ def draw(args: argparse.Namespace, scores: dict[str, Scores], what: str, folder:
         else:
             path = folder / f"confusion_{protocol}.png"
         title = f"S3DIS, {what}, protocol {protocol}: mIoU {values['mean_iou']:.1f}"
-        draw_confusion_counts(np.array(values["confusion"]), CLASS_NAMES, path, title=title, unit="points")
+        with warn_on_failure(str(path)):
+            draw_confusion_counts(np.array(values["confusion"]), CLASS_NAMES, path, title=title, unit="points")
 
 
 def result_table(scores: dict[str, Scores]) -> str:

@@ -4,7 +4,7 @@ The task follows from the checkpoint. For parts, test shapes of different catego
 of an area, without their ceilings on the sheet (the PLY files keep them).
 
 Examples:
-  python downstream/segmentation/visualize.py --model_path checkpoints/part/best.pth --output_dir pictures
+  python downstream/segmentation/visualize.py --model_path checkpoints/part/best.pth --output_dir runs/parts
   python downstream/segmentation/visualize.py --model_path checkpoints/part/best.pth --class_test chair lamp --items 6
   python downstream/segmentation/visualize.py --model_path checkpoints/area5/best.pth --test_area 5 --items 2
 """
@@ -21,13 +21,11 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from plyfile import PlyData, PlyElement
 
 from datasets.s3dis import AREAS, CLASS_COLORS, CLASS_NAMES, S3DISRooms
 from datasets.shapenet_part import ShapeNetPart
-from downstream.figures import NEUTRAL, check_output_path, draw_cloud, save_figure
+from downstream.figures import NEUTRAL, check_output_path, draw_cloud
 from downstream.finetuning import scores_of
 from downstream.segmentation.main_partseg import Parts, check_fits, predict_parts
 from downstream.segmentation.main_semseg import predict_room
@@ -45,6 +43,7 @@ from utils.cli import (
     write_json,
 )
 from utils.errors import CheckpointError, UserError
+from utils.pictures import Figure, Patch, save_figure
 
 COLUMNS = ("input", "truth", "prediction", "errors")
 GRAY, RIGHT_GRAY, WRONG_RED = (0.45, 0.5, 0.55), (0.82, 0.82, 0.82), (0.85, 0.1, 0.1)
@@ -87,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--num_points", type=positive_int, metavar="N", help="parts: points per shape (default: all)")
     g.add_argument("--test_area", type=int, choices=AREAS, default=5, help="rooms: of this area")
     g.add_argument("--rooms", nargs="+", metavar="ROOM", help="rooms: these, such as Area_5_office_1")
-    g.add_argument("--output_dir", default="pictures", metavar="DIR", help="gets sheet.png and the PLY files")
+    g.add_argument("--output_dir", default="runs/pictures", metavar="DIR", help="gets sheet.png and the PLY files")
     add_common_arguments(parser)
     return parser
 

@@ -51,3 +51,17 @@ def test_what_cannot_be_mapped_is_said(tmp_path):
         run(tmp_path, "--seeds", 1, 2)
     with pytest.raises(UserError, match="must end in one of"):
         run(tmp_path, "--output", tmp_path / "map.txt")
+
+
+def test_numbers_of_an_earlier_map_are_not_overwritten_silently(tmp_path):
+    write_demo_set(tmp_path, test=5)
+    numbers = tmp_path / "out" / "map.npz"
+    numbers.parent.mkdir()
+    numbers.write_bytes(b"mine")
+    with pytest.raises(UserError, match=r"map.npz exists: --overwrite replaces it, another --output keeps it"):
+        run(tmp_path)
+    assert numbers.read_bytes() == b"mine"
+    run(tmp_path, "--overwrite")
+    with np.load(numbers) as arrays:
+        assert len(arrays["labels"]) == 15
+    assert {path.name for path in numbers.parent.iterdir()} == {"map.png", "map.npz"}

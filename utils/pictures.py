@@ -1,0 +1,74 @@
+"""Matplotlib for this project: Agg draws, whatever MPLBACKEND asks for, and a picture that fails never costs a run.
+
+Import Matplotlib's classes from here. Importing Matplotlib itself fails if MPLBACKEND names a backend that is not
+installed, as in `!python ...` of a notebook (Colab, Kaggle, Jupyter), which passes on the notebook's backend.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+from utils.errors import UserError
+
+
+def _set_backend_aside() -> None:
+    """Import Matplotlib without MPLBACKEND; a notebook keeps its backend if it is installed."""
+    wanted = os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib
+    finally:
+        if wanted is not None:
+            os.environ["MPLBACKEND"] = wanted
+    if wanted:
+        with contextlib.suppress(ValueError):
+            matplotlib.rcParams["backend"] = wanted
+
+
+_set_backend_aside()
+
+from matplotlib import colormaps  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch, Polygon, Rectangle  # noqa: E402
+from matplotlib.ticker import LogLocator  # noqa: E402
+
+__all__ = [
+    "Axes",
+    "FancyArrowPatch",
+    "FancyBboxPatch",
+    "Figure",
+    "FigureCanvasAgg",
+    "LogLocator",
+    "Patch",
+    "Polygon",
+    "Rectangle",
+    "colormaps",
+    "save_figure",
+]
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 150, **options: object) -> None:
+    """Write a figure in one step: a picture that is there stays until the new one is whole.
+
+    Args:
+        figure: what to write.
+        path: the file; its ending chooses the format.
+        dpi: pixels per inch.
+        options: further arguments of ``Figure.savefig``.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
+    FigureCanvasAgg(figure)
+    try:
+        figure.savefig(temporary, dpi=dpi, **options)
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
