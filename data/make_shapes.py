@@ -44,7 +44,7 @@ BLOCK = 50
 SAMPLES = 4  # per pixel
 SHEET_SHAPES, SHEET_COLUMNS, SHEET_CELL = 60, 10, 112
 PART_CATEGORY, PART_SYNSET = "Generated", "99000000"
-PART_FILE_SHAPES = 2048
+PART_FOLDER, PART_FILE_SHAPES = "shapenet_part_seg_hdf5_data", 2048
 # Far apart in hue, in the order of KINDS.
 KIND_COLORS = np.array(
     [[31, 119, 180], [255, 127, 14], [44, 160, 44], [214, 39, 40], [148, 103, 189], [140, 86, 75], [227, 119, 194],
@@ -224,7 +224,7 @@ def write_packed(out: Path, paths: list[Path], count: int, settings: Settings) -
     Raises:
         UserError: the file cannot be written.
     """
-    from datasets.shapenet_render import PACKED_FORMAT, PACKED_VERSION  # loads PyTorch, which the workers do not need
+    from datasets.pair_sources import PACKED_FORMAT, PACKED_VERSION  # loads PyTorch, which the workers do not need
 
     temporary = out.with_name(out.name + ".tmp")
     views, points = settings.views, settings.num_points
@@ -269,6 +269,18 @@ def write_packed(out: Path, paths: list[Path], count: int, settings: Settings) -
     return {"shapes": count, "views": count * views, "points": points, "image_bytes": int(offset[-1])}
 
 
+def check_part_set(root: Path, count: int) -> None:
+    """Check that a part data set of ``count`` shapes can be written to a data root.
+
+    Raises:
+        UserError: there is one already, or the shapes are too few for three splits.
+    """
+    if (root / PART_FOLDER).exists():
+        raise UserError(f"{root / PART_FOLDER} exists; move it away, or give another --part_set")
+    if count < 10:
+        raise UserError(f"--part_set needs at least 10 shapes for its three splits, --shapes is {count}")
+
+
 def write_part_set(packed: Path, root: Path) -> dict[str, int]:
     """Write a part data set in the layout of ShapeNetPart's HDF5 release; the parts are the kinds of solids.
 
@@ -282,16 +294,12 @@ def write_part_set(packed: Path, root: Path) -> dict[str, int]:
         Number of shapes of each split.
 
     Raises:
-        UserError: there is such a set already, too few shapes, or the files cannot be written.
+        UserError: the files cannot be written.
     """
-    folder = root / "shapenet_part_seg_hdf5_data"
-    if folder.exists():
-        raise UserError(f"{folder} exists; move it away, or give another --part_set")
+    folder = root / PART_FOLDER
     counts = {}
     with h5py.File(packed, "r") as file:
         count = len(file["points"])
-        if count < 10:
-            raise UserError(f"--part_set needs at least 10 shapes for its three splits, {packed} has {count}")
         tenth = np.arange(count) % 10
         rows = {
             "train": np.flatnonzero(tenth < 8),
@@ -399,6 +407,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     out = Path(args.out)
     if out.exists() and not args.overwrite:
         raise UserError(f"{out} exists; --overwrite replaces it")
+    if args.part_set:
+        check_part_set(Path(args.part_set), args.shapes)
     settings = Settings(
         seed=args.seed,
         level=args.level,
@@ -422,7 +432,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         print(f"{args.part_set}: part data set, shapes by split: {counts['part_set']}")
     if args.sheet:
         draw_sheet(out, Path(args.sheet))
-    counts |= {"seconds": seconds, **asdict(settings)}
+    counts |= {"seconds": seconds, "settings": asdict(settings)}
     write_json(args.json, counts)
     return counts
 

@@ -162,37 +162,41 @@ class _Composer:
         if warp is not None:
             local = solids.warped(local, warp)
         solid = solids.placed(local, scale=scale, turn=turn, shift=np.zeros(3))
-        # Which planes through its middle a solid is its own mirror image in, x and z.
-        own_image = [
-            upright and warp is None and kind != "tube" and (kind not in ("cone", "leg") or turn[axis, 1] == 0)
-            for axis in (0, 2)
-        ]
-        shift, centered = self._place(solid, kind=kind, upright=upright, may_center=self.mirror and own_image[0])
-        solid = solids.placed(local, scale=scale, turn=turn, shift=shift)
-        images = [solid]
-        if self.mirror and not centered:
-            images += [solids.reflected(image, np.array([-1, 1, 1]), np.zeros(3)) for image in images]
-        if self.mirror_depth and not (own_image[1] and abs(_middle(solid.vertices)[2]) < 1e-9):
-            images += [solids.reflected(image, np.array([1, 1, -1]), np.zeros(3)) for image in images]
+        shift = self._place(solid, under=kind == "leg" and upright, may_center=self.mirror and upright)
+        images = [solids.placed(local, scale=scale, turn=turn, shift=shift)]
+        for axis in (0,) * self.mirror + (2,) * self.mirror_depth:
+            for image in [solids.reflected(image, axis) for image in images]:
+                if not any(self._coincide(image, other) for other in images):
+                    images.append(image)
         for image in images:
             self.parts.append(Part(image, KINDS.index(kind), number))
             self.surfaces.append(_surface_points(image, self.rng, _CONTACT_POINTS))
 
-    def _place(self, solid: Solid, *, kind: str, upright: bool, may_center: bool) -> tuple[np.ndarray, bool]:
-        """Return a shift (3,) that joins a solid to what is there, and whether it lies in the mirror plane."""
+    def _coincide(self, a: Solid, b: Solid) -> bool:
+        """Return whether two solids are the same: each would hide the whole surface of the other."""
+        surface = _surface_points(a, self.rng, _CONTACT_POINTS)
+        near = surface + self.rng.normal(size=surface.shape) * 0.03 * np.ptp(surface, axis=0)
+        return bool((a.contains(near) == b.contains(near)).mean() > 0.99)
+
+    def _place(self, solid: Solid, *, under: bool, may_center: bool) -> np.ndarray:
+        """Return a shift (3,) that joins a solid to what is there.
+
+        Args:
+            solid: at the origin.
+            under: put it below an earlier part.
+            may_center: it may be put into the mirror plane.
+        """
+        middle = _middle(solid.vertices)
         if not self.parts:
-            return -_middle(solid.vertices), may_center
-        middle = _middle(solid.vertices)[0]
+            return -middle
         surface = _surface_points(solid, self.rng, _CONTACT_POINTS)
         for _ in range(_TRIES):
-            shift = self._under(solid) if kind == "leg" and upright else self._attached(solid, surface)
+            shift = self._under(solid) if under else self._attached(solid, surface)
             if may_center and self.rng.random() < 0.5:
-                in_plane = np.array([-middle, *shift[1:]])
-                if self._touches(solid, surface, in_plane):
-                    return in_plane, True
+                shift[0] = -middle[0]
             if self._touches(solid, surface, shift):
-                return shift, False
-        return self._met(surface, depth=0.0), False
+                return shift
+        return self._met(surface, depth=0.0)
 
     def _touches(self, solid: Solid, surface: np.ndarray, shift: np.ndarray) -> bool:
         """Return whether a solid with some surface points, moved by ``shift``, overlaps an earlier part."""

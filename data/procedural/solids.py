@@ -24,7 +24,7 @@ class Solid:
 
     Attributes:
         vertices: (v, 3) float64.
-        triangles: (t, 3) int.
+        triangles: (t, 3) int, counterclockwise seen from outside.
         contains: (n, 3) points -> (n,) bool, strictly inside.
     """
 
@@ -40,7 +40,7 @@ def lattice(rows: int, columns: int, *, closed: bool) -> np.ndarray:
     right = (column + 1) % columns
     a, b = row * columns + column, row * columns + right
     c, d = a + columns, b + columns
-    return np.concatenate([np.stack([a, b, c], 1), np.stack([b, d, c], 1)])
+    return np.concatenate([np.stack([a, c, b], 1), np.stack([b, c, d], 1)])
 
 
 def revolved(radius: Sequence[float], height: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
@@ -69,7 +69,7 @@ def box(*, divisions: int = 1) -> Solid:
         for side in (-1.0, 1.0):
             corner = np.empty((len(u), 3))
             corner[:, axis], corner[:, axis - 2], corner[:, axis - 1] = side, u, v
-            triangles.append(face + sum(map(len, vertices)))
+            triangles.append((face if side > 0 else face[:, ::-1]) + sum(map(len, vertices)))
             vertices.append(corner)
     return Solid(np.concatenate(vertices), np.concatenate(triangles), lambda p: np.abs(p).max(1) < 1 - MARGIN)
 
@@ -141,7 +141,7 @@ def tube(control: np.ndarray, radius: float) -> Solid:
     along = np.concatenate([np.repeat(tangent[:1], 4, 0), tangent, np.repeat(tangent[-1:], 4, 0)])
     normal = _transported(along)
     binormal = np.cross(along, normal)
-    angle = np.linspace(0, 2 * np.pi, 16, endpoint=False)[:, None]
+    angle = np.linspace(0, -2 * np.pi, 16, endpoint=False)[:, None]
     ring = np.cos(angle) * normal[:, None] + np.sin(angle) * binormal[:, None]  # (33, 16, 3)
     vertices = spine[:, None] + size[:, None, None] * ring
 
@@ -249,14 +249,12 @@ def placed(solid: Solid, *, scale: np.ndarray, turn: np.ndarray, shift: np.ndarr
             inside[near] = solid.contains(local[near])
         return inside
 
-    return Solid((solid.vertices * scale) @ turn.T + shift, solid.triangles, contains)
+    triangles = solid.triangles if np.linalg.det(turn) > 0 else solid.triangles[:, ::-1]
+    return Solid((solid.vertices * scale) @ turn.T + shift, triangles, contains)
 
 
-def reflected(solid: Solid, flip: np.ndarray, pivot: np.ndarray) -> Solid:
-    """Mirror about the planes through ``pivot`` (3,) that are normal to the axes where ``flip`` (3,) is -1."""
-    flip, pivot = np.asarray(flip, float), np.asarray(pivot, float)
-
-    def mirror(p: np.ndarray) -> np.ndarray:
-        return pivot + flip * (p - pivot)
-
-    return Solid(mirror(solid.vertices), solid.triangles, lambda p: solid.contains(mirror(p)))
+def reflected(solid: Solid, axis: int) -> Solid:
+    """Mirror about the plane through the origin that is normal to an axis."""
+    flip = np.ones(3)
+    flip[axis] = -1
+    return Solid(solid.vertices * flip, solid.triangles[:, ::-1], lambda p: solid.contains(p * flip))
