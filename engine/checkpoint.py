@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import os
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.plain_objects import plain_objects
 from utils.errors import CheckpointError, DamagedCheckpointError, UserError
 
 FORMAT = 1
@@ -92,8 +94,11 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         _check_tensors(payload)
     except Exception as error:  # torch raises many kinds on damaged files
         if "GLOBAL" in str(error) and not _wrong_checksum(path):  # pickle's word for a name to import and call
+            raise CheckpointError(_refusal(path, str(error))) from error
+        if _is_torchscript(path):
             raise CheckpointError(
-                f"{path} is refused: it holds objects other than tensors and plain types, which could run code"
+                f"{path} is a TorchScript program. Save its weights: "
+                "torch.save(torch.jit.load(FILE).state_dict(), NEW_FILE)"
             ) from error
         known = isinstance(error, (RuntimeError, EOFError, ValueError)) and str(error)
         reason = str(error).split(". ")[0].splitlines()[0] if known else "not what torch.save writes"
@@ -108,6 +113,17 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     return payload
 
 
+def _refusal(path: Path, error: str) -> str:
+    """Return the message for a file with objects that could run code: which ones, and how to save the weights alone."""
+    found = re.search(r"GLOBAL ([\w.]+)", error)
+    name = f" ({found[1]})" if found else ""
+    return (
+        f"{path} is refused: it holds objects other than tensors and plain types{name}, which could run code. If you "
+        "trust it, save its weights alone where its code is installed: torch.save(torch.load(FILE, "
+        "weights_only=False).state_dict(), NEW_FILE), or [ENTRY] instead of .state_dict() if an entry holds them"
+    )
+
+
 class _Bounded(io.BufferedReader):
     """A file that is never asked for more than is left of it: a length that it claims would be allocated first."""
 
@@ -120,8 +136,9 @@ class _Bounded(io.BufferedReader):
 def _load(path: Path) -> Any:
     """Content of a checkpoint in PyTorch's zip form or its older one."""
     if zipfile.is_zipfile(path):
-        return torch.load(path, map_location="cpu", weights_only=True)
-    with _Bounded(io.FileIO(path)) as file:
+        with plain_objects():
+            return torch.load(path, map_location="cpu", weights_only=True)
+    with _Bounded(io.FileIO(path)) as file, plain_objects():
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
@@ -131,6 +148,15 @@ def _wrong_checksum(path: Path) -> str | None:
         return zipfile.ZipFile(path).testzip() if zipfile.is_zipfile(path) else None
     except Exception:  # zipfile raises many kinds too
         return path.name
+
+
+def _is_torchscript(path: Path) -> bool:
+    """Return whether a file is a program that torch.jit.save wrote."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except Exception:  # zipfile raises many kinds on damaged files
+        return False
 
 
 def _check_zip_sizes(path: Path) -> None:

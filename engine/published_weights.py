@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -40,18 +43,95 @@ EMBEDDING = {
 
 
 def published_state(payload: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """A published file's tensors: wrappers opened, the prefix ``module.`` of DataParallel stripped.
+    """Find an encoder's tensors in a file of any origin.
+
+    The weights may lie in an entry (``state_dict``, ``model``, ``net``, ``encoder``, ``model_state``, ...) and have any
+    prefix (``module.`` of DataParallel, ``_orig_mod.`` of torch.compile, ``model.``, ``encoder.``, ...): the entry and
+    the prefix are taken under which most names are those of an encoder.
+
+    Args:
+        payload: content of the file.
+        path: of the file, for messages.
+
+    Returns:
+        The tensors below the prefix, without it.
 
     Raises:
-        CheckpointError: no state dict inside.
+        CheckpointError: no state dict inside; the message names the entries found.
     """
-    for wrapper in ("state_dict", "model_state_dict"):
-        if isinstance(payload.get(wrapper), Mapping):
-            payload = payload[wrapper]
-    state = {str(name).removeprefix("module."): tensor for name, tensor in payload.items()}
-    if not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise CheckpointError(f"{path} holds neither one of our checkpoints nor a state dict of tensors")
+    found = {entry: tensors for entry, tensors in _state_dicts(payload) if tensors}
+    if not found or "format" in payload:  # ours, with entries missing
+        raise CheckpointError(
+            f"{path} holds neither one of our checkpoints nor a state dict of tensors; it holds {_entries(payload)}"
+        )
+    places = [(entry, *_common_prefix(tensors)) for entry, tensors in found.items()]
+    entry, prefix, _ = max(places, key=lambda place: (place[2], -_rank(place[0])))
+    state = {name.removeprefix(prefix): value for name, value in found[entry].items() if name.startswith(prefix)}
+    if entry or prefix.removeprefix("module."):
+        others = sorted(other for other, _, count in places if other != entry and count)
+        logger.info(
+            "%s: %d tensors of %s%s%s",
+            *(path, len(state), f"the entry {entry!r}" if entry else "the file"),
+            f", below {prefix!r} ({len(found[entry]) - len(state)} others are left out)" if prefix else "",
+            f"; weights in {', '.join(map(repr, others))} are not used" if others else "",
+        )
     return state
+
+
+MOST_PARTS = 20  # of a name, between dots: no model is nested more deeply
+_ENTRIES = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "encoder", "")
+
+
+def _rank(entry: str) -> int:
+    """Return the place of an entry among those that usually hold the weights; other names come last."""
+    name = entry.rpartition(".")[2]
+    return _ENTRIES.index(name) if name in _ENTRIES else len(_ENTRIES)
+
+
+def _state_dicts(payload: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Yield the tensors that lie side by side in a file, down to its entries' entries, with the name of the entry."""
+    level: list[tuple[str, Mapping[str, Any]]] = [("", payload)]
+    seen: set[int] = set()  # a file may share entries without end
+    for _ in range(3):
+        below = []
+        for entry, content in level:
+            if id(content) in seen:
+                continue
+            seen.add(id(content))
+            yield entry, {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+            start = f"{entry}." if entry else ""
+            below += [(f"{start}{name}", value) for name, value in content.items() if isinstance(value, Mapping)]
+        level = below
+
+
+def _common_prefix(state: Mapping[str, Tensor]) -> tuple[str, int]:
+    """Return the prefix under which most tensors have the names of an encoder's, and how many those are.
+
+    Of several, one of the encoder's alone comes before one of another network's, and the shortest first.
+    """
+    counts: Counter[str] = Counter()
+    for name in state:
+        parts = name.split(".", MOST_PARTS)
+        for i in range(len(parts)):
+            if ".".join(parts[i:]) in _known_names():
+                counts[".".join([*parts[:i], ""]) if i else ""] += 1
+    if not counts:
+        return ("module." if all(name.startswith("module.") for name in state) else ""), 0
+    prefix = min(counts, key=lambda prefix: (-counts[prefix], prefix.count("."), prefix))
+    return prefix, counts[prefix]
+
+
+@functools.cache
+def _known_names() -> frozenset[str]:
+    """Names of all tensors of all encoders."""
+    with torch.device("meta"):
+        return frozenset(name for encoder in ENCODERS for name in build_encoder(encoder).state_dict())
+
+
+def _entries(payload: Mapping[str, Any], most: int = 8) -> str:
+    """Describe what a file holds, for a message."""
+    found = [f"{str(name)[:40]!r} ({type(value).__name__})" for name, value in itertools.islice(payload.items(), most)]
+    return (", ".join(found) or "nothing") + (f" and {len(payload) - most} more" if len(payload) > most else "")
 
 
 def published_encoder_state(state: Mapping[str, Tensor], name: str) -> tuple[dict[str, Tensor], list[str]]:

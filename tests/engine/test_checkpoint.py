@@ -1,11 +1,14 @@
+import argparse
 import errno
 import logging
 import math
 import os
+import pathlib
 import pickle
 import tracemalloc
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -130,6 +133,89 @@ def test_published_weights_open_with_model_and_k(name, form, tmp_path, caplog):
     guessed = encoder_from_checkpoint(tmp_path / "published.pth", k=k)
     assert same(encoder, guessed) and describe_encoder(guessed)["kwargs"] == KWARGS[name]
     assert f"does not say which encoder it is of; by its tensors it is a {name}" in caplog.text
+
+
+WRAPPERS = {
+    "torch.compile": (None, "_orig_mod."),
+    "DataParallel of torch.compile": ("state_dict", "module._orig_mod."),
+    "torch.compile of DataParallel": ("model_state_dict", "_orig_mod.module."),
+    "an attribute": ("model", "model."),
+    "a net": ("net", "net."),
+    "an encoder": ("encoder", "encoder."),
+    "a trainer": ("model_state", "module.encoder."),
+    "Lightning": ("state_dict", "online.point_encoder."),
+    "nested": ("checkpoint.model", ""),
+}
+
+
+@pytest.mark.parametrize("how", WRAPPERS)
+@pytest.mark.parametrize("name", ["dgcnn_cls", "pointnet_partseg"])
+def test_weights_are_found_in_any_entry_and_below_any_prefix(name, how, tmp_path, caplog):
+    encoder, state = published(name)
+    entry, prefix = WRAPPERS[how]
+    state = {f"{prefix}{key}": value for key, value in state.items()}
+    if prefix:
+        state["image_encoder.conv1.weight"] = torch.ones(64, 3, 7, 7)  # of another network, left out
+    for part in reversed(entry.split(".") if entry else []):
+        state = {part: state, "epoch": 3, "args": argparse.Namespace(k=20), "best": np.float64(91.5)}
+    torch.save(state, tmp_path / "other.pth")
+    k = KWARGS[name].get("k")
+    with caplog.at_level(logging.INFO, "crossnet"):
+        assert same(encoder, encoder_from_checkpoint(tmp_path / "other.pth", k=k))
+    assert "tensors of " in caplog.text and (not prefix or f"below {prefix!r} (1 others are left out)" in caplog.text)
+
+
+def test_of_two_networks_the_usual_entry_is_taken_and_the_other_is_named(tmp_path, caplog):
+    (encoder, state), (_, ema) = published("dgcnn_cls"), published("dgcnn_cls")
+    torch.save({"ema": ema, "model": state}, tmp_path / "two.pth")
+    with caplog.at_level(logging.INFO, "crossnet"):
+        assert same(encoder, encoder_from_checkpoint(tmp_path / "two.pth", k=5))
+    assert "the entry 'model'; weights in 'ema' are not used" in caplog.text
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy"])
+def test_numbers_of_numpy_beside_the_weights_are_read(form, tmp_path):
+    numbers = {
+        "float": np.float64(1.5),
+        "half": np.float16(0.25),
+        "int": np.int32(-7),
+        "bool": np.bool_(True),
+        "complex": np.complex64(1 + 2j),
+        "swapped": np.array([258], ">i4")[0],
+    }
+    content = {**numbers, "array": np.arange(3), "args": argparse.Namespace(x=1), "path": pathlib.Path("a")}
+    torch.save({"model": content}, tmp_path / "a.pth", _use_new_zipfile_serialization=form == "zip")
+    back = load_checkpoint(tmp_path / "a.pth")["model"]
+    assert {key: back[key] for key in numbers} == {key: value.item() for key, value in numbers.items()}
+    assert repr(back["array"]) == "<numpy.ndarray>" and repr(back["args"]) == "<argparse.Namespace>"
+    assert "numpy._core.multiarray.scalar" not in str(torch.serialization.get_safe_globals())
+
+
+@pytest.mark.parametrize(
+    ("code", "data"), [("O", b"x" * 8), ("f8", b"x"), ("f8", "x" * 8), ("f8,f8", b"x" * 16), (3, b"")]
+)
+def test_numbers_of_numpy_that_are_none_are_refused(code, data, tmp_path):
+    class Dtype:
+        def __reduce__(self):
+            return np.dtype, (code, False, True)
+
+    class Scalar:
+        def __reduce__(self):
+            return np.float64(1).__reduce__()[0], (Dtype(), data)
+
+    torch.save({"best": Scalar()}, tmp_path / "a.pth")
+    refuse(tmp_path / "a.pth", "is damaged or no checkpoint")
+
+
+def test_what_cannot_be_loaded_says_what_it_holds_and_how_to_save_it(tmp_path):
+    torch.save({"epoch": 3, "model": {"note": "none"}, "lr": 0.1}, tmp_path / "a.pth")
+    refuse(tmp_path / "a.pth", r"it holds 'epoch' \(int\), 'model' \(dict\), 'lr' \(float\)")
+    torch.save(make("pointnet_cls"), tmp_path / "whole.pth")
+    refuse(
+        tmp_path / "whole.pth", r"plain types \(models\.pointnet\.\w+\).*weights_only=False\)\.state_dict\(\), NEW_FILE"
+    )
+    torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)).save(tmp_path / "script.pth")
+    refuse(tmp_path / "script.pth", r"TorchScript program.*torch\.jit\.load\(FILE\)\.state_dict\(\)")
 
 
 def test_bare_weights_that_fit_no_encoder_exactly_are_not_guessed(tmp_path):
