@@ -456,6 +456,7 @@ class FineTuning(TrainingLoop):
         with autocast(self.device, args.amp):
             scores = self.network(points.mT, *others)
         loss = smoothed_cross_entropy(scores, target, args.label_smoothing)
+        loss = loss * self.sampler.loss_weight(progress.samples // self.sampler.global_batch)
         self.backward_and_step(loss)
         return loss.detach()[None]
 

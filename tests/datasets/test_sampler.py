@@ -104,23 +104,30 @@ def test_an_incomplete_last_batch_is_kept_where_it_can_have_statistics():
     assert batch_sizes(64, 32, smallest=2) == [32, 32]
     assert batch_sizes(33, 32, smallest=2) == [17, 16]  # one sample has no statistics
     assert batch_sizes(5, 2, smallest=2) == [2, 2]
-    for world in (2, 3):
+    for smallest in (2, 3, 4):
         for size in range(12, 40):
-            sizes = batch_sizes(size, 12, unit=world, smallest=2 * world)  # two samples in each process
-            assert sum(sizes) == size - size % world and all(n % world == 0 and n >= 2 * world for n in sizes)
-            assert len(sizes) == -(-(size - size % world) // 12) and max(sizes) <= 12
+            sizes = batch_sizes(size, 12, smallest=smallest)
+            assert sum(sizes) == size and min(sizes) >= smallest and max(sizes) <= 12 and len(sizes) == -(-size // 12)
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [1, 2, 3])
 def test_a_kept_last_batch_is_shared_and_resumed_like_the_others(world):
     def share(rank):
-        return ResumableSampler(22, global_batch=8, seed=1, rank=rank, world=world, smallest=2)
+        return ResumableSampler(SIZE, global_batch=6, seed=1, rank=rank, world=world, smallest=3)
 
     shares = [batches(share(rank), epoch=1) for rank in range(world)]
     together = [sum(parts, []) for parts in zip(*shares, strict=True)]
-    assert [len(batch) for batch in together] == [8, 8, 6] and len({key.index for b in together for key in b}) == 22
+    assert [len(batch) for batch in together] == [6, 6, 6, 5] and len(
+        {key.index for b in together for key in b}
+    ) == SIZE
     assert [key.index for batch in together for key in batch] == order_of(share(0), epoch=1)
     assert all(batches(share(rank), epoch=1, start=2) == shares[rank][2:] for rank in range(world))
+    for number, size in enumerate((6, 6, 6, 5)):
+        weights = [share(rank).loss_weight(number) for rank in range(world)]
+        assert weights == pytest.approx([len(shares[rank][number]) * world / size for rank in range(world)])
+
+
+SIZE = 23
 
 
 def order_of(sampler, *, epoch):
