@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.demo_makers.make_demo import Material, Mesh, sample_surface
+from data.rendering import Material, Mesh, sample_surface
 from data.rendering.sampling import to_unit_sphere
 
 # Category -> (synset of WordNet 3.0, as in ShapeNet; names of its parts).
@@ -764,7 +764,7 @@ def draw_points(solids: Sequence[Solid], count: int, seed: int) -> tuple[np.ndar
     )
     points, owners, missing, attempt = [], [], count, 0
     while missing > 0:
-        drawn, _, owner = sample_surface(mesh, 2 * count, seed + 1000 * attempt)
+        drawn, _, owner, _ = sample_surface(mesh, 2 * count, seed + 1000 * attempt)
         hidden = np.zeros(len(drawn), bool)
         for i, solid in enumerate(solids):
             hidden |= (owner != i) & solid.contains(drawn)

@@ -11,8 +11,7 @@ creators and licences. Every usable model becomes 1,024 surface points with colo
 The committed result is what everything else reads; this script is how it was made, and is needed only to make it again.
 It takes about four minutes on two cores. It needs, besides requirements.txt, on Debian or Ubuntu:
 
-  apt-get install sweethome3d-furniture libegl1 libgl1-mesa-dri     the models; OpenGL without a display
-  pip install moderngl mapbox_earcut                                the renderer; triangulation of polygons
+  apt-get install sweethome3d-furniture libegl1 libgl1 libgl1-mesa-dri     the models; OpenGL without a display
 
 Example:
   python data/demo_makers/make_demo.py --source /usr/share/sweethome3d/furniture --out data/demo
@@ -28,10 +27,10 @@ import re
 import sys
 import zipfile
 import zlib
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -44,7 +43,9 @@ from tqdm import tqdm
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data.rendering.sampling import to_unit_sphere
+from data.rendering import Camera, Mesh, Renderer, sample_surface, to_unit_sphere
+from data.rendering.obj import read_obj
+from data.rendering.renderer import create_context
 from utils import cli
 from utils.errors import DataError, UserError
 from utils.files import data_files
@@ -67,11 +68,8 @@ POINT_OFFSET = -1.0
 FLAT_RATIO = 2e-3
 # Surfaces more transparent than this are helpers of the home design program that are not meant to be seen.
 INVISIBLE = 0.01
-# Glass keeps at least this opacity in the views, or a drinking glass would leave an empty picture.
-MIN_OPACITY = 0.4
-ALPHA_CUT = 0.5
 MAX_TEXTURE = 512
-SUPERSAMPLING = 4
+SAMPLES = 16  # per pixel
 
 LICENCES = {
     "CC0": ("CC0 1.0 Universal (public domain dedication)", "https://creativecommons.org/publicdomain/zero/1.0/"),
@@ -202,27 +200,6 @@ class Model:
 
 
 @dataclass
-class Material:
-    """What a face looks like: colour in [0, 1], opacity, and a texture (h, w, 4) uint8 or ``None``."""
-
-    name: str
-    color: np.ndarray = field(default_factory=lambda: np.full(3, 0.8, np.float32))
-    opacity: float = 1.0
-    texture: np.ndarray | None = None
-
-
-@dataclass
-class Mesh:
-    """Triangles with a material each: vertices (v, 3), triangles (t, 3), uv (t, 3, 2), material (t,)."""
-
-    vertices: np.ndarray
-    triangles: np.ndarray
-    uv: np.ndarray
-    material: np.ndarray
-    materials: list[Material]
-
-
-@dataclass
 class Shape:
     """What becomes of one model: two independent clouds, colours, materials, encoded views, real size."""
 
@@ -337,123 +314,19 @@ def read_source(archive: zipfile.ZipFile, names: set[str], obj: str, licence: st
 # -------------------------------------------------------------------------------------------------------- meshes
 
 
-def read_obj(archive: zipfile.ZipFile, path: str) -> Mesh:
-    """Read a Wavefront OBJ file with materials and textures from a library.
-
-    trimesh's reader fans every polygon, which is wrong for the many concave outlines here (window frames, letters);
-    this one cuts them by ear clipping.
+def read_model(archive: zipfile.ZipFile, path: str) -> Mesh:
+    """Read a model with its materials and textures from a library.
 
     Raises:
-        SkippedModelError: the file has no faces.
+        SkippedModelError: the file cannot be used.
     """
     folder = PurePosixPath(path).parent
-    vertices: list[list[float]] = []
-    texture: list[list[float]] = [[0.0, 0.0]]
-    materials: dict[str, Material] = {}
-    order: dict[str, int] = {}
-    current = order.setdefault("", 0)
-    by_size: dict[int, tuple[list[int], list[int], list[int]]] = defaultdict(lambda: ([], [], []))
-    text = archive.read(path).decode("utf-8", "replace").replace("\\\n", " ")
-    for line in text.splitlines():
-        words = line.split()
-        if not words:
-            continue
-        if words[0] == "v":
-            vertices.append([float(word) for word in words[1:4]])
-        elif words[0] == "vt":
-            texture.append([float(word) for word in words[1:3]])
-        elif words[0] == "f" and len(words) > 3:
-            corners = [word.split("/") for word in words[1:]]
-            index, uv, material = by_size[len(corners)]
-            for corner in corners:
-                i = int(corner[0])
-                index.append(i - 1 if i > 0 else len(vertices) + i)
-                j = int(corner[1]) if len(corner) > 1 and corner[1] else 0
-                uv.append(j if j >= 0 else len(texture) + j)
-            material.append(current)
-        elif words[0] == "usemtl":
-            current = order.setdefault(" ".join(words[1:]), len(order))
-        elif words[0] == "mtllib":
-            materials.update(read_mtl(archive, folder, " ".join(words[1:])))
-    if not by_size:
-        raise SkippedModelError("no faces")
-
-    xyz = np.asarray(vertices, np.float64)
-    uv_table = np.asarray([pair + [0.0] * (2 - len(pair)) for pair in texture], np.float32)
-    triangles, uv_index, material = [], [], []
-    for size, (index, uv, owner) in sorted(by_size.items()):
-        faces, face_uv, owner = np.reshape(index, (-1, size)), np.reshape(uv, (-1, size)), np.asarray(owner)
-        face, corners = triangulate(xyz[faces])
-        triangles.append(np.take_along_axis(faces[face], corners, 1))
-        uv_index.append(np.take_along_axis(face_uv[face], corners, 1))
-        material.append(owner[face])
-    return Mesh(
-        vertices=xyz,
-        triangles=np.concatenate(triangles),
-        uv=uv_table[np.concatenate(uv_index)],
-        material=np.concatenate(material),
-        materials=[materials.get(name, Material(name or "none")) for name in order],
-    )
-
-
-def triangulate(polygons: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Cut polygons of one size (f, n, 3) into triangles; a concave one keeps its outline.
-
-    Returns:
-        The polygon of every triangle (t,) and its corners (t, 3), which count within the polygon.
-    """
-    count, size = polygons.shape[:2]
-    if size == 3:
-        return np.arange(count), np.tile(np.arange(3), (count, 1))
-    if size == 4:
-        a, b, c, d = polygons.transpose(1, 0, 2)
-        folded = (np.cross(b - a, c - a) * np.cross(c - a, d - a)).sum(1) < 0
-        first = np.where(folded[:, None], [[0, 1, 3]], [[0, 1, 2]])
-        second = np.where(folded[:, None], [[1, 2, 3]], [[0, 2, 3]])
-        return np.repeat(np.arange(count), 2), np.stack([first, second], 1).reshape(-1, 3)
-
-    import mapbox_earcut
-
-    fan = np.stack([np.zeros(size - 2, int), np.arange(1, size - 1), np.arange(2, size)], 1)
-    face, corners = [], []
-    for i, polygon in enumerate(polygons):
-        centered = polygon - polygon.mean(0)
-        normal = np.cross(centered, np.roll(centered, -1, 0)).sum(0)
-        keep = np.argsort(np.abs(normal))[:2]  # drop the axis the polygon faces most
-        cut = mapbox_earcut.triangulate_float64(centered[:, np.sort(keep)], np.array([size], np.uint32)).reshape(-1, 3)
-        cut = cut.astype(int) if len(cut) else fan
-        face.append(np.full(len(cut), i))
-        corners.append(cut)
-    return np.concatenate(face), np.concatenate(corners)
-
-
-def read_mtl(archive: zipfile.ZipFile, folder: PurePosixPath, file_name: str) -> dict[str, Material]:
-    """Read a material library; a file or texture that is missing leaves plain materials."""
-    materials: dict[str, Material] = {}
-    images: dict[str, np.ndarray | None] = {}
-    data = read_member(archive, folder / file_name)
-    material = Material("none")
-    for line in (data or b"").decode("utf-8", "replace").splitlines():
-        words = line.split()
-        if len(words) < 2:
-            continue
-        key, rest = words[0].lower(), " ".join(words[1:])
-        if key == "newmtl":
-            material = materials[rest] = Material(rest)
-        elif key == "kd":
-            material.color = np.asarray([float(word) for word in words[1:4]], np.float32)
-        elif key == "d":
-            material.opacity = float(words[-1])
-        elif key == "map_kd":
-            if rest not in images:
-                images[rest] = read_texture(read_member(archive, folder / rest))
-            material.texture = images[rest]
-    for material in materials.values():
-        if material.texture is not None:
-            # Kd tints a texture; its brightness is only the exporter's default reflectance.
-            peak = float(material.color.max())
-            material.color = material.color / peak if peak > 0.05 else np.ones(3, np.float32)
-    return materials
+    try:
+        return read_obj(
+            archive.read(path), path, lambda name: read_member(archive, folder / name), max_texture=MAX_TEXTURE
+        )
+    except DataError as error:
+        raise SkippedModelError("no usable faces") from error
 
 
 def read_member(archive: zipfile.ZipFile, path: PurePosixPath) -> bytes | None:
@@ -463,15 +336,6 @@ def read_member(archive: zipfile.ZipFile, path: PurePosixPath) -> bytes | None:
         if name.lower() == wanted:
             return archive.read(name)
     return None
-
-
-def read_texture(data: bytes | None) -> np.ndarray | None:
-    """Decode an image to (h, w, 4) uint8, at most MAX_TEXTURE on a side, row 0 at the bottom (v = 0)."""
-    if data is None:
-        return None
-    image = Image.open(io.BytesIO(data)).convert("RGBA")
-    image.thumbnail((MAX_TEXTURE, MAX_TEXTURE), Image.Resampling.BOX)
-    return np.asarray(image)[::-1].copy()
 
 
 def place(mesh: Mesh, model: Model) -> Mesh:
@@ -505,198 +369,7 @@ def place(mesh: Mesh, model: Model) -> Mesh:
     return Mesh((xyz - origin) * scale, mesh.triangles[keep], mesh.uv[keep], mesh.material[keep], mesh.materials)
 
 
-# ------------------------------------------------------------------------------------------------------- sampling
-
-
-def texel(texture: np.ndarray, uv: np.ndarray) -> np.ndarray:
-    """Look up (n, 4) uint8 at texture coordinates (n, 2), which repeat outside [0, 1)."""
-    height, width = texture.shape[:2]
-    column = np.floor((uv[:, 0] % 1.0) * width).astype(int).clip(0, width - 1)
-    row = np.floor((uv[:, 1] % 1.0) * height).astype(int).clip(0, height - 1)
-    return texture[row, column]
-
-
-def sample_surface(mesh: Mesh, count: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draw ``count`` points evenly by area; where a texture cuts the surface away (leaves), none is drawn.
-
-    Returns:
-        Points (count, 3) float64, colours (count, 3) uint8, materials (count,).
-
-    Raises:
-        SkippedModelError: textures leave almost nothing of the surface.
-    """
-    import trimesh
-
-    surface = trimesh.Trimesh(mesh.vertices, mesh.triangles, process=False)
-    found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    missing = count
-    for attempt in range(200):
-        xyz, face = trimesh.sample.sample_surface(surface, 2 * count, seed=seed + attempt)
-        face = np.asarray(face)
-        weight = trimesh.triangles.points_to_barycentric(mesh.vertices[mesh.triangles[face]], xyz)
-        uv = (mesh.uv[face] * weight[..., None]).sum(1)
-        color = np.empty((len(face), 3), np.float32)
-        solid = np.ones(len(face), bool)
-        for index in np.unique(mesh.material[face]):
-            material, here = mesh.materials[index], mesh.material[face] == index
-            color[here] = material.color * 255
-            if material.texture is not None:
-                looked_up = texel(material.texture, uv[here])
-                color[here] = material.color * looked_up[:, :3]
-                solid[here] = looked_up[:, 3] >= ALPHA_CUT * 255
-        keep = np.flatnonzero(solid & np.isfinite(xyz).all(1))[:missing]
-        rgb = color[keep].round().clip(0, 255).astype(np.uint8)
-        found.append((np.asarray(xyz)[keep], rgb, mesh.material[face[keep]]))
-        missing -= len(keep)
-        if missing == 0:
-            return tuple(np.concatenate(part) for part in zip(*found, strict=True))
-    raise SkippedModelError("almost everything is cut away by transparent textures")
-
-
-# ------------------------------------------------------------------------------------------------------ rendering
-
-VERTEX_SHADER = """
-#version 330
-in vec3 position;
-in vec2 uv;
-uniform mat4 view;
-uniform mat4 projection;
-out vec3 eye;
-out vec2 coordinate;
-void main() {
-    vec4 seen = view * vec4(position, 1.0);
-    eye = seen.xyz;
-    coordinate = uv;
-    gl_Position = projection * seen;
-}
-"""
-
-# Normals come from the position's screen derivatives: they always face the camera, so that faces wound the wrong way
-# round, of which these libraries have many, are lit like all others.
-FRAGMENT_SHADER = """
-#version 330
-in vec3 eye;
-in vec2 coordinate;
-uniform vec3 colour;
-uniform float opacity;
-uniform bool textured;
-uniform float alpha_cut;
-uniform sampler2D image;
-out vec4 result;
-void main() {
-    vec3 albedo = colour;
-    if (textured) {
-        vec4 looked_up = texture(image, coordinate);
-        if (looked_up.a < alpha_cut) discard;
-        albedo *= looked_up.rgb;
-    }
-    vec3 normal = normalize(cross(dFdx(eye), dFdy(eye)));
-    if (dot(normal, eye) > 0.0) normal = -normal;
-    float key = max(dot(normal, normalize(vec3(-0.5, 0.75, 0.6))), 0.0);
-    float fill = max(dot(normal, normalize(vec3(0.8, 0.1, 0.5))), 0.0);
-    float light = 0.50 + 0.48 * key + 0.16 * fill;
-    // The floor keeps black objects apart from a black ground.
-    result = vec4(min((0.2 + 0.8 * albedo) * light, 1.0) * opacity, opacity);
-}
-"""
-
-
-class Renderer:
-    """Draws meshes with OpenGL and no display. Make one per process."""
-
-    def __init__(self, size: int) -> None:
-        """Make the context and a frame of ``size`` x ``size`` pixels, drawn larger and averaged down.
-
-        Raises:
-            UserError: OpenGL or moderngl is not there.
-        """
-        try:
-            import moderngl
-
-            self.gl = moderngl.create_context(standalone=True, backend="egl", require=330)
-        except Exception as error:  # moderngl raises bare Exception where libEGL is missing
-            raise UserError(f"cannot draw without a display ({error}); needed: the packages of --help") from error
-        self.size = size
-        pixels = (size * SUPERSAMPLING, size * SUPERSAMPLING)
-        self.frame = self.gl.framebuffer([self.gl.texture(pixels, 4)], self.gl.depth_texture(pixels))
-        self.program = self.gl.program(vertex_shader=VERTEX_SHADER, fragment_shader=FRAGMENT_SHADER)
-        self.program["alpha_cut"].value = ALPHA_CUT
-
-    def views(self, mesh: Mesh, angles: Iterable[tuple[float, float]]) -> Iterator[np.ndarray]:
-        """Yield a picture (size, size, 4) uint8 per (azimuth, elevation) in degrees; azimuth 0 sees the front (+z)."""
-        gl, corners = self.gl, mesh.vertices[mesh.triangles]
-        used = np.unique(corners.reshape(-1, 3), axis=0)
-        center = (used.min(0) + used.max(0)) / 2
-        radius = np.linalg.norm(used - center, axis=1).max()
-        used, corners = (used - center) / radius, (corners - center) / radius
-        parts, owned = [], []
-        for index in np.unique(mesh.material):
-            here = mesh.material == index
-            data = np.concatenate([corners[here], mesh.uv[here]], 2).astype(np.float32)
-            buffer = gl.buffer(data.tobytes())
-            array = gl.vertex_array(self.program, [(buffer, "3f 2f", "position", "uv")])
-            material, image = mesh.materials[index], None
-            owned += [array, buffer]
-            if material.texture is not None:
-                height, width = material.texture.shape[:2]
-                image = gl.texture((width, height), 4, np.ascontiguousarray(material.texture).tobytes())
-                owned.append(image)
-                if material.texture[..., 3].min() == 255:  # averaging would blur a cut-out's edge away
-                    image.build_mipmaps()
-            parts.append((array, material, image))
-        # Opaque parts first; glass is blended over them and does not hide what lies behind it.
-        parts.sort(key=lambda part: part[1].opacity < 1)
-        for azimuth, elevation in angles:
-            view, projection = camera(used, azimuth, elevation)
-            self.program["view"].write(view.T.astype(np.float32).tobytes())
-            self.program["projection"].write(projection.T.astype(np.float32).tobytes())
-            self.frame.use()
-            self.frame.clear(0, 0, 0, 0)
-            gl.enable(gl.DEPTH_TEST | gl.BLEND)
-            gl.blend_func = gl.ONE, gl.ONE_MINUS_SRC_ALPHA
-            for array, material, image in parts:
-                opacity = 1.0 if material.opacity >= 1 else max(material.opacity, MIN_OPACITY)
-                self.frame.depth_mask = opacity == 1.0
-                self.program["colour"].value = tuple(float(c) for c in material.color)
-                self.program["opacity"].value = opacity
-                self.program["textured"].value = image is not None
-                if image is not None:
-                    image.use()
-                array.render()
-            self.frame.depth_mask = True
-            raw = np.frombuffer(self.frame.read(components=4), np.uint8)
-            yield self._average(raw.reshape(self.size, SUPERSAMPLING, self.size, SUPERSAMPLING, 4)[::-1])
-        for item in owned:
-            item.release()
-
-    @staticmethod
-    def _average(blocks: np.ndarray) -> np.ndarray:
-        """Average premultiplied pixels (size, s, size, s, 4) and return straight RGBA, black where nothing is."""
-        mean = blocks.mean((1, 3), dtype=np.float32)
-        alpha = mean[..., 3:]
-        rgb = np.where(alpha > 0, mean[..., :3] * 255 / np.maximum(alpha, 1e-6), 0)
-        return np.concatenate([rgb, alpha], 2).round().clip(0, 255).astype(np.uint8)
-
-
-def camera(points: np.ndarray, azimuth: float, elevation: float, fill: float = 0.94) -> tuple[np.ndarray, np.ndarray]:
-    """Return the view and projection that show ``points`` (inside the unit sphere) centred and filling the frame."""
-    a, e, distance = math.radians(azimuth), math.radians(elevation), 4.0
-    back = np.array([math.sin(a) * math.cos(e), math.sin(e), math.cos(a) * math.cos(e)])
-    right = np.array([math.cos(a), 0.0, -math.sin(a)])
-    view = np.eye(4)
-    view[:3, :3] = [right, np.cross(back, right), back]
-    view[2, 3] = -distance
-    near, far = distance - 1.05, distance + 1.05
-    seen = points @ view[:3, :3].T + view[:3, 3]
-    flat = seen[:, :2] / -seen[:, 2:]
-    middle = (flat.min(0) + flat.max(0)) / 2
-    zoom = fill / max(float((flat.max(0) - flat.min(0)).max()) / 2, 1e-6)
-    projection = np.zeros((4, 4))
-    projection[0, 0] = projection[1, 1] = zoom
-    projection[:2, 2] = zoom * middle  # the projection divides by -z
-    projection[2, 2:] = (near + far) / (near - far), 2 * near * far / (near - far)
-    projection[3, 2] = -1.0
-    return view, projection
+# --------------------------------------------------------------------------------------------------------------- views
 
 
 def nearest(values: np.ndarray, centers: np.ndarray) -> np.ndarray:
@@ -744,10 +417,9 @@ _renderer: Renderer | None = None
 
 
 def _start_worker(view_size: int) -> None:
-    """Make this process's renderer; one software-rendering thread each, since the processes fill the cores."""
+    """Make this process's renderer."""
     global _renderer
-    os.environ.setdefault("LP_NUM_THREADS", "1")
-    _renderer = Renderer(view_size)
+    _renderer = Renderer(view_size, samples=SAMPLES)
 
 
 def view_angles(rng: np.random.Generator, count: int) -> list[tuple[float, float]]:
@@ -767,20 +439,23 @@ def build_shape(job: tuple[Model, int, int, int, int]) -> Shape | str:
     first, second = (int(s) for s in rng.integers(2**31, size=2))
     try:
         with zipfile.ZipFile(model.collection) as archive:
-            mesh = place(read_obj(archive, model.obj), model)
-        metres, color, material = sample_surface(mesh, count, first)
+            mesh = place(read_model(archive, model.obj), model)
+        metres, color, material, _ = sample_surface(mesh, count, first)
         points, center, radius = to_unit_sphere(metres)
-        svm_points = to_unit_sphere(sample_surface(mesh, count, second)[0])[0]
+        second_metres = sample_surface(mesh, count, second).points
     except SkippedModelError as error:
         return str(error)
+    except DataError:  # of sample_surface
+        return "almost everything is cut away by transparent textures"
     used = np.unique(material)
+    cameras = [Camera(*angles) for angles in view_angles(rng, views)]
     return Shape(
         points=points.astype(np.float32),
-        svm_points=svm_points.astype(np.float32),
+        svm_points=to_unit_sphere(second_metres)[0].astype(np.float32),
         colors=color,
         material=np.searchsorted(used, material).astype(np.uint8),
         material_names=[mesh.materials[index].name for index in used],
-        views=[encode_view(picture, colors) for picture in _renderer.views(mesh, view_angles(rng, views))],
+        views=[encode_view(picture, colors) for picture in _renderer.views(mesh, cameras)],
         center_m=center.astype(np.float32),
         radius_m=radius,
     )
@@ -1159,11 +834,7 @@ def prepare(out: Path) -> None:
             source = None
         if source != PACK_SOURCE:
             raise UserError(f"{pack} is there and is no demo set; choose another --out, so that it is not lost")
-    try:
-        import mapbox_earcut  # noqa: F401
-    except ImportError as error:
-        raise UserError("mapbox_earcut is missing: pip install moderngl mapbox_earcut") from error
-    Renderer(8)
+    create_context().release()  # a missing OpenGL is better told before the long part
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

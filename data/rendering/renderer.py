@@ -13,7 +13,7 @@ import importlib.util
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -73,12 +73,13 @@ in vec3 corner_color;
 uniform vec3 color;
 uniform float opacity;
 uniform bool textured;
+uniform bool tinted;
 uniform float alpha_cut;
 uniform sampler2D image;
 out vec4 result;
 {_LIGHT}
 void main() {{
-    vec3 albedo = color * corner_color;
+    vec3 albedo = tinted ? color * corner_color : color;
     if (textured) {{
         vec4 looked_up = texture(image, coordinate);
         if (looked_up.a < alpha_cut) discard;
@@ -202,33 +203,38 @@ class Renderer:
         points = shape.spanned()  # (n, 3)
         aimed = [aim(points, camera) if isinstance(camera, Camera) else camera for camera in cameras]
         pictures = np.empty((len(aimed), self.size, self.size, 4), np.uint8)
-        draw, owned = self._cloud(shape) if isinstance(shape, Cloud) else self._mesh(shape, points)
-        try:
+        with self._uploaded(shape, points) as draw:
             for i, view in enumerate(aimed):
                 self._clear(self._frame)
                 draw(view)
                 pictures[i] = self._read()
-        finally:
-            for item in owned:
-                item.release()
         return pictures
 
     def depths(self, mesh: Mesh, views: Sequence[View]) -> np.ndarray:
         """Return the depth buffers (V, DEPTH_SIZE, DEPTH_SIZE) float32 in [0, 1], row 0 at the bottom."""
         pixels = (DEPTH_SIZE, DEPTH_SIZE)
-        buffer = self.gl.depth_texture(pixels)
-        frame = self.gl.framebuffer(depth_attachment=buffer)
-        draw, owned = self._mesh(mesh, mesh.spanned())
         result = np.empty((len(views), *pixels), np.float32)
-        try:
+        with self._uploaded(mesh, mesh.spanned()) as draw:
+            buffer = self.gl.depth_texture(pixels)
+            frame = self.gl.framebuffer(depth_attachment=buffer)
             for i, view in enumerate(views):
                 self._clear(frame)
                 draw(view, solid=True)
                 result[i] = np.frombuffer(buffer.read(alignment=1), np.float32).reshape(pixels)
-        finally:
-            for item in (*owned, frame, buffer):
-                item.release()
+            frame.release()
+            buffer.release()
         return result
+
+    @contextlib.contextmanager
+    def _uploaded(self, shape: Mesh | Cloud, points: np.ndarray) -> Iterator[Any]:
+        """Give a function that draws a shape; other renderers of this process may come before and after."""
+        with self.gl:
+            draw, owned = self._cloud(shape) if isinstance(shape, Cloud) else self._mesh(shape, points)
+            try:
+                yield draw
+            finally:
+                for item in owned:
+                    item.release()
 
     def _clear(self, frame: Any) -> None:
         frame.use()
@@ -261,6 +267,7 @@ class Renderer:
 
         def draw(view: View, *, solid: bool = False) -> None:
             self._aim(self._mesh_program, view)
+            self._mesh_program["tinted"].value = mesh.colors is not None
             for array, material, image in parts:
                 self._draw_part(array, material, image, solid=solid)
 
