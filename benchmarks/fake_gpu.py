@@ -20,10 +20,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from models.ops import backend, triton_kernels
+from models.ops import backend, native_batch_norm, triton_kernels
 
 DEVICE = torch.device("cuda:0")
-KERNELS = ("_largest", "_nearest", "_edge_forward", "_gradient_of_centers", "_gradient_of_neighbors")
+KERNELS = ("_select", "_edge_forward", "_gradient_of_centers", "_gradient_of_neighbors")
 
 
 class Launch(NamedTuple):
@@ -94,6 +94,7 @@ def fake_gpu(recorder: Recorder, *, ranks: int = 1) -> Iterator[None]:
         for patch in (
             mock.patch.multiple(triton_kernels, **stubs),
             mock.patch.object(backend, "_checked", lambda device: (triton_kernels, "")),
+            mock.patch.object(native_batch_norm, "_all_agree", lambda device: True),
             mock.patch.dict("os.environ", {backend.VARIABLE: "auto"}),
             mock.patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
             mock.patch.object(torch.cuda, "is_bf16_supported", lambda *_, **__: True),

@@ -12,7 +12,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,7 +42,7 @@ ALIGNED = [["tt.divisibility", 16]]  # as Triton finds pointers and round sizes 
 class CompileOnly:
     """Stands for a kernel: a launch compiles it and runs nothing."""
 
-    def __init__(self, kernel: JITFunction, capability: int, done: Callable[[str, int], None]) -> None:
+    def __init__(self, kernel: JITFunction, capability: int, done: Callable[[str, str], None]) -> None:
         self.kernel, self.target, self.done = kernel, GPUTarget("cuda", capability, 32), done
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
@@ -59,15 +62,51 @@ class CompileOnly:
                 attributes[(i,)] = ALIGNED
         source = ASTSource(fn=self.kernel, signature=signature, constexprs=constants, attrs=attributes)
         compiled = triton.compile(source, target=self.target, options={"num_warps": num_warps})
-        self.done(self.kernel.__name__, len(compiled.asm["cubin"]))
+        self.done(self.kernel.__name__, resources(compiled.asm["cubin"]))
+
+
+def resources(cubin: bytes) -> str:
+    """What a compiled kernel needs of a GPU, as far as Triton's tools tell: registers, spilled bytes, instructions."""
+    needs = f"{len(cubin)} bytes"
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    if not all((tools / tool).is_file() for tool in ("cuobjdump", "nvdisasm")):
+        return needs
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _output(tools / "cuobjdump", "--dump-resource-usage", file.name)
+        code = _output(tools / "nvdisasm", "-c", file.name)
+    registers, spilled = (re.search(rf"{name}:(\d+)", usage).group(1) for name in ("REG", "STACK"))
+    instructions, loops = _instructions(code)
+    text = ", ".join(map(str, loops)) or "none"
+    return f"{needs}, {registers} registers, {spilled} bytes spilled, {instructions} instructions, of loops: {text}"
+
+
+def _output(*command: str | Path) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _instructions(code: str) -> tuple[int, list[int]]:
+    """Instructions of a disassembly, and those between each backward jump and its target."""
+    starts: dict[str, int] = {}
+    loops, count = [], 0
+    for line in code.splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            starts[label.group(1)] = count
+        elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*?);", line):
+            count += instruction.group(1) != "NOP"
+            jump = re.search(r"BRA.*`\((\.L_\w+)\)", instruction.group(1))
+            if jump and count - starts.get(jump.group(1), count) > 1:
+                loops.append(count - starts[jump.group(1)])
+    return count, loops
 
 
 def compile_all(*, capability: int, points: int, k: int, width: int) -> list[str]:
     """Compile every kernel that the module's functions launch; a line about each."""
     lines = []
 
-    def done(name: str, size: int) -> None:
-        lines.append(f"{name} for compute capability {capability / 10}: {size} bytes")
+    def done(name: str, needs: str) -> None:
+        lines.append(f"{name} for compute capability {capability / 10}: {needs}")
         print(lines[-1], flush=True)
 
     # Kernels are launched by the module's public functions; a kernel without a launch is part of another.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from models.ops.native_batch_norm import NormalizeNatively, normalizes_natively
 from models.ops.precision import at_least_float32, without_autocast
 from utils.collectives import all_reduce_sum, gather_with_grad, world_size
 
@@ -193,7 +194,8 @@ class SyncBatchNorm(_BatchNorm):
         if world_size() == 1 or not uses_batch_statistics(self):
             return super().forward(x)
         with without_autocast(x.device):
-            return _NormalizeTogether.apply(x, self.weight, self.bias, self)
+            together = NormalizeNatively if normalizes_natively(x) else _NormalizeTogether
+            return together.apply(x, self.weight, self.bias, self)
 
     @classmethod
     def convert(cls, module: nn.Module) -> nn.Module:

@@ -82,11 +82,12 @@ def knn(points: Tensor, k: int) -> Tensor:
         last = torch.full_like(x[..., :1], -0.5)
         queries, others = torch.cat([x, last], dim=2), torch.cat([x, x.square().sum(2, keepdim=True)], dim=2).mT
         index = torch.empty(b, n, k, dtype=torch.int64, device=x.device)
+        width = kernels.padded(n) if kernels and n <= kernels.MAX_ROW else n
         space = None  # every block's product takes the memory of the first, the largest
         for clouds, rows in tiles_of_clouds(b, n, n, _TILE.get(x.device.type, 1 << 24)):
             part = queries[clouds, rows]
-            space = part.new_empty(len(part), part.shape[1], n) if space is None else space
-            closeness = torch.bmm(part, others[clouds], out=space[: len(part), : part.shape[1]])
+            space = part.new_empty(len(part), part.shape[1], width) if space is None else space
+            closeness = torch.bmm(part, others[clouds], out=space[: len(part), : part.shape[1], :n])
             index[clouds, rows] = largest(closeness.flatten(0, 1), k).unflatten(0, closeness.shape[:2])
     return index
 

@@ -9,68 +9,126 @@ them without a GPU.
 """
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-# The widest row that one program keeps in registers, 32 numbers to a thread: 16 warps of 32 threads.
-MAX_ROW = 16 * 32 * 32
+# The widest row that one program keeps in registers: 8 warps of 32 threads, 64 numbers to a thread.
+MAX_ROW = 8 * 32 * 64
 # The most coordinates of which ``nearest`` computes distances itself.
 MAX_COORDINATES = 4
+# Rows begin at multiples of this many numbers, 64 bytes: then a thread loads 16 bytes at once.
+ROW_MULTIPLE = 16
 
 
 @triton.jit
-def _places_of_largest(value, inside, column, out, k: tl.constexpr):
-    """Write where the k largest of a row are, in ascending order; of equal ones those that come first.
-
-    Floats compare as integers once those of negative numbers are turned round. Halving the range between the smallest
-    and the largest finds the k-th: at most 32 counts, fewer where a count is k.
-    """
+def _key(value):
+    """The integer whose order among integers is that of ``value`` among floats."""
     bits = (value + 0.0).to(tl.int32, bitcast=True)  # -0 becomes 0
-    key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    low = tl.min(tl.where(inside, key, 0x7FFFFFFF), 0)
-    key = tl.where(inside, key, -0x80000000)  # below all that is counted
-    high = tl.max(key, 0)
-    count = tl.sum(inside.to(tl.int32), 0)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit
+def _float(key):
+    """The float of a ``_key``."""
+    return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _count(condition):
+    return tl.sum(condition.to(tl.int32), 0)
+
+
+@triton.jit
+def _raise(value, low, high, count, k: tl.constexpr, FEW: tl.constexpr):
+    """Raise ``low``, a key that ``count`` values reach, to one that k reach, or to the key of the k-th largest value.
+
+    Args:
+        value: at least k values.
+        low: key that ``count`` values reach, at least k.
+        high: a key that the k-th largest value does not exceed.
+        count: values that reach ``low``.
+        k: how many are wanted.
+        FEW: where fewer than this many values are too many, the least of them is left out, which finds ties at once;
+            else the range of keys is halved.
+
+    Returns:
+        The key and how many values reach it: k, or more where values equal the k-th largest.
+    """
     while (low < high) & (count != k):
-        middle = (low >> 1) + (high >> 1) + ((low | high) & 1)  # rounded up, without overflow
-        above = tl.sum((key >= middle).to(tl.int32), 0)
+        next = (low >> 1) + (high >> 1) + ((low | high) & 1)  # rounded up, without overflow
+        if FEW > 0:
+            if count - k < FEW:
+                low = _key(tl.min(tl.where(value >= _float(low), value, float("inf")), 0))
+                next = low + 1
+        above = _count(value >= _float(next))
         if above >= k:
-            low = middle
+            low = next
             count = above
         else:
-            high = middle - 1
-    chosen = inside & (key >= low)
+            high = next - 1
+    return low, count
+
+
+@triton.jit
+def _row(source, row, column, n, stride, coordinates: tl.constexpr):
+    """A part of a row: the values of ``source``, or minus the squared distances of its point ``row`` to others.
+
+    What is not a number, and what lies beyond the row, counts as the smallest.
+    """
+    if coordinates == 0:
+        value = tl.load(source + row * stride + column, mask=column < stride, other=-float("inf"))
+    else:
+        cloud = source + row // n * coordinates * stride
+        value = tl.zeros_like(column).to(tl.float32)
+        for axis in tl.static_range(coordinates):
+            difference = tl.load(cloud + axis * stride + column, mask=column < stride, other=0.0)
+            difference -= tl.load(cloud + axis * stride + row % n)
+            value -= difference * difference
+    return tl.where(column < n, tl.maximum(value, -float("inf")), -float("inf"))
+
+
+@triton.jit
+def _select(
+    source, out, n, stride, coordinates: tl.constexpr, k: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr
+):
+    """Write where the k largest of a row are, in ascending order; of equal ones those that come first.
+
+    The k-th largest maximum of groups of 4 is at most the k-th largest value, and nearly as large. It is found by
+    counting a quarter of the numbers; few values are left above it. Then the row is read again, from the cache, a part
+    at a time: one prefix sum gives places among the larger values and, 16 bits up, among those equal to the k-th.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    value = _row(source, row, tl.arange(0, WIDTH), n, stride, coordinates)
+    if WIDTH >= 4 * k:
+        maxima = tl.max(tl.reshape(value, [4, WIDTH // 4]), 0)
+        low = _key(tl.min(maxima, 0))
+        high = _key(tl.max(maxima, 0))
+        if _count(maxima >= _float(high)) >= k:  # k equal distances, as input dropout leaves most rows
+            low = high
+        low, _ = _raise(maxima, low, high, tl.full([], WIDTH // 4, tl.int32), k, 0)
+        low, count = _raise(value, low, high, _count(value >= _float(low)), k, 5)
+    else:
+        count = tl.full([], WIDTH, tl.int32)
+        low, count = _raise(value, _key(tl.min(value, 0)), _key(tl.max(value, 0)), count, k, 5)
+    least = _float(low)
+    missing = tl.full([], k, tl.int32)  # of those equal to ``least``
     if count != k:
-        larger = key > low
-        equal = chosen & (key == low)
-        missing = k - tl.sum(larger.to(tl.int32), 0)
-        chosen = larger | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= missing))
-    position = tl.cumsum(chosen.to(tl.int32), 0) - 1
-    tl.store(out + position, column.to(tl.int64), mask=chosen)
-
-
-@triton.jit
-def _largest(values, out, n, k: tl.constexpr, WIDTH: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, WIDTH)
-    inside = column < n
-    value = tl.load(values + row * n + column, mask=inside, other=0.0)
-    _places_of_largest(value, inside, column, out + row * k, k)
-
-
-@triton.jit
-def _nearest(points, out, n, coordinates: tl.constexpr, k: tl.constexpr, WIDTH: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    cloud = points + row // n * n * coordinates
-    column = tl.arange(0, WIDTH)
-    inside = column < n
-    distance = tl.zeros([WIDTH], tl.float32)
-    for axis in tl.static_range(coordinates):
-        difference = tl.load(cloud + column * coordinates + axis, mask=inside, other=0.0)
-        difference -= tl.load(points + row * coordinates + axis)
-        distance += difference * difference
-    _places_of_largest(-distance, inside, column, out + row * k, k)
+        missing -= _count(value > least)
+    before = tl.full([], 0, tl.int32)
+    for first in range(0, n, PART):
+        column = first + tl.arange(0, PART)
+        part = _row(source, row, column, n, stride, coordinates)
+        equal = part == least
+        flags = (part > least).to(tl.int32) + (equal.to(tl.int32) << 16)  # sums of either stay below 2^15
+        total = tl.sum(flags, 0)
+        if ((total & 0xFFFF) > 0) | ((total > 0) & ((before >> 16) < missing)):
+            sums = before + tl.cumsum(flags, 0)
+            rank = sums >> 16
+            place = (sums & 0xFFFF) + tl.minimum(rank, missing) - 1
+            tl.store(out + row * k + place, column.to(tl.int64), mask=(part > least) | (equal & (rank <= missing)))
+        before += total
 
 
 @triton.jit
@@ -218,9 +276,10 @@ def _power_of_two(x: int) -> int:
 
 
 def _row_launch(n: int) -> dict[str, int]:
-    """How a program of a row of n numbers is launched: 16 numbers to a thread, twice that in the widest row."""
+    """How a program of a row of n numbers is launched: 64 numbers to a thread, 4 of a part."""
     width = max(32, _power_of_two(n))
-    return {"WIDTH": width, "num_warps": min(16, max(1, width // 512))}
+    warps = max(1, width // 2048)
+    return {"WIDTH": width, "PART": min(width, 128 * warps), "num_warps": warps}
 
 
 def _edge_launch(width: int) -> dict[str, int]:
@@ -228,22 +287,34 @@ def _edge_launch(width: int) -> dict[str, int]:
     return {"ROWS": 8, "WIDTH": max(16, min(128, _power_of_two(width))), "TOGETHER": 4, "num_warps": 4}
 
 
+def padded(n: int) -> int:
+    """Length of a row of n numbers with what fills it up to a multiple of ``ROW_MULTIPLE``."""
+    return -(-n // ROW_MULTIPLE) * ROW_MULTIPLE
+
+
 def largest(values: Tensor, k: int) -> Tensor:
     """Where the k largest values of every row are: ascending, and of equal ones those that come first.
 
     Args:
-        values: (R, N) float32, N at most ``MAX_ROW``.
+        values: (R, N) float32, N at most ``MAX_ROW``; a view of (R, ``padded(N)``) is read as it is.
         k: 1 to N.
 
     Returns:
         (R, k) int64.
     """
-    values = values.contiguous()
     rows, n = values.shape
+    stride = padded(n)
+    if values.stride() != (stride, 1) or values.storage_offset() % ROW_MULTIPLE or not _holds(values, rows * stride):
+        values = F.pad(values, (0, stride - n))
     out = values.new_empty((rows, k), dtype=torch.int64)
     with torch.cuda.device_of(values):
-        _largest[(rows,)](values, out, n, k, **_row_launch(n))
+        _select[(rows,)](values, out, n, stride, 0, k, **_row_launch(n))
     return out
+
+
+def _holds(x: Tensor, numbers: int) -> bool:
+    """Whether so many numbers lie in memory from where ``x`` begins."""
+    return x.untyped_storage().nbytes() >= (x.storage_offset() + numbers) * x.element_size()
 
 
 def nearest(points: Tensor, k: int) -> Tensor:
@@ -256,11 +327,12 @@ def nearest(points: Tensor, k: int) -> Tensor:
     Returns:
         (B, N, k) int64, ascending; of equally distant ones those that come first.
     """
-    points = points.contiguous()
     b, n, coordinates = points.shape
+    stride = padded(n)
+    axes = F.pad(points.mT, (0, stride - n)).contiguous()  # (B, C, padded N)
     out = points.new_empty((b, n, k), dtype=torch.int64)
     with torch.cuda.device_of(points):
-        _nearest[(b * n,)](points, out, n, coordinates, k, **_row_launch(n))
+        _select[(b * n,)](axes, out, n, stride, coordinates, k, **_row_launch(n))
     return out
 
 

@@ -88,6 +88,50 @@ def test_nearest_points(coordinates):
     torch.testing.assert_close(triton_kernels.nearest(points.to(DEVICE), 6).cpu(), expected)
 
 
+def test_selection_from_padded_rows_reads_none_of_the_padding():
+    space = torch.full((3, triton_kernels.padded(21)), float("inf"))
+    values = space[:, :21].normal_()
+    expected = first_of_the_largest(values, 5)
+    for rows in (values, values.contiguous(), values[:, ::1][:2], values.flip(1).flip(1)):
+        found = triton_kernels.largest(rows.to(DEVICE), 5).cpu()
+        torch.testing.assert_close(found, expected[: len(rows)])
+
+
+@pytest.mark.parametrize("n", [100, 130])
+@pytest.mark.parametrize("k", [1, 20, 33])
+def test_selection_by_the_maxima_of_groups(n, k):
+    cluster = torch.zeros(n)
+    cluster[::32] = 5 - torch.arange(len(cluster[::32]))  # the largest share one group of four
+    rows = [
+        torch.randn(n),
+        cluster,
+        torch.arange(25).repeat(n // 25 + 1)[:n].float(),  # every value several times
+        torch.zeros(n),
+        torch.where(torch.arange(n) % 3 > 0, 0.0, -1.0),  # more of the largest than k
+        torch.where(torch.arange(n) < k - 1, 1.0, -0.5),  # equal values at the k-th
+        torch.full((n,), -float("inf")),
+    ]
+    values = torch.stack(rows)
+    found = triton_kernels.largest(values.to(DEVICE), k).cpu()
+    torch.testing.assert_close(found, first_of_the_largest(values, k))
+
+
+def test_rows_of_more_than_one_warp():
+    values = torch.randn(1, 2100)
+    values[0, 50:1500] = values[0, 3]
+    for k in (7, 1500):
+        found = triton_kernels.largest(values.to(DEVICE), k).cpu()
+        torch.testing.assert_close(found, first_of_the_largest(values, k))
+
+
+def test_neighbors_by_products_of_a_ragged_cloud(unchecked):
+    unchecked("triton")
+    points = torch.randn(2, 21, 6)
+    distances = (points[:, :, None] - points[:, None]).square().sum(-1)
+    expected = distances.topk(4, largest=False).indices.sort(-1).values
+    torch.testing.assert_close(knn(points.to(DEVICE), 4).cpu(), expected)
+
+
 def test_nearest_points_of_a_strided_cloud():
     points = torch.randn(3, 2, 12).to(DEVICE).permute(1, 2, 0)
     torch.testing.assert_close(triton_kernels.nearest(points, 3), triton_kernels.nearest(points.contiguous(), 3))
@@ -340,7 +384,7 @@ def test_every_kernel_compiles_for_gpus(tmp_path):
     command = [sys.executable, "-m", "tests.compile_kernels", "--capability", "90", "--points", "700"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    names = ("_nearest", "_largest", "_edge_forward", "_gradient_of_centers", "_gradient_of_neighbors")
+    names = ("_select", "_edge_forward", "_gradient_of_centers", "_gradient_of_neighbors")
     assert all(f"{name} for compute capability 9.0: " in done.stdout for name in names)
 
 
