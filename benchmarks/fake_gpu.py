@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from models.ops import backend, native_batch_norm, triton_kernels
+from models.ops import backend, compiled, native_batch_norm, triton_kernels
 
 DEVICE = torch.device("cuda:0")
 KERNELS = ("_select", "_edge_forward", "_gradient_of_centers", "_gradient_of_neighbors")
@@ -42,6 +42,10 @@ class Recorder:
 
     def launched(self, launch: Launch) -> None:
         """Called for each launch of a Triton kernel."""
+
+    def fused(self, function: Callable) -> Callable:
+        """Return what runs for a function that ``torch.compile`` would fuse."""
+        return function
 
     def reduced(self, x: Tensor) -> None:
         """Called for each all-reduce or all-gather of ``x``."""
@@ -94,6 +98,7 @@ def fake_gpu(recorder: Recorder, *, ranks: int = 1) -> Iterator[None]:
         for patch in (
             mock.patch.multiple(triton_kernels, **stubs),
             mock.patch.object(backend, "_checked", lambda device: (triton_kernels, "")),
+            mock.patch.object(compiled, "_fused", recorder.fused),
             mock.patch.object(native_batch_norm, "_all_agree", lambda device: True),
             mock.patch.dict("os.environ", {backend.VARIABLE: "auto"}),
             mock.patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),

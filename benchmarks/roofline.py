@@ -69,6 +69,8 @@ class GPU:
 # halvings, and for one halving, from tests/compile_kernels.py; then halvings of a mean row. In simulated clouds with
 # input dropout about half the rows need none, because k distances are equal, the others 11 or 16.
 SELECTION = {0: (2600, 71, 9), 3: (3400, 73, 5)}
+# How often a compiled function reads its inputs where that is not once: reductions of two shapes are two loops.
+PASSES = {"_reduced": 2}
 _NO_WORK = ("empty", "new_empty", "detach", "_local_scalar", "lift", "device")
 _TAKES_ROWS = ("gather", "index_select", "embedding", "index")
 _RADIX_PASSES = 8
@@ -150,6 +152,20 @@ class Stages(Recorder):
             moved = rows * (gathered * k + whole)
             busy = moved / self.gpu.gather
         self.note(launch.kernel, moved=moved, busy=busy)
+
+    def fused(self, function: Callable) -> Callable:
+        """Count a compiled function: its inputs are read in each pass, its outputs written, nothing lies between."""
+        passes = PASSES.get(function.__name__, 1)
+
+        def counted(*inputs: Any) -> Any:
+            counting, self.counting = self.counting, False
+            out = function(*inputs)
+            self.counting = counting
+            moved = passes * sum(map(_size, _cuda_tensors(inputs))) + sum(map(_size, _cuda_tensors(out)))
+            self.note(f"compiled {function.__name__}", moved=moved, launches=passes, busy=moved / self.gpu.memory)
+            return out
+
+        return counted
 
     def reduced(self, x: Tensor) -> None:
         """Count a collective: its bytes cross the link twice but for the share that is here already."""

@@ -22,6 +22,7 @@ from models.ops.batch_norm import (
     update_running_statistics,
     uses_batch_statistics,
 )
+from models.ops.compiled import fused
 from models.ops.precision import at_least_float32, autocast_dtype
 from models.ops.tiles import ELEMENTWISE_TILE, tiles_of_clouds
 
@@ -33,6 +34,75 @@ def leaky_relu_gradient(grad: Tensor, before: Tensor, negative_slope: float) -> 
 
 # Points of a group: the maximum is found among the maxima of groups first.
 _GROUP = 16
+
+
+def _joined(dtype: torch.dtype, *parts: Tensor) -> Tensor:
+    """Concatenate channels, (b, n, C_i) -> (b, n, sum of C_i), and round."""
+    return torch.cat(parts, dim=2).to(dtype)
+
+
+def _reduced(
+    y: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, negative_slope: float, with_mean: bool
+) -> tuple[Tensor, ...]:
+    """Maxima of groups of points before the activation, (b, n, E) -> (b, groups, E).
+
+    With ``with_mean`` also the sums over points of the activation's slope and of it times the centered y, each (b, E).
+    """
+    value = at_least_float32(y) - mean
+    before = torch.addcmul(shift, value, scale)
+    sums: tuple[Tensor, ...] = ()
+    if with_mean:
+        one = mean.new_ones(())
+        sums = (
+            leaky_relu_gradient(one.expand_as(value), before, negative_slope).sum(1),
+            leaky_relu_gradient(value, before, negative_slope).sum(1),
+        )
+    if rest := before.shape[1] % _GROUP:  # the last points of a cloud
+        before = F.pad(before, (0, 0, 0, _GROUP - rest), value=float("-inf"))
+    return before.unflatten(1, (-1, _GROUP)).amax(2), *sums
+
+
+def _gradient(
+    y: Tensor,
+    slope_y: Tensor,
+    constant: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    grad_mean: Tensor,
+    negative_slope: float,
+    with_mean: bool,
+) -> Tensor:
+    """Gradient at y (b, n, E) without that of the maximum."""
+    value = at_least_float32(y)
+    grad = torch.addcmul(constant, value, slope_y)
+    if with_mean:
+        before = torch.addcmul(shift, value, scale)
+        grad += leaky_relu_gradient(grad_mean.expand_as(value), before, negative_slope)
+    return grad
+
+
+def _add_at(grad: Tensor, place: Tensor, addend: Tensor, inside: Tensor) -> Tensor:
+    """Add (b, E) numbers to (b, n, E) at one point of each channel, where that is ``inside`` the tile."""
+    place = place.clamp(0, grad.shape[1] - 1)
+    return grad.scatter_add_(1, place, addend[:, None] * inside)
+
+
+def _whole_gradient(
+    y: Tensor,
+    slope_y: Tensor,
+    constant: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    grad_mean: Tensor,
+    negative_slope: float,
+    with_mean: bool,
+    place: Tensor,
+    addend: Tensor,
+) -> Tensor:
+    """``_gradient`` and ``_add_at`` in a form that fuses into one pass, rounded as y is."""
+    grad = _gradient(y, slope_y, constant, scale, shift, grad_mean, negative_slope, with_mean)
+    rows = torch.arange(y.shape[1], device=y.device)[:, None]
+    return torch.where(rows == place, grad + addend[:, None], grad).to(y.dtype)
 
 
 class _Pool(torch.autograd.Function):
@@ -64,9 +134,10 @@ class _Pool(torch.autograd.Function):
         keep = batch or trains
         y = rows[0].new_empty((clouds, points, width) if keep else (0,), dtype=compute_dtype)
         exact = at_least_float32(y).dtype
+        join = fused(_joined, y)
 
         def product(c: slice, r: slice) -> Tensor:
-            x = torch.cat([part.view(clouds, points, -1)[c, r] for part in rows], dim=2).to(compute_dtype)
+            x = join(compute_dtype, *(part.view(clouds, points, -1)[c, r] for part in rows))
             if keep:  # straight to where it stays: blocks are contiguous
                 y[c, r].flatten(0, 1).addmm_(x.flatten(0, 1), kernel, beta=0)
                 return at_least_float32(y[c, r])
@@ -89,17 +160,15 @@ class _Pool(torch.autograd.Function):
         groups = -(-points // _GROUP)
         maxima = mean.new_empty((clouds, groups, width))
         sum_slope, sum_slope_y = (mean.new_zeros(clouds, width) for _ in range(2))
-        one = mean.new_ones(())
+        reduce = fused(_reduced, y)
         for c, r in _tiles(clouds, points, width, weight.device):
-            value = (at_least_float32(y[c, r]) if batch else product(c, r)) - mean
-            before = torch.addcmul(shift, value, scale)
+            tile = y[c, r] if batch else product(c, r)
+            of_groups, *sums = reduce(tile, mean, scale, shift, negative_slope, with_mean)
             if with_mean:
-                sum_slope[c] += leaky_relu_gradient(one.expand_as(value), before, negative_slope).sum(1)
-                sum_slope_y[c] += leaky_relu_gradient(value, before, negative_slope).sum(1)
-            if rest := before.shape[1] % _GROUP:  # the last points of a cloud
-                before = F.pad(before, (0, 0, 0, _GROUP - rest), value=float("-inf"))
+                sum_slope[c] += sums[0]
+                sum_slope_y[c] += sums[1]
             first = r.start // _GROUP
-            maxima[c, first : first + before.shape[1] // _GROUP] = before.unflatten(1, (-1, _GROUP)).amax(2)
+            maxima[c, first : first + of_groups.shape[1]] = of_groups
         if not keep:
             pooled, argmax = maxima.amax(1), None
         else:
@@ -135,23 +204,23 @@ class _Pool(torch.autograd.Function):
         shift = shift - mean * scale
         grad_rows = [torch.empty_like(part) for part in rows]
         grad_weight = torch.zeros_like(weight, dtype=scale.dtype)
+        join = fused(_joined, y)
         sizes = [part.shape[1] for part in rows]
         for c, r in _tiles(clouds, points, width, weight.device):
-            value = at_least_float32(y[c, r])
-            grad = torch.addcmul(constant, value, slope_y)
-            if ctx.with_mean:
-                before = torch.addcmul(shift, value, scale)
-                grad += leaky_relu_gradient(grad_mean[c].expand_as(value), before, ctx.negative_slope)
-            inside = (argmax[c] >= r.start) & (argmax[c] < r.stop)
-            place = (argmax[c] - r.start).clamp(0, r.stop - r.start - 1)
-            grad.scatter_add_(1, place, grad_at_argmax[c, None] * inside)
-            grad = grad.to(compute_dtype).flatten(0, 1)
-            x = torch.cat([part.view(clouds, points, -1)[c, r] for part in rows], dim=2).to(compute_dtype).flatten(0, 1)
+            tile = (y[c, r], slope_y, constant, scale, shift, grad_mean[c], ctx.negative_slope, ctx.with_mean)
+            place = argmax[c] - r.start
+            if (whole := fused(_whole_gradient, y)) is _whole_gradient:
+                inside = (argmax[c] >= r.start) & (argmax[c] < r.stop)
+                grad = _add_at(_gradient(*tile), place, grad_at_argmax[c], inside).to(compute_dtype)
+            else:
+                grad = whole(*tile, place, grad_at_argmax[c])
+            grad = grad.flatten(0, 1)
+            x = join(compute_dtype, *(part.view(clouds, points, -1)[c, r] for part in rows)).flatten(0, 1)
             if compute_dtype == grad_weight.dtype:
                 grad_weight.addmm_(grad.T, x)
             else:
                 grad_weight += grad.T @ x
-            pieces = (grad @ kernel).unflatten(0, value.shape[:2]).split(sizes, dim=2)
+            pieces = (grad @ kernel).unflatten(0, tile[0].shape[:2]).split(sizes, dim=2)
             for target, piece in zip(grad_rows, pieces, strict=True):
                 target.view(clouds, points, -1)[c, r] = piece
         return (
