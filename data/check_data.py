@@ -18,7 +18,6 @@ from typing import Any
 
 import h5py
 import numpy as np
-from tqdm import tqdm
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -56,6 +55,7 @@ from datasets.untrusted import decode_image
 from utils.cli import HelpFormatter, run, write_json
 from utils.errors import DataError
 from utils.files import data_files, has_data_files, read_lines
+from utils.progress import progress
 
 SHAPENET_SHAPES = 43_783
 MODELNET10_TRAIN_GAP = 3  # the HDF5 release has 9,840 of ModelNet40's 9,843 training models
@@ -144,7 +144,7 @@ class _Checker:
             chosen = np.unique(np.linspace(0, count - 1, SAMPLED_SHAPES).round().astype(int)).tolist()
             finding.notes.append(f"read {SAMPLED_SHAPES} of {count:,} shapes; --full reads all")
         sizes: set[int] = set()
-        for i in tqdm(chosen, desc="reading pairs", unit="shape", leave=False, disable=not sys.stderr.isatty()):
+        for i in progress(chosen, text="reading pairs", unit="shape", leave=False):
             cloud = self.attempt(finding, lambda i=i: source.points(i))
             if cloud is not None:
                 sizes.add(len(cloud))
@@ -264,7 +264,7 @@ class _Checker:
             chosen = [there[i] for i in np.linspace(0, len(there) - 1, SAMPLED_SHAPES).round().astype(int)]
             finding.notes.append(f"read {SAMPLED_SHAPES} of {len(there):,} files; --full reads all")
         broken = set()
-        for i in tqdm(chosen, desc="reading files", unit="file", leave=False, disable=not sys.stderr.isatty()):
+        for i in progress(chosen, text="reading files", unit="file", leave=False):
             if self.attempt(finding, lambda i=i: read(files[i], 64, files[i].name)) is None:
                 broken.add(i)
         return np.array([number[str(names[i])] for i in there if i not in broken], dtype=np.int64)
@@ -361,7 +361,7 @@ class _Checker:
         """Compare files with the published checksums where the user asked for it."""
         if not self.md5:
             return
-        for file in tqdm(files, desc=f"MD5 of {name}", unit="file", leave=False, disable=not sys.stderr.isatty()):
+        for file in progress(files, text=f"MD5 of {name}", unit="file", leave=False):
             expected = KNOWN_MD5[name].get(file.name)
             if expected is not None and (md5 := file_md5(file)) != expected:
                 finding.problems.append(f"{file} has MD5 {md5}, the published file has {expected}")

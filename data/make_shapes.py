@@ -29,7 +29,6 @@ from typing import Any
 import h5py
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from data.procedural import KINDS, LEVELS, compose, sample_visible
 from data.procedural.compose import SurfaceSamples, generator
@@ -37,6 +36,7 @@ from data.procedural.pictures import LIGHT, mesh_of, splat_count, splat_views
 from data.rendering import Camera, Renderer, cameras_3d_r2n2, encode_png, to_unit_sphere
 from utils.cli import HelpFormatter, non_negative_int, positive_int, run, seed_number, write_json
 from utils.errors import UserError
+from utils.progress import progress
 
 CATEGORY = "generated"
 # A stopped run continues after the last whole block; more shapes a block would lose more work.
@@ -196,7 +196,7 @@ def make_blocks(folder: Path, count: int, settings: Settings, *, workers: int) -
         if not path.exists():
             jobs.append((first, last, settings, str(path)))
     there = count - sum(last - first for first, last, *_ in jobs)
-    with tqdm(total=count, initial=there, desc="shapes", unit="shape", disable=not sys.stderr.isatty()) as bar:
+    with progress(total=count, initial=there, text="shapes", unit="shape") as bar:
         for path in _run_jobs(jobs, settings, workers=min(workers, len(jobs))):
             first, last = Path(path).stem.split("_")
             bar.update(int(last) - int(first))

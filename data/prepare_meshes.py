@@ -29,8 +29,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.pair_folder import LABELED_NAME, PairFolder, PairPaths, Settings, make_pair, read_source, write_labeled
@@ -38,6 +36,7 @@ from data.rendering.renderer import Renderer, create_context
 from data.shape_files import ShapeFile, find_shapes, split_shapes
 from utils.cli import HelpFormatter, non_negative_int, positive_int, run, seed_number, write_json
 from utils.errors import DataError, UserError
+from utils.progress import progress
 
 REPORT_NAME = "prepared_report.tsv"
 _QUEUE = 8  # files handed out per process ahead of time
@@ -204,7 +203,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if needs_renderer(settings):
             create_context().release()  # a missing OpenGL is better told once, here
         folder.begin()
-        bar = tqdm(total=len(todo), desc="making pairs", unit="shape", disable=not sys.stderr.isatty())
+        bar = progress(total=len(todo), text="making pairs", unit="shape")
         with bar:
             for shape, outcome in make_pairs(folder, todo, workers=args.workers):
                 bar.update()

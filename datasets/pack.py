@@ -17,7 +17,6 @@ from pathlib import Path
 
 import h5py
 import numpy as np
-from tqdm import tqdm
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -34,11 +33,7 @@ from datasets.pair_sources import (
 from datasets.untrusted import decode_image
 from utils.cli import HelpFormatter, run, write_json
 from utils.errors import DataError, UserError
-
-
-def progress(items, description: str):
-    """A progress bar that is silent when nobody looks."""
-    return tqdm(items, desc=description, unit="shape", disable=not sys.stderr.isatty())
+from utils.progress import progress
 
 
 def pack(source: PairSource, out: str | os.PathLike[str], *, chosen: list[int], name: str) -> dict[str, int]:
@@ -63,7 +58,7 @@ def pack(source: PairSource, out: str | os.PathLike[str], *, chosen: list[int], 
     temporary = out.with_name(out.name + ".tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        lengths = [len(source.image_file(i, view)) for i, view in progress(views, "sizes")]
+        lengths = [len(source.image_file(i, view)) for i, view in progress(views, text="sizes", unit="view")]
         with h5py.File(temporary, "w") as file:
             file.attrs.update({"format": PACKED_FORMAT, "version": PACKED_VERSION, "source": name})
             text = h5py.string_dtype()
@@ -77,7 +72,7 @@ def pack(source: PairSource, out: str | os.PathLike[str], *, chosen: list[int], 
             points = file.create_dataset("points", (len(chosen), size, 3), dtype=np.float32)
             images = file.create_dataset("image_bytes", (int(offset[-1]),), dtype=np.uint8)
             row = 0
-            for n, i in enumerate(progress(chosen, "packing")):
+            for n, i in enumerate(progress(chosen, text="packing", unit="shape")):
                 cloud = source.points(i)
                 if len(cloud) != size:
                     raise DataError(
@@ -108,7 +103,7 @@ def check(source: PairSource, packed: PairSource, chosen: list[int]) -> None:
     Raises:
         DataError: they differ; the message names the first shape that does.
     """
-    for n, i in enumerate(progress(chosen, "checking")):
+    for n, i in enumerate(progress(chosen, text="checking", unit="shape")):
         same = (
             packed.ids[n] == source.ids[i]
             and list(packed.view_names(n)) == list(source.view_names(i))

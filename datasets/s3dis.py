@@ -15,7 +15,6 @@ import contextlib
 import hashlib
 import os
 import re
-import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from itertools import islice
@@ -27,12 +26,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from datasets.hdf5 import CHECK_COMMAND, hdf5_file, open_hdf5, stored_array
 from datasets.modelnet import listed_files
 from utils.errors import DataError, UserError
 from utils.files import read_text
+from utils.progress import progress
 
 BLOCK_FOLDER = "indoor3d_sem_seg_hdf5_data"
 ROOM_FOLDER = "indoor3d_sem_seg_hdf5_data_test"
@@ -261,10 +260,8 @@ class _BlockFiles:
         """Unpack the files of some blocks where that is needed and was not done, so that no worker has to."""
         numbers = sorted({self.place(int(block))[0] for block in blocks})
         work = [(number, name) for number in numbers if self._slow[number] for name in self._arrays]
-        quiet = not sys.stderr.isatty()
-        for number, name in tqdm(
-            work, desc=f"unpacking {self.folder.name}, once", unit="array", disable=quiet or not work
-        ):
+        text = f"unpacking {self.folder.name}, once"
+        for number, name in progress(work, text=text, unit="array", hidden=not work):
             self._map(number, name)
 
     def _map(self, number: int, array: str) -> np.ndarray:

@@ -44,6 +44,7 @@ from datasets.shapenet_part import draw_rows
 from utils.cli import HelpFormatter, positive_int, run, write_json
 from utils.errors import DataError, UserError
 from utils.files import data_files, has_data_files
+from utils.progress import progress
 
 BLOCK_FORMAT, BLOCK_VERSION = "crossnet-s3dis", 1
 KINDS = {"train": BLOCK_FOLDER, "test": ROOM_FOLDER}
@@ -524,7 +525,7 @@ def prepare(
                 "rooms alone use --only test, or choose another --out"
             )
     results: dict[str, dict[str, Any]] = {}
-    with tqdm(total=len(rooms), desc="cutting rooms", unit="room", disable=not sys.stderr.isatty()) as bar:
+    with progress(total=len(rooms), text="cutting rooms", unit="room") as bar:
 
         def done(result: dict[str, Any]) -> None:
             for note in result["notes"]:

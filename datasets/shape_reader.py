@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import os
 import re
-import sys
 import tempfile
 import time
 import zlib
@@ -15,11 +14,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from datasets.untrusted import PLY_HEADER, read_ply
 from utils.cloud_files import CLOUD_SUFFIXES, TEXT_SUFFIXES, read_cloud_file
 from utils.errors import DataError
+from utils.progress import progress
 
 MESH_SUFFIXES = (".off", ".obj", ".stl", ".glb", ".gltf")
 SHAPE_SUFFIXES = (".ply", *MESH_SUFFIXES, *CLOUD_SUFFIXES, *TEXT_SUFFIXES)
@@ -151,10 +150,7 @@ def read_shapes(
                 return ShapeArrays(np.array(kept["points"]), np.array(kept["size"]))
     table = np.empty(len(files), _row_type(rows))
     begun = time.monotonic()
-    quiet = not sys.stderr.isatty()
-    for i, (path, name) in enumerate(
-        zip(tqdm(files, desc=f"reading {split}", unit="shape", disable=quiet), names, strict=True)
-    ):
+    for i, (path, name) in enumerate(zip(progress(files, text=f"reading {split}", unit="shape"), names, strict=True)):
         table[i]["points"], table[i]["size"] = read(path, rows, name)
     if time.monotonic() - begun > _SECONDS:
         _keep(table, places, f"{split}-{rows}-", key)

@@ -14,7 +14,6 @@ import colorsys
 import contextlib
 import json
 import os
-import sys
 import zlib
 from collections import Counter
 from collections.abc import Sequence
@@ -27,12 +26,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from datasets.hdf5 import CHECK_COMMAND, read_hdf5, read_labeled_clouds
 from datasets.modelnet import listed_files
 from utils.errors import DataError, UserError
 from utils.files import data_files, has_data_files, read_text
+from utils.progress import progress
 
 PART_SPLITS = {"train": ("train",), "val": ("val",), "trainval": ("train", "val"), "test": ("test",)}
 HDF5_FOLDERS = ("shapenet_part_seg_hdf5_data", "hdf5_data")
@@ -503,8 +502,7 @@ class ShapeNetPart(Dataset):
         parts = np.empty((len(shapes), num_points), dtype=np.int64)
         categories = np.array([self.taxonomy.synsets.index(synset) for synset, _ in shapes], dtype=np.int64)
         files = []
-        quiet = not sys.stderr.isatty()
-        for i, (synset, name) in enumerate(tqdm(shapes, desc=f"reading {self.split}", unit="shape", disable=quiet)):
+        for i, (synset, name) in enumerate(progress(shapes, text=f"reading {self.split}", unit="shape")):
             path, cloud, labels = self._read_text_shape(synset, name)
             files.append(path)
             labels = self._check_parts(path, labels[None], categories[i : i + 1])[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from utils.errors import UserError
+from utils.progress import progress as report
 
 
 def check_neighbors(encoder: nn.Module, points: int, *, name: str = "the encoder") -> None:
@@ -62,10 +62,9 @@ def _place(
     return parameter.device, parameter.dtype
 
 
-def _bar(total: int, progress: bool | None, text: str) -> tqdm:
-    """Progress bar; ``None`` shows it when standard error is a terminal."""
-    hidden = not sys.stderr.isatty() if progress is None else not progress
-    return tqdm(total=total, desc=text, unit="clouds", disable=hidden, leave=False)
+def _bar(total: int, progress: bool, text: str) -> tqdm:
+    """Progress, unless it is not wanted."""
+    return report(total=total, text=text, unit="clouds", leave=False, hidden=not progress)
 
 
 def extract_features(
@@ -74,7 +73,7 @@ def extract_features(
     *,
     batch_size: int = 32,
     device: torch.device | str | None = None,
-    progress: bool | None = None,
+    progress: bool = True,
     text: str = "features",
 ) -> np.ndarray:
     """Run a frozen encoder over clouds and return its pooled features, those before any projection head.
@@ -87,7 +86,7 @@ def extract_features(
         points: (n, N, 3).
         batch_size: clouds per forward pass; it changes speed and memory, not the features.
         device: where to run, the encoder is moved there; None leaves it where it is.
-        progress: True or False shows or hides the bar, None shows it on a terminal.
+        progress: False hides the bar.
         text: the bar's title.
 
     Returns:
@@ -121,7 +120,7 @@ def calibrate_batch_norm(
     batch_size: int = 32,
     seed: int = 1,
     device: torch.device | str | None = None,
-    progress: bool | None = None,
+    progress: bool = True,
 ) -> int:
     """Set an encoder's batch-norm statistics from unlabelled clouds, in one pass; no weight changes.
 

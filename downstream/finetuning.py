@@ -65,6 +65,7 @@ from utils.collectives import (
     world_size,
 )
 from utils.errors import CheckpointError, UserError
+from utils.progress import progress
 from utils.released_flags import IN_FINE_TUNING, Switch, add_released_flags, model_name, scheduler_name
 from utils.reproducible import seed_everything
 
@@ -358,8 +359,13 @@ def scores_of(
     """
     part = dataset if chosen is None else Subset(dataset, [int(i) for i in chosen])
     numbered = enumerate(batches(data_loader(part, batch_size=batch_size, workers=workers, device=device)))
-    with evaluating(model):
+    count = -(-len(part) // batch_size)
+    with (
+        evaluating(model),
+        progress(total=count, text="testing", unit="batch", leave=False, hidden=not is_main()) as bar,
+    ):
         while group := list(itertools.islice(numbered, world_size())):
+            bar.update(len(group))
             # Where the last batches do not suffice for all, the rest repeat the first one; nobody looks at that.
             turns = [*group, *[group[0]] * (world_size() - len(group))]
             turn, batch = turns[rank()]

@@ -38,7 +38,6 @@ from typing import Any
 import h5py
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -49,6 +48,7 @@ from data.rendering.renderer import create_context
 from utils import cli
 from utils.errors import DataError, UserError
 from utils.files import data_files
+from utils.progress import progress
 
 LIBRARY_SUFFIXES = (".sh3f", ".zip", ".jar")
 PACK_NAME = "shapenet_render.h5"
@@ -468,7 +468,7 @@ def build_shapes(
     jobs = [(model, seed, points, views, colors) for model in models]
     # Spawned, not forked: an OpenGL context does not survive a fork.
     with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (view_size,)) as pool:
-        return list(tqdm(pool.map(build_shape, jobs), total=len(jobs), unit="model", disable=None))
+        return list(progress(pool.map(build_shape, jobs), total=len(jobs), text="models", unit="model"))
 
 
 # ------------------------------------------------------------------------------------------- classes and their split

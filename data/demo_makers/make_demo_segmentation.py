@@ -24,7 +24,6 @@ from typing import Any
 
 import h5py
 import numpy as np
-from tqdm import tqdm
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -37,6 +36,7 @@ from datasets.s3dis_prepare import KINDS, BlockSettings, Room, room_file, write_
 from datasets.shapenet_part import CATEGORY_FILE, HDF5_FOLDERS, PART_FILE, PART_NAME_FILE
 from utils import cli
 from utils.errors import DataError, UserError
+from utils.progress import progress
 
 SOURCE = "CrossNet demo set"
 PART_FOLDER = HDF5_FOLDERS[0]
@@ -73,7 +73,7 @@ def write_parts(out: Path, *, points: int, seed: int, shapes: dict[str, int] | N
         jobs = [(label, i) for label in range(len(names)) for i in range(count)]
         order = np.random.default_rng([seed, number]).permutation(len(jobs))
         built = []
-        for j in tqdm(order, desc=f"parts, {split}", unit="shape", disable=not sys.stderr.isatty()):
+        for j in progress(order, text=f"parts, {split}", unit="shape"):
             label, i = jobs[j]
             cloud, parts = build_object(names[label], split, i, seed=seed, count=points)
             built.append((cloud, label, parts + starts[label]))

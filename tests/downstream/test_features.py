@@ -101,18 +101,15 @@ def test_wrong_calls():
         extract_features(encoder(), clouds(), batch_size=0)
 
 
-def test_progress_shows_only_on_a_terminal_or_on_request(monkeypatch):
+def test_a_short_job_shows_progress_on_a_terminal_alone(monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self):
             return True
 
-    for stream, progress, shown in ((io.StringIO(), None, 0), (Terminal(), None, 1), (Terminal(), False, 0)):
+    for stream, progress, shown in ((io.StringIO(), True, 0), (Terminal(), True, 1), (Terminal(), False, 0)):
         monkeypatch.setattr(sys, "stderr", stream)
         extract_features(Recorder(), clouds(), progress=progress, text="my features")
         assert ("my features" in stream.getvalue()) == shown
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
-    extract_features(Recorder(), clouds(), progress=True, text="my features")
-    assert "my features" in sys.stderr.getvalue()
 
 
 def batch_norms(model):

@@ -1,0 +1,62 @@
+"""Progress of long jobs where nobody sits at a terminal."""
+
+import io
+import sys
+import time
+
+import pytest
+
+from utils import progress as module
+from utils.progress import progress
+
+
+@pytest.fixture
+def log(monkeypatch, capsys):
+    """What is written to standard error, which is not a terminal here; a minute takes 0.05 seconds."""
+    monkeypatch.setattr(module, "LINE_SECONDS", 0.05)
+    return lambda: capsys.readouterr().err
+
+
+def work(count, seconds, **settings):
+    for _ in progress(range(count), text="features", unit="clouds", **settings):
+        time.sleep(seconds)
+
+
+def test_a_long_job_writes_a_line_now_and_then(log):
+    work(20, 0.02)
+    written = log()
+    lines = written.splitlines()
+    assert 3 <= len(lines) <= 10
+    assert all(line.startswith("features: ") and "of 20 clouds" in line and "left" in line for line in lines)
+    counts = [int(line.split()[1]) for line in lines]
+    assert counts == sorted(counts) and counts[0] > 1
+    assert "\r" not in written
+
+
+def test_a_short_job_writes_nothing(log):
+    work(3, 0.001)
+    assert log() == ""
+
+
+def test_a_hidden_job_writes_nothing(log):
+    work(10, 0.02, hidden=True)
+    assert log() == ""
+
+
+def test_a_terminal_gets_a_bar(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    work(3, 0.001)
+    assert "\r" in terminal.getvalue() and "3/3" in terminal.getvalue()
+
+
+def test_counts_continue_where_an_earlier_run_stopped(log):
+    with progress(total=10, initial=6, text="shapes", unit="shape") as bar:
+        for _ in range(4):
+            time.sleep(0.04)
+            bar.update()
+    assert log().splitlines()[0].split()[1] in ("7", "8")
