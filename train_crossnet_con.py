@@ -24,7 +24,8 @@ import argparse
 import contextlib
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,23 +44,23 @@ from datasets.transforms import (
     pretraining_augmentation,
 )
 from downstream.probe import LinearProbe
+from engine.config import RunConfig
 from engine.device import resolve_device
 from engine.grad_cache import backward_in_chunks
 from engine.launch import launch
-from engine.load_model import describe_encoder, encoder_from_checkpoint, load_strictly
-from engine.loop import TrainingLoop
+from engine.load_model import describe_encoder, encoder_from_checkpoint, encoder_from_flags, load_strictly
+from engine.loop import train
 from engine.optim import (
     AMP_DTYPES,
     LR_SCHEDULES,
     autocast,
     base_rate,
-    build_optimizer,
     learning_rate,
-    set_learning_rate,
 )
-from engine.resume import FREE_ON_RESUME
+from engine.resume import provenance, resume
 from engine.run_folder import RunFolder
-from models import ENCODER_ALIASES, ENCODERS, CrossNet, build_encoder, encoder_arguments
+from engine.task import FREE_ON_RESUME, Progress, Run, Task
+from models import ENCODER_ALIASES, ENCODERS, CrossNet
 from models.crossnet import MODALITIES
 from models.image import IMAGE_ENCODERS
 from models.losses import OBJECTIVES, RELEASED_TEMPERATURE
@@ -77,7 +78,6 @@ from utils.cli import (
 from utils.collectives import (
     all_gather_strings,
     is_main,
-    sync_gradients_if,
     world_size,
 )
 from utils.errors import CheckpointError, UserError
@@ -230,12 +230,44 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-class Pretraining(TrainingLoop):
-    """One run: data, model, optimiser and where it stands.
+@dataclass(kw_only=True)
+class PretrainConfig(RunConfig):
+    """Settings of a pretraining run; ``temperature`` is resolved, ``k`` and ``emb_dims`` once the encoder is built."""
+
+    list: str | None
+    num_points: int | None
+    image_size: int
+    background: str
+    strict_data: bool
+    model: str
+    k: int | None
+    emb_dims: int | None
+    model_path: str | None
+    objective: str
+    image_modality: str
+    image_model: str
+    alpha: float
+    temperature: float | None
+    mask_same_object: bool
+    chunk_size: int | None
+    lr_schedule: str
+    channels_last: bool
+    compile: bool
+    eval_dataset: Sequence[str]
+    eval_root: str | None
+    eval_points: int
+    svm_c: float
+
+    def __post_init__(self) -> None:
+        if self.temperature is None:
+            self.resolve(temperature=RELEASED_TEMPERATURE[self.objective])
+
+
+class Pretraining(Task):
+    """CrossNet on pairs of a cloud and a rendering.
 
     Args:
-        args: the parsed command line.
-        folder: the run folder.
+        config: settings of the run.
     """
 
     kind = "crossnet-pretraining"
@@ -243,88 +275,85 @@ class Pretraining(TrainingLoop):
     free_on_resume = FREE_ON_RESUME | PROBE_SETTINGS
     collate = staticmethod(collate_pairs)
 
-    def __init__(self, args: argparse.Namespace, folder: RunFolder) -> None:
-        super().__init__(args, folder, resolve_device(args.device))
-        seed_everything(args.seed)
+    def __init__(self, config: PretrainConfig) -> None:
+        super().__init__(config, resolve_device(config.device))
+        seed_everything(config.seed)
         self.dataset = ShapeNetRender(
-            args.data_root,
-            seed=args.seed,
-            transform=RenderPixels(args.image_size, background=args.background),
-            only=read_shape_list(args.list) if args.list else None,
-            strict=args.strict_data,
-            num_points=args.num_points,
+            config.data_root,
+            seed=config.seed,
+            transform=RenderPixels(config.image_size, background=config.background),
+            only=read_shape_list(config.list) if config.list else None,
+            strict=config.strict_data,
+            num_points=config.num_points,
         )
         encoder = self.build_point_encoder()
         self.check_sizes()
-        self.sampler = self.sampler_of(len(self.dataset), args.batch_size, parts=args.accumulate)
-        self.augmentation: PointAugmentation = pretraining_augmentation(args.num_points)
-        self.render_augmentation = RenderAugmentation(args.image_size, modality=args.image_modality)
+        self.sampler = self.sampler_of(len(self.dataset), config.batch_size, parts=config.accumulate)
+        self.augmentation: PointAugmentation = pretraining_augmentation(config.num_points)
+        self.render_augmentation = RenderAugmentation(config.image_size, modality=config.image_modality)
         self.model = CrossNet(
             encoder,
-            image_model=args.image_model,
-            image_modality=args.image_modality,
-            objective=args.objective,
-            alpha=args.alpha,
-            temperature=args.temperature,
-            mask_same_object=args.mask_same_object,
+            image_model=config.image_model,
+            image_modality=config.image_modality,
+            objective=config.objective,
+            alpha=config.alpha,
+            temperature=config.temperature,
+            mask_same_object=config.mask_same_object,
         ).to(self.device)
-        if args.channels_last:
+        if config.channels_last:
             self.model.image_encoders.to(memory_format=torch.channels_last)
-        if args.compile:
+        if config.compile:
             for part in (*self.model.image_encoders.values(), *self.model.image_heads.values(), self.model.point_head):
                 part.compile()
         self.network = self.wrap_distributed(self.model)
-        self.optimizer = build_optimizer(self.model, args)
         self.probes = self.build_probes()
 
     def check_sizes(self) -> None:
         """Stop early where the settings do not fit the data."""
-        args, size, processes = self.args, len(self.dataset), world_size()
-        if size < args.batch_size * processes * args.accumulate:
-            times = f" x --accumulate {args.accumulate}" if args.accumulate > 1 else ""
+        config, size, processes = self.config, len(self.dataset), world_size()
+        if size < config.batch_size * processes * config.accumulate:
+            times = f" x --accumulate {config.accumulate}" if config.accumulate > 1 else ""
             times += f" in each of {processes} processes" if processes > 1 else ""
             raise UserError(
-                f"--batch_size {args.batch_size}{times} is larger than the data set: {args.data_root} has {size} "
-                f"pairs; use --batch_size {size // (processes * args.accumulate)} or less"
+                f"--batch_size {config.batch_size}{times} is larger than the data set: {config.data_root} has {size} "
+                f"pairs; use --batch_size {size // (processes * config.accumulate)} or less"
             )
-        if args.batch_size * (1 if args.no_sync_bn else processes) < 2:
+        if config.batch_size * (1 if config.no_sync_bn else processes) < 2:
             raise UserError("--batch_size 1 gives the loss no negatives and batch norm no statistics; use 2 or more")
-        if args.chunk_size == 1:
+        if config.chunk_size == 1:
             raise UserError("--chunk_size 1 gives batch norm no statistics; use 2 or more")
-        if args.num_points and args.num_points > self.dataset.cloud_size:
+        if config.num_points and config.num_points > self.dataset.cloud_size:
             raise UserError(
-                f"--num_points {args.num_points} is more than the clouds of {args.data_root} have: "
+                f"--num_points {config.num_points} is more than the clouds of {config.data_root} have: "
                 f"{max(self.dataset.sizes)}"
             )
-        points = args.num_points or self.dataset.cloud_size
-        if args.k is not None and args.k > points:
-            raise UserError(f"--k {args.k} neighbours of clouds of {points} points: choose a k of at most {points}")
+        points = config.num_points or self.dataset.cloud_size
+        if config.k is not None and config.k > points:
+            raise UserError(f"--k {config.k} neighbours of clouds of {points} points: choose a k of at most {points}")
 
     def build_point_encoder(self) -> nn.Module:
         """The encoder to train, from random weights or from ``--model_path``."""
-        args = self.args
-        wanted = {"k": args.k, "emb_dims": args.emb_dims}
-        if args.model_path:
-            encoder = encoder_from_checkpoint(args.model_path, model=args.model, **wanted)
+        config = self.config
+        wanted = {"k": config.k, "emb_dims": config.emb_dims}
+        if config.model_path:
+            encoder = encoder_from_checkpoint(config.model_path, model=config.model, **wanted)
         else:
-            known = encoder_arguments(args.model)
-            given = {key: value for key, value in wanted.items() if key in known and value is not None}
-            encoder = build_encoder(args.model, **given)
+            encoder = encoder_from_flags(config.model, **wanted)
         # From here on, and in checkpoints, the settings are those in use.
-        args.k, args.emb_dims = getattr(encoder, "k", None), encoder.emb_dims
+        config.resolve(k=getattr(encoder, "k", None), emb_dims=encoder.emb_dims)
         return encoder
 
     def build_probes(self) -> list[LinearProbe]:
         """The probes that ``--eval_dataset`` asks for; none where nothing is found."""
-        args = self.args
-        if args.eval_every == 0:
+        config = self.config
+        if config.eval_every == 0:
             return []
-        root = args.eval_root or args.data_root
-        names = find_datasets(root) if "auto" in args.eval_dataset else args.eval_dataset
+        root = config.eval_root or config.data_root
+        names = find_datasets(root) if "auto" in config.eval_dataset else config.eval_dataset
         if not names:
             logger.info("no classification set in %s: the run has no linear-SVM probe and no best.pth", root)
         return [
-            LinearProbe(name, root, num_points=args.eval_points, c=args.svm_c, batch_size=args.test_batch_size)
+            LinearProbe(name, root, num_points=config.eval_points, c=config.svm_c, batch_size=config.test_batch_size)
             for name in names
         ]
 
@@ -332,69 +361,65 @@ class Pretraining(TrainingLoop):
         """Which shapes are trained on, in which order."""
         return hashlib.sha256("\n".join(self.dataset.ids).encode()).hexdigest()
 
-    def step(self, batch: dict[str, Any]) -> torch.Tensor:
-        """One optimiser step.
-
-        Returns:
-            (3,) total, intra- and cross-modal loss, detached, on the device.
-        """
-        args, progress = self.args, self.progress
-        rate = learning_rate(
-            progress.step,
-            schedule=args.lr_schedule,
+    def learning_rate(self, step: int) -> float:
+        """Rate of a step, counted from 0."""
+        config = self.config
+        return learning_rate(
+            step,
+            schedule=config.lr_schedule,
             total=self.total_steps,
-            epochs=args.epochs,
-            base=base_rate(args),
+            epochs=config.epochs,
+            base=base_rate(config),
         )
-        set_learning_rate(self.optimizer, rate)
-        tensors = {name: value for name, value in batch.items() if name != "bad"}
-        parts = zip(*(value.tensor_split(args.accumulate) for value in tensors.values()), strict=True)
-        losses = []
-        for number, part in enumerate(parts, 1):
-            with sync_gradients_if(self.network, number == args.accumulate):
-                losses.append(self.add_gradients(self.inputs_of(dict(zip(tensors, part, strict=True)))))
-        self.optimizer_step()
-        return torch.stack(losses).mean(0)
 
-    def inputs_of(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def parts(self, batch: dict[str, Any]) -> Iterator[tuple[dict[str, Any], bool]]:
+        """``accumulate`` batches that make one step, each with whether it is the last one."""
+        tensors = {name: value for name, value in batch.items() if name != "bad"}
+        number = self.config.accumulate
+        split = zip(*(value.tensor_split(number) for value in tensors.values()), strict=True)
+        for i, part in enumerate(split, 1):
+            yield dict(zip(tensors, part, strict=True)), i == number
+
+    def forward_backward(
+        self, part: dict[str, Any], progress: Progress, *, scale: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        """Add a part's gradients; returns (3,) total, intra- and cross-modal loss."""
+        config, inputs = self.config, self.inputs_of(part, epoch=progress.epoch)
+
+        def scaled(loss: torch.Tensor) -> torch.Tensor:
+            return scale(loss / config.accumulate)
+
+        def precision() -> contextlib.AbstractContextManager:
+            return autocast(self.device, config.amp)
+
+        if config.chunk_size:
+            losses = backward_in_chunks(
+                self.network, inputs, chunk_size=config.chunk_size, precision=precision, scale=scaled
+            )
+        else:
+            with precision():
+                losses = self.network(**inputs)
+            scaled(losses.total).backward()
+        return torch.stack([losses.total, losses.intra, losses.cross]).detach().float()
+
+    def inputs_of(self, batch: dict[str, torch.Tensor], *, epoch: int) -> dict[str, torch.Tensor]:
         """A batch on the device, its clouds in two augmented views, its renderings augmented: what the model takes."""
-        args = self.args
+        config = self.config
         tensors = {
             name: batch[name].to(self.device, non_blocking=True) for name in ("index", "points", "counts", "pixels")
         }
-        keys = {"seed": args.seed, "epoch": self.progress.epoch, "index": tensors["index"]}
+        keys = {"seed": config.seed, "epoch": epoch, "index": tensors["index"]}
         streams = SampleStreams(**keys, purpose=Stream.RENDERING)
         images = self.render_augmentation(tensors["pixels"], batch["sizes"], streams)
-        if args.channels_last:
+        if config.channels_last:
             images = {name: image.contiguous(memory_format=torch.channels_last) for name, image in images.items()}
         streams = SampleStreams(**keys, purpose=Stream.AUGMENTATION)
         view1 = self.augmentation(tensors["points"], streams, tensors["counts"]).mT
         view2 = self.augmentation(tensors["points"], streams, tensors["counts"]).mT
         return {"view1": view1, "view2": view2, **images}
 
-    def add_gradients(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Forward and backward pass; returns (3,) the losses."""
-        args = self.args
-
-        def scale(loss: torch.Tensor) -> torch.Tensor:
-            return self.scaler.scale(loss / args.accumulate)
-
-        def precision() -> contextlib.AbstractContextManager:
-            return autocast(self.device, args.amp)
-
-        if args.chunk_size:
-            losses = backward_in_chunks(
-                self.network, inputs, chunk_size=args.chunk_size, precision=precision, scale=scale
-            )
-        else:
-            with precision():
-                losses = self.network(**inputs)
-            scale(losses.total).backward()
-        return torch.stack([losses.total, losses.intra, losses.cross]).detach().float()
-
-    def count_bad_samples(self, batch: dict[str, Any]) -> None:
+    def count_bad_samples(self, batch: dict[str, Any], progress: Progress) -> None:
         """Log unreadable samples that others stand in for; stop when they are more than 1 % of those read."""
-        progress = self.progress
         progress.read += len(batch["index"]) * world_size()
         messages = all_gather_strings(batch["bad"])
         for message in messages:
@@ -408,17 +433,14 @@ class Pretraining(TrainingLoop):
                 else f"{progress.bad} of {progress.read} samples could not be read, more than 1 %"
             )
 
-    def evaluate(self) -> dict[str, float]:
-        """Score the encoder, keep it as ``best.pth`` if it is the best so far."""
+    def evaluate(self) -> tuple[dict[str, float], float | None]:
+        """Score the encoder by the probes; the first one chooses ``best.pth``."""
         scores: dict[str, float] = {}
         for probe in self.probes:
             scores.update(probe(self.model.point_encoder, device=self.device))
-        if self.probes:
-            score = scores[f"{self.probes[0].dataset}_{self.args.select_on}_accuracy"]
-            if score > self.progress.best:
-                self.progress.best = score
-                self.save("best.pth")
-        return scores
+        if not self.probes:
+            return scores, None
+        return scores, scores[f"{self.probes[0].dataset}_{self.config.select_on}_accuracy"]
 
     def weights(self) -> dict[str, Any]:
         """The point encoder on its own, so that it loads without the rest; then the rest."""
@@ -440,37 +462,44 @@ class Pretraining(TrainingLoop):
                 f"now it has as many as --emb_dims, as released. Resume with the code of commit "
                 f"{payload.get('git_commit')}, or start a new run from this encoder with --model_path {path}"
             )
-        load_strictly(self.model.point_encoder, payload["point_encoder"], path=path, what=f"--model {self.args.model}")
+        load_strictly(
+            self.model.point_encoder, payload["point_encoder"], path=path, what=f"--model {self.config.model}"
+        )
         state = {f"point_encoder.{key}": value for key, value in payload["point_encoder"].items()}
         load_strictly(self.model, {**state, **payload["heads_and_image_encoders"]}, path=path, what="these settings")
+
+    def log_start(self) -> None:
+        """Log what is trained on what."""
+        dataset = self.dataset
+        points = self.config.num_points or dataset.cloud_size
+        logger.info(
+            "%s; %d shapes without rendering left out; %d points a view; "
+            "%d steps of %d objects in %d process(es) on %s",
+            *(dataset, len(dataset.skipped), points, self.total_steps),
+            *(self.sampler.global_batch, world_size(), self.device),
+        )
+        if short := dataset.smaller_than(points):
+            logger.warning(
+                "clouds of %d to %d points: %d of %d have fewer than %d, and their points repeat",
+                *(min(dataset.sizes), max(dataset.sizes), short, len(dataset), points),
+            )
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Pretrain; returns the last epoch's record."""
-    args = build_parser().parse_args(argv)
-    if args.temperature is None:
-        args.temperature = RELEASED_TEMPERATURE[args.objective]
-    folder = RunFolder(Path(args.output_dir) / args.exp_name, overwrite=args.overwrite, resume=args.resume)
-    if args.json and is_main():
-        check_writable(Path(args.json).absolute().parent)
+    config = PretrainConfig.from_flags(build_parser().parse_args(argv))
+    folder = RunFolder(Path(config.output_dir) / config.exp_name, overwrite=config.overwrite, resume=config.resume)
+    if config.json and is_main():
+        check_writable(Path(config.json).absolute().parent)
     folder.start_log()
-    training = Pretraining(args, folder)
-    training.resume(args.resume)
-    folder.write_config(training.provenance())
-    logger.info(
-        "%s; %d shapes without rendering left out; %d points a view; %d steps of %d objects in %d process(es) on %s",
-        *(training.dataset, len(training.dataset.skipped), args.num_points or training.dataset.cloud_size),
-        *(training.total_steps, training.sampler.global_batch, world_size(), training.device),
-    )
-    points = args.num_points or training.dataset.cloud_size
-    if short := training.dataset.smaller_than(points):
-        logger.warning(
-            "clouds of %d to %d points: %d of %d have fewer than %d, and their points repeat",
-            *(min(training.dataset.sizes), max(training.dataset.sizes), short, len(training.dataset), points),
-        )
-    record = training.train()
+    task = Pretraining(config)
+    run = Run(task, folder)
+    resume(run)
+    folder.write_config(provenance(config))
+    task.log_start()
+    record = train(run)
     if is_main():
-        write_json(args.json, record)
+        write_json(config.json, record)
     return record
 
 

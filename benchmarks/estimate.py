@@ -48,8 +48,11 @@ from benchmarks.measure import (
 from datasets.pack import pack
 from datasets.pair_sources import PairSource, open_source
 from engine.device import resolve_device
-from engine.faults import stop_workers
+from engine.faults import data_workers
+from engine.loop import train
+from engine.resume import provenance as provenance_of_run
 from engine.run_folder import RunFolder
+from engine.task import Run
 from utils.cli import (
     HelpFormatter,
     positive_float,
@@ -123,7 +126,7 @@ class StandIn:
 
 
 @contextlib.contextmanager
-def started(training: list[str], threads: int | None) -> Iterator[train_crossnet_con.Pretraining]:
+def started(training: list[str], threads: int | None) -> Iterator[Run]:
     """The training script's run, built and ready for a step, in a folder that goes away."""
     before = torch.get_num_threads()
     if threads:
@@ -131,10 +134,9 @@ def started(training: list[str], threads: int | None) -> Iterator[train_crossnet
     try:
         with tempfile.TemporaryDirectory(prefix="crossnet-estimate-") as folder:
             args = train_crossnet_con.build_parser().parse_args([*training, "--output_dir", folder])
-            if args.temperature is None:
-                args.temperature = 0.2  # costs the same at any value
             args.eval_every = 0
-            yield train_crossnet_con.Pretraining(args, RunFolder(Path(folder) / args.exp_name))
+            task = train_crossnet_con.Pretraining(train_crossnet_con.PretrainConfig.from_flags(args))
+            yield Run(task, RunFolder(Path(folder) / args.exp_name))
     finally:
         torch.set_num_threads(before)
 
@@ -145,30 +147,30 @@ def measure_batch(training: list[str], *, seconds: float, threads: int | None) -
     Returns:
         ``step_seconds`` and ``load_seconds`` per batch, ``peak_mb``, ``before_mb``, ``steps`` that were timed.
     """
-    with started(training, threads) as run_, deterministic(run_.args.deterministic):
-        device, on_gpu = run_.device, run_.device.type == "cuda"
+    with (
+        started(training, threads) as run_,
+        deterministic(run_.config.deterministic),
+        data_workers(run_.task) as loader,
+    ):
+        device, on_gpu = run_.task.device, run_.task.device.type == "cuda"
         before = torch.cuda.memory_allocated(device) / 1e6 if on_gpu else resident_megabytes()
-        run_.model.train()
-        loader = run_.loader()
-        try:
-            batches = iter(loader)
-            batch = next(batches)
-            run_.step(batch)
-            times: list[float] = []
-            while len(times) < 2 or (sum(times) < seconds and len(times) < 200):
-                times.append(seconds_of(lambda: run_.step(batch), device))
-            # What it holds back for itself counts as well: a GPU is full when nothing is left to hold.
-            peak = torch.cuda.max_memory_reserved(device) / 1e6 if on_gpu else resident_megabytes()
-            for _ in batches:  # the rest of the epoch; from the next on the workers are busy already
-                pass
-            count, start = 0, time.perf_counter()
-            for _ in loader:
-                count += 1
-                if time.perf_counter() - start > seconds:
-                    break
-            load = (time.perf_counter() - start) / count
-        finally:
-            stop_workers(loader)
+        run_.task.model.train()
+        batches = iter(loader)
+        batch = next(batches)
+        run_.step(batch)
+        times: list[float] = []
+        while len(times) < 2 or (sum(times) < seconds and len(times) < 200):
+            times.append(seconds_of(lambda: run_.step(batch), device))
+        # What it holds back for itself counts as well: a GPU is full when nothing is left to hold.
+        peak = torch.cuda.max_memory_reserved(device) / 1e6 if on_gpu else resident_megabytes()
+        for _ in batches:  # the rest of the epoch; from the next on the workers are busy already
+            pass
+        count, start = 0, time.perf_counter()
+        for _ in loader:
+            count += 1
+            if time.perf_counter() - start > seconds:
+                break
+        load = (time.perf_counter() - start) / count
     return {
         "step_seconds": float(np.median(times)),
         "load_seconds": load,
@@ -220,8 +222,8 @@ def predict(
 def train_alone(training: list[str], threads: int | None) -> dict[str, Any]:
     """Train in this process; the epoch's record."""
     with started(training, threads) as run_:
-        run_.folder.write_config(run_.provenance())
-        run_.train()
+        run_.folder.write_config(provenance_of_run(run_.config))
+        train(run_)
         return next(iter(run_.folder.metrics()))
 
 

@@ -29,6 +29,7 @@ if __package__ in (None, ""):
 import train_crossnet_con as pretraining
 from benchmarks.measure import provenance
 from datasets.pair_sources import open_source
+from engine.task import Run
 from models.image import IMAGE_ENCODERS
 from utils.cli import HelpFormatter, positive_int, run, seed_number, write_json
 from utils.errors import UserError
@@ -152,7 +153,7 @@ def watch(data_root: str, *, steps: int, every: int, workers: int, save_every: i
     """
     samples: list[dict[str, float]] = []
 
-    class Watched(pretraining.Pretraining):
+    class Watched(Run):
         def step(self, batch: dict[str, Any]) -> torch.Tensor:
             losses = super().step(batch)
             if self.progress.step % every == 0:
@@ -160,8 +161,8 @@ def watch(data_root: str, *, steps: int, every: int, workers: int, save_every: i
             return losses
 
     epochs = math.ceil(steps / (len(open_source(data_root).ids) // BATCH))
-    network, usual = IMAGE_ENCODERS["resnet18"], pretraining.Pretraining
-    IMAGE_ENCODERS["resnet18"], pretraining.Pretraining = ShallowImageNet, Watched
+    network, usual = IMAGE_ENCODERS["resnet18"], pretraining.Run
+    IMAGE_ENCODERS["resnet18"], pretraining.Run = ShallowImageNet, Watched
     try:
         with tempfile.TemporaryDirectory() as folder:
             flags = ("--epochs", epochs, "--workers", workers, "--save_every", save_every, "--seed", seed)
@@ -169,7 +170,7 @@ def watch(data_root: str, *, steps: int, every: int, workers: int, save_every: i
             record = pretraining.main(argv)
             metrics_bytes = (Path(folder) / "long_run" / "metrics.jsonl").stat().st_size
     finally:
-        IMAGE_ENCODERS["resnet18"], pretraining.Pretraining = network, usual
+        IMAGE_ENCODERS["resnet18"], pretraining.Run = network, usual
     looked = [int(sample["step"]) for sample in samples]
     slopes = {name: growth(looked, [sample[name] for sample in samples]) for name in QUANTITIES}
     return {

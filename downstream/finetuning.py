@@ -14,6 +14,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,26 +29,27 @@ from datasets.streams import SampleStreams, Stream
 from datasets.transforms import PointAugmentation
 from downstream.features import evaluating
 from engine.checkpoint import load_checkpoint
+from engine.config import RunConfig
 from engine.data_workers import data_loader
 from engine.faults import batches
 from engine.load_model import (
     describe_encoder,
     describe_fine_tuned,
     encoder_from_checkpoint,
+    encoder_from_flags,
     load_strictly,
 )
-from engine.loop import TrainingLoop
+from engine.loop import train
 from engine.optim import (
     AMP_DTYPES,
     autocast,
     base_rate,
-    build_optimizer,
     cosine_lr,
-    set_learning_rate,
 )
-from engine.resume import FREE_ON_RESUME
+from engine.resume import provenance, resume
 from engine.run_folder import RunFolder
-from models import ENCODER_ALIASES, ENCODERS, build_encoder, encoder_arguments, resolve_encoder_name
+from engine.task import FREE_ON_RESUME, Progress, Run, Task
+from models import ENCODER_ALIASES, ENCODERS, encoder_arguments, resolve_encoder_name
 from models.ops.dropout import SampleDropout
 from models.task_heads import FineTuned
 from utils.cli import (
@@ -76,6 +78,21 @@ HEAD_SEED = 1_000_003
 # The released scripts drop an incomplete last batch only from this many samples on.
 DROP_REST_FROM = 100
 Scores = dict[str, Any]
+
+
+@dataclass(kw_only=True)
+class FineTuneConfig(RunConfig):
+    """Settings that all fine-tuning runs share, see ``add_training_arguments``."""
+
+    model: str | None
+    pretrain_path: str | None
+    k: int | None
+    emb_dims: int | None
+    dropout: float | None
+    scheduler: str
+    label_smoothing: float
+    eval: bool
+    model_path: str | None
 
 
 def add_training_arguments(
@@ -153,26 +170,26 @@ def add_training_arguments(
     add_released_flags(parser, IN_FINE_TUNING, datasets=datasets)
 
 
-def check_training_arguments(args: argparse.Namespace) -> None:
+def check_training_arguments(config: FineTuneConfig) -> None:
     """Refuse settings that contradict each other.
 
     Raises:
         UserError: see above.
     """
-    if args.eval and not args.model_path:
+    if config.eval and not config.model_path:
         raise UserError("--eval needs --model_path: the checkpoint to score")
-    if args.model_path and not args.eval:
+    if config.model_path and not config.eval:
         raise UserError("--model_path is what --eval scores; to start from pretrained weights use --pretrain_path")
-    if args.eval and args.pretrain_path:
+    if config.eval and config.pretrain_path:
         raise UserError("--eval scores a finished model (--model_path); --pretrain_path only starts a training")
-    if args.batch_size * (1 if args.no_sync_bn else world_size()) < 2:
+    if config.batch_size * (1 if config.no_sync_bn else world_size()) < 2:
         raise UserError("--batch_size 1 gives batch norm no statistics; use 2 or more")
-    if not 0 <= args.label_smoothing < 1:
-        raise UserError(f"--label_smoothing {args.label_smoothing}: expected 0 or more and less than 1")
-    if args.dropout is not None and not 0 <= args.dropout < 1:
-        raise UserError(f"--dropout {args.dropout}: expected 0 or more and less than 1")
-    if args.json and is_main():
-        check_writable(Path(args.json).absolute().parent)
+    if not 0 <= config.label_smoothing < 1:
+        raise UserError(f"--label_smoothing {config.label_smoothing}: expected 0 or more and less than 1")
+    if config.dropout is not None and not 0 <= config.dropout < 1:
+        raise UserError(f"--dropout {config.dropout}: expected 0 or more and less than 1")
+    if config.json and is_main():
+        check_writable(Path(config.json).absolute().parent)
 
 
 def smoothed_cross_entropy(scores: Tensor, target: Tensor, eps: float = SMOOTHING) -> Tensor:
@@ -257,12 +274,12 @@ def hold_out(labels: np.ndarray, share: float, *, seed: int) -> tuple[np.ndarray
 
 
 def start_model(
-    args: argparse.Namespace, task: type[FineTuned], *, k: int, sizes: Mapping[str, int], in_channels: int | None = None
+    config: FineTuneConfig, task: type[FineTuned], *, k: int, sizes: Mapping[str, int], in_channels: int | None = None
 ) -> tuple[FineTuned, list[str]]:
     """The model to train: encoder from ``--pretrain_path`` or from scratch, head from scratch.
 
     Args:
-        args: parsed flags.
+        config: settings of the run.
         task: what is fine-tuned.
         k: neighbours from scratch, where ``--k`` is not given.
         sizes: of the head.
@@ -275,38 +292,37 @@ def start_model(
         CheckpointError: the checkpoint's encoder has no head for the task or takes other channels.
         UserError: an argument that the encoder does not have.
     """
-    seed_everything(args.seed)
+    seed_everything(config.seed)
     default = next(name for name, kind in ENCODERS.items() if kind in task.heads)
-    if args.pretrain_path:
-        encoder = encoder_from_checkpoint(args.pretrain_path, model=args.model, k=args.k, emb_dims=args.emb_dims)
+    if config.pretrain_path:
+        encoder = encoder_from_checkpoint(
+            config.pretrain_path, model=config.model, k=config.k, emb_dims=config.emb_dims
+        )
         name = describe_encoder(encoder)["name"]
         if type(encoder) not in task.heads:
             fitting = ", ".join(n for n, kind in ENCODERS.items() if kind in task.heads)
             raise CheckpointError(
-                f"{args.pretrain_path} holds the encoder {name}, which has no head for {task.kind}: pretrain with "
+                f"{config.pretrain_path} holds the encoder {name}, which has no head for {task.kind}: pretrain with "
                 f"--model {fitting.replace(', ', ' or ')}"
             )
         if in_channels not in (None, encoder.in_channels):
             raise CheckpointError(
-                f"{args.pretrain_path} holds an encoder of {encoder.in_channels} values per point, "
+                f"{config.pretrain_path} holds an encoder of {encoder.in_channels} values per point, "
                 f"--in_channels {in_channels} was asked for"
             )
     else:
-        name = resolve_encoder_name(args.model or default)
-        known = encoder_arguments(name)
-        wanted = {"k": args.k or k, "emb_dims": args.emb_dims, "in_channels": in_channels}
-        if args.k and "k" not in known:
-            raise UserError(f"--k: {name} has no neighbours")
-        encoder = build_encoder(name, **{key: v for key, v in wanted.items() if key in known and v is not None})
+        name = resolve_encoder_name(config.model or default)
+        neighbors = config.k or (k if "k" in encoder_arguments(name) else None)
+        encoder = encoder_from_flags(name, k=neighbors, emb_dims=config.emb_dims, in_channels=in_channels)
     # What the encoder came from must not change the head that it gets.
-    seed_everything(args.seed + HEAD_SEED)
-    model = task(encoder, **sizes, **({} if args.dropout is None else {"dropout": args.dropout}))
+    seed_everything(config.seed + HEAD_SEED)
+    model = task(encoder, **sizes, **({} if config.dropout is None else {"dropout": config.dropout}))
     kwargs = ", ".join(f"{key} {value}" for key, value in describe_encoder(encoder)["kwargs"].items())
     encoder_text, head_text = (
         f"{len(part.state_dict())} tensors, {sum(p.numel() for p in part.parameters()):,} parameters"
         for part in (encoder, model.head)
     )
-    origin = f"loaded from {args.pretrain_path}, all of it" if args.pretrain_path else "starts fresh"
+    origin = f"loaded from {config.pretrain_path}, all of it" if config.pretrain_path else "starts fresh"
     layers = ", ".join(dict.fromkeys(key.split(".")[0] for key in model.head.state_dict()))
     return model, [
         f"encoder {name} ({kwargs}): {encoder_text}: {origin}",
@@ -381,12 +397,11 @@ def scores_of(
             yield from zip(of_all[: len(group)], [batch for _, batch in group], strict=True)
 
 
-class FineTuning(TrainingLoop):
-    """One fine-tuning run.
+class FineTuning(Task):
+    """Fine-tuning of one model on chosen samples.
 
     Args:
-        args: the parsed command line.
-        folder: the run folder.
+        config: settings of the run.
         device: where to train.
         model: encoder and head.
         dataset: items are points (N, C), further inputs of the model, and last the target.
@@ -407,8 +422,7 @@ class FineTuning(TrainingLoop):
 
     def __init__(
         self,
-        args: argparse.Namespace,
-        folder: RunFolder,
+        config: FineTuneConfig,
         device: torch.device,
         *,
         model: FineTuned,
@@ -421,7 +435,7 @@ class FineTuning(TrainingLoop):
         augmentation: PointAugmentation | None = None,
         per_batch: bool = False,
     ) -> None:
-        super().__init__(args, folder, device)
+        super().__init__(config, device)
         if len(chosen) < 2:
             raise UserError(f"{len(chosen)} training sample: batch norm needs at least two")
         if len(chosen) < world_size():
@@ -432,50 +446,48 @@ class FineTuning(TrainingLoop):
         self.dropouts = SampleDropout.convert(self.model)
         self.dataset = _Keyed(dataset, chosen)
         # Fewer samples than a batch are one batch.
-        batch = min(args.batch_size, len(chosen) // world_size())
+        batch = min(config.batch_size, len(chosen) // world_size())
         self.sampler = self.sampler_of(len(chosen), batch, keep_rest=len(chosen) < DROP_REST_FROM)
-        self.optimizer = build_optimizer(self.model, args)
         self.validate, self.score, self.table = validate, score, dict(table)
         self.identity, self.augmentation, self.per_batch = identity, augmentation, per_batch
 
-    def step(self, batch: list[Tensor]) -> Tensor:
-        """One optimiser step; returns (1,) the loss."""
-        args, progress = self.args, self.progress
-        rate = fine_tuning_rate(
-            progress.step,
-            scheduler=args.scheduler,
-            epochs=args.epochs,
+    def learning_rate(self, step: int) -> float:
+        """Rate of a step, see ``fine_tuning_rate``."""
+        config = self.config
+        return fine_tuning_rate(
+            step,
+            scheduler=config.scheduler,
+            epochs=config.epochs,
             steps_per_epoch=len(self.sampler),
-            base=base_rate(args),
-            lr=args.lr,
+            base=base_rate(config),
+            lr=config.lr,
             per_batch=self.per_batch,
         )
-        set_learning_rate(self.optimizer, rate)
-        index, points, *others, target = (tensor.to(self.device, non_blocking=True) for tensor in batch)
+
+    def forward_backward(self, part: list[Tensor], progress: Progress, *, scale: Callable[[Tensor], Tensor]) -> Tensor:
+        """Add a batch's gradients; returns (1,) the loss."""
+        config = self.config
+        index, points, *others, target = (tensor.to(self.device, non_blocking=True) for tensor in part)
         if self.augmentation is not None:
-            streams = SampleStreams(seed=args.seed, epoch=progress.epoch, index=index, purpose=Stream.FINE_TUNING)
+            streams = SampleStreams(seed=config.seed, epoch=progress.epoch, index=index, purpose=Stream.FINE_TUNING)
             points = self.augmentation(points, streams)
         for number, dropout in enumerate(self.dropouts, Stream.DROPOUT):
             # From the numbers as read: those on a GPU would have to be waited for.
-            streams = SampleStreams(seed=args.seed, epoch=progress.epoch, index=batch[0], purpose=number)
+            streams = SampleStreams(seed=config.seed, epoch=progress.epoch, index=part[0], purpose=number)
             dropout.reseed(streams.seeds())
-        with autocast(self.device, args.amp):
+        with autocast(self.device, config.amp):
             scores = self.network(points.mT, *others)
-        loss = smoothed_cross_entropy(scores, target, args.label_smoothing)
+        loss = smoothed_cross_entropy(scores, target, config.label_smoothing)
         loss = loss * self.sampler.loss_weight(progress.samples // self.sampler.global_batch)
-        self.backward_and_step(loss)
+        scale(loss).backward()
         return loss.detach()[None]
 
-    def evaluate(self) -> dict[str, float]:
-        """Validate; keep the weights as ``best.pth`` if they are the best so far."""
+    def evaluate(self) -> tuple[dict[str, float], float | None]:
+        """Validate; returns the scores and the one that chooses the best epoch."""
         if self.validate is None:
-            return {}
+            return {}, None
         scores = {key: value for key, value in self.validate(self.model).items() if isinstance(value, float)}
-        value = scores[self.score]
-        if value > self.progress.best:
-            self.progress.best, self.progress.best_epoch = value, self.progress.epoch
-            self.save("best.pth")
-        return {f"{self.args.select_on}_{key}": value for key, value in scores.items()}
+        return {f"{self.config.select_on}_{key}": value for key, value in scores.items()}, scores[self.score]
 
     def weights(self) -> dict[str, Any]:
         """Encoder and head, and what the classes are."""
@@ -491,71 +503,77 @@ class FineTuning(TrainingLoop):
         text = f"{self.identity} {json.dumps(self.table, sort_keys=True)} {self.dataset.chosen.tolist()}"
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def finish(self, test: Callable[[nn.Module], Scores]) -> dict[str, Any]:
-        """Score the best and the last weights on the test data.
 
-        Returns:
-            ``best`` (None where nothing was validated) and ``last``: each with epoch, validation and test scores.
-        """
-        records = {record["epoch"]: record for record in broadcast_from_rank0(lambda: list(self.folder.metrics()))}
-        prefix = f"{self.args.select_on}_"
+def score_best_and_last(run: Run, test: Callable[[nn.Module], Scores]) -> dict[str, Any]:
+    """Score the best and the last weights on the test data.
 
-        def entry(epoch: int) -> dict[str, Any]:
-            held_out = {k: v for k, v in records.get(epoch, {}).items() if k.startswith(prefix)}
-            return {"epoch": epoch, **held_out, "test": test(self.model)}
+    Returns:
+        ``best`` (None where nothing was validated) and ``last``: each with epoch, validation and test scores.
+    """
+    task, progress, select_on = run.task, run.progress, run.config.select_on
+    records = {record["epoch"]: record for record in broadcast_from_rank0(lambda: list(run.folder.metrics()))}
 
-        last = entry(self.progress.epoch)
-        best = None
-        if self.progress.best_epoch == self.progress.epoch:
-            best = last
-        elif self.progress.best_epoch:
-            path = self.folder / "best.pth"
-            self.load_weights(broadcast_from_rank0(lambda: load_checkpoint(path)), path)
-            best = entry(self.progress.best_epoch)
-        return {"selected_on": self.args.select_on if best else None, "best": best, "last": last}
+    def entry(epoch: int) -> dict[str, Any]:
+        held_out = {k: v for k, v in records.get(epoch, {}).items() if k.startswith(f"{select_on}_")}
+        return {"epoch": epoch, **held_out, "test": test(task.model)}
 
-    def run(self, test: Callable[[nn.Module], Scores], report: Iterable[str]) -> dict[str, Any]:
-        """Train, or go on where the run stands, and test; a finished run returns its result.
-
-        Args:
-            test: scores of a model on the test data.
-            report: lines for the log.
-        """
-        args, folder = self.args, self.folder
-        folder.start_log()
-        if self.resume(args.resume):
-            result = broadcast_from_rank0(self.earlier_result) if self.progress.epoch >= args.epochs else None
-            if result is not None:
-                logger.info("%s is finished", folder.path)
-                return result
-        folder.write_config(self.provenance())
-        for line in report:
-            logger.info(line)
-        logger.info(
-            "%d training samples, %d steps of %d in %d process(es) on %s",
-            *(len(self.dataset), self.total_steps, self.sampler.global_batch, world_size(), self.device),
-        )
-        if self.sampler.global_batch < args.batch_size * world_size():
-            logger.info("fewer samples than --batch_size %d asks for: each step takes them all", args.batch_size)
-        if self.sampler.sizes[-1] < self.sampler.global_batch:
-            logger.info("the last step of an epoch takes the %d samples that are left", self.sampler.sizes[-1])
-        if self.validate is None:
-            logger.info("nothing is held out: there is no best epoch, the last one is reported")
-        start = time.perf_counter()
-        self.train()
-        seconds = time.perf_counter() - start
-        result = {**self.finish(test), "training_samples": len(self.dataset), "training_seconds": round(seconds, 1)}
-        if is_main():
-            write_json(folder / "result.json", result)
-        return result
-
-    def earlier_result(self) -> dict[str, Any] | None:
-        """What a finished run in the folder has found."""
-        path = self.folder / "result.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    last = entry(progress.epoch)
+    best = None
+    if progress.best_epoch == progress.epoch:
+        best = last
+    elif progress.best_epoch:
+        path = run.folder / "best.pth"
+        task.load_weights(broadcast_from_rank0(lambda: load_checkpoint(path)), path)
+        best = entry(progress.best_epoch)
+    return {"selected_on": select_on if best else None, "best": best, "last": last}
 
 
-def run_folders(args: argparse.Namespace, names: Sequence[str]) -> list[RunFolder]:
+def fine_tune(run: Run, test: Callable[[nn.Module], Scores], report: Iterable[str]) -> dict[str, Any]:
+    """Train, or go on where the run stands, and test; a finished run returns its result.
+
+    Args:
+        run: of a ``FineTuning``.
+        test: scores of a model on the test data.
+        report: lines for the log.
+    """
+    task, config, folder = run.task, run.config, run.folder
+    folder.start_log()
+    if resume(run):
+        result = broadcast_from_rank0(lambda: earlier_result(folder)) if run.progress.epoch >= config.epochs else None
+        if result is not None:
+            logger.info("%s is finished", folder.path)
+            return result
+    folder.write_config(provenance(config))
+    for line in report:
+        logger.info(line)
+    logger.info(
+        "%d training samples, %d steps of %d in %d process(es) on %s",
+        *(len(task.dataset), task.total_steps, task.sampler.global_batch, world_size(), task.device),
+    )
+    if task.sampler.global_batch < config.batch_size * world_size():
+        logger.info("fewer samples than --batch_size %d asks for: each step takes them all", config.batch_size)
+    if task.validate is None:
+        logger.info("nothing is held out: there is no best epoch, the last one is reported")
+    start = time.perf_counter()
+    train(run)
+    seconds = time.perf_counter() - start
+    result = {
+        **score_best_and_last(run, test),
+        "training_samples": len(task.dataset),
+        "training_seconds": round(seconds, 1),
+    }
+    if is_main():
+        write_json(folder / "result.json", result)
+    return result
+
+
+def earlier_result(folder: RunFolder) -> dict[str, Any] | None:
+    """What a finished run in the folder has found."""
+    path = folder / "result.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def run_folders(config: FineTuneConfig, names: Sequence[str]) -> list[RunFolder]:
     """Folders of the runs of one call: the run folder itself for one run, sub-folders of it for several.
 
     All are looked at before the first run starts, so that an earlier run in one of them stops the call at once.
@@ -563,11 +581,11 @@ def run_folders(args: argparse.Namespace, names: Sequence[str]) -> list[RunFolde
     Raises:
         UserError: one holds a run and neither ``--resume`` nor ``--overwrite`` is given.
     """
-    base = Path(args.output_dir) / args.exp_name
-    if len(names) > 1 and args.resume not in (None, "auto"):
-        raise UserError(f"--resume {args.resume} goes on with one run, this call has {len(names)}: use --resume")
+    base = Path(config.output_dir) / config.exp_name
+    if len(names) > 1 and config.resume not in (None, "auto"):
+        raise UserError(f"--resume {config.resume} goes on with one run, this call has {len(names)}: use --resume")
     paths = [base] if len(names) == 1 else [base / name for name in names]
-    return [RunFolder(path, overwrite=args.overwrite, resume=args.resume) for path in paths]
+    return [RunFolder(path, overwrite=config.overwrite, resume=config.resume) for path in paths]
 
 
 def reported_entry(result: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from torch.utils.data import DataLoader
 
-from engine.data_workers import is_handover_error
+from engine.data_workers import data_loader, is_handover_error
+from engine.task import Run, Task
+from utils.cli import EXIT_TERMINATED
 from utils.errors import UserError
+
+logger = logging.getLogger("crossnet")
 
 
 @contextlib.contextmanager
@@ -69,3 +74,61 @@ def stop_workers(loader: DataLoader) -> None:
     """End the data workers: after an error its traceback keeps their iterator alive, which would end them late."""
     if loader._iterator is not None:
         loader._iterator._shutdown_workers()
+
+
+@contextlib.contextmanager
+def data_workers(task: Task) -> Iterator[DataLoader]:
+    """Batches of the task's sampler, read by ``config.workers`` processes, which end with the block."""
+    workers = task.config.workers
+    loader = data_loader(
+        task.dataset,
+        batch_sampler=task.sampler,
+        collate=task.collate,
+        workers=workers,
+        device=task.device,
+        persistent_workers=workers > 0,
+        prefetch_factor=4 if workers > 0 else None,
+    )
+    try:
+        yield loader
+    finally:
+        stop_workers(loader)
+
+
+class Stop:
+    """Whether SIGTERM has come to this process."""
+
+    requested = False
+
+
+@contextlib.contextmanager
+def stop_on_sigterm() -> Iterator[Stop]:
+    """Note SIGTERM instead of dying of it; turn the error of a killed data worker into one that says so."""
+    stop = Stop()
+
+    def request(*_: object) -> None:
+        stop.requested = True
+
+    listens = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, request) if listens else None
+    try:
+        yield stop
+    except RuntimeError as error:
+        # PyTorch raises this at any moment, from its handler of SIGCHLD.
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise worker_gone(error) from error
+    finally:
+        if listens:
+            signal.signal(signal.SIGTERM, before)
+
+
+def exit_after_sigterm(run: Run) -> NoReturn:
+    """End the process: SIGTERM has come to one of the processes, and everything is saved.
+
+    Raises:
+        SystemExit: with the exit code of a process that SIGTERM ended.
+    """
+    last = run.folder / "last.pth"
+    logger.warning("stopped by SIGTERM at step %d; go on from %s with --resume", run.progress.step, last)
+    raise SystemExit(EXIT_TERMINATED)

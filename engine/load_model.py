@@ -21,7 +21,7 @@ from engine.published_weights import (
 )
 from models import ENCODERS, build_encoder, encoder_arguments, resolve_encoder_name
 from models.task_heads import TASKS, FineTuned
-from utils.errors import CheckpointError
+from utils.errors import CheckpointError, UserError
 
 logger = logging.getLogger("crossnet")
 
@@ -69,6 +69,33 @@ def _check_fit(module: nn.Module, state: Mapping[str, Tensor], *, path: str | os
             if names
         )
         raise CheckpointError(f"{path} does not fit {what}: tensors {text}")
+
+
+def encoder_from_flags(
+    model: str,
+    *,
+    k: int | None = None,
+    emb_dims: int | None = None,
+    in_channels: int | None = None,
+) -> nn.Module:
+    """Build an encoder with random weights as ``--model``, ``--k``, ``--emb_dims`` and ``--in_channels`` say.
+
+    Args:
+        model: name, or a released alias.
+        k: neighbors; like the others, None takes the released value.
+        emb_dims: width of the embedding.
+        in_channels: values per point.
+
+    Raises:
+        UserError: a flag that this encoder does not have.
+    """
+    known, name = encoder_arguments(model), resolve_encoder_name(model)
+    given = {"k": k, "emb_dims": emb_dims, "in_channels": in_channels}
+    given = {key: value for key, value in given.items() if value is not None}
+    for key in given:
+        if key not in known:
+            raise UserError(f"--{key}: {name} has no such setting")
+    return build_encoder(name, **given)
 
 
 def encoder_from_checkpoint(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import math
 from collections.abc import Mapping
@@ -10,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from engine.config import RunConfig
 
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 LR_SCHEDULES = ("cosine", "released")
@@ -54,23 +55,23 @@ def grad_scaler(device: torch.device, amp: str) -> torch.amp.GradScaler:
 SGD_FACTOR = 100  # the released scripts give SGD this many times Adam's rate
 
 
-def base_rate(args: argparse.Namespace) -> float:
+def base_rate(config: RunConfig) -> float:
     """Highest learning rate: ``--lr``, or 100 times that with SGD, as released."""
-    return args.lr * (SGD_FACTOR if args.use_sgd else 1)
+    return config.lr * (SGD_FACTOR if config.use_sgd else 1)
 
 
-def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
     """Adam, or SGD with momentum, over all parameters of the model.
 
     On a GPU Adam is PyTorch's fused one: one pass over the parameters, and no wait for the host in fp16.
     """
-    if args.use_sgd:
+    if config.use_sgd:
         return torch.optim.SGD(
-            model.parameters(), lr=base_rate(args), momentum=args.momentum, weight_decay=args.weight_decay
+            model.parameters(), lr=base_rate(config), momentum=config.momentum, weight_decay=config.weight_decay
         )
     fused = all(parameter.is_cuda for parameter in model.parameters())
     return torch.optim.Adam(
-        model.parameters(), lr=base_rate(args), weight_decay=args.weight_decay, fused=True if fused else None
+        model.parameters(), lr=base_rate(config), weight_decay=config.weight_decay, fused=True if fused else None
     )
 
 

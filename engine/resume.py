@@ -1,50 +1,119 @@
-"""Where a run stands, and what may differ between it and its continuation."""
+"""Saving a run, and resuming it within an epoch: bit by bit the run that was not stopped."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+import logging
+import signal
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
-# Settings that may differ between a run and its continuation: they change nothing that is learned.
-FREE_ON_RESUME = {
-    *("data_root", "device", "workers", "json", "exp_name", "output_dir", "resume", "overwrite", "wandb", "log_every"),
-    *("save_every", "test_batch_size", "deterministic"),
-    "batch_size",  # per process: what counts is the global batch
-}
+import torch
+
+from engine.checkpoint import checkpoint_errors, save_checkpoint
+from engine.config import RunConfig
+from engine.faults import postponed
+from engine.optim import load_optimizer
+from engine.task import Progress, Run
+from utils.collectives import broadcast_from_rank0, main_only, world_size
+from utils.errors import CheckpointError
+from utils.reproducible import git_commit, random_states, restore_random_states, versions
+
+logger = logging.getLogger("crossnet")
 
 
-@dataclass
-class Progress:
-    """Where a run stands; everything that a checkpoint needs besides weights and optimiser."""
+def provenance(config: RunConfig) -> dict[str, Any]:
+    """What a result depends on besides the data."""
+    return {
+        "arguments": config.flags,
+        "processes": world_size(),
+        "versions": versions(),
+        "git_commit": git_commit(),
+    }
 
-    epoch: int = 0  # epochs finished
-    step: int = 0  # optimiser steps done
-    samples: int = 0  # samples consumed in the current epoch, over all processes
-    seconds: float = 0.0  # spent on the current epoch
-    waited: float = 0.0  # of which waiting for data
-    sums: list[float] = field(default_factory=list)  # each loss over the epoch's steps
-    best: float = -1.0  # best score on the selection set
-    best_epoch: int = 0  # and the epoch it is of; 0 = none yet
-    bad: int = 0  # unreadable samples met so far
-    read: int = 0  # samples read so far
 
-    def __post_init__(self) -> None:
-        kinds = {"int": int, "float": (int, float), "list[float]": list}
-        for entry in fields(self):
-            value = getattr(self, entry.name)
-            if not isinstance(value, kinds[entry.type]) or (entry.type == "int" and value < 0):
-                raise ValueError(f"{entry.name} = {value!r}")
+@main_only
+def save(run: Run, name: str) -> None:
+    """Write a checkpoint into the run folder; never one with weights that are not finite.
 
-    @property
-    def speed(self) -> float:
-        """Samples per second in the current epoch."""
-        return self.samples / self.seconds
+    Raises:
+        UserError: a weight is not finite, or the file cannot be written.
+    """
+    task = run.task
+    floats = [value for value in task.model.state_dict().values() if value.is_floating_point()]
+    if not torch.stack([value.isfinite().all() for value in floats]).all():
+        raise run.not_finite("some weights are", run.progress.step)
+    payload = {
+        "kind": task.kind,
+        **task.weights(),
+        "optimizer": run.optimizer.state_dict(),
+        "scaler": run.scaler.state_dict(),
+        "progress": asdict(run.progress),
+        "global_batch": task.sampler.global_batch,
+        "shapes": task.fingerprint(),
+        "random": random_states(),
+        **provenance(run.config),
+    }
+    with postponed(signal.SIGCHLD):
+        save_checkpoint(run.folder / name, payload, keep=run.folder / "previous.pth" if name == "last.pth" else None)
 
-    @property
-    def waiting(self) -> float:
-        """Share of the current epoch's time spent waiting for data."""
-        return self.waited / self.seconds
 
-    def next_epoch(self) -> None:
-        """Count an epoch and start the sums again."""
-        self.epoch += 1
-        self.samples, self.seconds, self.waited, self.sums = 0, 0.0, 0.0, []
+def changes_since(run: Run, payload: Mapping[str, Any]) -> list[str]:
+    """What is set otherwise than in a checkpoint's run, of what changes the result."""
+    before, now, sampler = payload["arguments"], run.config.flags, run.task.sampler
+    free = run.task.free_on_resume
+    names = sorted(key for key in now if key not in free and before.get(key, now[key]) != now[key])
+    changes = [f"--{key} {before[key]} there, {now[key]} here" for key in names]
+    there, here, batch = payload.get("processes", 1), world_size(), payload["global_batch"]
+    own, rest = divmod(batch, here * sampler.parts)
+    if batch != sampler.global_batch:
+        changes.append(
+            f"--batch_size {before['batch_size']} in {there} process(es) there, "
+            f"{run.config.batch_size} in {here} here, a global batch of {sampler.global_batch}, not {batch}: "
+            + (f"{here} processes cannot share it" if rest else f"--batch_size {own} fits")
+        )
+    if run.config.no_sync_bn and there != here:
+        changes.append(f"--no_sync_bn in {there} process(es) there, {here} here")
+    return changes
+
+
+def resume(run: Run) -> bool:
+    """Continue a run from the checkpoint that ``config.resume`` means, see ``RunFolder.to_resume``.
+
+    Returns:
+        Whether there is one.
+
+    Raises:
+        CheckpointError: one that cannot be read, of another kind, other settings, or other data.
+    """
+    found = run.folder.to_resume(run.config.resume)
+    if found is None:
+        return False
+    path, payload = found
+    with checkpoint_errors(path):
+        load_state(run, payload, path)
+    # In a new folder, or after the file was lost, the next score is the best there is.
+    if not broadcast_from_rank0(run.folder.has_best):
+        run.progress.best, run.progress.best_epoch = Progress.best, Progress.best_epoch
+    run.folder.cut_metrics(run.progress.epoch)
+    logger.info("resumed %s: %d epochs and %d steps done", path, run.progress.epoch, run.progress.step)
+    return True
+
+
+def load_state(run: Run, payload: Mapping[str, Any], path: Path) -> None:
+    """Load a checkpoint's weights, optimizer, random numbers and progress into a run; see ``resume``."""
+    task = run.task
+    if payload.get("kind") != task.kind or "optimizer" not in payload:
+        kind = task.kind.removeprefix("crossnet-")
+        raise CheckpointError(f"{path} is no {kind} checkpoint: --resume needs a last.pth of this script")
+    changes = ", ".join(changes_since(run, payload))
+    if changes:
+        raise CheckpointError(f"{path} was trained with other settings ({changes}): repeat them, or start a new run")
+    if payload["shapes"] != task.fingerprint():
+        raise CheckpointError(f"{path} was trained on other shapes than {run.config.data_root} holds")
+    task.load_weights(payload, path)
+    load_optimizer(run.optimizer, payload["optimizer"])
+    run.scaler.load_state_dict(payload["scaler"])
+    restore_random_states(payload["random"])
+    run.progress = Progress(**payload["progress"])

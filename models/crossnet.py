@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from models.base import pooled_features
 from models.image import build_image_encoder
-from models.losses import OBJECTIVES, Losses, crossnet_objective
+from models.losses import OBJECTIVES, RELEASED_TEMPERATURE, Losses, crossnet_objective
 from models.projection_heads import HIDDEN_DIM, image_projection, point_projection
 
 MODALITIES = ("both", "rgb", "gray")
@@ -34,7 +34,7 @@ class CrossNet(nn.Module):
         image_modality: ``both``, ``rgb`` or ``gray``; a branch that is not used is not built.
         objective: ``con`` or ``ave``, see ``models.losses.crossnet_objective``.
         alpha: weight of the cross-modal term.
-        temperature: of NT-Xent.
+        temperature: of NT-Xent; None takes the released one of the objective, 0.2 for ``con`` and 0.1 for ``ave``.
         mask_same_object: ablation of ``con``, see ``models.losses.crossnet_objective``.
 
     Raises:
@@ -49,7 +49,7 @@ class CrossNet(nn.Module):
         image_modality: str = "both",
         objective: str = "con",
         alpha: float = 1.0,
-        temperature: float = 0.2,
+        temperature: float | None = None,
         mask_same_object: bool = False,
     ) -> None:
         super().__init__()
@@ -57,7 +57,8 @@ class CrossNet(nn.Module):
             raise ValueError(f"unknown image modality {image_modality!r}: expected one of {', '.join(MODALITIES)}")
         if objective not in OBJECTIVES:
             raise ValueError(f"unknown objective {objective!r}: expected one of {', '.join(OBJECTIVES)}")
-        self.objective, self.alpha, self.temperature = objective, alpha, temperature
+        self.objective, self.alpha = objective, alpha
+        self.temperature = RELEASED_TEMPERATURE[objective] if temperature is None else temperature
         self.mask_same_object = mask_same_object
         self.point_encoder = point_encoder
         hidden = getattr(point_encoder, "emb_dims", HIDDEN_DIM)

@@ -18,8 +18,8 @@ from downstream.classification import finetune
 from downstream.segmentation import main_partseg, main_semseg
 from engine import launch
 from engine.checkpoint import load_checkpoint
-from engine.loop import TrainingLoop
 from engine.run_folder import RunFolder
+from engine.task import Run
 from models import CrossNet
 from models.image import IMAGE_ENCODERS
 from tests.support.pairs import cloud_path, write_demo_set, write_pairs
@@ -47,7 +47,7 @@ def make_small(patch):
     patch.setattr(RunFolder, "draw_curves", lambda self: None)
     patch.setattr(pretraining, "CrossNet", lambda *args, **kwargs: CrossNet(*args, **kwargs).double())
     patch.setattr(Pretraining, "collate", staticmethod(lambda samples: double(collate_pairs(samples))))
-    patch.setattr(Pretraining, "inputs_of", lambda self, batch: double(inputs_of(self, batch)))
+    patch.setattr(Pretraining, "inputs_of", lambda self, batch, *, epoch: double(inputs_of(self, batch, epoch=epoch)))
     patch.setattr(launch, "BEAT_SECONDS", 0.3)
     patch.setattr(launch, "BEATS_UNTIL_LOST", 200)
 
@@ -161,14 +161,14 @@ def whole(root, tmp_path_factory):
 
 def terminate_in(step, rank):
     """SIGTERM to one process in one of its steps."""
-    original = Pretraining.step
+    original = Run.step
 
     def terminating(self, batch):
         if self.progress.step == step and launch.rank() == rank:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, batch)
 
-    Pretraining.step = terminating
+    Run.step = terminating
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
@@ -200,8 +200,9 @@ def test_a_stopped_run_goes_on_with_another_number_of_processes(root, whole, tmp
 def test_another_global_batch_is_an_error_that_names_what_fits(
     root, whole, tmp_path, monkeypatch, processes, batch, message
 ):
-    monkeypatch.setattr("engine.loop.world_size", lambda: processes)
-    monkeypatch.setattr("engine.loop.wrap_ddp", lambda model: model)
+    monkeypatch.setattr("engine.task.world_size", lambda: processes)
+    monkeypatch.setattr("engine.resume.world_size", lambda: processes)
+    monkeypatch.setattr("engine.task.wrap_ddp", lambda model: model)
     argv = arguments(root, tmp_path, *PROBED, "--batch_size", batch, "--resume", whole / "last.pth")
     with pytest.raises(UserError, match=message):
         pretraining.main(argv)
@@ -241,27 +242,27 @@ def test_unreadable_samples_of_all_processes_count_and_stop_all(tmp_path):
 
 def fail_in_step(how, victim=1):
     """What happens to one process in its second step."""
-    original = Pretraining.step
+    original = Run.step
 
     def step(self, batch):
         if self.progress.step == 1 and launch.rank() == victim:
             how()
         return original(self, batch)
 
-    Pretraining.step = step
+    Run.step = step
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_the_other_with_a_message(root, tmp_path, victim):
     def main():
-        original = Pretraining.optimizer_step
+        original = Run.optimizer_step
 
         def update(self):
             if self.progress.step == 1 and launch.rank() == victim:
                 os.kill(os.getpid(), signal.SIGKILL)
             original(self)
 
-        Pretraining.optimizer_step = update
+        Run.optimizer_step = update
         pretraining.main(arguments(root, tmp_path, *SHORT))
 
     begin = time.monotonic()
@@ -275,16 +276,16 @@ def test_a_process_that_torchrun_ends_because_another_is_gone_still_says_so(root
     """Also where the signal comes after the loop has failed and before the message is written."""
 
     def main():
-        original = TrainingLoop.train
+        original = pretraining.train
 
-        def train(self):
+        def train(run):
             try:
-                return original(self)
+                return original(run)
             except RuntimeError:
                 os.kill(os.getpid(), signal.SIGTERM)
                 raise
 
-        TrainingLoop.train = train
+        pretraining.train = train
         fail_in_step(lambda: os.kill(os.getpid(), signal.SIGKILL), 1)
         pretraining.main(arguments(root, tmp_path, *SHORT))
 

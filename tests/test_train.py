@@ -16,8 +16,8 @@ from datasets.transforms import RandomSubset
 from engine import faults, loop
 from engine.checkpoint import load_checkpoint, save_checkpoint
 from engine.load_model import encoder_from_checkpoint
-from engine.resume import Progress
 from engine.run_folder import CHECKPOINTS, RunFolder
+from engine.task import Progress, Run
 from models.image import IMAGE_ENCODERS
 from tests.robustness.faults import REFERENCE, equal, metrics, same_end, wait_for
 from tests.support.pairs import cloud, cloud_path, contents, write_demo_set, write_pairs, write_ply
@@ -118,7 +118,7 @@ def test_sigterm_to_the_whole_group_saves_and_ends_cleanly(root, reference, tmp_
 
 @pytest.mark.parametrize("when", ["step", "last step of an epoch", "probe"])
 def test_sigterm_at_any_moment_loses_nothing(root, reference, tmp_path, monkeypatch, when):
-    step, probe = Pretraining.step, LinearProbe.__call__
+    step, probe = Run.step, LinearProbe.__call__
 
     def terminating_step(self, batch):
         if self.progress.step == {"step": 5, "last step of an epoch": 7}.get(when):
@@ -131,7 +131,7 @@ def test_sigterm_at_any_moment_loses_nothing(root, reference, tmp_path, monkeypa
 
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
-        patch.setattr(Pretraining, "step", terminating_step)
+        patch.setattr(Run, "step", terminating_step)
         if when == "probe":
             patch.setattr(LinearProbe, "__call__", terminating_probe)
         train(root, tmp_path, *REFERENCE)
@@ -328,9 +328,9 @@ def test_a_loss_that_is_not_finite_stops_with_a_message_and_finite_checkpoints(r
 def test_weights_that_are_not_finite_are_never_saved(root, tmp_path, monkeypatch):
     def break_weights(self):
         if self.progress.step == 2:
-            self.model.point_head[0].weight.data[0, 0] = math.inf  # the loss before it was finite
+            self.task.model.point_head[0].weight.data[0, 0] = math.inf  # the loss before it was finite
 
-    monkeypatch.setattr(Pretraining, "optimizer_step", break_weights)
+    monkeypatch.setattr(Run, "optimizer_step", break_weights)
     with pytest.raises(UserError, match="some weights are not finite at step 3"):
         train(root, tmp_path, *REFERENCE, "--save_every", 1)
     assert load_checkpoint(tmp_path / "crossnet" / "last.pth")["progress"]["step"] == 2
@@ -419,14 +419,14 @@ def test_impossible_parts_of_a_batch_are_refused(root, tmp_path, flags, message)
 
 def test_learning_rates_of_both_schedules_and_optimizers(root, tmp_path, short):
     rates = []
-    step = Pretraining.optimizer_step
+    step = Run.optimizer_step
 
     def note(self):
         rates.append((type(self.optimizer).__name__, self.optimizer.param_groups[0]["lr"]))
         step(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Pretraining, "optimizer_step", note)
+        patch.setattr(Run, "optimizer_step", note)
         two = (*short, "--epochs", 2, "--save_every", 0)
         train(root, tmp_path, *two, "--exp_name", "a")
         train(root, tmp_path, *two, "--exp_name", "b", "--lr_schedule", "released")
@@ -493,14 +493,14 @@ def test_training_starts_from_a_checkpoint_with_its_k(root, reference, tmp_path,
 
 def test_unreadable_samples_are_skipped_and_counted_and_stop_the_run_when_many(root, tmp_path, caplog):
     training = object.__new__(Pretraining)
-    training.progress, training.dataset = Progress(read=96), range(150)
+    progress, training.dataset = Progress(read=96), range(150)
     with caplog.at_level(logging.WARNING, "crossnet"):
-        training.count_bad_samples({"index": [0] * 4, "bad": ["a.ply is broken"]})
-    assert (training.progress.bad, training.progress.read) == (1, 100) and "skipped: a.ply is broken" in caplog.text
+        training.count_bad_samples({"index": [0] * 4, "bad": ["a.ply is broken"]}, progress)
+    assert (progress.bad, progress.read) == (1, 100) and "skipped: a.ply is broken" in caplog.text
     with pytest.raises(UserError, match="2 of 104 samples could not be read, more than 1 %; the last one: b.ply"):
-        training.count_bad_samples({"index": [0] * 4, "bad": ["b.ply is broken"]})
-    training.progress = Progress(read=296, bad=2)
-    training.count_bad_samples({"index": [0] * 4, "bad": ["b.ply is broken"]})
+        training.count_bad_samples({"index": [0] * 4, "bad": ["b.ply is broken"]}, progress)
+    progress = Progress(read=296, bad=2)
+    training.count_bad_samples({"index": [0] * 4, "bad": ["b.ply is broken"]}, progress)
 
 
 def test_clouds_of_uneven_size_train(tmp_path, monkeypatch):
@@ -534,8 +534,8 @@ def test_saving_counts_neither_as_training_nor_as_waiting(root, tmp_path, short,
         return call
 
     monkeypatch.setattr(loop, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
-    monkeypatch.setattr(Pretraining, "step", passing(3, Pretraining.step))
-    monkeypatch.setattr(Pretraining, "save", passing(100, Pretraining.save))
+    monkeypatch.setattr(Run, "step", passing(3, Run.step))
+    monkeypatch.setattr(loop, "save", passing(100, loop.save))
     monkeypatch.setattr(ShapeNetRender, "_read", passing(0.25, ShapeNetRender._read))
     record = train(root, tmp_path, *short, "--save_every", 1)
     assert record["shapes_per_s"] == pytest.approx(4 / 4) and record["data_wait"] == pytest.approx(1 / 4)

@@ -12,8 +12,8 @@ from torch import nn
 from datasets.hdf5 import LabeledClouds
 from datasets.registry import CLASSIFICATION_SETS, find_datasets, open_classification_set
 from datasets.scanobjectnn import VARIANTS, resolve_variant
-from engine.load_model import encoder_from_checkpoint
-from models import ENCODER_ALIASES, ENCODERS, build_encoder, encoder_arguments, resolve_encoder_name
+from engine.load_model import encoder_from_checkpoint, encoder_from_flags
+from models import ENCODER_ALIASES, ENCODERS
 from utils.cli import positive_int, seed_number
 from utils.errors import DataError, UserError
 from utils.released_flags import model_name
@@ -158,15 +158,10 @@ def candidates(args: argparse.Namespace) -> list[Candidate]:
             shown = name if names.count(name) == 1 else path
             found.append(Candidate(shown, encoder, {"model_path": str(path), "sha256": sha256(path)}))
         return found
-    model = resolve_encoder_name(args.model or DEFAULT_MODEL)
-    known = encoder_arguments(model)
-    given = {key: getattr(args, key) for key in ("k", "emb_dims") if getattr(args, key) is not None}
-    for key in given:
-        if key not in known:
-            raise UserError(f"--{key}: {model} has no such setting")
     for seed in args.seeds or [args.seed]:
         seed_everything(seed)
-        found.append(Candidate(f"random init, seed {seed}", build_encoder(model, **given), {"random_init_seed": seed}))
+        encoder = encoder_from_flags(args.model or DEFAULT_MODEL, k=args.k, emb_dims=args.emb_dims)
+        found.append(Candidate(f"random init, seed {seed}", encoder, {"random_init_seed": seed}))
     return found
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,18 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from datasets.hdf5 import LabeledClouds
+from datasets.scanobjectnn import resolve_variant
 from datasets.transforms import fine_tuning_augmentation
 from downstream.classification.eval_inputs import add_data_arguments, open_splits
 from downstream.features import check_neighbors
 from downstream.finetuning import (
+    FineTuneConfig,
     FineTuning,
     Scores,
     add_training_arguments,
     check_training_arguments,
     choose_labeled,
+    fine_tune,
     hold_out,
     reported_entry,
     run_folders,
@@ -45,6 +49,7 @@ from downstream.metrics import confusion_matrix, semantic_scores
 from engine.device import resolve_device
 from engine.launch import launch
 from engine.load_model import fine_tuned_from_checkpoint
+from engine.task import Run
 from models.task_heads import Classification
 from utils.cli import HelpFormatter, log_to_screen, write_json
 from utils.collectives import is_main
@@ -53,6 +58,17 @@ from utils.released_flags import add_percent_train
 from utils.reproducible import git_commit, versions
 
 RELEASED_K = Classification.released_k
+
+
+@dataclass(kw_only=True)
+class ClassificationConfig(FineTuneConfig):
+    """Settings of this script; see ``build_parser``."""
+
+    dataset: str
+    variant: str
+    num_points: int | None
+    label_fraction: list[float]
+    holdout: float
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -107,16 +123,16 @@ class Clouds(Dataset):
         return self.clouds[index][0], int(self.targets[index])
 
 
-def score(args: argparse.Namespace, model: nn.Module, clouds: Clouds, chosen: np.ndarray | None = None) -> Scores:
+def score(config: ClassificationConfig, model: nn.Module, clouds: Clouds, chosen: np.ndarray | None = None) -> Scores:
     """Overall accuracy and mean accuracy of the classes, in percent."""
     predicted = [
         scores.argmax(1).cpu().numpy()
         for scores, _ in scores_of(
             model,
             clouds,
-            batch_size=args.test_batch_size,
-            device=resolve_device(args.device),
-            workers=args.workers,
+            batch_size=config.test_batch_size,
+            device=resolve_device(config.device),
+            workers=config.workers,
             chosen=chosen,
         )
     ]
@@ -130,75 +146,77 @@ def score(args: argparse.Namespace, model: nn.Module, clouds: Clouds, chosen: np
     }
 
 
-def train(args: argparse.Namespace, train_clouds: Clouds, test_clouds: Clouds) -> list[dict[str, Any]]:
+def train(config: ClassificationConfig, train_clouds: Clouds, test_clouds: Clouds) -> list[dict[str, Any]]:
     """Run the trainings of one call; returns a record for each."""
     sizes = {"num_classes": len(train_clouds.class_names)}
     points = train_clouds.clouds.points.shape[1]
-    check_neighbors(start_model(args, Classification, k=RELEASED_K, sizes=sizes)[0].encoder, points)
+    check_neighbors(start_model(config, Classification, k=RELEASED_K, sizes=sizes)[0].encoder, points)
     plans = []
-    for fraction in dict.fromkeys(args.label_fraction):
-        labeled = choose_labeled(train_clouds.targets, fraction, seed=args.seed)
+    for fraction in dict.fromkeys(config.label_fraction):
+        labeled = choose_labeled(train_clouds.targets, fraction, seed=config.seed)
         fit, held = labeled, labeled[:0]
-        if args.select_on == "val" and args.holdout and args.eval_every:
+        if config.select_on == "val" and config.holdout and config.eval_every:
             fit, held = (
-                labeled[part] for part in hold_out(train_clouds.targets[labeled], args.holdout, seed=args.seed)
+                labeled[part] for part in hold_out(train_clouds.targets[labeled], config.holdout, seed=config.seed)
             )
         plans.append((fraction, fit, held))
-    folders = run_folders(args, [f"label_{fraction:g}" for fraction, _, _ in plans])
+    folders = run_folders(config, [f"label_{fraction:g}" for fraction, _, _ in plans])
     records = []
     for (fraction, fit, held), folder in zip(plans, folders, strict=True):
-        model, report = start_model(args, Classification, k=RELEASED_K, sizes=sizes)
+        model, report = start_model(config, Classification, k=RELEASED_K, sizes=sizes)
 
         def validate(net: nn.Module, held: np.ndarray = held) -> Scores:
-            if args.select_on == "test":
-                return score(args, net, test_clouds)
-            return score(args, net, train_clouds, held)
+            if config.select_on == "test":
+                return score(config, net, test_clouds)
+            return score(config, net, train_clouds, held)
 
-        possible = args.eval_every and (len(held) or args.select_on == "test")
-        tuning = FineTuning(
-            args,
-            folder,
-            resolve_device(args.device),
+        possible = config.eval_every and (len(held) or config.select_on == "test")
+        task = FineTuning(
+            config,
+            resolve_device(config.device),
             model=model,
             dataset=train_clouds,
             chosen=fit,
             validate=validate if possible else None,
             score="overall_accuracy",
             table={"class_names": train_clouds.class_names},
-            identity=f"{args.dataset} {args.variant}, {points} points, labels {train_clouds.targets.tolist()}",
+            identity=f"{config.dataset} {config.variant}, {points} points, labels {train_clouds.targets.tolist()}",
             augmentation=fine_tuning_augmentation(),
             per_batch=True,
         )
-        result = tuning.run(lambda net: score(args, net, test_clouds), report)
+        result = fine_tune(Run(task, folder), lambda net: score(config, net, test_clouds), report)
         records.append(
             {
                 "label_fraction": fraction,
                 "labels_used": len(fit) + len(held),
                 "folder": str(folder.path),
                 "validation_samples": len(held),
-                "pretrain_path": args.pretrain_path,
+                "pretrain_path": config.pretrain_path,
                 **result,
             }
         )
     return records
 
 
-def score_checkpoint(args: argparse.Namespace, test_clouds: Clouds) -> dict[str, Any]:
+def score_checkpoint(config: ClassificationConfig, test_clouds: Clouds) -> dict[str, Any]:
     """Score a finished model; returns its record.
 
     Raises:
         CheckpointError: the model knows other classes than the data.
     """
-    model, payload = fine_tuned_from_checkpoint(args.model_path, Classification, model=args.model, k=args.k)
+    model, payload = fine_tuned_from_checkpoint(config.model_path, Classification, model=config.model, k=config.k)
     names = payload.get("table", {}).get("class_names")
     if model.sizes["num_classes"] != len(test_clouds.class_names) or names not in (None, test_clouds.class_names):
         raise CheckpointError(
-            f"{args.model_path} knows {model.sizes['num_classes']} classes"
+            f"{config.model_path} knows {model.sizes['num_classes']} classes"
             + (f" ({', '.join(names[:4])}, ...)" if names else "")
-            + f", {args.dataset} has {len(test_clouds.class_names)} ({', '.join(test_clouds.class_names[:4])}, ...)"
+            + f", {config.dataset} has {len(test_clouds.class_names)} ({', '.join(test_clouds.class_names[:4])}, ...)"
         )
     check_neighbors(model.encoder, test_clouds.clouds.points.shape[1])
-    return {"model_path": args.model_path, "test": score(args, model.to(resolve_device(args.device)), test_clouds)}
+    return {
+        "model_path": config.model_path,
+        "test": score(config, model.to(resolve_device(config.device)), test_clouds),
+    }
 
 
 def result_line(scores: Scores) -> str:
@@ -212,19 +230,21 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     Raises:
         UserError: a wrong setting, file or checkpoint.
     """
-    args = build_parser().parse_args(argv)
+    config = ClassificationConfig.from_flags(build_parser().parse_args(argv))
     log_to_screen()
-    check_training_arguments(args)
-    if not 0 <= args.holdout < 1:
-        raise UserError(f"--holdout {args.holdout:g}: expected 0 or more and less than 1")
-    splits = open_splits(args)
+    check_training_arguments(config)
+    if not 0 <= config.holdout < 1:
+        raise UserError(f"--holdout {config.holdout:g}: expected 0 or more and less than 1")
+    if config.dataset == "scanobjectnn":
+        config.resolve(variant=resolve_variant(config.variant))
+    splits = open_splits(config)
     train_clouds, test_clouds = (Clouds(split, np.unique(splits[0].labels)) for split in splits)
-    name = args.dataset + (f" {args.variant}" if args.dataset == "scanobjectnn" else "")
-    if args.eval:
-        records = [score_checkpoint(args, test_clouds)]
-        print(f"\n{name}, test split, {args.model_path}: {result_line(records[0]['test'])}")
+    name = config.dataset + (f" {config.variant}" if config.dataset == "scanobjectnn" else "")
+    if config.eval:
+        records = [score_checkpoint(config, test_clouds)]
+        print(f"\n{name}, test split, {config.model_path}: {result_line(records[0]['test'])}")
     else:
-        records = train(args, train_clouds, test_clouds)
+        records = train(config, train_clouds, test_clouds)
         for record in records:
             how, entry = reported_entry(record)
             last = record["last"]
@@ -235,17 +255,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             )
     metrics = {
         "task": Classification.kind,
-        "dataset": args.dataset,
-        "variant": args.variant if args.dataset == "scanobjectnn" else None,
+        "dataset": config.dataset,
+        "variant": config.variant if config.dataset == "scanobjectnn" else None,
         "data": {part.split: part.origin() for part in splits},
         "num_points": train_clouds.clouds.points.shape[1],
-        "seed": args.seed,
+        "seed": config.seed,
         "runs": records,
         "versions": versions(),
         "commit": git_commit(),
     }
     if is_main():
-        write_json(args.json, metrics)
+        write_json(config.json, metrics)
     return metrics
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,13 @@ from datasets.streams import SampleStreams, Stream
 from datasets.transforms import RandomScaleAxes
 from downstream.features import check_neighbors
 from downstream.finetuning import (
+    FineTuneConfig,
     FineTuning,
     Scores,
     add_training_arguments,
     check_training_arguments,
     choose_labeled,
+    fine_tune,
     hold_out,
     reported_entry,
     run_folders,
@@ -51,6 +54,7 @@ from downstream.metrics import part_scores
 from engine.device import resolve_device
 from engine.launch import launch
 from engine.load_model import fine_tuned_from_checkpoint
+from engine.task import Run
 from models.task_heads import PartSegmentation
 from utils.cli import (
     HelpFormatter,
@@ -67,6 +71,18 @@ from utils.reproducible import git_commit, versions
 RELEASED_K = PartSegmentation.released_k
 DATASET_NAMES = ("shapenetpart", "shapenet_part", "shapenet")
 VOTE_SCALES = (0.8, 1.25)
+
+
+@dataclass(kw_only=True)
+class PartConfig(FineTuneConfig):
+    """Settings of this script; see ``build_parser``."""
+
+    num_points: int | None
+    class_choice: str | None
+    class_test: list[str] | None
+    label_fraction: list[float]
+    votes: int
+    within_category: bool
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -194,17 +210,17 @@ class PartTask:
     """The data of one call and what is scored on it.
 
     Args:
-        args: the parsed command line.
+        config: the parsed command line.
         class_choice: category of the model; None for all.
     """
 
-    def __init__(self, args: argparse.Namespace, class_choice: str | None) -> None:
-        self.args, self.device = args, resolve_device(args.device)
+    def __init__(self, config: PartConfig, class_choice: str | None) -> None:
+        self.config, self.device = config, resolve_device(config.device)
         if class_choice is not None and not class_choice.strip():
             raise UserError("--class_choice is empty: name a category, or leave the flag out for all of them")
         self.class_choice = class_choice
         self.test = self.open("test")
-        names = args.class_test or []
+        names = config.class_test or []
         numbers = [self.test.shapes.taxonomy.category_number(name) for name in names]
         self.tested = np.arange(len(self.test))
         if numbers:
@@ -214,33 +230,33 @@ class PartTask:
 
     def open(self, split: str) -> Parts:
         """Read one split."""
-        args = self.args
-        shapes = ShapeNetPart(args.data_root, split, num_points=args.num_points, class_choice=self.class_choice)
+        config = self.config
+        shapes = ShapeNetPart(config.data_root, split, num_points=config.num_points, class_choice=self.class_choice)
         return Parts(shapes)
 
     def score(self, model: nn.Module, parts: Parts, chosen: np.ndarray, **test_settings: Any) -> Scores:
         """Scores of a model on some shapes."""
-        args, shapes = self.args, parts.shapes
+        config, shapes = self.config, parts.shapes
         predicted = predict_parts(
             model,
             parts,
             device=self.device,
-            batch_size=args.test_batch_size,
+            batch_size=config.test_batch_size,
             chosen=chosen,
-            workers=args.workers,
-            within_category=args.within_category,
-            seed=args.seed,
+            workers=config.workers,
+            within_category=config.within_category,
+            seed=config.seed,
             **test_settings,
         )
         return part_scores(shapes.parts[chosen], predicted, shapes.categories[chosen], shapes.taxonomy).as_dict()
 
     def score_test(self, model: nn.Module) -> Scores:
         """Scores on the test shapes, by the settings of the command line."""
-        return self.score(model, self.test, self.tested, votes=self.args.votes)
+        return self.score(model, self.test, self.tested, votes=self.config.votes)
 
     def splits(self) -> tuple[Parts, np.ndarray, Parts | None, np.ndarray]:
         """Training shapes, which of them to use, shapes to choose the best epoch by, and which of those."""
-        if self.args.select_on == "test":
+        if self.config.select_on == "test":
             train = self.open("trainval")
             return train, np.arange(len(train)), self.test, np.arange(len(self.test))
         train = self.open("train")
@@ -248,7 +264,7 @@ class PartTask:
         if has_data_files(folder, "*val*") or has_data_files(folder / "train_test_split", "*val*"):
             val = self.open("val")
             return train, np.arange(len(train)), val, np.arange(len(val))
-        fit, held = hold_out(train.shapes.categories, 0.1, seed=self.args.seed)
+        fit, held = hold_out(train.shapes.categories, 0.1, seed=self.config.seed)
         return train, fit, train, held
 
 
@@ -259,44 +275,45 @@ def limited(parts: Parts, chosen: np.ndarray, fraction: float, seed: int) -> np.
     return chosen[choose_labeled(parts.shapes.categories[chosen], fraction, seed=seed)]
 
 
-def train(args: argparse.Namespace) -> list[dict[str, Any]]:
+def train(config: PartConfig) -> list[dict[str, Any]]:
     """Run the trainings of one call; returns a record for each."""
-    task = PartTask(args, args.class_choice)
+    task = PartTask(config, config.class_choice)
     parts, fit, held_parts, held = task.splits()
-    fractions = list(dict.fromkeys(args.label_fraction))
-    chosen = [limited(parts, fit, fraction, args.seed) for fraction in fractions]
-    if args.select_on == "val":
-        validated = [limited(held_parts, held, f, args.seed) if len(held) else held for f in fractions]
+    fractions = list(dict.fromkeys(config.label_fraction))
+    chosen = [limited(parts, fit, fraction, config.seed) for fraction in fractions]
+    if config.select_on == "val":
+        validated = [limited(held_parts, held, f, config.seed) if len(held) else held for f in fractions]
     else:
         validated = [held] * len(fractions)
-    check_neighbors(start_model(args, PartSegmentation, k=RELEASED_K, sizes=parts.sizes())[0].encoder, points_of(parts))
-    folders = run_folders(args, [f"label_{fraction:g}" for fraction in fractions])
+    check_neighbors(
+        start_model(config, PartSegmentation, k=RELEASED_K, sizes=parts.sizes())[0].encoder, points_of(parts)
+    )
+    folders = run_folders(config, [f"label_{fraction:g}" for fraction in fractions])
     records = []
     for fraction, rows, val_rows, folder in zip(fractions, chosen, validated, folders, strict=True):
-        model, report = start_model(args, PartSegmentation, k=RELEASED_K, sizes=parts.sizes())
+        model, report = start_model(config, PartSegmentation, k=RELEASED_K, sizes=parts.sizes())
 
         def validate(net: nn.Module, rows: np.ndarray = val_rows) -> Scores:
             return task.score(net, held_parts, rows)
 
         tuning = FineTuning(
-            args,
-            folder,
+            config,
             task.device,
             model=model,
             dataset=parts,
             chosen=rows,
-            validate=validate if len(val_rows) and args.eval_every else None,
+            validate=validate if len(val_rows) and config.eval_every else None,
             score="instance_miou",
             table=parts.table(),
             identity=f"{len(parts)} shapes, labels {int(parts.shapes.parts.sum())}, {points_of(parts)} points",
         )
-        result = tuning.run(task.score_test, [repr(parts.shapes), *report])
+        result = fine_tune(Run(tuning, folder), task.score_test, [repr(parts.shapes), *report])
         records.append(
             {
                 "label_fraction": fraction,
                 "folder": str(folder.path),
                 "validation_samples": len(val_rows),
-                "pretrain_path": args.pretrain_path,
+                "pretrain_path": config.pretrain_path,
                 **result,
             }
         )
@@ -331,27 +348,27 @@ def check_fits(path: str, model: nn.Module, payload: Mapping[str, Any], parts: P
         )
 
 
-def score_checkpoint(args: argparse.Namespace) -> dict[str, Any]:
+def score_checkpoint(config: PartConfig) -> dict[str, Any]:
     """Score a finished model; returns its record.
 
     Raises:
         CheckpointError: the model is of other categories or parts than the data.
     """
-    model, payload = fine_tuned_from_checkpoint(args.model_path, PartSegmentation, model=args.model, k=args.k)
+    model, payload = fine_tuned_from_checkpoint(config.model_path, PartSegmentation, model=config.model, k=config.k)
     table = payload.get("table", {})
-    choice = args.class_choice or table.get("class_choice")
+    choice = config.class_choice or table.get("class_choice")
     if "class_choice" in table and table["class_choice"] != choice:
         raise CheckpointError(
-            f"{args.model_path} is a model of all categories; --class_choice {choice} needs one of its own "
+            f"{config.model_path} is a model of all categories; --class_choice {choice} needs one of its own "
             f"(--class_test {choice} scores this one on that category)"
             if table["class_choice"] is None
-            else f"{args.model_path} is a model of the category {table['class_choice']}, not of {choice}"
+            else f"{config.model_path} is a model of the category {table['class_choice']}, not of {choice}"
         )
-    task = PartTask(args, choice)
-    check_fits(args.model_path, model, payload, task.test)
+    task = PartTask(config, choice)
+    check_fits(config.model_path, model, payload, task.test)
     check_neighbors(model.encoder, points_of(task.test))
     return {
-        "model_path": args.model_path,
+        "model_path": config.model_path,
         "encoder": payload["encoder"] if payload else None,
         "test": task.score_test(model.to(task.device)),
     }
@@ -384,16 +401,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     Raises:
         UserError: a wrong setting, file or checkpoint.
     """
-    args = build_parser().parse_args(argv)
+    config = PartConfig.from_flags(build_parser().parse_args(argv))
     log_to_screen()
-    check_training_arguments(args)
-    rule = "parts of the shape's own category" if args.within_category else "all parts of the model"
-    protocol = f"test split; the prediction is among {rule}; {args.votes} vote{'s' if args.votes > 1 else ''}"
-    if args.eval:
-        records = [score_checkpoint(args)]
-        print(f"\n{args.model_path} ({protocol})\n{result_table(records[0]['test'])}")
+    check_training_arguments(config)
+    rule = "parts of the shape's own category" if config.within_category else "all parts of the model"
+    protocol = f"test split; the prediction is among {rule}; {config.votes} vote{'s' if config.votes > 1 else ''}"
+    if config.eval:
+        records = [score_checkpoint(config)]
+        print(f"\n{config.model_path} ({protocol})\n{result_table(records[0]['test'])}")
     else:
-        records = train(args)
+        records = train(config)
         for record in records:
             how, entry = reported_entry(record)
             print(
@@ -405,13 +422,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     metrics = {
         "task": PartSegmentation.kind,
         "protocol": protocol,
-        "seed": args.seed,
+        "seed": config.seed,
         "runs": records,
         "versions": versions(),
         "commit": git_commit(),
     }
     if is_main():
-        write_json(args.json, metrics)
+        write_json(config.json, metrics)
     return metrics
 
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,12 @@ from datasets.s3dis import AREAS, CLASS_NAMES, S3DIS, S3DISRooms, split_rooms
 from downstream.features import check_neighbors
 from downstream.figures import PICTURE_TYPES, check_output_path, draw_confusion_counts
 from downstream.finetuning import (
+    FineTuneConfig,
     FineTuning,
     Scores,
     add_training_arguments,
     check_training_arguments,
+    fine_tune,
     reported_entry,
     run_folders,
     scores_of,
@@ -48,6 +51,7 @@ from downstream.metrics import confusion_matrix, semantic_scores
 from engine.device import resolve_device
 from engine.launch import launch
 from engine.load_model import fine_tuned_from_checkpoint
+from engine.task import Run
 from models.task_heads import SemanticSegmentation
 from utils.cli import (
     HelpFormatter,
@@ -82,6 +86,18 @@ def test_areas(text: str) -> list[int]:
     if len(areas) not in (1, len(AREAS)):
         raise argparse.ArgumentTypeError(f"{text!r}: expected one area, 1 to 6, or all")
     return areas
+
+
+@dataclass(kw_only=True)
+class SemanticConfig(FineTuneConfig):
+    """Settings of this script; see ``build_parser``."""
+
+    test_area: list[int]
+    train_area: list[list[int]] | None
+    in_channels: int | None
+    num_points: int | None
+    protocol: str
+    confusion_matrix: str | None
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -129,16 +145,16 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def protocols_of(args: argparse.Namespace) -> list[str]:
+def protocols_of(config: SemanticConfig) -> list[str]:
     """The protocols that ``--protocol`` asks for."""
-    return list(PROTOCOLS) if args.protocol == "both" else [args.protocol]
+    return list(PROTOCOLS) if config.protocol == "both" else [config.protocol]
 
 
 class AreaTest:
     """One tested area.
 
     Args:
-        args: the parsed command line.
+        config: the parsed command line.
         area: to test on.
         in_channels: values per point that the model takes.
 
@@ -146,19 +162,19 @@ class AreaTest:
         DataError: a protocol's blocks are missing or wrong, or the area has no room.
     """
 
-    def __init__(self, args: argparse.Namespace, area: int, in_channels: int) -> None:
-        self.args, self.area, self.device = args, area, resolve_device(args.device)
-        wanted = protocols_of(args)
+    def __init__(self, config: SemanticConfig, area: int, in_channels: int) -> None:
+        self.config, self.area, self.device = config, area, resolve_device(config.device)
+        wanted = protocols_of(config)
         self.blocks = self.rooms = None
-        if "blocks" in wanted or args.select_on == "test":
-            self.blocks = S3DIS(args.data_root, [area], in_channels=in_channels, num_points=args.num_points)
+        if "blocks" in wanted or config.select_on == "test":
+            self.blocks = S3DIS(config.data_root, [area], in_channels=in_channels, num_points=config.num_points)
         if "rooms" in wanted:
-            self.rooms = S3DISRooms(args.data_root, area, in_channels=in_channels)
+            self.rooms = S3DISRooms(config.data_root, area, in_channels=in_channels)
 
     def __call__(self, model: nn.Module) -> dict[str, Scores]:
         """Scores by protocol, each with its confusion matrix."""
         counts = {}
-        for protocol in protocols_of(self.args):
+        for protocol in protocols_of(self.config):
             counts[protocol] = self.count_blocks(model) if protocol == "blocks" else self.count_rooms(model)
         return {protocol: scores_from(matrix) for protocol, matrix in counts.items()}
 
@@ -182,9 +198,9 @@ class AreaTest:
 
     def passes(self, model: nn.Module, dataset: Any, chosen: np.ndarray | None = None) -> Iterable[Any]:
         """See ``engine.scores_of``."""
-        args = self.args
+        config = self.config
         return scores_of(
-            model, dataset, batch_size=args.test_batch_size, device=self.device, workers=args.workers, chosen=chosen
+            model, dataset, batch_size=config.test_batch_size, device=self.device, workers=config.workers, chosen=chosen
         )
 
 
@@ -227,14 +243,14 @@ def pooled(entries: Sequence[dict[str, Scores]]) -> dict[str, Scores]:
     }
 
 
-def training_areas(args: argparse.Namespace, test_area: int) -> list[int]:
+def training_areas(config: SemanticConfig, test_area: int) -> list[int]:
     """Areas to train on: those of ``--train_area``, or all, always without the tested one, as released.
 
     Raises:
         UserError: no area is left.
     """
-    given = sorted({area for part in args.train_area or [] for area in part})
-    if args.train_area is not None and not given:
+    given = sorted({area for part in config.train_area or [] for area in part})
+    if config.train_area is not None and not given:
         raise UserError("--train_area names no area; S3DIS has the areas 1 to 6")
     areas = [area for area in given or AREAS if area != test_area]
     if not areas:
@@ -245,53 +261,54 @@ def training_areas(args: argparse.Namespace, test_area: int) -> list[int]:
     return areas
 
 
-def train(args: argparse.Namespace) -> list[dict[str, Any]]:
+def train(config: SemanticConfig) -> list[dict[str, Any]]:
     """Train the folds of one call; returns a record for each."""
-    device = resolve_device(args.device)
-    probe, _ = start_model(args, SemanticSegmentation, k=RELEASED_K, sizes=SIZES, in_channels=args.in_channels)
+    device = resolve_device(config.device)
+    probe, _ = start_model(config, SemanticSegmentation, k=RELEASED_K, sizes=SIZES, in_channels=config.in_channels)
     channels = probe.encoder.in_channels
     plans = []
-    for area in args.test_area:  # all data are looked at before the first run starts
-        areas = training_areas(args, area)
-        test = AreaTest(args, area, channels)
-        rooms = S3DIS(args.data_root, areas, in_channels=channels).rooms
+    for area in config.test_area:  # all data are looked at before the first run starts
+        areas = training_areas(config, area)
+        test = AreaTest(config, area, channels)
+        rooms = S3DIS(config.data_root, areas, in_channels=channels).rooms
         held: list[str] = []
-        if args.select_on == "val" and args.eval_every:
+        if config.select_on == "val" and config.eval_every:
             rooms, held = split_rooms(rooms, **HOLD_OUT)
         sets = [
-            S3DIS(args.data_root, areas, in_channels=channels, num_points=args.num_points, rooms=names)
+            S3DIS(config.data_root, areas, in_channels=channels, num_points=config.num_points, rooms=names)
             for names in (rooms, held)
             if names
         ]
         check_neighbors(probe.encoder, sets[0].num_points)
         plans.append((area, areas, test, sets))
     records = []
-    folders = run_folders(args, [f"area_{area}" for area in args.test_area])
+    folders = run_folders(config, [f"area_{area}" for area in config.test_area])
     for (area, areas, test, sets), folder in zip(plans, folders, strict=True):
-        model, report = start_model(args, SemanticSegmentation, k=RELEASED_K, sizes=SIZES, in_channels=args.in_channels)
-        blocks = test.blocks if args.select_on == "test" else sets[-1]
+        model, report = start_model(
+            config, SemanticSegmentation, k=RELEASED_K, sizes=SIZES, in_channels=config.in_channels
+        )
+        blocks = test.blocks if config.select_on == "test" else sets[-1]
 
         def validate(net: nn.Module, test: AreaTest = test, blocks: S3DIS = blocks) -> Scores:
             return semantic_scores(test.count_blocks(net, blocks), CLASS_NAMES).as_dict()
 
-        tuning = FineTuning(
-            args,
-            folder,
+        task = FineTuning(
+            config,
             device,
             model=model,
             dataset=sets[0],
             chosen=np.arange(len(sets[0])),
-            validate=validate if args.eval_every else None,
+            validate=validate if config.eval_every else None,
             score="mean_iou",
             table={"class_names": list(CLASS_NAMES), "train_areas": areas},
             identity=f"areas {areas}, rooms {sets[0].rooms}, {sets[0].num_points} points",
         )
         held = len(sets[1].rooms) if len(sets) > 1 else 0
         lines = [f"test area {area}; {sets[0]!r}; {held} rooms held out", *report]
-        result = tuning.run(test, lines)
+        result = fine_tune(Run(task, folder), test, lines)
         records.append({"test_area": area, "train_areas": areas, "folder": str(folder.path), "held_out_rooms": held})
-        records[-1] |= {"pretrain_path": args.pretrain_path, **result}
-        draw(args, reported_entry(result)[1]["test"], f"test area {area}", folder.path)
+        records[-1] |= {"pretrain_path": config.pretrain_path, **result}
+        draw(config, reported_entry(result)[1]["test"], f"test area {area}", folder.path)
     return records
 
 
@@ -315,40 +332,40 @@ def fold_checkpoint(folder: Path, area: int) -> Path:
     return fold / ("best.pth" if (fold / "best.pth").is_file() else "last.pth")
 
 
-def score_checkpoints(args: argparse.Namespace) -> list[dict[str, Any]]:
+def score_checkpoints(config: SemanticConfig) -> list[dict[str, Any]]:
     """Score finished models, one per tested area; returns a record for each."""
-    path = Path(args.model_path)
-    if len(args.test_area) > 1 and not path.is_dir():
+    path = Path(config.model_path)
+    if len(config.test_area) > 1 and not path.is_dir():
         raise UserError(f"--test_area all scores one model per area: --model_path must be the run folder, not {path}")
-    folds = path.is_dir() and (len(args.test_area) > 1 or any(path.glob("model_[1-6].t7")))
-    paths = [fold_checkpoint(path, area) if folds else path for area in args.test_area]
+    folds = path.is_dir() and (len(config.test_area) > 1 or any(path.glob("model_[1-6].t7")))
+    paths = [fold_checkpoint(path, area) if folds else path for area in config.test_area]
     records = []
-    for area, path in zip(args.test_area, paths, strict=True):
-        model, payload = fine_tuned_from_checkpoint(path, SemanticSegmentation, model=args.model, k=args.k)
+    for area, path in zip(config.test_area, paths, strict=True):
+        model, payload = fine_tuned_from_checkpoint(path, SemanticSegmentation, model=config.model, k=config.k)
         channels = model.encoder.in_channels
-        if args.in_channels not in (None, channels):
-            raise CheckpointError(f"{path} takes {channels} values per point, not --in_channels {args.in_channels}")
+        if config.in_channels not in (None, channels):
+            raise CheckpointError(f"{path} takes {channels} values per point, not --in_channels {config.in_channels}")
         if model.sizes["num_classes"] != len(CLASS_NAMES):
             raise CheckpointError(f"{path} knows {model.sizes['num_classes']} classes, S3DIS has {len(CLASS_NAMES)}")
         trained = payload.get("table", {}).get("train_areas")
         if trained and area in trained:
             print(f"warning: {path} was trained on area {area}; its score there says nothing about new rooms")
-        test = AreaTest(args, area, channels)
+        test = AreaTest(config, area, channels)
         if test.blocks is not None:
             check_neighbors(model.encoder, test.blocks.num_points)
         scores = test(model.to(test.device))
         records.append({"test_area": area, "train_areas": trained, "model_path": str(path), "test": scores})
-        if args.confusion_matrix:
-            draw(args, scores, f"test area {area}", None)
+        if config.confusion_matrix:
+            draw(config, scores, f"test area {area}", None)
     return records
 
 
 @main_only
-def draw(args: argparse.Namespace, scores: dict[str, Scores], what: str, folder: Path | None) -> None:
+def draw(config: SemanticConfig, scores: dict[str, Scores], what: str, folder: Path | None) -> None:
     """Draw the confusion matrix of each protocol, to ``--confusion_matrix`` or into the run folder."""
     for protocol, values in scores.items():
-        if args.confusion_matrix:
-            path = Path(args.confusion_matrix)
+        if config.confusion_matrix:
+            path = Path(config.confusion_matrix)
             path = path.with_stem(f"{path.stem}_{protocol}") if len(scores) > 1 else path
         else:
             path = folder / f"confusion_{protocol}.png"
@@ -379,22 +396,22 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     Raises:
         UserError: a wrong setting, file or checkpoint.
     """
-    args = build_parser().parse_args(argv)
+    config = SemanticConfig.from_flags(build_parser().parse_args(argv))
     log_to_screen()
-    check_training_arguments(args)
-    if args.confusion_matrix:
-        check_output_path(args.confusion_matrix, PICTURE_TYPES)
+    check_training_arguments(config)
+    if config.confusion_matrix:
+        check_output_path(config.confusion_matrix, PICTURE_TYPES)
     metrics: dict[str, Any] = {
         "task": SemanticSegmentation.kind,
-        "protocols": list(protocols_of(args)),
-        "seed": args.seed,
+        "protocols": list(protocols_of(config)),
+        "seed": config.seed,
     }
-    if args.eval:
-        records = score_checkpoints(args)
+    if config.eval:
+        records = score_checkpoints(config)
         entries = [record["test"] for record in records]
         how = [record["model_path"] for record in records]
     else:
-        records = train(args)
+        records = train(config)
         found = [reported_entry(record) for record in records]
         entries = [entry["test"] for _, entry in found]
         how = [f"{name}, epoch {entry['epoch']}" for name, entry in found]
@@ -407,12 +424,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if len(records) > 1:
         metrics["six_fold"] = pooled(entries)
         print(f"\nsix-fold: the confusion matrices of all areas added up\n{result_table(metrics['six_fold'])}")
-        folder = None if args.eval else Path(args.output_dir) / args.exp_name
-        if folder or args.confusion_matrix:
-            draw(args, metrics["six_fold"], "six-fold", folder)
+        folder = None if config.eval else Path(config.output_dir) / config.exp_name
+        if folder or config.confusion_matrix:
+            draw(config, metrics["six_fold"], "six-fold", folder)
     metrics |= {"versions": versions(), "commit": git_commit()}
     if is_main():
-        write_json(args.json, metrics)
+        write_json(config.json, metrics)
     return metrics
 
 

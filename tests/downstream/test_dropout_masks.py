@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from datasets.sampler import SampleKey
 from downstream import finetuning
 from engine.run_folder import RunFolder
+from engine.task import Run
 from models import build_encoder
 from models.task_heads import TASKS
 
@@ -47,12 +48,13 @@ class Noise(Dataset):
 def fine_tuning(tmp_path, task, name):
     parser = argparse.ArgumentParser()
     finetuning.add_training_arguments(parser, task=TASKS[task], exp_name="a", k=4)
-    args = parser.parse_args(["--output_dir", str(tmp_path), "--batch_size", str(SAMPLES), "--workers", "0"])
+    config = finetuning.FineTuneConfig.from_flags(
+        parser.parse_args(["--output_dir", str(tmp_path), "--batch_size", str(SAMPLES), "--workers", "0"])
+    )
     torch.manual_seed(0)
     encoder = build_encoder(name, emb_dims=8, **({"k": 4} if name.startswith("dgcnn") else {}))
-    return finetuning.FineTuning(
-        args,
-        RunFolder(tmp_path / "a", overwrite=True),
+    tuning = finetuning.FineTuning(
+        config,
         torch.device("cpu"),
         model=TASKS[task](encoder, **SIZES[task]),
         dataset=Noise(task),
@@ -62,6 +64,7 @@ def fine_tuning(tmp_path, task, name):
         table={},
         identity="",
     )
+    return Run(tuning, RunFolder(tmp_path / "a", overwrite=True))
 
 
 def masks_of_a_step(tuning, *, epoch, order):
@@ -76,10 +79,10 @@ def masks_of_a_step(tuning, *, epoch, order):
         for sample, part in zip(order, output.chunk(SAMPLES), strict=True):
             masks[call, sample] = (part == 0).flatten()
 
-    dropouts = [module for module in tuning.model.modules() if isinstance(module, nn.Dropout)]
+    dropouts = [module for module in tuning.task.model.modules() if isinstance(module, nn.Dropout)]
     hooks = [m.register_forward_pre_hook(feed_ones) for m in dropouts]
     hooks += [m.register_forward_hook(keep) for m in dropouts]
-    batch = [tuning.dataset[SampleKey(epoch, sample)] for sample in order]
+    batch = [tuning.task.dataset[SampleKey(epoch, sample)] for sample in order]
     tuning.progress.epoch = epoch
     tuning.step([torch.stack([torch.as_tensor(value) for value in values]) for values in zip(*batch, strict=True)])
     for hook in hooks:

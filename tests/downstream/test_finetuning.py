@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from datasets.transforms import fine_tuning_augmentation
 from downstream import finetuning
 from engine.run_folder import RunFolder
+from engine.task import Run
 from models import build_encoder
 from models.task_heads import Classification
 from utils.errors import CheckpointError, UserError
@@ -41,7 +42,7 @@ def parse(tmp_path, *arguments):
     parser = argparse.ArgumentParser()
     finetuning.add_training_arguments(parser, task=Classification, exp_name="a", k=4)
     common = ["--output_dir", tmp_path, "--workers", 0, "--batch_size", 2, "--emb_dims", 8, "--epochs", 2]
-    return parser.parse_args([str(a) for a in (*common, *arguments)])
+    return finetuning.FineTuneConfig.from_flags(parser.parse_args([str(a) for a in (*common, *arguments)]))
 
 
 def tuning(tmp_path, *arguments, name="a", **changes):
@@ -58,7 +59,7 @@ def tuning(tmp_path, *arguments, name="a", **changes):
         "augmentation": fine_tuning_augmentation(),
     }
     folder = RunFolder(tmp_path / name, overwrite=args.overwrite, resume=args.resume)
-    return finetuning.FineTuning(args, folder, CPU, **{**settings, **changes})
+    return Run(finetuning.FineTuning(args, CPU, **{**settings, **changes}), folder)
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (5, 7, 4)])
@@ -141,7 +142,9 @@ def test_the_best_epoch_is_kept_beside_the_last(tmp_path):
     scores = iter([50.0, 70.0, 60.0])
     run = tuning(tmp_path, "--epochs", 3, validate=lambda model: {"accuracy": next(scores), "ignored": {}})
     tested = []
-    result = run.run(lambda model: tested.append(model.head.linear3.weight.clone()) or {"accuracy": 1.0}, [])
+    result = finetuning.fine_tune(
+        run, lambda model: tested.append(model.head.linear3.weight.clone()) or {"accuracy": 1.0}, []
+    )
     assert (result["best"]["epoch"], result["best"]["val_accuracy"]) == (2, 70.0)
     assert (result["last"]["epoch"], result["last"]["val_accuracy"]) == (3, 60.0)
     assert finetuning.reported_entry(result) == ("best on val", result["best"])
@@ -154,52 +157,59 @@ def test_the_best_epoch_is_kept_beside_the_last(tmp_path):
 def test_resuming_within_an_epoch_is_exact(tmp_path, arguments):
     few = (*arguments, "--epochs", 2, "--save_every", 1)
     whole = tuning(tmp_path, *few, name="whole")
-    whole.run(lambda model: {}, [])
+    finetuning.fine_tune(whole, lambda model: {}, [])
+
+    def stop():
+        raise KeyboardInterrupt
+
     part = tuning(tmp_path, *few, name="part")
-    part.count_bad_samples = lambda batch: (_ for _ in ()).throw(KeyboardInterrupt) if part.progress.step == 4 else None
+    part.task.count_bad_samples = lambda batch, progress: stop() if progress.step == 4 else None
     with pytest.raises(KeyboardInterrupt):
-        part.run(lambda model: {}, [])
+        finetuning.fine_tune(part, lambda model: {}, [])
     again = tuning(tmp_path, *few, "--resume", name="part")
-    again.run(lambda model: {}, [])
+    finetuning.fine_tune(again, lambda model: {}, [])
     assert again.progress.step == whole.progress.step == 6
-    for key, value in whole.model.state_dict().items():
-        assert torch.equal(value, again.model.state_dict()[key]), key
+    for key, value in whole.task.model.state_dict().items():
+        assert torch.equal(value, again.task.model.state_dict()[key]), key
 
 
 def test_resuming_with_other_settings_or_data_is_refused(tmp_path):
-    tuning(tmp_path).run(lambda model: {}, [])
+    finetuning.fine_tune(tuning(tmp_path), lambda model: {}, [])
     with pytest.raises(CheckpointError, match=r"--lr 0\.001 there, 0\.5 here"):
-        tuning(tmp_path, "--resume", "--lr", 0.5).run(lambda model: {}, [])
+        finetuning.fine_tune(tuning(tmp_path, "--resume", "--lr", 0.5), lambda model: {}, [])
     with pytest.raises(CheckpointError, match="other shapes"):
-        tuning(tmp_path, "--resume", chosen=np.arange(1, 6)).run(lambda model: {}, [])
+        finetuning.fine_tune(tuning(tmp_path, "--resume", chosen=np.arange(1, 6)), lambda model: {}, [])
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     dataset = Balls()
     dataset.points[3] = math.nan
     with pytest.raises(UserError, match="the loss is not finite at step"):
-        tuning(tmp_path, dataset=dataset, augmentation=None).run(lambda model: {}, [])
+        finetuning.fine_tune(tuning(tmp_path, dataset=dataset, augmentation=None), lambda model: {}, [])
 
 
 def test_one_sample_is_too_few_and_few_are_one_batch(tmp_path):
     with pytest.raises(UserError, match="1 training sample: batch norm needs at least two"):
         tuning(tmp_path, chosen=np.array([2]))
-    assert tuning(tmp_path, "--batch_size", 32, name="b").total_steps == 2
+    assert tuning(tmp_path, "--batch_size", 32, name="b").task.total_steps == 2
 
 
 def test_the_smaller_last_batch_is_kept_below_a_hundred_samples(tmp_path):
     def epoch(count, batch):
         run = tuning(tmp_path, "--batch_size", batch, name=f"{count}", dataset=Balls(count), chosen=np.arange(count))
         sizes = []
-        run.count_bad_samples = lambda items: sizes.append(len(items[0]))
-        run.run(lambda model: {}, [])
-        assert run.progress.step == len(sizes) == run.total_steps
+        run.task.count_bad_samples = lambda items, _: sizes.append(len(items[0]))
+        finetuning.fine_tune(run, lambda model: {}, [])
+        assert run.progress.step == len(sizes) == run.task.total_steps
         return sizes
 
     assert epoch(9, 4) == [4, 3, 2] * 2  # a step of one sample would have no batch statistics
     assert epoch(10, 4) == [4, 4, 2] * 2
     assert epoch(99, 64) == [64, 35] * 2 and epoch(100, 64) == [64] * 2
-    assert tuning(tmp_path, "--batch_size", 32, name="c", dataset=Balls(33), chosen=np.arange(33)).total_steps == 2 * 2
+    assert (
+        tuning(tmp_path, "--batch_size", 32, name="c", dataset=Balls(33), chosen=np.arange(33)).task.total_steps
+        == 2 * 2
+    )
 
 
 def test_settings_that_contradict_each_other(tmp_path):

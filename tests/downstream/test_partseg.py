@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from datasets.shapenet_part import ShapeNetPart
+from downstream import finetuning
 from downstream.segmentation import main_partseg as script
 from engine.checkpoint import save_checkpoint
 from engine.load_model import describe_encoder, describe_fine_tuned
+from engine.task import Run
 from models import build_encoder
 from models.task_heads import PartSegmentation, SemanticSegmentation
 from tests.support.segmentation_sets import write_parts
@@ -77,7 +79,7 @@ def test_a_run_that_was_stopped_within_an_epoch_ends_with_the_same_weights(root,
     few = ["--epochs", 3, "--save_every", 1, "--log_every", 1]
     whole = run(root, *few)["runs"][0]
     shutil.move(tmp_path / "runs", tmp_path / "whole")
-    step, stop = script.FineTuning.step, iter(range(4))  # of 6 steps, 2 an epoch: stops in the middle of the second
+    step, stop = Run.step, iter(range(4))  # of 6 steps, 2 an epoch: stops in the middle of the second
 
     def interrupted(self, batch):
         if next(stop, None) == 3:
@@ -85,7 +87,7 @@ def test_a_run_that_was_stopped_within_an_epoch_ends_with_the_same_weights(root,
         return step(self, batch)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(script.FineTuning, "step", interrupted)
+        patch.setattr(Run, "step", interrupted)
         run(root, *few)
     resumed = run(root, *few, "--resume")["runs"][0]
     assert resumed["last"] == whole["last"]
@@ -93,7 +95,7 @@ def test_a_run_that_was_stopped_within_an_epoch_ends_with_the_same_weights(root,
     for part in ("point_encoder", "head"):
         assert all(torch.equal(first[part][key], value) for key, value in second[part].items())
     # A finished run is not trained again.
-    monkeypatch.setattr(script.FineTuning, "train", None)
+    monkeypatch.setattr(finetuning, "train", None)
     assert run(root, *few, "--resume")["runs"][0]["last"] == whole["last"]
 
 

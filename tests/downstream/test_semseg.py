@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from datasets.s3dis import CLASS_NAMES, S3DIS
+from downstream import finetuning
 from downstream.segmentation import main_semseg as script
 from engine.checkpoint import save_checkpoint
 from engine.load_model import describe_encoder, describe_fine_tuned, fine_tuned_from_checkpoint
@@ -76,15 +77,15 @@ def test_one_area_trains_and_both_protocols_are_scored_by_name(root, tmp_path, c
 
 
 def test_six_folds_in_one_call_go_on_where_they_stopped(root, tmp_path, monkeypatch):
-    trained, start = [], script.FineTuning.train
+    trained, start = [], finetuning.train
 
-    def train(self):
-        trained.append(self.folder.path.name)
+    def train(run):
+        trained.append(run.folder.path.name)
         if len(trained) == 3:
             raise KeyboardInterrupt
-        return start(self)
+        return start(run)
 
-    monkeypatch.setattr(script.FineTuning, "train", train)
+    monkeypatch.setattr(finetuning, "train", train)
     with pytest.raises(KeyboardInterrupt):
         run(root, "--test_area", "all")
     with pytest.raises(UserError, match=r"area_3 is not finished \(it was not started\).*--resume"):

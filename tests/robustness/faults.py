@@ -34,19 +34,21 @@ from typing import Any
 import torch
 
 import engine.checkpoint
-import engine.loop
+import engine.resume
+import train_crossnet_con
 from data.unpack import unpack
 from datasets.shapenet_render import ShapeNetRender
 from downstream.classification import finetune
 from downstream.classification import main as classification
 from engine.checkpoint import load_checkpoint, save_checkpoint
 from engine.run_folder import CHECKPOINTS, RunFolder
+from engine.task import Run
 from models.image import IMAGE_ENCODERS
 from tests.data.test_unpack import UNSAFE
 from tests.robustness.fuzz import mutate
 from tests.support.pairs import cloud_path, contents, view_path, write_demo_set, write_pairs
 from tests.support.small_run import TinyImageNet, arguments
-from train_crossnet_con import Pretraining, main
+from train_crossnet_con import main
 from utils.cli import EXIT_TERMINATED, EXIT_USER_ERROR, HelpFormatter, positive_int, run, write_json
 from utils.errors import DamagedCheckpointError, DataError, UserError
 
@@ -195,14 +197,14 @@ def at_step(step: int, act: Callable[[], None]) -> Callable[[], None]:
     """Harm: act in the middle of a step, between its forward and its backward pass."""
 
     def harm() -> None:
-        original = Pretraining.optimizer_step
+        original = Run.optimizer_step
 
-        def update(self: Pretraining) -> None:
+        def update(self: Run) -> None:
             if self.progress.step == step:
                 act()
             original(self)
 
-        Pretraining.optimizer_step = update
+        Run.optimizer_step = update
 
     return harm
 
@@ -239,7 +241,7 @@ def _note_saves(journal: Path) -> None:
         with open(journal, "a") as file:
             file.write(f"{path.name} {payload['progress']['step']}\n")
 
-    engine.loop.save_checkpoint = save
+    engine.resume.save_checkpoint = save
 
 
 def nothing_half_written(out: Path) -> None:
@@ -491,14 +493,14 @@ def bad_sample(place: Place, rng: random.Random) -> None:
     damage = rng.choice(_DAMAGE)
 
     def harm() -> None:
-        original = Pretraining.train
+        original = train_crossnet_con.train
 
-        def train(self: Pretraining) -> dict[str, Any]:
+        def train(run: Run) -> dict[str, Any]:
             for path in files:
                 damage(path)  # after the start, which looks which files there are
-            return original(self)
+            return original(run)
 
-        Pretraining.train = train
+        train_crossnet_con.train = train
 
     flags = ("--data_root", root, "--epochs", 1, "--eval_every", 0, "--batch_size", 8, "--workers", 1)
     try:

@@ -58,20 +58,24 @@ from datasets.transforms import RenderAugmentation, RenderPixels
 from datasets.untrusted import decode_image, read_ply
 from downstream.classification.finetune import Classification
 from engine.checkpoint import save_checkpoint
+from engine.faults import Stop, data_workers
 from engine.load_model import (
     describe_encoder,
     describe_fine_tuned,
     encoder_from_checkpoint,
     fine_tuned_from_checkpoint,
 )
+from engine.loop import Meter, train_epoch
+from engine.resume import resume, save
 from engine.run_folder import RunFolder
+from engine.task import Run
 from models import build_encoder
 from models.image import IMAGE_ENCODERS
 from tests.support.pairs import MODES, SIZES, cloud, png, write_demo_set, write_pairs, write_ply
 from tests.support.segmentation_sets import write_parts, write_rooms
 from tests.support.shape_files import write_class_folders, write_point_cloud_datasets, write_resampled
 from tests.support.small_run import TinyImageNet, arguments
-from train_crossnet_con import Pretraining, build_parser
+from train_crossnet_con import PretrainConfig, Pretraining, build_parser
 from utils.cli import HelpFormatter, positive_int, run, write_json
 from utils.errors import CheckpointError, DataError, UserError
 
@@ -478,24 +482,24 @@ def read_fine_tuned(root: Path) -> None:
         check_model(fine_tuned_from_checkpoint(path, Classification)[0])
 
 
-_training: dict[Path, Pretraining] = {}
+_runs: dict[Path, Run] = {}
 
 
-def _run_folder(root: Path) -> Pretraining:
+def _begun(root: Path) -> Run:
     """The run that ``write_run`` began."""
-    if root not in _training:
+    if root not in _runs:
         args = build_parser().parse_args(arguments(root / "data", root, "--eval_every", "0", "--epochs", "9"))
-        args.temperature = 0.2
-        _training[root] = Pretraining(args, RunFolder(root / "crossnet", resume="auto"))
-    return _training[root]
+        _runs[root] = Run(Pretraining(PretrainConfig.from_flags(args)), RunFolder(root / "crossnet", resume="auto"))
+    return _runs[root]
 
 
 def read_run(root: Path) -> None:
     """Take up a run."""
-    training = _run_folder(root)
-    training.resume(str(root / "crossnet" / "last.pth"))
-    check_model(training.model.point_encoder)
-    progress = training.progress
+    begun = _begun(root)
+    begun.config.resume = str(root / "crossnet" / "last.pth")
+    resume(begun)
+    check_model(begun.task.model.point_encoder)
+    progress = begun.progress
     check(all(isinstance(n, int) and n >= 0 for n in (progress.epoch, progress.step, progress.samples)), "progress")
 
 
@@ -654,9 +658,10 @@ def write_run(root: Path) -> None:
     """A run's checkpoint after one step."""
     IMAGE_ENCODERS["resnet18"] = TinyImageNet
     write_pairs(root / "data", 4, points=24)
-    training = _run_folder(root)
-    training.train_one_epoch(training.loader(), tqdm(disable=True))
-    training.save("last.pth")
+    begun = _begun(root)
+    with data_workers(begun.task) as loader:
+        train_epoch(begun, loader, Meter(begun), Stop())
+    save(begun, "last.pth")
 
 
 @dataclass(frozen=True)

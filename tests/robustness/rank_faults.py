@@ -30,6 +30,7 @@ import torch
 import train_crossnet_con as pretraining
 from engine import launch
 from engine.checkpoint import load_checkpoint
+from engine.task import Run
 from tests.support.pairs import write_demo_set, write_pairs
 from tests.support.several import exit_codes, output_of, run_together, start_together
 from tests.support.small_run import arguments
@@ -75,15 +76,17 @@ class Place:
         shutil.rmtree(out, ignore_errors=True)
 
         def main() -> None:
-            original = getattr(Pretraining, method)
+            owner = Pretraining if method == "count_bad_samples" else Run
+            original = getattr(owner, method)
 
-            def harmed(training: Pretraining, *args: object) -> object:
-                if training.progress.step == step and launch.rank() == victim:
+            def harmed(this: Pretraining | Run, *args: object) -> object:
+                progress = this.progress if owner is Run else args[-1]
+                if progress.step == step and launch.rank() == victim:
                     moment.write_text(str(time.time()))
                     act()
-                return original(training, *args)
+                return original(this, *args)
 
-            setattr(Pretraining, method, harmed)
+            setattr(owner, method, harmed)
             self.train(2, out)
 
         processes = start_together(main, out / "logs")

@@ -1,0 +1,58 @@
+"""The settings of a run: what its flags mean, with types."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+Config = TypeVar("Config", bound="RunConfig")
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """What the loop, its checkpoints and its optimizer read; scripts add their own settings.
+
+    Attributes:
+        flags: every flag of the script by name, as written into ``config.json`` and checkpoints.
+        accumulate: parts of a step whose gradients add up.
+    """
+
+    flags: dict[str, Any]
+    data_root: str
+    device: str
+    workers: int
+    seed: int
+    json: str | None
+    exp_name: str
+    output_dir: str
+    resume: str | None
+    overwrite: bool
+    save_every: int
+    log_every: int
+    wandb: str
+    no_sync_bn: bool
+    deterministic: bool
+    epochs: int
+    batch_size: int
+    test_batch_size: int
+    lr: float
+    use_sgd: bool
+    momentum: float
+    weight_decay: float
+    amp: str
+    eval_every: int
+    select_on: str
+    accumulate: int = 1
+
+    @classmethod
+    def from_flags(cls: type[Config], args: argparse.Namespace) -> Config:
+        """Take the settings from a parsed command line; a field has the name of its flag."""
+        values = vars(args)
+        return cls(flags=dict(values), **{f.name: values[f.name] for f in fields(cls) if f.name in values})
+
+    def resolve(self, **values: Any) -> None:
+        """Put what is in use in the place of what was asked for, in checkpoints too."""
+        for name, value in values.items():
+            setattr(self, name, value)
+        self.flags.update(values)
