@@ -38,7 +38,10 @@ class TinyImageNet(nn.Module):
 
 def arguments(root: Path, out: Path, *more: str) -> list[str]:
     """Command line of a run of a fraction of a second per step; what comes later counts."""
-    return [*SETTINGS.split(), "--data_root", str(root), "--output_dir", str(out), *map(str, more)]
+    settings = SETTINGS.split()
+    if any(str(word).startswith("pointnet") for word in more):
+        del settings[settings.index("--k") : settings.index("--k") + 2]
+    return [*settings, "--data_root", str(root), "--output_dir", str(out), *map(str, more)]
 
 
 if __name__ == "__main__":
