@@ -14,6 +14,7 @@ Pretraining needs shapenet and shapenet_render.
   --list          show every set: addresses, disk need, target folder; fetches nothing
   --dir DIR       where the sets go (default: the folder of this script); scripts then take --data_root DIR
   --archive FILE  unpack an archive that you already have; its content tells which set it is
+                  (also PointCloudDatasets, modelnet40_normal_resampled and ModelNet40.zip)
   --keep          keep the archives after unpacking (in DIR/.download)
   --again         fetch a set although its folder is there already; your files are never overwritten
 
