@@ -33,6 +33,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.measure import ROOT, machine
 from utils.cli import HelpFormatter, run, seed_number, write_json
 from utils.errors import UserError
