@@ -27,7 +27,7 @@ setup: $(STAMP)  ## create .venv and install requirements.txt (several GB: torch
 # Memory that a step frees stays for the next one, in place of fresh pages from the system each time (glibc).
 demo: export MALLOC_MMAP_MAX_ = 0
 demo: export MALLOC_TRIM_THRESHOLD_ = -1
-demo: $(STAMP)  ## set-up, then pretrain, classify and segment on the embedded demo set; see runs/demo/report.html
+demo: $(STAMP)  ## set-up, then pretrain, classify and segment on the embedded demo set; see runs/demo/report.html (stopped: call it again)
 	$(PY) -m downstream.demo $(DEMO_ARGS)
 
 test: lint  ## set-up, lint, then the whole test suite on all cores

@@ -90,7 +90,9 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, l
     g.add_argument("--json", metavar="FILE", help="also write the result to FILE")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)  # what the fresh processes run
     args, training = parser.parse_known_args(argv)
-    train_crossnet_con.build_parser().parse_args(training)  # an unknown flag ends here
+    training_parser = train_crossnet_con.build_parser()
+    training_parser.error = parser.error  # a mistake shows this command's usage, not the training script's
+    training_parser.parse_args(training)
     return args, training
 
 

@@ -10,11 +10,14 @@ goes to runs/demo/report.html, the numbers to runs/demo/report.json.
 Examples:
   python -m downstream.demo
   python -m downstream.demo --tasks parts rooms --seeds 1 2 3 --output_dir runs/seeds
+
+A demo that was stopped continues when the same command is given again; its finished parts are kept.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -32,7 +35,8 @@ from downstream.demo_report import write_page
 from downstream.finetuning import reported_entry
 from downstream.segmentation import main_partseg, main_semseg, visualize
 from downstream.svm import mean_and_std
-from utils.cli import HelpFormatter, positive_int, run, seed_number, write_json
+from utils.cli import HelpFormatter, check_writable, positive_int, run, seed_number, write_json
+from utils.errors import UserError
 from utils.reproducible import git_commit, versions
 
 # Small enough for two CPU cores; everything else has the released value.
@@ -41,6 +45,7 @@ CLASSIFICATION = {"epochs": 3, "num_points": 512, "image_size": 64}
 SVM_C = ("0.01", "0.1", "1", "10")
 TASKS = ("classification", "parts", "rooms")
 STARTS = ("scratch", "pretrained")
+UNFINISHED = "unfinished.json"  # settings of a demo that has not written its report
 
 
 class Score(NamedTuple):
@@ -105,8 +110,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--data_root", default="data/demo", metavar="DIR", help="the demo set")
     parser.add_argument(
-        "--output_dir", default="runs/demo", metavar="DIR", help="what the demo makes; replaced each time"
+        "--output_dir", default="runs/demo", metavar="DIR", help="what the demo makes; a finished demo is replaced"
     )
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument(
+        "--resume", action="store_true", help="continue a stopped demo also if the code has changed since (not advised)"
+    )
+    start.add_argument("--overwrite", action="store_true", help="start a stopped demo over")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, help="what to do")
     parser.add_argument(
         "--seeds",
@@ -133,6 +143,50 @@ def asked(args: argparse.Namespace) -> dict[str, int]:
     return {name: value for name in ("epochs", "num_points") if (value := getattr(args, name)) is not None}
 
 
+def finished(
+    args: argparse.Namespace, script: Callable[[list[str]], dict[str, Any]], words: list[str], result: Path
+) -> dict[str, Any]:
+    """Run a script, or take its result from a stopped demo that is continued.
+
+    Args:
+        args: of the demo.
+        script: its ``main``.
+        words: its command line.
+        result: the JSON file of its metrics, which it writes at its end.
+    """
+    if args.keep and result.exists():
+        print(f"kept: {result}", flush=True)
+        return json.loads(result.read_text(encoding="utf-8"))
+    result.unlink(missing_ok=True)
+    return script([*words, *flags(json=result)])
+
+
+def stopped_demo(args: argparse.Namespace, settings: Mapping[str, Any]) -> bool:
+    """Return whether the folder holds a stopped demo that this call continues.
+
+    Args:
+        args: of this call.
+        settings: of this call, as the stopped one has written them.
+
+    Raises:
+        UserError: ``--resume`` and other settings than those of the stopped demo.
+    """
+    path = Path(args.output_dir) / UNFINISHED
+    if args.overwrite or not path.exists():
+        return False
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = sorted(key for key in settings if before.get(key) != settings[key])
+    except (ValueError, AttributeError):  # cut off, or not ours
+        changed = [UNFINISHED]
+    changed = [key for key in changed if not (args.resume and key in ("git_commit", "versions"))]
+    if changed and args.resume:
+        raise UserError(f"{path.parent} holds a stopped demo with other {', '.join(changed)}: --overwrite starts over")
+    if changed:
+        print(f"{path.parent} holds a stopped demo with other {', '.join(changed)}: starting over")
+    return not changed
+
+
 def pretrain(args: argparse.Namespace, task: str, seed: int, **settings: Any) -> Path:
     """Pretrain on the demo pairs; returns the checkpoint."""
     print(f"\n{task}: pretraining, seed {seed}", flush=True)
@@ -141,7 +195,7 @@ def pretrain(args: argparse.Namespace, task: str, seed: int, **settings: Any) ->
         [
             *flags(data_root=args.data_root, output_dir=folder, exp_name=name, seed=seed, device=args.device),
             *flags(**{**PRETRAINING, **settings, **asked(args)}),
-            "--overwrite",
+            "--resume" if args.keep else "--overwrite",
             "--channels_last",
         ]
     )
@@ -155,14 +209,13 @@ def classify(args: argparse.Namespace) -> dict[str, Any]:
 
     def score(name: str, *encoder: str) -> None:
         print(f"\nclassification: linear SVM on frozen features, {name} encoder", flush=True)
-        scores[name] = linear_svm.main(
-            [
-                *encoder,
-                *flags(dataset="demo", data_root=args.data_root, num_points=points, svm_c=SVM_C, shots=(1, 5)),
-                *flags(seed=args.seeds[0], device=args.device, retrieval_sheet=folder / f"retrieval_{name}.png"),
-                *flags(confusion_matrix=folder / f"confusion_{name}.png", json=folder / f"svm_{name}.json"),
-            ]
-        )
+        words = [
+            *encoder,
+            *flags(dataset="demo", data_root=args.data_root, num_points=points, svm_c=SVM_C, shots=(1, 5)),
+            *flags(seed=args.seeds[0], device=args.device, retrieval_sheet=folder / f"retrieval_{name}.png"),
+            *flags(confusion_matrix=folder / f"confusion_{name}.png"),
+        ]
+        scores[name] = finished(args, linear_svm.main, words, folder / f"svm_{name}.json")
 
     score("untrained", "--random_init", "--calibrate_bn", *flags(seeds=args.seeds))
     checkpoints = [pretrain(args, "classification", seed, **CLASSIFICATION) for seed in args.seeds]
@@ -185,14 +238,12 @@ def segment(args: argparse.Namespace, name: str) -> dict[str, Any]:
         for start, found in runs.items():
             print(f"\n{name}: fine-tuning, {start}, seed {seed}", flush=True)
             origin = task.encoder if start == "scratch" else {"pretrain_path": checkpoint}
-            metrics = task.script(
-                [
-                    *flags(data_root=args.data_root, output_dir=folder, exp_name=f"{start}_{seed}", seed=seed),
-                    *flags(device=args.device, workers=0, json=folder / f"{start}_{seed}.json", **origin, **tuning),
-                    "--overwrite",
-                ]
-            )
-            found.extend(metrics["runs"])
+            words = [
+                *flags(data_root=args.data_root, output_dir=folder, exp_name=f"{start}_{seed}", seed=seed),
+                *flags(device=args.device, workers=0, **origin, **tuning),
+                "--resume" if args.keep else "--overwrite",
+            ]
+            found.extend(finished(args, task.script, words, folder / f"{start}_{seed}.json")["runs"])
     visualize.main(
         [
             *flags(data_root=args.data_root, model_path=reported_checkpoint(runs["pretrained"][0])),
@@ -253,9 +304,23 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the demo; returns what report.json holds."""
     args = build_parser().parse_args(argv)
     folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    check_writable(folder)
+    settings = {name: value for name, value in vars(args).items() if name not in ("resume", "overwrite")}
+    settings = {**json.loads(json.dumps(settings)), "versions": versions(), "git_commit": git_commit()}
+    args.keep = stopped_demo(args, settings)
+    write_json(folder / UNFINISHED, settings)
+    try:
+        return make_report(args, folder)
+    except (KeyboardInterrupt, SystemExit, UserError):
+        print(f"\nthe demo in {folder} is not finished: the same command continues it and keeps its finished parts")
+        raise
+
+
+def make_report(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Do the tasks and write the report; returns what report.json holds."""
     start = time.perf_counter()
     report: dict[str, Any] = {"tasks": [task for task in TASKS if task in args.tasks], "minutes": {}}
+    report["continued"] = args.keep  # then minutes and seconds are those since it was continued
     for task in report["tasks"]:
         begin = time.perf_counter()
         if task == "classification":
@@ -268,6 +333,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     report.update({"seeds": args.seeds, "versions": versions(), "git_commit": git_commit()})
     write_json(folder / "report.json", report)
     path = write_page(folder, report, data_root=args.data_root, headings=headings())
+    (folder / UNFINISHED).unlink()
     print("\n" + "\n".join(summary(report)))
     print(f"report: {path} ({report['seconds'] / 60:.1f} minutes)")
     return report

@@ -228,7 +228,7 @@ def write_page(
         f"<p>Point encoders saw {report['pairs']} furniture models as clouds and pictures, without labels. Does that "
         "help? Each task below is done without and with this pretraining. The models come from Sweet Home 3D (CC0 and "
         "CC-BY 3.0, see <code>data/demo/ATTRIBUTION.md</code>), the labelled parts and rooms are made from rules. All "
-        f"in all this took {report['seconds'] / 60:.1f} minutes.</p>"
+        f"in all this took {report['seconds'] / 60:.1f} minutes{' since it was continued' * report['continued']}.</p>"
     ]
     if "classification" in report["tasks"]:
         body.append(classification_section(folder, report, data_root))

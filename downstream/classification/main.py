@@ -323,7 +323,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "versions": {**versions(), "scikit-learn": sklearn.__version__},
         "commit": commit,
     }
-    write_json(args.json, metrics)
     print("\n" + result_table(metrics) + "\n")
     print("\n".join(notes(metrics)))
     name = args.dataset + (f" {args.variant}" if args.dataset == "scanobjectnn" else "")
@@ -338,6 +337,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if args.retrieval_sheet:
         with warn_on_failure(f"--retrieval_sheet {args.retrieval_sheet}"):
             draw_retrieval(test.points, first_features, test.labels, test.class_names, args.retrieval_sheet)
+    write_json(args.json, metrics)
     return metrics
 
 

@@ -321,3 +321,11 @@ def test_the_page_draws_every_result_there_may_be(tmp_path):
     assert "| 4 x 1,024 points, cpu | 3 | tree | 250 | 2.5 | 1e-05 |" in page
     row = "| training step of dgcnn_cls, 4 x 1,024 points, k 20, cpu | 1 s | 8 s | **8.0** | 700 | 2,100 | 3.0 |"
     assert row in page
+
+
+def test_a_mistake_shows_the_usage_of_the_estimate(capsys):
+    for words in (["--unknown"], ["--batch_size", "none"]):
+        with pytest.raises(SystemExit):
+            estimate.parse_args(words)
+        said = capsys.readouterr().err
+        assert said.startswith("usage: python -m benchmarks.estimate ") and words[0] in said.splitlines()[-1]

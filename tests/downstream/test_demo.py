@@ -12,6 +12,7 @@ from models.image import IMAGE_ENCODERS
 from tests.support.pairs import write_demo_set, write_pairs
 from tests.support.segmentation_sets import write_parts, write_rooms
 from tests.support.small_run import TinyImageNet
+from utils.errors import UserError
 
 ROOMS = [f"Area_{area}_{kind}_1" for area in range(1, 7) for kind in ("hall", "office")]
 
@@ -73,7 +74,7 @@ def no_pictures(monkeypatch):
 
     def blank(words):
         folder = Path(words[words.index("--output_dir") + 1])
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         Figure().savefig(folder / "sheet.png")
 
     monkeypatch.setattr(demo.visualize, "main", blank)
@@ -94,6 +95,57 @@ def test_both_starts_have_the_same_encoder_and_budget(root, tmp_path):
         encoders = [next(line for line in log if " encoder dgcnn_" in line).split(" encoder ")[1] for log in logs]
         assert encoders[0].split(": ")[:2] == encoders[1].split(": ")[:2]
         assert encoders[0].endswith("starts fresh") and encoders[1].endswith("last.pth, all of it")
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_stopped_demo_continues_and_keeps_its_finished_parts(root, tmp_path, monkeypatch, capsys):
+    arguments = ("--tasks", "parts", "--seeds", 3)
+    whole = run(root, *arguments, "--output_dir", tmp_path / "whole")
+    assert not (tmp_path / "whole" / demo.UNFINISHED).exists()
+    calls, task = [], demo.SEGMENTATION["parts"]
+
+    def counted(words):
+        calls.append(words)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return task.script(words)
+
+    monkeypatch.setitem(demo.SEGMENTATION, "parts", task._replace(script=counted))
+    with pytest.raises(KeyboardInterrupt):
+        run(root, *arguments)
+    assert "the same command continues it and keeps its finished parts" in capsys.readouterr().out
+    out = tmp_path / "out"
+    kept = {path: path.stat().st_mtime_ns for path in (out / "parts" / "pretraining_3").glob("*.pth")}
+    assert kept and (out / demo.UNFINISHED).exists()
+    report = run(root, *arguments)
+    assert len(calls) == 3 and f"kept: {out / 'parts' / 'scratch_3.json'}" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept  # pretraining was not repeated
+    assert (report["continued"], whole["continued"]) == (True, False) and not (out / demo.UNFINISHED).exists()
+    for start in demo.STARTS:
+        assert report["parts"][start] == whole["parts"][start]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks", "parts"], "stopped demo with other git_commit: starting over"),
+        (["--tasks", "parts", "--resume"], "kept"),
+        (["--tasks", "parts", "--overwrite"], ""),
+        (["--tasks", "rooms", "--resume"], "stopped demo with other tasks: --overwrite starts over"),
+    ],
+)
+def test_a_stopped_demo_of_other_settings_or_code_starts_over(arguments, message, root, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "make_report", lambda args, folder: (_ for _ in ()).throw(KeyboardInterrupt))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(demo, "git_commit", lambda: "another")
+        run(root, "--tasks", "parts")
+    monkeypatch.setattr(demo, "make_report", lambda args, folder: {"kept": args.keep})
+    if "rooms" in arguments:
+        with pytest.raises(UserError, match=message):
+            run(root, *arguments)
+    else:
+        assert run(root, *arguments) == {"kept": message == "kept"}
+        assert message in capsys.readouterr().out + "kept"
 
 
 @pytest.mark.usefixtures("no_pictures")
