@@ -1,8 +1,9 @@
 """Render meshes and clouds in color without a display: OpenGL 3.3 through moderngl.
 
-Why moderngl and not pyvista: both need an OpenGL from the system (VTK's wheels bring none), both take about as long for
-a view (measured in docs/datasets.md), but moderngl installs 1 MB and VTK 565 MB, and our 30 lines of shader draw what
-VTK's do not: cut-out textures with sharp edges, and light that does not depend on which way a face is wound.
+Why moderngl and not pyvista: both need an OpenGL from the system (VTK's wheels bring none) and take about as long for a
+view, 9 ms of one core here at 137 pixels and 9 samples (10 textured models, 12 views each, software rendering), but
+moderngl installs 1 MB and VTK 565 MB, and our 30 lines of shader draw what VTK's do not: cut-out textures with sharp
+edges, and light that does not depend on which way a face is wound.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from data.rendering import Mesh, Renderer
 from data.shape_files import find_shapes, read_labels, split_shapes
 from datasets import ShapeNetRender
 from datasets.untrusted import read_ply
+from downstream.classification.main import main as svm
 from tests.support.opengl import needs_opengl
 from utils.errors import DataError, UserError
 
@@ -397,6 +398,9 @@ def test_categories_make_a_labeled_set_that_the_svm_reads(tmp_path, in_process):
         assert file["data"].shape == (4, 64, 3) and sorted(file["label"][:, 0]) == [0, 0, 1, 1]
         name = file["ids"].asstr()[0]
         np.testing.assert_array_equal(file["data"][0], read_ply(out / "ShapeNet" / f"{name}.ply"))
+    words = ["--dataset", "folder", "--data_root", str(out / "labeled_hdf5"), "--random_init", "--num_points", "32"]
+    result = svm([*words, "--k", "4", "--emb_dims", "16", "--device", "cpu", "--json", str(tmp_path / "svm.json")])
+    assert result and json.loads((tmp_path / "svm.json").read_text())
 
 
 # ------------------------------------------------------------------------------------------------------- bad folders
