@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 
+from utils import reproducible
 from utils.cli import positive_int, seed_number
 from utils.errors import UserError
-from utils.reproducible import git_commit, versions
 
 ROOT = Path(__file__).resolve().parent.parent
 FORMULATIONS = ("ours", "textbook")
@@ -62,7 +62,7 @@ def machine(device: torch.device | None = None) -> dict[str, Any]:
 
 def provenance(device: torch.device | None = None) -> dict[str, Any]:
     """What a measurement depends on besides its settings; to be called before it."""
-    return {"machine": machine(device), "versions": versions(), "commit": git_commit()}
+    return {"machine": machine(device), **reproducible.provenance()}
 
 
 def seconds_of(action: Callable[[], Any], device: torch.device | None = None, *, cpu: bool = False) -> float:

@@ -120,9 +120,8 @@ class _Checker:
         try:
             return action()
         except DataError as error:
-            text = str(error).split(". Get it")[0].split(". Check it")[0].split(". Get them")[0]
-            if text not in finding.problems:
-                finding.problems.append(text)
+            if error.problem not in finding.problems:
+                finding.problems.append(error.problem)
             return None
 
     def listed_or_found(self, finding: Finding, folder: Path, index: str, pattern: str) -> list[Path]:

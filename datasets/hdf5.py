@@ -23,6 +23,7 @@ from torch.utils.data import Dataset
 from utils.errors import DataError, UserError
 
 CHECK_COMMAND = "python -m data.check_data"
+CHECK_IT = f"Check it: {CHECK_COMMAND}"
 SPLITS = ("train", "test")
 # What an array may claim beyond what the file holds: gzip packs at most 1,032 bytes into one.
 MAX_RATIO = 1100
@@ -161,21 +162,21 @@ def read_hdf5(path: Path, keys: Sequence[str], *, get: str = CHECK_COMMAND) -> d
     """
     wanted = "an HDF5 file with the arrays " + ", ".join(f"'{key}'" for key in keys)
     if not path.is_file():
-        raise DataError(f"{path} is missing; expected {wanted}. Get it: {get}")
+        raise DataError(f"{path} is missing; expected {wanted}", fix=f"Get it: {get}")
     try:
         with open_hdf5(path) as file:
             for key in keys:
                 if not isinstance(file.get(key), h5py.Dataset):
                     found = ", ".join(f"'{name}'" for name in islice(file, 20)) or "nothing"
                     problem = f"{path} has no array '{key}' (it holds {found})"
-                    raise DataError(f"{problem}; expected {wanted}. Check it: {get}")
+                    raise DataError(f"{problem}; expected {wanted}", fix=f"Check it: {get}")
             return {key: stored_array(file, key)[()] for key in keys}
     except DataError:
         raise
     except Exception as error:  # h5py raises many kinds on malformed files
         reason = (str(error) or type(error).__name__).splitlines()[0]
         problem = f"{path} cannot be read, it may be truncated ({reason})"
-        raise DataError(f"{problem}; expected {wanted}. Get it: {get}") from error
+        raise DataError(f"{problem}; expected {wanted}", fix=f"Get it: {get}") from error
 
 
 def read_labeled_clouds(
@@ -201,7 +202,7 @@ def read_labeled_clouds(
     points, labels = arrays["data"], arrays["label"]
 
     def wrong(what: str) -> DataError:
-        return DataError(f"{path}: {what}. Check it: {get}")
+        return DataError(f"{path}: {what}", fix=f"Check it: {get}")
 
     if points.ndim != 3 or points.shape[2] != 3 or points.dtype.kind != "f":
         raise wrong(f"'data' must be (n, N, 3) floating point, it is {points.shape} {points.dtype}")
@@ -272,7 +273,7 @@ def read_hdf5_clouds(
     sizes = {points.shape[1] for points, _ in parts}
     if len(sizes) > 1:
         names = ", ".join(f"{f.name}: {points.shape[1]}" for f, (points, _) in zip(files, parts, strict=True))
-        raise DataError(f"{files[0].parent} mixes clouds of different size ({names}). Check it: {get}")
+        raise DataError(f"{files[0].parent} mixes clouds of different size ({names})", fix=f"Check it: {get}")
     points, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     if class_names is None:
         class_names = [f"class {number}" for number in range(int(labels.max()) + 1)]

@@ -80,20 +80,22 @@ def listed_files(
         # By number, so that file 10 comes after file 9.
         files = sorted(data_files(folder, f"{prefix}{split}*.h5"), key=lambda file: (len(file.name), file.name))
         if not files:
-            raise DataError(f"{folder} holds neither {index.name} nor {prefix}{split}*.h5. Get them: {get}")
+            raise DataError(f"{folder} holds neither {index.name} nor {prefix}{split}*.h5", fix=f"Get them: {get}")
         return files
     try:
         lines = read_lines(index)
     except (OSError, ValueError) as error:
-        raise DataError(f"{index} cannot be read as a list of file names ({error}). Get it: {get}") from error
+        raise DataError(f"{index} cannot be read as a list of file names ({error})", fix=f"Get it: {get}") from error
     names = [line.replace("\\", "/").rsplit("/", 1)[-1] for line in lines]
     if not names:
-        raise DataError(f"{index} is empty; expected a file name per line, such as ply_data_{split}0.h5. Get it: {get}")
+        raise DataError(
+            f"{index} is empty; expected a file name per line, such as ply_data_{split}0.h5", fix=f"Get it: {get}"
+        )
     for name, times in Counter(names).items():
         if times > 1:
-            raise DataError(f"{index} lists {name} {times} times. Check it: {get}")
+            raise DataError(f"{index} lists {name} {times} times", fix=f"Check it: {get}")
         if not os.path.isfile(folder / name):  # False also for a name that no file can have
-            raise DataError(f"{folder / name} is missing; {index.name} lists it. Get it: {get}")
+            raise DataError(f"{folder / name} is missing; {index.name} lists it", fix=f"Get it: {get}")
     return [folder / name for name in names]
 
 
@@ -289,7 +291,7 @@ class ModelNet40(_Set):
                 f"{root / MODELNET_FOLDER}/ply_data_{split}*.h5 beside {split}_files.txt, or modelnet40_hdf5_2048, "
                 f"{RESAMPLED_FOLDER} or ModelNet40/<class>/{split}/*.off"
             )
-            raise DataError(f"no {type(self).__name__} in {root}; expected {expected}. Get it: {self.get}")
+            raise DataError(f"no {type(self).__name__} in {root}; expected {expected}", fix=f"Get it: {self.get}")
         if layout.name != RELEASED:
             self.official_sizes = {**self.official_sizes, "train": MODELNET40_TRAIN}
         if layout.name == RESAMPLED:
@@ -328,7 +330,7 @@ class ModelNet10(ModelNet40):
         if not kept.any():
             names = ", ".join(str(file) for file in arrays.files[:3])
             problem = f"no cloud of a ModelNet10 class (labels {MODELNET10_LABELS}) in {names}"
-            raise DataError(f"{problem}. Get it: {self.get}")
+            raise DataError(problem, fix=f"Get it: {self.get}")
         return arrays._replace(
             points=arrays.points[kept],
             labels=arrays.labels[kept],
@@ -345,6 +347,6 @@ class DemoShapes(_Set):
         folder = find_hdf5_folder(root, DEMO_FOLDER)
         if folder is None:
             expected = f"{root / DEMO_FOLDER}/ply_data_{split}*.h5 beside {split}_files.txt"
-            raise DataError(f"no {type(self).__name__} in {root}; expected {expected}. Get it: {self.get}")
+            raise DataError(f"no {type(self).__name__} in {root}; expected {expected}", fix=f"Get it: {self.get}")
         files = listed_files(folder, split, get=self.get)
         return read_hdf5_clouds(files, class_names=_read_names(folder), num_points=num_points, get=self.get)

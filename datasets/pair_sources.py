@@ -56,7 +56,8 @@ class FolderSource:
         if not files:
             raise DataError(
                 f"no clouds in {self.root / 'ShapeNet'}: expected <synset>/<model_id>.ply there, or the packed file "
-                f"{self.root / PACKED_NAME}; {GET_PAIRS}"
+                f"{self.root / PACKED_NAME}",
+                fix=GET_PAIRS,
             )
         self.ids, self.skipped, self._views = [], [], []
         for file in files:
@@ -70,7 +71,8 @@ class FolderSource:
         if not self.ids:
             raise DataError(
                 f"none of the {len(files)} clouds in {self.root / 'ShapeNet'} has a rendering: expected "
-                f"{self._rendering(self.skipped[0])}/*.png; {GET_PAIRS}"
+                f"{self._rendering(self.skipped[0])}/*.png",
+                fix=GET_PAIRS,
             )
 
     def _rendering(self, name: str) -> Path:
@@ -187,7 +189,7 @@ class PackedSource:
         except DataError:
             raise
         except FileNotFoundError as error:
-            raise DataError(f"{self.path} does not exist; {GET_PAIRS}") from error
+            raise DataError(f"{self.path} does not exist", fix=GET_PAIRS) from error
         except Exception as error:  # h5py raises many kinds on malformed files
             raise DataError(f"{self.path} is no readable packed pretraining file ({error})") from error
         if not shapes_agree or not self.ids:
@@ -281,7 +283,9 @@ def open_source(root: str | os.PathLike[str]) -> PairSource:
     if (root / PACKED_NAME).is_file():
         return PackedSource(root / PACKED_NAME)
     if not root.is_dir():
-        raise DataError(f"{root} does not exist: expected a folder with ShapeNet/ and ShapeNetRendering/; {GET_PAIRS}")
+        raise DataError(
+            f"{root} does not exist: expected a folder with ShapeNet/ and ShapeNetRendering/", fix=GET_PAIRS
+        )
     return FolderSource(root)
 
 

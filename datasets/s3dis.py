@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datasets.hdf5 import CHECK_COMMAND, hdf5_file, open_hdf5, stored_array
+from datasets.hdf5 import CHECK_IT, hdf5_file, open_hdf5, stored_array
 from datasets.modelnet import listed_files
 from utils.errors import DataError, UserError
 from utils.files import read_text
@@ -124,19 +124,18 @@ def _read_room_list(folder: Path, blocks: int, get: str) -> list[str]:
         names = read_text(path).split()
     except FileNotFoundError as error:
         raise DataError(
-            f"{path} is missing; it names the room of every block, one a line (it is written last). Get it: {get}"
+            f"{path} is missing; it names the room of every block, one a line (it is written last)",
+            fix=f"Get it: {get}",
         ) from error
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as a list of rooms ({error}). Get it: {get}") from error
+        raise DataError(f"{path} cannot be read as a list of rooms ({error})", fix=f"Get it: {get}") from error
     for number, name in enumerate(names, start=1):
         if not _ROOM_NAME.fullmatch(name):
             raise DataError(
-                f"{path}, entry {number} is {name!r}; expected a room such as Area_1_office_3. Get it: {get}"
+                f"{path}, entry {number} is {name!r}; expected a room such as Area_1_office_3", fix=f"Get it: {get}"
             )
     if len(names) != blocks:
-        raise DataError(
-            f"{path} names the rooms of {len(names)} blocks, the files hold {blocks}. Check it: {CHECK_COMMAND}"
-        )
+        raise DataError(f"{path} names the rooms of {len(names)} blocks, the files hold {blocks}", fix=CHECK_IT)
     return names
 
 
@@ -165,7 +164,7 @@ class _BlockFiles:
             sizes.add(size)
             self._slow.append(slow)
         if len(sizes) > 1:
-            raise DataError(f"{folder} mixes blocks of {sorted(sizes)} points. Check it: {CHECK_COMMAND}")
+            raise DataError(f"{folder} mixes blocks of {sorted(sizes)} points", fix=CHECK_IT)
         self.block_points = sizes.pop()
         self.ends = np.cumsum(counts)
         self.rooms = _read_room_list(folder, int(self.ends[-1]), get)
@@ -182,7 +181,8 @@ class _BlockFiles:
                     if not isinstance(file.get(name), h5py.Dataset):
                         found = ", ".join(f"'{key}'" for key in islice(file, 20)) or "nothing"
                         raise DataError(
-                            f"{path} has no array '{name}' (it holds {found}); expected {expected}. Get it: {self._get}"
+                            f"{path} has no array '{name}' (it holds {found}); expected {expected}",
+                            fix=f"Get it: {self._get}",
                         )
                     shapes[name] = stored_array(file, name).shape
                     whole = whole and (name == "data" or file[name].dtype.kind in "iu")
@@ -192,14 +192,14 @@ class _BlockFiles:
                     shape != data.shape[:2] for name, shape in shapes.items() if name != "data"
                 ):
                     listed = ", ".join(f"'{name}' {shape} {file[name].dtype}" for name, shape in shapes.items())
-                    raise DataError(f"{path} holds {listed}; expected {expected}. Check it: {CHECK_COMMAND}")
+                    raise DataError(f"{path} holds {listed}; expected {expected}", fix=CHECK_IT)
                 return data.shape[0], data.shape[1], data.chunks is not None and data.chunks[0] > _ROWS_PER_CHUNK
         except DataError:
             raise
         except Exception as error:  # h5py raises many kinds on malformed files
             reason = (str(error) or type(error).__name__).splitlines()[0]
             problem = f"{path} cannot be read, it may be truncated ({reason})"
-            raise DataError(f"{problem}; expected {expected}. Get it: {self._get}") from error
+            raise DataError(f"{problem}; expected {expected}", fix=f"Get it: {self._get}") from error
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker that is started afresh opens and maps the files itself.
@@ -226,7 +226,7 @@ class _BlockFiles:
         """Values of one block, (N, channels) float32, finite."""
         values = self.read(block, "data")[:, : self.channels].astype(np.float32)
         if not np.isfinite(values).all():
-            raise DataError(f"{self.where(block)}: 'data' has values that are not finite. Check it: {CHECK_COMMAND}")
+            raise DataError(f"{self.where(block)}: 'data' has values that are not finite", fix=CHECK_IT)
         return values
 
     def labels(self, block: int) -> np.ndarray:
@@ -236,7 +236,8 @@ class _BlockFiles:
         if labels.min() < 0 or labels.max() >= len(CLASS_NAMES):
             raise DataError(
                 f"{self.where(block)}: 'label' must be in 0..{len(CLASS_NAMES) - 1}, it is in "
-                f"{stored.min()}..{stored.max()}. Check it: {CHECK_COMMAND}"
+                f"{stored.min()}..{stored.max()}",
+                fix=CHECK_IT,
             )
         return labels
 
@@ -254,7 +255,9 @@ class _BlockFiles:
         except DataError:
             raise
         except Exception as error:  # h5py raises many kinds on malformed files
-            raise DataError(f"{self.where(block)}: '{name}' cannot be read ({error}). Get it: {self._get}") from error
+            raise DataError(
+                f"{self.where(block)}: '{name}' cannot be read ({error})", fix=f"Get it: {self._get}"
+            ) from error
 
     def unpack(self, blocks: Iterable[int]) -> None:
         """Unpack the files of some blocks where that is needed and was not done, so that no worker has to."""
@@ -288,7 +291,7 @@ class _BlockFiles:
         except DataError:
             raise
         except Exception as error:  # h5py raises many kinds on malformed files
-            raise DataError(f"{path}: '{array}' cannot be read ({error}). Get it: {self._get}") from error
+            raise DataError(f"{path}: '{array}' cannot be read ({error})", fix=f"Get it: {self._get}") from error
         problems = []
         for folder in folders:
             temporary = folder / f"{name}.{os.getpid()}.tmp"
@@ -352,7 +355,7 @@ class S3DIS(Dataset):
         get = f"bash data/download_data.sh s3dis, or from the raw rooms: {command}"
         folder = _find_folder(root, BLOCK_FOLDER)
         if folder is None:
-            raise DataError(f"no S3DIS blocks in {root}; expected {Path(root) / BLOCK_FOLDER}/. Get them: {get}")
+            raise DataError(f"no S3DIS blocks in {root}; expected {Path(root) / BLOCK_FOLDER}/", fix=f"Get them: {get}")
         self.folder = folder
         self._files = _BlockFiles(folder, arrays=("data", "label"), channels=_check_channels(in_channels), get=get)
         self.in_channels, self.block_points = in_channels, self._files.block_points
@@ -371,7 +374,7 @@ class S3DIS(Dataset):
             if area not in found.values():
                 there = ", ".join(str(a) for a in sorted(set(found.values())))
                 raise DataError(
-                    f"{folder} has no room of area {area}; it has rooms of the areas {there}. Get it: {get}"
+                    f"{folder} has no room of area {area}; it has rooms of the areas {there}", fix=f"Get it: {get}"
                 )
         chosen = {room for room, area in found.items() if area in self.areas}
         if rooms is not None:

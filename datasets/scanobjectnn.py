@@ -102,7 +102,7 @@ class ScanObjectNN(LabeledClouds):
             expected = f"h5_files/{folder}/{_OFFICIAL_SPLIT[split]}_objectdataset{ending}.h5"
             released = f" or ScanObjectNN/{folder}/{split}.h5" if self.variant == "OBJ_BG" else ""
             problem = f"no ScanObjectNN {self.variant} ({split}) in {root}"
-            raise DataError(f"{problem}; expected {expected}{released}. Get it: {GET}")
+            raise DataError(f"{problem}; expected {expected}{released}", fix=f"Get it: {GET}")
         self.source = found[0]
         if self.variant == "OBJ_BG":
             self.official_sizes = {"train": 2309, "test": 581}

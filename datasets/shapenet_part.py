@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datasets.hdf5 import CHECK_COMMAND, read_hdf5, read_labeled_clouds
+from datasets.hdf5 import CHECK_COMMAND, CHECK_IT, read_hdf5, read_labeled_clouds
 from datasets.modelnet import listed_files
 from utils.errors import DataError, UserError
 from utils.files import data_files, has_data_files, read_text
@@ -175,9 +175,9 @@ def _read_text(path: Path, what: str) -> str:
     try:
         return read_text(path)
     except FileNotFoundError as error:
-        raise DataError(f"{path} is missing; expected {what}. Get it: {GET}") from error
+        raise DataError(f"{path} is missing; expected {what}", fix=f"Get it: {GET}") from error
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read; expected {what} ({error}). Check it: {CHECK_COMMAND}") from error
+        raise DataError(f"{path} cannot be read; expected {what} ({error})", fix=CHECK_IT) from error
 
 
 def _read_categories(path: Path) -> dict[str, str]:
@@ -345,7 +345,8 @@ class ShapeNetPart(Dataset):
         if found is None:
             raise DataError(
                 f"no ShapeNetPart in {root}; expected {Path(root) / HDF5_FOLDERS[0]}/ply_data_train*.h5, "
-                f"shapenetpart_hdf5_2048/train*.h5 or {TEXT_FOLDERS[0]}/. Get it: {GET}"
+                f"shapenetpart_hdf5_2048/train*.h5 or {TEXT_FOLDERS[0]}/",
+                fix=f"Get it: {GET}",
             )
         if num_points is not None and num_points < 1:
             raise UserError(f"the number of points must be at least 1, got {num_points}")
@@ -371,13 +372,14 @@ class ShapeNetPart(Dataset):
         is_number = parts.dtype.kind in "iuf" and np.isfinite(parts).all()
         numbers = parts.astype(np.int64) if is_number else None
         if numbers is None or (numbers != parts).any():
-            raise DataError(f"{path}: 'pid' must hold whole numbers. Check it: {CHECK_COMMAND}")
+            raise DataError(f"{path}: 'pid' must hold whole numbers", fix=CHECK_IT)
         if numbers.size and (numbers.min() < 0 or numbers.max() >= taxonomy.num_parts):
             raise DataError(
                 f"{path}: 'pid' must be in 0..{taxonomy.num_parts - 1}, as {self.folder.name} has "
                 f"{len(taxonomy.category_names)} categories with {taxonomy.num_parts} parts; it is in "
                 f"{numbers.min()}..{numbers.max()}. A set of other categories needs {CATEGORY_FILE} and {PART_FILE} "
-                f"beside its files. Check it: {CHECK_COMMAND}"
+                f"beside its files",
+                fix=CHECK_IT,
             )
         first = np.asarray(taxonomy.part_starts)[categories][:, None]
         last = first + np.asarray(taxonomy.part_counts)[categories][:, None] - 1
@@ -388,7 +390,8 @@ class ShapeNetPart(Dataset):
             raise DataError(
                 f"{path}: {len(wrong)} of {len(numbers)} shapes have parts of another category; the first is shape {i} "
                 f"('{taxonomy.category_names[categories[i]]}', parts {first[i, 0]}..{last[i, 0]}), whose point {point} "
-                f"has part {numbers[i, point]}. Check it: {CHECK_COMMAND}"
+                f"has part {numbers[i, point]}",
+                fix=CHECK_IT,
             )
         return numbers
 
@@ -407,12 +410,13 @@ class ShapeNetPart(Dataset):
             if parts.ndim != 2 or len(parts) != len(points) or parts.shape[1] < points.shape[1]:
                 raise DataError(
                     f"{file}: 'pid' must be (n, N), a part for every point of 'data', it is {parts.shape} for "
-                    f"{points.shape}. Check it: {CHECK_COMMAND}"
+                    f"{points.shape}",
+                    fix=CHECK_IT,
                 )
             if num_points is None and parts.shape[1] != points.shape[1]:
                 raise DataError(
-                    f"{file}: 'pid' has {parts.shape[1]} parts a shape for {points.shape[1]} points. Check it: "
-                    f"{CHECK_COMMAND}"
+                    f"{file}: 'pid' has {parts.shape[1]} parts a shape for {points.shape[1]} points",
+                    fix=CHECK_IT,
                 )
             parts = self._check_parts(file, parts[:, : points.shape[1]], categories)
             kept = self._keep(categories)
@@ -420,7 +424,7 @@ class ShapeNetPart(Dataset):
         sizes = {points.shape[1] for points, _, _ in read}
         if len(sizes) > 1:
             listed = ", ".join(f"{file.name}: {r[0].shape[1]}" for file, r in zip(self.files, read, strict=True))
-            raise DataError(f"{self.folder} mixes clouds of different size ({listed}). Check it: {CHECK_COMMAND}")
+            raise DataError(f"{self.folder} mixes clouds of different size ({listed})", fix=CHECK_IT)
         return tuple(np.concatenate(arrays) for arrays in zip(*read, strict=True))
 
     def _read_parts(self, file: Path, categories: np.ndarray) -> np.ndarray:
@@ -544,18 +548,18 @@ def _read_table(path: Path, *, columns: tuple[int, ...], what: str) -> np.ndarra
     """Read a text file of numbers, (rows, one of ``columns``) float64, finite and not empty."""
     expected = f"expected on every line: {what}"
     if not os.path.isfile(path):  # False also for a name that no file can have
-        raise DataError(f"{path} is missing; {expected}. Get it: {GET}")
+        raise DataError(f"{path} is missing; {expected}", fix=f"Get it: {GET}")
     try:
         table = np.loadtxt(StringIO(read_text(path)), dtype=np.float64, ndmin=2)
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read; {expected} ({error}). Check it: {CHECK_COMMAND}") from error
+        raise DataError(f"{path} cannot be read; {expected} ({error})", fix=CHECK_IT) from error
     if table.size == 0 or table.shape[1] not in columns:
-        raise DataError(f"{path} holds an array of {table.shape}; {expected}. Check it: {CHECK_COMMAND}")
+        raise DataError(f"{path} holds an array of {table.shape}; {expected}", fix=CHECK_IT)
     sound = (np.abs(table) < _LIMIT).all(axis=1)
     if not sound.all():
         row = int(np.flatnonzero(~sound)[0])
         raise DataError(
-            f"{path} has a number that is not finite in row {row + 1}, or beyond {_LIMIT:g}; {expected}. Check it: "
-            f"{CHECK_COMMAND}"
+            f"{path} has a number that is not finite in row {row + 1}, or beyond {_LIMIT:g}; {expected}",
+            fix=CHECK_IT,
         )
     return table

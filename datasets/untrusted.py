@@ -24,7 +24,7 @@ _MAX_PIXELS = 1 << 24  # a file of some kilobytes can claim many more, which dec
 
 
 GET_PAIRS = (
-    "get them with: bash data/download_data.sh shapenet shapenet_render (python -m data.check_data shows what is there)"
+    "Get them with: bash data/download_data.sh shapenet shapenet_render (python -m data.check_data shows what is there)"
 )
 
 
@@ -43,7 +43,7 @@ def read_ply(path: str | os.PathLike[str]) -> np.ndarray:
             vertex = PlyData.read(with_plain_header(file))["vertex"]
         points = np.stack([np.asarray(vertex[axis], dtype=np.float32) for axis in "xyz"], axis=1)
     except FileNotFoundError as error:
-        raise DataError(f"{path} is gone; {GET_PAIRS}") from error
+        raise DataError(f"{path} is gone", fix=GET_PAIRS) from error
     except Exception as error:  # plyfile raises many kinds on malformed files
         reason = str(error) or type(error).__name__
         raise DataError(

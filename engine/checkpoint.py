@@ -8,8 +8,9 @@ import logging
 import os
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from utils.errors import CheckpointError, DamagedCheckpointError, UserError
 
 FORMAT = 1
 OURS = {"format", "kind", "point_encoder"}  # entries of our checkpoints, none of which published files have
+# Types of what a checkpoint holds.
+_STORED = (Mapping, Set, list, tuple, str, bytes, int, float, complex, NoneType, Tensor)
 logger = logging.getLogger("crossnet")
 
 
@@ -210,6 +213,8 @@ def checkpoint_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        if isinstance(error, AttributeError) and not isinstance(error.obj, _STORED):
+            raise  # of an object that no checkpoint holds: a mistake of this program
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise CheckpointError(
             f"{path} does not hold what this version writes ({type(error).__name__}: {reason}); train or copy it again"

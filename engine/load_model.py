@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from engine.checkpoint import checkpoint_errors, load_checkpoint
 from engine.published_weights import (
-    ALIASES,
     guess_encoder,
     published_arguments,
     published_encoder_state,
@@ -29,7 +28,7 @@ logger = logging.getLogger("crossnet")
 def describe_encoder(encoder: nn.Module) -> dict[str, Any]:
     """Name and keyword arguments that rebuild an encoder of ``models.ENCODERS``."""
     name = next(name for name, kind in ENCODERS.items() if type(encoder) is kind)
-    return {"name": name, "kwargs": {key: getattr(encoder, key) for key in encoder_arguments(name)}}
+    return {"name": name, "kwargs": encoder.config()}
 
 
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], *, path: str | os.PathLike[str], what: str) -> None:
@@ -69,6 +68,13 @@ def _check_fit(module: nn.Module, state: Mapping[str, Tensor], *, path: str | os
             if names
         )
         raise CheckpointError(f"{path} does not fit {what}: tensors {text}")
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a setting of an encoder is a bool, a text, a number of a possible size, or several of these."""
+    if isinstance(value, list | tuple):
+        return all(_is_plain(item) for item in value)
+    return isinstance(value, bool | str | float) or (isinstance(value, int) and abs(value) < 1 << 31)
 
 
 def encoder_from_flags(
@@ -136,10 +142,8 @@ def _encoder_from_payload(
     """See ``encoder_from_checkpoint``; ``released_k`` is the fallback of weights that do not say their k."""
     if "encoder" in payload and "point_encoder" in payload:
         name, kwargs = payload["encoder"]["name"], dict(payload["encoder"]["kwargs"])
-        if not all(
-            isinstance(value, int) and not isinstance(value, bool) and value < 1 << 31 for value in kwargs.values()
-        ):
-            raise CheckpointError(f"{path} describes an encoder with sizes that are no such numbers: {kwargs}")
+        if not all(_is_plain(value) for value in kwargs.values()):
+            raise CheckpointError(f"{path} describes an encoder with settings of no plain type or size: {kwargs}")
         state = payload["point_encoder"]
         if model is not None and resolve_encoder_name(model) != name:
             raise CheckpointError(f"{path} holds a {name}, not the {resolve_encoder_name(model)} that was asked for")
@@ -241,7 +245,7 @@ def _fine_tuned_from_payload(
     known = shapes.state_dict()
     if not payload:
         # Of the names that repeat a batch norm only those stay that this head really uses (bn6 of a classifier).
-        aliases = ALIASES[describe_encoder(encoder)["name"].split("_")[0]]
+        aliases = encoder.published_aliases
         state = {key: tensor for key, tensor in state.items() if key in known or not aliases.match(key)}
     what = f"the head for {task.kind}"
     _check_fit(shapes, state, path=path, what=what)

@@ -6,7 +6,6 @@ import functools
 import itertools
 import logging
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -18,28 +17,6 @@ from models import ENCODERS, build_encoder, encoder_arguments
 from utils.errors import CheckpointError
 
 logger = logging.getLogger("crossnet")
-
-# What published files hold besides the encoder: batch norms registered a second time under the block that owns them,
-# projection heads, classifiers and segmentation heads.
-ALIASES = {
-    "dgcnn": re.compile(r"^(bn\d+|transform_net\.bn[12]|transform_net\.conv3\.1)\."),
-    "pointnet": re.compile(r"^$"),
-}
-_HEADS = {
-    "dgcnn_cls": re.compile(r"^(inv_head|linear\d|bn[67])\b"),
-    "dgcnn_partseg": re.compile(r"^(inv_head|conv([7-9]|1[01])|linear\d)\b"),
-    "dgcnn_semseg": re.compile(r"^(inv_head|conv[7-9]|linear\d)\b"),
-    "pointnet_cls": re.compile(r"^(inv_head|linear\d|bn6)\b"),
-    "pointnet_partseg": re.compile(r"^(inv_head|convs\d|bns\d)\b"),
-}
-# The tensor whose first dimension is the width of the embedding.
-EMBEDDING = {
-    "dgcnn_cls": "conv5.0.weight",
-    "dgcnn_partseg": "conv6.0.weight",
-    "dgcnn_semseg": "conv6.0.weight",
-    "pointnet_cls": "conv5.weight",
-    "pointnet_partseg": "conv5.weight",
-}
 
 
 def published_state(payload: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -136,17 +113,17 @@ def _entries(payload: Mapping[str, Any], most: int = 8) -> str:
 
 def published_encoder_state(state: Mapping[str, Tensor], name: str) -> tuple[dict[str, Tensor], list[str]]:
     """Split published tensors into the encoder's and the names of aliases and heads, which are left out."""
-    aliases = ALIASES[name.split("_")[0]]
-    known = build_encoder(name).state_dict().keys()
-    left_out = [key for key in state if key not in known and (aliases.match(key) or _HEADS[name].match(key))]
+    kind, known = ENCODERS[name], build_encoder(name).state_dict().keys()
+    others = kind.published_aliases, kind.published_heads
+    left_out = [key for key in state if key not in known and any(names.match(key) for names in others)]
     return {key: tensor for key, tensor in state.items() if key not in left_out}, left_out
 
 
 def published_arguments(state: Mapping[str, Tensor], name: str) -> dict[str, Any]:
     """Arguments of an encoder: those that its published tensors imply, the released values otherwise."""
     kwargs = encoder_arguments(name)
-    if EMBEDDING[name] in state:
-        kwargs["emb_dims"] = len(state[EMBEDDING[name]])
+    if ENCODERS[name].embedding in state:
+        kwargs["emb_dims"] = len(state[ENCODERS[name].embedding])
     if name == "dgcnn_semseg" and "conv1.0.weight" in state:
         kwargs["in_channels"] = state["conv1.0.weight"].shape[1] // 2
     return kwargs

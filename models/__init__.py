@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
-from torch import nn
-
-from models.base import PointFeatures
+from models.base import PointEncoder, PointFeatures
 from models.crossnet import CrossNet
 from models.dgcnn import DGCNNCls, DGCNNPartSeg, DGCNNSemSeg
 from models.pointnet import PointNetCls, PointNetPartSeg
 
-ENCODERS: dict[str, type[nn.Module]] = {
+ENCODERS: dict[str, type[PointEncoder]] = {
     "dgcnn_cls": DGCNNCls,
     "dgcnn_partseg": DGCNNPartSeg,
     "dgcnn_semseg": DGCNNSemSeg,
@@ -26,6 +23,7 @@ __all__ = [
     "ENCODERS",
     "ENCODER_ALIASES",
     "CrossNet",
+    "PointEncoder",
     "PointFeatures",
     "build_encoder",
     "encoder_arguments",
@@ -47,11 +45,10 @@ def resolve_encoder_name(name: str) -> str:
 
 def encoder_arguments(name: str) -> dict[str, Any]:
     """Keyword arguments that the encoder takes, with their defaults (the released values)."""
-    parameters = inspect.signature(ENCODERS[resolve_encoder_name(name)].__init__).parameters
-    return {key: p.default for key, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    return ENCODERS[resolve_encoder_name(name)].arguments()
 
 
-def build_encoder(name: str, **kwargs: Any) -> nn.Module:
+def build_encoder(name: str, **kwargs: Any) -> PointEncoder:
     """Build a point encoder.
 
     Args:

@@ -5,11 +5,13 @@ Parameter names (``conv1.0.weight``, ``conv1.1.running_mean``, ...) are those of
 
 from __future__ import annotations
 
+import re
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.base import PointFeatures
+from models.base import PointEncoder
 from models.ops.edge_conv import edge_conv, edge_conv_two_layers
 from models.ops.knn import flatten_neighbors, knn
 from models.ops.layers import LEAKY_SLOPE, edge_block, point_block
@@ -49,8 +51,10 @@ class TransformNet(nn.Module):
         return self.transform(x).unflatten(1, (3, 3))
 
 
-class _DGCNN(nn.Module):
-    """What the layouts share: arguments, checks, and the way from (B, C, N) to rows and back."""
+class _DGCNN(PointEncoder):
+    """What the layouts share: arguments and the search for neighbors."""
+
+    published_aliases = re.compile(r"^(bn\d+|transform_net\.bn[12]|transform_net\.conv3\.1)\.")
 
     def __init__(self, *, k: int, emb_dims: int, in_channels: int) -> None:
         super().__init__()
@@ -61,26 +65,6 @@ class _DGCNN(nn.Module):
     def neighbors(self, points: Tensor) -> Tensor:
         """(B, N, C) -> (B * N, k) indices of the nearest rows, in feature space."""
         return flatten_neighbors(knn(points, self.k))
-
-    def to_points(self, x: Tensor) -> Tensor:
-        """(B, C, N) -> (B, N, C), checked."""
-        if x.ndim != 3 or x.shape[1] != self.in_channels:
-            raise ValueError(f"expected (B, {self.in_channels}, N), got {tuple(x.shape)}")
-        return x.transpose(1, 2).contiguous()
-
-    def pooled_and_layers(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """(B, C, N) -> the pooled features (B, D) and the rows (B * N, C_i) of every EdgeConv."""
-        raise NotImplementedError
-
-    def pooled(self, x: Tensor) -> Tensor:
-        """Return the pooled features alone: (B, C, N) -> (B, D). Features per point are never concatenated."""
-        return self.pooled_and_layers(x)[0]
-
-    def forward(self, x: Tensor) -> PointFeatures:
-        """Return pooled features and the EdgeConvs' outputs at every point; the layouts state the shapes."""
-        pooled, layers = self.pooled_and_layers(x)
-        local = torch.cat(layers, dim=1).unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)  # (B, local_dim, N)
-        return PointFeatures(pooled, local)
 
 
 class DGCNNCls(_DGCNN):
@@ -94,6 +78,9 @@ class DGCNNCls(_DGCNN):
         (B, 3, N) -> pooled (B, 2 E): maximum and mean over points; local (B, 512, N)
     """
 
+    embedding = "conv5.0.weight"
+    published_heads = re.compile(r"^(inv_head|linear\d|bn[67])\b")
+
     def __init__(self, *, k: int = 20, emb_dims: int = 1024) -> None:
         super().__init__(k=k, emb_dims=emb_dims, in_channels=3)
         self.conv1 = edge_block(6, 64)
@@ -103,18 +90,19 @@ class DGCNNCls(_DGCNN):
         self.conv5 = point_block(512, emb_dims)
         self.feature_dim, self.local_dim = 2 * emb_dims, 512
 
-    def pooled_and_layers(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """(B, 3, N) -> (B, 2 E) and four layers of rows."""
-        points = self.to_points(x)
+    def pooled_and_layers(self, points: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """(B, N, 3) -> (B, 2 E) and four layers of rows."""
         shape, rows, layers = points.shape, points.flatten(0, 1), []
         for block in (self.conv1, self.conv2, self.conv3, self.conv4):
-            rows = edge_conv(rows, self.neighbors(rows.unflatten(0, shape[:2])), block, clouds=len(x))
+            rows = edge_conv(rows, self.neighbors(rows.unflatten(0, shape[:2])), block, clouds=len(points))
             layers.append(rows)
-        return torch.cat(pool_pointwise(layers, len(x), self.conv5, with_mean=True), dim=1), layers
+        return torch.cat(pool_pointwise(layers, len(points), self.conv5, with_mean=True), dim=1), layers
 
 
 class _DGCNNSeg(_DGCNN):
     """Segmentation layouts: EdgeConvs of two, two and one layers of 64, then one embedding."""
+
+    embedding = "conv6.0.weight"
 
     def __init__(self, *, k: int, emb_dims: int, in_channels: int) -> None:
         super().__init__(k=k, emb_dims=emb_dims, in_channels=in_channels)
@@ -148,13 +136,14 @@ class DGCNNPartSeg(_DGCNNSeg):
         (B, 3, N) -> pooled (B, E): maximum over points; local (B, 192, N)
     """
 
+    published_heads = re.compile(r"^(inv_head|conv([7-9]|1[01])|linear\d)\b")
+
     def __init__(self, *, k: int = 20, emb_dims: int = 1024) -> None:
         super().__init__(k=k, emb_dims=emb_dims, in_channels=3)
         self.transform_net = TransformNet()
 
-    def pooled_and_layers(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """(B, 3, N) -> (B, E) and three layers of rows."""
-        points = self.to_points(x)
+    def pooled_and_layers(self, points: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """(B, N, 3) -> (B, E) and three layers of rows."""
         matrices = self.transform_net(points, self.neighbors(points))
         with without_autocast(points.device):  # rounded coordinates would have other neighbours
             points = at_least_float32(points)
@@ -175,12 +164,13 @@ class DGCNNSemSeg(_DGCNNSeg):
         (B, in_channels, N) -> pooled (B, E): maximum over points; local (B, 192, N)
     """
 
+    published_heads = re.compile(r"^(inv_head|conv[7-9]|linear\d)\b")
+
     def __init__(self, *, k: int = 20, emb_dims: int = 1024, in_channels: int = 3) -> None:
         if in_channels not in (3, 9):
             raise ValueError(f"in_channels = {in_channels}: expected 3 (xyz) or 9 (xyz, rgb, room-normalised xyz)")
         super().__init__(k=k, emb_dims=emb_dims, in_channels=in_channels)
 
-    def pooled_and_layers(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """(B, in_channels, N) -> (B, E) and three layers of rows."""
-        points = self.to_points(x)
+    def pooled_and_layers(self, points: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """(B, N, in_channels) -> (B, E) and three layers of rows."""
         return self.edge_convs(points, self.neighbors(points[..., 6:9] if self.in_channels == 9 else points))

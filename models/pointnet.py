@@ -5,40 +5,17 @@ Parameter names (``conv1.weight``, ``bn1.running_mean``, ``stn.fc1.weight``, ...
 
 from __future__ import annotations
 
+import re
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.base import PointFeatures
+from models.base import PointEncoder
 from models.ops.layers import apply_to_rows, max_over_points
 
 
-def _to_rows(x: Tensor) -> tuple[Tensor, torch.Size]:
-    if x.ndim != 3 or x.shape[1] != 3:
-        raise ValueError(f"expected (B, 3, N), got {tuple(x.shape)}")
-    points = x.transpose(1, 2)
-    return points.flatten(0, 1), points.shape[:2]
-
-
-class _PointNet(nn.Module):
-    """What the layouts share: pooled features alone, or with those of every point."""
-
-    def pooled_and_layers(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """(B, 3, N) -> the pooled features (B, E) and the rows (B * N, C_i) that make up the local ones."""
-        raise NotImplementedError
-
-    def pooled(self, x: Tensor) -> Tensor:
-        """Return the pooled features alone: (B, 3, N) -> (B, E). Features per point are never concatenated."""
-        return self.pooled_and_layers(x)[0]
-
-    def forward(self, x: Tensor) -> PointFeatures:
-        """Return pooled features and those of every point; the layouts state the shapes."""
-        pooled, layers = self.pooled_and_layers(x)
-        local = torch.cat(layers, dim=1).unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)  # (B, local_dim, N)
-        return PointFeatures(pooled, local)
-
-
-class PointNetCls(_PointNet):
+class PointNetCls(PointEncoder):
     """Classification layout without transformer: pointwise 64, 64, 64, 128, E, then the maximum.
 
     Args:
@@ -48,7 +25,8 @@ class PointNetCls(_PointNet):
         (B, 3, N) -> pooled (B, E); local (B, 320, N): the four layers before the embedding
     """
 
-    in_channels = 3
+    embedding = "conv5.weight"
+    published_heads = re.compile(r"^(inv_head|linear\d|bn6)\b")
 
     def __init__(self, *, emb_dims: int = 1024) -> None:
         super().__init__()
@@ -58,9 +36,9 @@ class PointNetCls(_PointNet):
             setattr(self, f"bn{i + 1}", nn.BatchNorm1d(widths[i + 1]))
         self.emb_dims, self.feature_dim, self.local_dim = emb_dims, emb_dims, sum(widths[1:5])
 
-    def pooled_and_layers(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """(B, 3, N) -> (B, E) and the rows (B * N, C_i) of the four layers before the embedding."""
-        rows, shape = _to_rows(x)
+    def pooled_and_layers(self, points: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """(B, N, 3) -> (B, E) and the rows (B * N, C_i) of the four layers before the embedding."""
+        rows, shape = points.flatten(0, 1), points.shape[:2]
         layers = []
         for i in range(1, 6):
             rows = F.relu(apply_to_rows(rows, getattr(self, f"conv{i}"), getattr(self, f"bn{i}")))
@@ -97,7 +75,7 @@ class AlignmentNet(nn.Module):
         return x + torch.eye(self.channels, device=x.device, dtype=x.dtype)
 
 
-class PointNetPartSeg(_PointNet):
+class PointNetPartSeg(PointEncoder):
     """Part-segmentation layout: input and feature transformer, pointwise 64, 128, 128, 512, E, then the maximum.
 
     Args:
@@ -107,7 +85,8 @@ class PointNetPartSeg(_PointNet):
         (B, 3, N) -> pooled (B, E); local (B, 832 + E, N): every pointwise layer's output, as the part head expects
     """
 
-    in_channels = 3
+    embedding = "conv5.weight"
+    published_heads = re.compile(r"^(inv_head|convs\d|bns\d)\b")
 
     def __init__(self, *, emb_dims: int = 1024) -> None:
         super().__init__()
@@ -120,9 +99,9 @@ class PointNetPartSeg(_PointNet):
         self.conv5, self.bn5 = nn.Conv1d(512, emb_dims, 1), nn.BatchNorm1d(emb_dims)
         self.emb_dims, self.feature_dim, self.local_dim = emb_dims, emb_dims, 64 + 128 + 128 + 512 + emb_dims
 
-    def pooled_and_layers(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """(B, 3, N) -> (B, E) and the rows (B * N, C_i) of every pointwise layer."""
-        rows, shape = _to_rows(x)
+    def pooled_and_layers(self, points: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """(B, N, 3) -> (B, E) and the rows (B * N, C_i) of every pointwise layer."""
+        rows, shape = points.flatten(0, 1), points.shape[:2]
         rows = self.align(rows, shape, self.stn)
         out1 = F.relu(apply_to_rows(rows, self.conv1, self.bn1))
         out2 = F.relu(apply_to_rows(out1, self.conv2, self.bn2))

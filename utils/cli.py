@@ -10,6 +10,7 @@ import math
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePath
 from typing import Any, NoReturn
@@ -49,7 +50,10 @@ def explain(error: BaseException) -> tuple[str, int] | None:
 
 
 def run(main: Callable[[], Any]) -> NoReturn:
-    """Run a script's ``main``: an error the user can fix ends with one message and exit code 2, Ctrl-C with 130."""
+    """Run a script's ``main``: an error the user can fix ends with one message and exit code 2, Ctrl-C with 130.
+
+    With ``CROSSNET_TRACEBACK=1`` in the environment the traceback comes before the message.
+    """
     try:
         main()
     except (Exception, KeyboardInterrupt) as error:
@@ -57,6 +61,8 @@ def run(main: Callable[[], Any]) -> NoReturn:
         if explained is None:
             raise
         message, code = explained
+        if os.environ.get("CROSSNET_TRACEBACK") == "1":
+            traceback.print_exception(error)
         print(message, file=sys.stderr)
         sys.exit(code)
     sys.exit(0)

@@ -10,6 +10,12 @@ from collections.abc import Iterator
 logger = logging.getLogger("crossnet")
 
 
+def _printable(message: str) -> str:
+    """Show what cannot be printed as its escape, and shorten endless words."""
+    text = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in message)
+    return re.sub(r"(\S{200})\S{200,}(\S{200})", r"\1...\2", text)
+
+
 class UserError(Exception):
     """A wrong setting or input. The message says what was expected and what helps.
 
@@ -18,12 +24,20 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str = "") -> None:
-        printable = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in message)
-        super().__init__(re.sub(r"(\S{200})\S{200,}(\S{200})", r"\1...\2", printable))
+        super().__init__(_printable(message))
 
 
 class DataError(UserError):
-    """A data file or folder that is missing or not what was expected. The message names it."""
+    """A data file or folder that is missing or not what was expected.
+
+    Args:
+        problem: what is wrong, with the name of the file.
+        fix: a sentence about what helps, such as the command that gets the file.
+    """
+
+    def __init__(self, problem: str = "", *, fix: str = "") -> None:
+        super().__init__(f"{problem}. {fix}" if fix else problem)
+        self.problem = _printable(problem)
 
 
 class CheckpointError(UserError):

@@ -94,3 +94,8 @@ def git_commit() -> str:
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return commit.stdout.strip()
+
+
+def provenance() -> dict[str, Any]:
+    """What every result depends on besides data and settings, under the names that all result files have."""
+    return {"versions": versions(), "commit": git_commit()}

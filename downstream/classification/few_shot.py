@@ -48,7 +48,7 @@ from utils.cli import (
     write_json,
 )
 from utils.errors import UserError
-from utils.reproducible import git_commit, versions
+from utils.reproducible import provenance
 
 PROTOCOLS = ("released", "test")
 
@@ -253,8 +253,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "seed": args.seed,
         "calibrate_bn": args.calibrate_bn,
         "encoders": records,
-        "versions": versions(),
-        "commit": git_commit(),
+        **provenance(),
     }
     write_json(args.json, metrics)
     return metrics

@@ -55,7 +55,7 @@ from utils.cli import HelpFormatter, log_to_screen, write_json
 from utils.collectives import is_main
 from utils.errors import CheckpointError, DataError, UserError
 from utils.released_flags import add_percent_train
-from utils.reproducible import git_commit, versions
+from utils.reproducible import provenance
 
 RELEASED_K = Classification.released_k
 
@@ -261,8 +261,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "num_points": train_clouds.clouds.points.shape[1],
         "seed": config.seed,
         "runs": records,
-        "versions": versions(),
-        "commit": git_commit(),
+        **provenance(),
     }
     if is_main():
         write_json(config.json, metrics)

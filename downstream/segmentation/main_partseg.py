@@ -66,7 +66,7 @@ from utils.collectives import is_main
 from utils.errors import CheckpointError, UserError
 from utils.files import has_data_files
 from utils.released_flags import add_percent_train
-from utils.reproducible import git_commit, versions
+from utils.reproducible import provenance
 
 RELEASED_K = PartSegmentation.released_k
 DATASET_NAMES = ("shapenetpart", "shapenet_part", "shapenet")
@@ -424,8 +424,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "protocol": protocol,
         "seed": config.seed,
         "runs": records,
-        "versions": versions(),
-        "commit": git_commit(),
+        **provenance(),
     }
     if is_main():
         write_json(config.json, metrics)

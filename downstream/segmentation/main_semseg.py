@@ -61,7 +61,7 @@ from utils.cli import (
 )
 from utils.collectives import is_main, main_only
 from utils.errors import CheckpointError, DataError, UserError, warn_on_failure
-from utils.reproducible import git_commit, versions
+from utils.reproducible import provenance
 
 RELEASED_K = SemanticSegmentation.released_k
 PROTOCOLS = ("blocks", "rooms")
@@ -427,7 +427,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         folder = None if config.eval else Path(config.output_dir) / config.exp_name
         if folder or config.confusion_matrix:
             draw(config, metrics["six_fold"], "six-fold", folder)
-    metrics |= {"versions": versions(), "commit": git_commit()}
+    metrics |= provenance()
     if is_main():
         write_json(config.json, metrics)
     return metrics
