@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import nn
 
-from engine.checkpoint import load_checkpoint, save_checkpoint
-from engine.load_model import describe_encoder, encoder_from_checkpoint, load_strictly
-from models import ENCODERS, build_encoder
+from engine.checkpoint import checkpoint_errors, load_checkpoint, save_checkpoint
+from engine.load_model import describe_encoder, encoder_from_checkpoint, encoder_from_flags, load_strictly
+from models import ENCODERS, PointEncoder, build_encoder
 from tests.support.pairs import contents
 from utils.cli import check_writable
 from utils.errors import CheckpointError, UserError
@@ -497,3 +497,48 @@ def test_entries_that_are_missing_or_of_another_kind_are_one_error(tmp_path):
     for change in ({"encoder": 3}, {"encoder": {"name": "pointnet_cls"}}, {"point_encoder": [1]}, {"encoder": {}}):
         save_checkpoint(tmp_path / "a.pth", good | change)
         refuse(tmp_path / "a.pth", "does not hold what this version writes")
+
+
+def test_a_mistake_of_the_program_is_not_taken_for_a_damaged_checkpoint():
+    with (
+        pytest.raises(CheckpointError, match="a.pth does not hold what this version writes"),
+        checkpoint_errors("a.pth"),
+    ):
+        _ = [].items()  # a payload with a list where a mapping belongs
+    with pytest.raises(AttributeError), checkpoint_errors("a.pth"):
+        _ = nn.Linear(1, 1).no_such_name
+
+
+class OfPlainTypes(PointEncoder):
+    """An encoder whose settings have every type that a checkpoint keeps."""
+
+    def __init__(self, *, wide: bool = True, widths: tuple[int, ...] = (4, 8), slope: float = 0.2, kind: str = "a"):
+        super().__init__()
+        self.wide, self.widths, self.slope, self.kind = wide, tuple(widths), slope, kind
+        self.emb_dims = self.feature_dim = self.local_dim = self.widths[-1]
+        self.conv = nn.Linear(3, self.feature_dim)
+
+    def pooled_and_layers(self, points):
+        rows = self.conv(points.flatten(0, 1))
+        return rows.unflatten(0, points.shape[:2]).amax(1), [rows]
+
+
+def test_an_encoder_with_settings_of_any_plain_type_is_rebuilt(tmp_path, monkeypatch):
+    monkeypatch.setitem(ENCODERS, "plain", OfPlainTypes)
+    encoder = OfPlainTypes(wide=False, widths=(2, 6), slope=0.5, kind="b")
+    payload = {"encoder": describe_encoder(encoder), "point_encoder": encoder.state_dict()}
+    save_checkpoint(tmp_path / "a.pth", payload)
+    back = encoder_from_checkpoint(tmp_path / "a.pth")
+    assert back.config() == encoder.config() == {"wide": False, "widths": (2, 6), "slope": 0.5, "kind": "b"}
+    features = back(torch.randn(2, 3, 5))
+    assert features.pooled.shape == (2, 6) and features.local.shape == (2, 6, 5)
+    payload["encoder"]["kwargs"]["kind"] = {"a": 1}
+    save_checkpoint(tmp_path / "b.pth", payload)
+    with pytest.raises(CheckpointError, match="no plain type"):
+        encoder_from_checkpoint(tmp_path / "b.pth")
+
+
+def test_flags_that_an_encoder_does_not_have_are_refused():
+    assert encoder_from_flags("dgcnn_seg", k=3, emb_dims=8).config() == {"k": 3, "emb_dims": 8}
+    with pytest.raises(UserError, match="--k: pointnet_cls has no such setting"):
+        encoder_from_flags("pointnet_cls", k=3)

@@ -131,3 +131,10 @@ def test_projection_heads_are_the_released_ones():
     }
     assert [type(layer) for layer in points] == [type(layer) for layer in images]
     assert isinstance(points[2], nn.ReLU)
+
+
+def test_the_temperature_is_the_released_one_of_the_objective_if_not_given():
+    encoder = build_encoder("pointnet_cls", emb_dims=8)
+    found = {o: CrossNet(encoder, objective=o, image_model="resnet18").temperature for o in ("con", "ave")}
+    assert found == {"con": 0.2, "ave": 0.1}
+    assert CrossNet(encoder, objective="ave", image_model="resnet18", temperature=0.3).temperature == 0.3

@@ -167,3 +167,15 @@ def test_going_on_and_starting_again_exclude_each_other(capsys):
     with pytest.raises(SystemExit):
         parser.parse_args(["--resume", "--overwrite"])
     assert "not allowed with argument" in capsys.readouterr().err
+
+
+def test_the_traceback_of_an_error_is_shown_if_asked_for(monkeypatch, capsys):
+    def main():
+        raise UserError("a.h5 is missing")
+
+    for asked in (False, True):
+        monkeypatch.setenv("CROSSNET_TRACEBACK", "1" if asked else "")
+        with pytest.raises(SystemExit):
+            run(main)
+        shown = capsys.readouterr().err
+        assert shown.endswith("error: a.h5 is missing\n") and ("Traceback" in shown) == asked

@@ -16,3 +16,9 @@ def test_endless_words_are_shortened_and_long_paths_are_not():
     path = "/data/" + "folder/" * 50
     text = str(UserError(f"{path} lists {'9' * 5000} twice"))
     assert text.startswith(path) and text.endswith(" twice") and "9...9" in text and len(text) < 900
+
+
+def test_a_data_error_keeps_what_is_wrong_apart_from_what_helps():
+    error = DataError("a.h5 is \x07missing", fix="Get it: bash data/download_data.sh")
+    assert str(error) == "a.h5 is \\x07missing. Get it: bash data/download_data.sh"
+    assert error.problem == "a.h5 is \\x07missing" and DataError("plain").problem == str(DataError("plain")) == "plain"
