@@ -70,11 +70,12 @@ def _check_fit(module: nn.Module, state: Mapping[str, Tensor], *, path: str | os
         raise CheckpointError(f"{path} does not fit {what}: tensors {text}")
 
 
-def _is_plain(value: Any) -> bool:
-    """Whether a setting of an encoder is a bool, a text, a number of a possible size, or several of these."""
+def _is_setting(value: Any, default: Any) -> bool:
+    """Whether a value can be an encoder's setting: of a plain type, that of the default, and of a possible size."""
     if isinstance(value, list | tuple):
-        return all(_is_plain(item) for item in value)
-    return isinstance(value, bool | str | float) or (isinstance(value, int) and abs(value) < 1 << 31)
+        return (default is None or isinstance(default, list | tuple)) and all(_is_setting(item, None) for item in value)
+    plain = isinstance(value, bool | str | float) or (isinstance(value, int) and abs(value) < 1 << 31)
+    return plain and (default is None or type(value) is type(default))
 
 
 def encoder_from_flags(
@@ -142,8 +143,9 @@ def _encoder_from_payload(
     """See ``encoder_from_checkpoint``; ``released_k`` is the fallback of weights that do not say their k."""
     if "encoder" in payload and "point_encoder" in payload:
         name, kwargs = payload["encoder"]["name"], dict(payload["encoder"]["kwargs"])
-        if not all(_is_plain(value) for value in kwargs.values()):
-            raise CheckpointError(f"{path} describes an encoder with settings of no plain type or size: {kwargs}")
+        defaults = encoder_arguments(name) if name in ENCODERS else {}  # an unknown name is refused below
+        if not all(_is_setting(value, defaults.get(key)) for key, value in kwargs.items()):
+            raise CheckpointError(f"{path} describes an encoder with settings of the wrong type or size: {kwargs}")
         state = payload["point_encoder"]
         if model is not None and resolve_encoder_name(model) != name:
             raise CheckpointError(f"{path} holds a {name}, not the {resolve_encoder_name(model)} that was asked for")
