@@ -133,15 +133,15 @@ class _Pool(torch.autograd.Function):
         batch = uses_batch_statistics(norm)
         keep = batch or trains
         y = rows[0].new_empty((clouds, points, width) if keep else (0,), dtype=compute_dtype)
-        exact = at_least_float32(y).dtype
+        exact = torch.promote_types(compute_dtype, torch.float32)
         join = fused(_joined, y)
 
         def product(c: slice, r: slice) -> Tensor:
             x = join(compute_dtype, *(part.view(clouds, points, -1)[c, r] for part in rows))
             if keep:  # straight to where it stays: blocks are contiguous
                 y[c, r].flatten(0, 1).addmm_(x.flatten(0, 1), kernel, beta=0)
-                return at_least_float32(y[c, r])
-            return at_least_float32(x @ kernel)
+                return y[c, r]
+            return x @ kernel
 
         count = None
         if batch:
