@@ -34,7 +34,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from benchmarks.fake_gpu import DEVICE, Launch, Recorder, fake_gpu
-from benchmarks.measure import provenance, text_table
+from benchmarks.measure import text_table
 from datasets.streams import SampleStreams
 from datasets.transforms import RenderAugmentation, pretraining_augmentation
 from engine.optim import AMP_DTYPES, autocast, build_optimizer
@@ -43,6 +43,7 @@ from models.image import IMAGE_ENCODERS
 from models.ops.batch_norm import SyncBatchNorm
 from utils.cli import HelpFormatter, positive_int, run, write_json
 from utils.collectives import world_size
+from utils.reproducible import git_commit, versions
 
 QUICK = {"batch_size": 2, "num_points": 64, "image_size": 32, "image_model": "resnet18"}
 RENDER_PIXELS = 137  # side of a rendering as it is read, before it is resized
@@ -393,7 +394,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "operations": [(stage, name, asdict(cost)) for (stage, name), cost in longest],
         "assumptions": asdict(stages.gpu),
         "settings": {name: getattr(args, name) for name in names},
-        **provenance(),
+        "versions": versions(),
+        "commit": git_commit(),
     }
     print(table(result))
     write_json(args.json, result)

@@ -83,6 +83,12 @@ def jobs(data_root: str | None, gpu: bool) -> list[Job]:
         ),
         Job("estimate_two", "estimate", f"{run_} --batch_size 16 --threads 1 --gpus 2", None),
     ]
+    step = "--batch_size 64 --channels_last --amp"
+    todo += [
+        Job("roofline_bf16", "roofline", f"{step} bf16", "--quick"),
+        Job("roofline_ranks", "roofline", f"{step} bf16 --ranks 4", None),
+        Job("roofline_float32", "roofline", f"{step} off", None),
+    ]
     if gpu:
         todo += [
             Job("gpu_encoder", "edgeconv", "--device cuda --repeats 10", "--quick --device cuda"),
@@ -442,6 +448,43 @@ def sections(results: dict[str, Any], folder: Path, link: str) -> list[str]:
     return text
 
 
+def roofline_section(results: dict[str, Any]) -> list[str]:
+    """The counted table by stage; results called ``..._before`` are those of an earlier commit."""
+    titles = {"roofline_bf16": "bf16", "roofline_ranks": "bf16, 4 cards", "roofline_float32": "float32"}
+    columns = [
+        (f"{title}{', before' if kind else ''}", part)
+        for name, title in titles.items()
+        for kind in ("_before", "")
+        if (part := found(results, name + kind))
+    ]
+    if not columns:
+        return []
+    stages = dict.fromkeys(stage for _, part in columns for stage in part["stages"])
+    rows = [["stage: ms (GB)", *(title for title, _ in columns)]]
+    for stage in [*stages, "all"]:
+        costs = [part["total"] if stage == "all" else part["stages"].get(stage) for _, part in columns]
+        rows.append([stage, *(f"{1e3 * c['seconds']:.1f} ({c['bytes'] / 1e9:.1f})" if c else "" for c in costs)])
+    rows.append(["launches", *(f"{part['total']['launches']:,}" for _, part in columns)])
+    rows.append(["all-reduces besides gradients", *(str(part["collectives"]) for _, part in columns)])
+    rows.append(["**shapes/s a card, at most**", *(f"**{part['shapes_per_s']:.0f}**" for _, part in columns)])
+    s, gpu = columns[-1][1]["settings"], columns[-1][1]["assumptions"]
+    commits = {kind: {part["commit"][:12] for title, part in columns if ("before" in title) == kind} for kind in (0, 1)}
+    before = f"; before: commit {', '.join(sorted(commits[1]))}" if commits[1] else ""
+    return [
+        "## Roofline of a pretraining step on a GPU",
+        f"**Counted, not measured; GPU rows of measurements: not run.** `python -m benchmarks.roofline`, "
+        f"{s['batch_size']} objects x {s['num_points']:,} points a card, {s['model']}, two {s['image_model']} at "
+        f"{s['image_size']} px, channels_last; commit {', '.join(sorted(commits[0]))}{before}. Assumed: "
+        f"{gpu['memory'] / 1e12:.1f} TB/s of memory, {gpu['float32'] / 1e12:.0f} TFLOP/s in exact float32, "
+        f"{gpu['half'] / 1e12:.0f} in half precision, {gpu['half_convolution'] / 1e12:.0f} in its convolutions and "
+        f"{gpu['tf32_convolution'] / 1e12:.0f} in float32's (TF32, cuDNN's default), {1e6 * gpu['launch']:.0f} us a "
+        f"launch, {gpu['link'] / 1e9:.0f} GB/s between cards and {1e6 * gpu['collective']:.0f} us an all-reduce. "
+        "Compiled blocks count as if each reads its inputs and writes its outputs once. Gradients' all-reduces "
+        "overlap with the backward pass and are left out.",
+        markdown(rows),
+    ]
+
+
 def write_page(results: dict[str, Any], out: Path) -> Path:
     """Write ``benchmarks.md`` and the pictures below ``out``; returns the page."""
     folder = out / "benchmarks"
@@ -465,7 +508,8 @@ def write_page(results: dict[str, Any], out: Path) -> Path:
         *(["**A try-out at sizes that say nothing (`--quick`).**"] if results["quick"] else []),
     ]
     commands = "\n".join(result["command"] for result in results["benchmarks"].values())
-    parts = [*head, *sections(results["benchmarks"], folder, "benchmarks"), "## Commands", f"```\n{commands}\n```"]
+    body = [*sections(results["benchmarks"], folder, "benchmarks"), *roofline_section(results["benchmarks"])]
+    parts = [*head, *body, "## Commands", f"```\n{commands}\n```"]
     page = out / "benchmarks.md"
     page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return page
