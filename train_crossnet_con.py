@@ -199,7 +199,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     g = parser.add_argument_group("speed")
     g.add_argument(
-        "--amp", choices=list(AMP_DTYPES), default="off", help="mixed precision; neighbours and loss stay float32"
+        "--amp",
+        choices=list(AMP_DTYPES),
+        default="off",
+        help="mixed precision; neighbours, EdgeConv and loss stay float32. off: float32, but "
+        "PyTorch lets cuDNN round the factors of convolutions to TF32, 10 bits (torch.backends.cudnn.allow_tf32)",
     )
     g.add_argument(
         "--channels_last", action="store_true", help="memory layout of the image encoders; faster on most devices"
@@ -207,7 +211,11 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--compile", action="store_true", help="torch.compile the image encoders and heads")
     g = parser.add_argument_group("linear-SVM probe")
     g.add_argument(
-        "--eval_every", type=non_negative_int, default=1, metavar="EPOCHS", help="epochs between probes; 0 = never"
+        "--eval_every",
+        type=non_negative_int,
+        default=1,
+        metavar="EPOCHS",
+        help="epochs between probes; 0 = never. A GPU waits while a CPU fits the SVM: 10 spares most of it",
     )
     g.add_argument(
         "--eval_dataset",

@@ -21,6 +21,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from models.ops.precision import exact_products
 from models.ops.tiles import runs_eagerly
 from utils.collectives import all_gather_strings, rank, world_size
 from utils.errors import UserError
@@ -141,6 +142,8 @@ def check(kernels: ModuleType, device: torch.device) -> None:
 
 
 def _check_size(kernels: ModuleType, device: torch.device, *, clouds: int, points: int, k: int, width: int) -> None:
+    from models.ops.knn import closeness_factors  # which imports this module
+
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -161,6 +164,14 @@ def _check_size(kernels: ModuleType, device: torch.device, *, clouds: int, point
         if index.min() < 0 or index.max() >= points or (index.diff(dim=-1) <= 0).any():
             raise RuntimeError(f"{what} on {device} are not different places: they differ from the plain formula")
         compare(what, distances.gather(-1, index).sort(-1).values, smallest)
+
+    features = random(clouds, points, 64)
+    distances = torch.cdist(features.double(), features.double()).square()
+    with exact_products(device):
+        closeness = torch.bmm(*closeness_factors((features - features.mean(1, keepdim=True)).to(device)))
+    index = kernels.largest(closeness.flatten(0, 1), k).unflatten(0, (clouds, points)).cpu()
+    found = distances.gather(-1, index.clamp(0, points - 1)).sort(-1).values
+    compare("neighbors by products", found, distances.topk(k, largest=False).values)
 
     neighbors = (nearest + points * torch.arange(clouds)[:, None, None]).flatten(0, 1)
     a, c, grad_at_argmax = (random(clouds * points, width) for _ in range(3))

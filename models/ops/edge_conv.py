@@ -33,7 +33,7 @@ from models.ops.batch_norm import (
 )
 from models.ops.layers import max_over_points
 from models.ops.pooling import leaky_relu_gradient
-from models.ops.precision import at_least_float32, without_autocast
+from models.ops.precision import at_least_float32, exact_products, without_autocast
 from models.ops.tiles import in_degree, neighbor_max, neighbor_sum, tiles_of_rows, transposed_sum, whole_clouds
 
 # Elements of one block of edges in a two-layer EdgeConv.
@@ -232,6 +232,12 @@ class _EdgeConv(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        with exact_products(grad.device):
+            return _EdgeConv.gradients(ctx, grad)
+
+    @staticmethod
+    def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradient of every input of ``forward``."""
         x, weight, gain, bias, neighbors, extremes, argmax, offset, scale, shift, mean, variance, count = (
             ctx.saved_tensors
         )
@@ -320,7 +326,7 @@ def edge_conv(x: Tensor, neighbors: Tensor, block: nn.Sequential, *, clouds: int
     if len(x) % clouds:
         raise ValueError(f"{len(x)} rows are not {clouds} clouds of one size")
     conv, norm, activation = block
-    with without_autocast(x.device):
+    with without_autocast(x.device), exact_products(x.device):
         return _EdgeConv.apply(
             *(at_least_float32(x), conv.weight.flatten(1), norm.weight, norm.bias),
             *(norm, activation.negative_slope, neighbors, clouds, torch.is_grad_enabled()),
@@ -343,7 +349,7 @@ def edge_conv_two_layers(x: Tensor, neighbors: Tensor, first: nn.Sequential, sec
     Returns:
         (P, C_out), at least float32.
     """
-    with without_autocast(x.device):
+    with without_autocast(x.device), exact_products(x.device):
         a, c, scale, shift = first_edge_layer(at_least_float32(x), neighbors, first)
         weight, norm = second[0].weight.flatten(1), second[1]
         # Folding the first norm into a and c leaves one gather, one sum and the activation per edge.

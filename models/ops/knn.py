@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from models.ops.backend import backend_for
-from models.ops.precision import at_least_float32, without_autocast
+from models.ops.precision import at_least_float32, exact_products, without_autocast
 from models.ops.tiles import can_mark, mark_places, runs_eagerly, tiles_of_clouds, unmark
 
 # Elements of one block of the distance matrix: small enough for a CPU's cache, large enough to fill a GPU.
@@ -73,14 +73,12 @@ def knn(points: Tensor, k: int) -> Tensor:
     b, n, _ = points.shape
     if not 1 <= k <= n:
         raise ValueError(f"k = {k} neighbours of a cloud of {n} points: k must lie between 1 and the number of points")
-    with torch.no_grad(), without_autocast(points.device):
+    with torch.no_grad(), without_autocast(points.device), exact_products(points.device):
         x = at_least_float32(points.detach())
         x = x - x.mean(dim=1, keepdim=True)
         if (kernels := backend_for(x)) and n <= kernels.MAX_ROW and x.shape[2] <= kernels.MAX_COORDINATES:
             return kernels.nearest(x, k)
-        # x_i . x_j - |x_j|^2 / 2 orders the j as the distance does, largest first; one product gives it.
-        last = torch.full_like(x[..., :1], -0.5)
-        queries, others = torch.cat([x, last], dim=2), torch.cat([x, x.square().sum(2, keepdim=True)], dim=2).mT
+        queries, others = closeness_factors(x)
         index = torch.empty(b, n, k, dtype=torch.int64, device=x.device)
         width = kernels.padded(n) if kernels and n <= kernels.MAX_ROW else n
         space = None  # every block's product takes the memory of the first, the largest
@@ -90,6 +88,19 @@ def knn(points: Tensor, k: int) -> Tensor:
             closeness = torch.bmm(part, others[clouds], out=space[: len(part), : part.shape[1], :n])
             index[clouds, rows] = largest(closeness.flatten(0, 1), k).unflatten(0, closeness.shape[:2])
     return index
+
+
+def closeness_factors(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of x_i . x_j - |x_j|^2 / 2, which orders the j as the distance does, largest first.
+
+    Args:
+        x: (B, N, C) centered points.
+
+    Returns:
+        (B, N, C + 1) and (B, C + 1, N), whose product that is.
+    """
+    last = torch.full_like(x[..., :1], -0.5)
+    return torch.cat([x, last], dim=2), torch.cat([x, x.square().sum(2, keepdim=True)], dim=2).mT
 
 
 def flatten_neighbors(index: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -29,3 +30,33 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
+
+
+def exact_products(device: torch.device) -> contextlib.AbstractContextManager:
+    """Context in which float32 matrix products on a GPU keep float32's digits, where the environment allows TF32.
+
+    TF32 keeps 10 bits of each factor, and other points become the nearest. ``TORCH_ALLOW_TF32_CUBLAS_OVERRIDE`` (set in
+    NGC containers) and ``torch.set_float32_matmul_precision`` switch it on.
+    """
+    return _without_tf32() if device.type == "cuda" else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _without_tf32() -> Iterator[None]:
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # set by PyTorch 2.9's newer name, which the older one does not read
+        matmul = torch.backends.cuda.matmul
+        before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = before
+        return
+    if before != "highest":
+        torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        if before != "highest":
+            torch.set_float32_matmul_precision(before)

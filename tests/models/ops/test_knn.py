@@ -8,6 +8,7 @@ import torch
 from benchmarks.reference.textbook import textbook_knn
 from models.ops import knn as knn_ops
 from models.ops.knn import knn, largest
+from models.ops.precision import exact_products
 
 
 def exact_nearest(points, k):
@@ -38,7 +39,7 @@ def test_a_far_away_cloud_keeps_its_neighbors():
 @pytest.mark.parametrize("budget", [1, 50, 21 * 21, 2 * 21 * 21 + 5])
 def test_knn_in_blocks_of_any_size(monkeypatch, budget):
     points = torch.randn(5, 21, 3)
-    monkeypatch.setitem(knn_ops._BLOCK, "cpu", budget)
+    monkeypatch.setitem(knn_ops._TILE, "cpu", budget)
     assert torch.equal(knn(points, 4).sort(dim=2).values, exact_nearest(points, 4))
 
 
@@ -103,3 +104,19 @@ def test_neighbors_through_groups_are_those_of_float64(n):
     torch.testing.assert_close(
         distance.gather(2, found).sort(2).values, distance.gather(2, expected).sort(2).values, rtol=0, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_products_are_exact_on_a_gpu_whatever_the_environment_allows(precision):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        with exact_products(torch.device("cuda:0")):
+            assert torch.get_float32_matmul_precision() == "highest"
+        with pytest.raises(KeyError), exact_products(torch.device("cuda:0")):
+            raise KeyError
+        assert torch.get_float32_matmul_precision() == precision
+        with exact_products(torch.device("cpu")):
+            assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
