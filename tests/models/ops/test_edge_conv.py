@@ -33,7 +33,7 @@ def blocks_of(widths, *, dtype=torch.float64, gammas="positive", momentum=0.1):
             with torch.no_grad():
                 norm.weight[::2] *= -1
                 norm.weight[-1] = 0
-        tiles.append(block.to(dtype))
+        blocks.append(block.to(dtype))
     return blocks
 
 
