@@ -34,6 +34,11 @@ from utils.errors import UserError
 from utils.pictures import Figure, LogLocator, save_figure
 
 RESULTS = "results.json"
+NAVIGATION = (
+    "Documentation: [quick start](../README.md), [data sets](datasets.md), [pretraining](pretraining.md), "
+    "[evaluation](evaluation.md), [results](results.md), [fidelity](fidelity.md), [reliability](reliability.md), "
+    "[several processes](distributed.md), **benchmarks**, [adding an encoder or a data set](extending.md)."
+)
 # glibc keeps what is freed for the next allocation, where it would give large blocks back to the system.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}
 PLAIN_KERNELS = {"CROSSNET_KERNELS": "torch"}
@@ -338,21 +343,21 @@ def sections(results: dict[str, Any], folder: Path, link: str) -> list[str]:
     if draw_cost(results, folder / "cost.png"):
         text += [
             "## Encoder step",
-            "Cost of a training step of DGCNN-cls (4 x 1,024 points, k 20, where nothing else is said).",
+            "Cost of a training step of DGCNN-cls (4 x 1,024 points, k 20, unless stated otherwise).",
             f"![seconds against points, k and batch]({link}/cost.png)",
         ]
     if found(results, "encoder_kept"):
         settings = " ".join(f"{key}={value}" for key, value in KEEP_MEMORY.items())
         text.append(
-            "A large part of the textbook's time goes by where the system hands out fresh memory for its edge tensors. "
-            f"With `{settings}` in the environment glibc keeps what was freed, which helps both forms, the textbook "
-            "more; the row above says how much is left then."
+            "The textbook form spends much of its time getting fresh memory for its edge tensors from the system. "
+            f"With `{settings}` in the environment, glibc keeps freed memory, which helps both forms, the textbook "
+            "form more; the row with freed memory kept shows the remaining ratio."
         )
     if alone := found(results, "encoder_8192"):
         s, ours = alone["settings"], alone["ours"]
         text.append(
-            f"At {s['batch']} x {s['points']:,} points a step takes {number(ours['seconds_median'])} s and the process "
-            f"{number(ours['peak_mb'])} MB at most."
+            f"At {s['batch']} x {s['points']:,} points a step takes {number(ours['seconds_median'])} s, and the process "
+            f"uses at most {number(ours['peak_mb'])} MB."
         )
     if step := found(results, "encoder"):
         draw_shares(
@@ -364,9 +369,9 @@ def sections(results: dict[str, Any], folder: Path, link: str) -> list[str]:
         text.append(f"![shares of the step by kind of operation]({link}/profile.png)")
     if rows := neighbor_rows(results):
         text += [
-            "## Search for neighbours",
-            "All ways are exact; `tree` is SciPy's k-d tree, for coordinates only, on a CPU. The last column is the "
-            "share of places in the sorted lists that differ from a search in float64.",
+            "## Neighbor search",
+            "All methods are exact; `tree` is SciPy's k-d tree, for coordinates only, on a CPU. The last column is the "
+            "fraction of entries in the sorted lists that differ from a search in float64.",
             markdown(rows),
         ]
     for name in ("step", "gpu_step"):
@@ -376,8 +381,8 @@ def sections(results: dict[str, Any], folder: Path, link: str) -> list[str]:
             text += [
                 f"## Whole step, {s['device']}",
                 f"Memory of one step, {s['memory_points']} points, {s['memory_image_model']} at "
-                f"{s['memory_image_size']} px: in one pass, and in chunks of {s['chunk_size']} (`--chunk_size`), in "
-                "which it stays flat while the loss sees the whole batch.",
+                f"{s['memory_image_size']} px: in one pass, and in chunks of {s['chunk_size']} (`--chunk_size`), "
+                "where it stays flat although the loss sees the whole batch.",
                 f"![memory against the batch]({link}/{picture})",
             ]
     if loader := found(results, "loader"):
@@ -391,8 +396,8 @@ def sections(results: dict[str, Any], folder: Path, link: str) -> list[str]:
         text += [
             "## Data path",
             f"{s['shapes']} shapes of {s['data']}, {s['points']:,} points, both images at {s['image_size']} px; CPU "
-            f"time of one thread. A worker of ours delivers {number(rate)} samples/s. Sixteen would deliver "
-            f"{number(16 * rate)}: that is a multiplication, not a measurement.",
+            f"time of one thread. One of our workers delivers {number(rate)} samples/s. Sixteen would "
+            f"deliver {number(16 * rate)}: extrapolated, not measured.",
         ]
         if workers := loader.get("with_workers"):
             text.append(
@@ -401,7 +406,7 @@ def sections(results: dict[str, Any], folder: Path, link: str) -> list[str]:
             )
         text += [
             markdown(rows),
-            "Stages with a star are done in batch on the training device by ours; here their cost on one core.",
+            "Stages marked * run in batches on the training device in our code; the table has their cost on one core.",
             f"![stages of a sample]({link}/loader.png)",
             f"![samples per second]({link}/speed.png)",
         ]
@@ -416,9 +421,9 @@ def sections(results: dict[str, Any], folder: Path, link: str) -> list[str]:
     if kept := found(results, "svm_kept"):
         ratios = ", ".join(f"{ratio:.1f}" for ratio in kept["svm"]["time_ratios"])
         text.append(
-            f"Ours fills {number(8e-6 * s['train'] ** 2)} MB with the Gram matrix, which takes its time where the "
-            "system must find that memory first. The row with kept memory is of the same call again and again in one "
-            f"process: {ratios} times the textbook's speed, one after the other."
+            f"Ours fills {number(8e-6 * s['train'] ** 2)} MB with the Gram matrix, which is slow if the system "
+            "must provide that memory first. The row with freed memory kept repeats the same call in one process: "
+            f"{ratios} times the textbook's speed in successive calls."
         )
     rows = [["run", "shapes/s", "hours", "peak memory, MB", "bottleneck", "check: predicted / measured s per step"]]
     for name in ("estimate", "estimate_two", "gpu_estimate"):
@@ -440,9 +445,9 @@ def sections(results: dict[str, Any], folder: Path, link: str) -> list[str]:
     if len(rows) > 1:
         text += [
             "## Predicting a run",
-            "`python -m benchmarks.estimate`, checked by an epoch that followed, in as many processes. One process is "
-            "measured: what several lose on one machine, by sharing its memory and by waiting for each other, is the "
-            "check's to show.",
+            "`python -m benchmarks.estimate`, checked by a following epoch in the same number of processes. The "
+            "estimate measures one process: what several lose on one machine, by sharing its memory and waiting for "
+            "each other, only shows in the check.",
             markdown(rows),
         ]
     return text
@@ -497,11 +502,11 @@ def write_page(results: dict[str, Any], out: Path) -> Path:
     minutes = sum(result["wall_seconds"] for result in results["benchmarks"].values()) / 60
     head = [
         "# Benchmarks",
-        "Written by `python -m benchmarks.run_all`; edit that, not this page. Ours against the plain formulation of "
-        "the same thing (`benchmarks/reference/textbook.py`, `benchmarks/reference/textbook_pairs.py`, scikit-learn, "
-        "lightly, torch_geometric), in "
-        "turn on the same machine, so that ratios hold where other work slows both down. What each compares, and how, "
-        "is in the script's `--help`.",
+        NAVIGATION,
+        "Generated by `python -m benchmarks.run_all`; edit that script, not this page. Each benchmark compares our "
+        "code with a reference (`benchmarks/reference/textbook.py`, `benchmarks/reference/textbook_pairs.py`, "
+        "scikit-learn, lightly, torch_geometric), alternating on the same machine, so that ratios hold even if other "
+        "work slows both down. Each script's `--help` says what it compares, and how.",
         f"Machine: {about['machine']['cpu']}, {about['machine']['cores']} cores; GPU: {gpu or 'none, not run'}; Python "
         f"{about['versions']['python']}, torch {about['versions']['torch']}; commit {', '.join(commits) or '?'}; load "
         f"average up to {load:.1f} when a benchmark began; {minutes:.0f} minutes in all.",

@@ -671,15 +671,15 @@ def write_attribution(out: Path, models: Sequence[Model]) -> None:
 
 README = """# The demo set
 
-{count} furniture models as point clouds with pictures, so that everything in this repository runs without a download.
+{count} furniture models as point clouds with renderings, so that everything in this repository runs without a download.
 They come from the furniture libraries of Sweet Home 3D under CC0 and CC-BY 3.0; `ATTRIBUTION.md` names the creator,
-licence and origin of each. This folder is a valid `--data_root`. It was made by
+license and origin of each. This folder is a valid `--data_root`. It was made with
 
 ```
 {command}
 ```
 
-which reads the 820 models of the Debian package `sweethome3d-furniture`; {skipped} of them were left out
+which reads the 820 models of the Debian package `sweethome3d-furniture`; {skipped} of them were skipped
 ({reasons}). y is up, the front faces +z.
 
 ## shapenet_render.h5: pretraining pairs
@@ -689,24 +689,24 @@ The packed pretraining file (`crossnet-pack` version 1), an index of the shards 
 
 | dataset | shape | meaning |
 | --- | --- | --- |
-| `points` | ({count}, {points}, 3) uint16 | surface points, even by area: value = q * `scale` + `offset` (attributes), in the unit sphere |
+| `points` | ({count}, {points}, 3) uint16 | surface points, uniform by area: value = q * `scale` + `offset` (attributes), in the unit sphere |
 | `ids` | ({count},) text | `<catalogue category>/<library>-<model>` |
-| `image_bytes`, `image_offset` | | {images} PNG files of {size} x {size} pixels, RGBA by palette, one after another |
-| `view_offset`, `view_names` | | views of shape i are images `view_offset[i]` up to `view_offset[i + 1]` |
-| `point_colour`, `palette` | ({count}, {points}) uint8, (256, 3) uint8 | colour of every point: `palette[point_colour]` |
+| `image_bytes`, `image_offset` | | {images} PNG files of {size} x {size} pixels, RGBA with a palette, concatenated |
+| `view_offset`, `view_names` | | views of shape i are images `view_offset[i]` up to, not including, `view_offset[i + 1]` |
+| `point_colour`, `palette` | ({count}, {points}) uint8, (256, 3) uint8 | color of every point: `palette[point_colour]` |
 | `point_material` | ({count}, {points}) uint8 | its material: `material_names[material_offset[i] + point_material[i]]` |
-| `centre_m`, `radius_m` | ({count}, 3), ({count},) float32 | metres = points * `radius_m` + `centre_m`; underside at y = 0 |
-| `size_m` | ({count}, 3) float32 | width (x), height (y), depth (z) in the catalogue, metres |
+| `centre_m`, `radius_m` | ({count}, 3), ({count},) float32 | meters = points * `radius_m` + `centre_m`; underside at y = 0 |
+| `size_m` | ({count}, 3) float32 | width (x), height (y), depth (z) in the catalog, meters |
 | `catalogue/*` | ({count},) text | name, category, tags, creator, licence, source, library, and class (empty for most) |
 
-Materials: {materials} in all, named as in the models. Views: object centred, azimuth within 60 degrees of the front and
-on the other side each time, elevation 20 to 30 degrees, transparent ground.
+Materials: {materials} in all, named as in the models. Views: object centered, azimuth within 60 degrees of the front,
+on alternating sides, elevation 20 to 30 degrees, transparent background.
 
 ## demo_hdf5: {classes} classes for the linear SVM
 
-In the layout of `modelnet40_ply_hdf5_2048`, float16, {points} points drawn anew from the same surfaces, in the unit
-sphere; `ids` (not in the original layout) names every row's model. The classes follow the catalogue names, checked by
-eye. Variants of a design, and models of nearly the same surface, stay on one side of the split. The test models are
+In the layout of `modelnet40_ply_hdf5_2048`, float16, {points} points redrawn from the same surfaces, in the unit
+sphere; `ids` (not in the original layout) names every row's model. The classes follow the catalog names, checked by
+eye. Variants of a design, and models with nearly the same surface, stay on one side of the split. The test models are
 among the pretraining pairs too, without labels.
 
 | class | train | test |

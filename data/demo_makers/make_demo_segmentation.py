@@ -111,16 +111,16 @@ def write_rooms(out: Path, rooms: Sequence[Room], *, block_points: int, seed: in
 README = """## shapenet_part_seg_hdf5_data: {shapes} shapes with parts
 
 In the layout of ShapeNetPart's `hdf5_data`, float16, {points} points, y up, in the unit sphere: `data`, `label`
-(category) and `pid` (part, numbered over all categories); the tables beside them name categories and parts. Made, with
-the rooms below, by
+(category) and `pid` (part, numbered over all categories); the tables next to them name categories and parts. Made,
+together with the rooms, with
 
 ```
 {command}
 ```
 
-The shapes are parametric (`data/demo_makers/demo_parts.py`): every one has its own proportions and style, such
-as four legs, a pedestal or runners, and its parts are known exactly. Points lie evenly on what can be seen. Not every
-shape has every part: arms and drawers are optional. Nothing of it comes from ShapeNet; the licence is the repository's.
+The shapes are parametric (`data/demo_makers/demo_parts.py`): each has different proportions and a style, such
+as four legs, a pedestal or runners, and its parts are known exactly. Points are uniform on the visible surface. Not every
+shape has every part: arms and drawers are optional. Nothing comes from ShapeNet; the license is the repository's.
 
 | category | parts | train | val | test |
 | --- | --- | --- | --- | --- |
@@ -129,10 +129,10 @@ shape has every part: arms and drawers are optional. Nothing of it comes from Sh
 ## indoor3d_sem_seg_hdf5_data, indoor3d_sem_seg_hdf5_data_test: {rooms} furnished rooms in six areas
 
 In the layout of S3DIS as `datasets/s3dis_prepare.py` writes it, float16: blocks of 1 m every 1 m with {block_points}
-points of 9 values ({train} blocks), and the same rooms whole, with every point's number ({test} blocks, {total}
+points of 9 values ({train} blocks), and the same rooms whole, with the number of every point ({test} blocks, {total}
 points). A room (`data/demo_makers/demo_rooms.py`) has floor, ceiling, walls, a door, windows, columns and beams,
-and models of `shapenet_render.h5` on the floor, on tables and on the walls, in their size and colours; the licences in
-`ATTRIBUTION.md` cover their points here too. Every room has its own colours; areas have models of their own where there
+and models of `shapenet_render.h5` on the floor, on tables and on the walls, in their size and colors; the licenses in
+`ATTRIBUTION.md` cover their points here too. Colors differ between rooms; models differ between areas where there
 are enough of a kind.
 
 | area | rooms | points | training blocks | classes absent |
