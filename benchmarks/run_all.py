@@ -356,8 +356,8 @@ def sections(results: dict[str, Any], folder: Path, link: str) -> list[str]:
     if alone := found(results, "encoder_8192"):
         s, ours = alone["settings"], alone["ours"]
         text.append(
-            f"At {s['batch']} x {s['points']:,} points a step takes {number(ours['seconds_median'])} s, and the process "
-            f"uses at most {number(ours['peak_mb'])} MB."
+            f"At {s['batch']} x {s['points']:,} points a step takes {number(ours['seconds_median'])} s, and the "
+            f"process uses at most {number(ours['peak_mb'])} MB."
         )
     if step := found(results, "encoder"):
         draw_shares(

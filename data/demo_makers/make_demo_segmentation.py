@@ -119,8 +119,8 @@ together with the rooms, with
 ```
 
 The shapes are parametric (`data/demo_makers/demo_parts.py`): each has different proportions and a style, such
-as four legs, a pedestal or runners, and its parts are known exactly. Points are uniform on the visible surface. Not every
-shape has every part: arms and drawers are optional. Nothing comes from ShapeNet; the license is the repository's.
+as four legs, a pedestal or runners, and its parts are known exactly. Points are uniform on the visible surface. Not
+every shape has every part: arms and drawers are optional. Nothing comes from ShapeNet; the license is the repository's.
 
 | category | parts | train | val | test |
 | --- | --- | --- | --- | --- |
