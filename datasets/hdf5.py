@@ -1,4 +1,4 @@
-"""Reading the HDF5 files in which labelled point-cloud sets are published, with errors that say what to do."""
+"""Reading the HDF5 files in which labeled point-cloud sets are published, with errors that say what to do."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def read_labeled_clouds(
         get: command named in errors.
 
     Returns:
-        points: (n, num_points or N, 3) float32, not normalised.
+        points: (n, num_points or N, 3) float32, not normalized.
         labels: (n,) int64.
 
     Raises:
@@ -233,7 +233,7 @@ def read_labeled_clouds(
 
 
 class CloudArrays(NamedTuple):
-    """Labelled clouds of one split and where they come from.
+    """Labeled clouds of one split and where they come from.
 
     Attributes:
         points: (n, N, 3) float32.
@@ -263,7 +263,7 @@ def read_hdf5_clouds(
     get: str,
     layout: str = "HDF5",
 ) -> CloudArrays:
-    """Read HDF5 files into one; see :func:`read_labelled_clouds` for the arguments and errors.
+    """Read HDF5 files into one; see :func:`read_labeled_clouds` for the arguments and errors.
 
     Raises:
         DataError: clouds of two files differ in size, or as there.
@@ -281,7 +281,7 @@ def read_hdf5_clouds(
 
 
 class LabeledClouds(Dataset):
-    """Labelled clouds of one split, held in memory.
+    """Labeled clouds of one split, held in memory.
 
     Attributes:
         points: (n, N, 3) float32.

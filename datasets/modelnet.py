@@ -339,7 +339,7 @@ class ModelNet10(ModelNet40):
 
 
 class DemoShapes(_Set):
-    """The labelled part of the embedded demo set: furniture clouds, class names from ``shape_names.txt``."""
+    """The labeled part of the embedded demo set: furniture clouds, class names from ``shape_names.txt``."""
 
     get = DEMO_GET
 

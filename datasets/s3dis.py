@@ -1,11 +1,11 @@
-"""S3DIS (Armeni et al., CVPR 2016): six areas of scanned rooms, 13 classes, cut into blocks of one metre.
+"""S3DIS (Armeni et al., CVPR 2016): six areas of scanned rooms, 13 classes, cut into blocks of one meter.
 
 Two folders are read. ``indoor3d_sem_seg_hdf5_data``, the release of PointNet (Qi et al., CVPR 2017) or what
 ``python -m datasets.s3dis_prepare`` makes: overlapping blocks of 4,096 points drawn at random, for training and for
 the released protocol. ``indoor3d_sem_seg_hdf5_data_test``, made by that command only: blocks that hold every point of a
 room at least once, for the scores of whole rooms.
 
-A point has nine values: x and y from the middle of the block and z from the room's floor in metres; red, green and
+A point has nine values: x and y from the middle of the block and z from the room's floor in meters; red, green and
 blue in 0..1; and x, y, z divided by the room's extent.
 """
 
@@ -62,7 +62,7 @@ CLASS_COLORS = (
 )
 PREPARE_COMMAND = "python -m datasets.s3dis_prepare --raw Stanford3dDataset_v1.2_Aligned_Version --out {root}"
 _ROOM_NAME = re.compile(r"Area_([0-9]{1,6})_\S+")
-_MAX_EXTENT = 10_000  # metres of a room
+_MAX_EXTENT = 10_000  # meters of a room
 _ROWS_PER_CHUNK = 4  # a file whose chunks hold more blocks is unpacked once: one block would cost the work of many
 
 
@@ -467,7 +467,7 @@ class S3DISRooms(Dataset):
         self._tables = [self._room_table(room) for room in range(len(self.rooms))]
 
     def _room_table(self, room: int) -> tuple[int, np.ndarray]:
-        """Points of a room, and the lower and upper corner of its box, (2, 3) float64 metres."""
+        """Points of a room, and the lower and upper corner of its box, (2, 3) float64 meters."""
         first = int(self._blocks[self._room_of == room][0])
         path = self._files.files[self._files.place(first)[0]]
         try:
@@ -502,7 +502,7 @@ class S3DISRooms(Dataset):
         """Put a room together from its blocks.
 
         Returns:
-            points: (M, 6) float32, x, y, z in metres from the room's lower corner and red, green, blue in 0..1.
+            points: (M, 6) float32, x, y, z in meters from the room's lower corner and red, green, blue in 0..1.
             labels: (M,) int64 classes.
 
         Raises:

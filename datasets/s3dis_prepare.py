@@ -49,9 +49,9 @@ from utils.progress import progress
 BLOCK_FORMAT, BLOCK_VERSION = "crossnet-s3dis", 1
 KINDS = {"train": BLOCK_FOLDER, "test": ROOM_FOLDER}
 RAW_NAME = "Stanford3dDataset_v1.2_Aligned_Version"
-MAX_DISTANCE = 500  # metres of a room's points from its middle
+MAX_DISTANCE = 500  # meters of a room's points from its middle
 _STRAY = re.compile(r"[^\x20-\x7e\t\r]+")  # what no text file of numbers holds: control and non-ASCII characters
-_LINE = 'six numbers, "x y z red green blue", colours in 0..255'
+_LINE = 'six numbers, "x y z red green blue", colors in 0..255'
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class BlockSettings:
 
     Attributes:
         num_points: points of a block.
-        block: side of a block in metres.
-        stride: distance between training blocks in metres.
+        block: side of a block in meters.
+        stride: distance between training blocks in meters.
         min_points: a training block with fewer points is dropped.
         seed: of the draws; what a room gives depends on it and the room's name alone.
         dtype: of the stored values; float16 halves the files and keeps 3 digits.
@@ -81,7 +81,7 @@ class Room:
 
     Attributes:
         name: such as ``Area_1_office_3``.
-        xyz: (M, 3) float64 metres, as in the raw files.
+        xyz: (M, 3) float64 meters, as in the raw files.
         rgb: (M, 3) float32 in 0..255.
         labels: (M,) uint8 classes.
         notes: what was odd in the files but could be read.
@@ -98,7 +98,7 @@ class Room:
 
 
 def _numbers(line: str) -> list[float] | None:
-    """Six finite numbers with colours in range, or None (``float`` would take ``1_0`` as well)."""
+    """Six finite numbers with colors in range, or None (``float`` would take ``1_0`` as well)."""
     try:
         values = [float(word) for word in line.split()]
     except ValueError:
@@ -259,7 +259,7 @@ def cut(xyz: np.ndarray, starts: tuple[list[float], list[float]], block: float) 
     """Yield the numbers of the points of each block, x by x and then y by y; both ends of a block belong to it.
 
     Args:
-        xyz: (M, 3) metres from the room's lower corner.
+        xyz: (M, 3) meters from the room's lower corner.
         starts: lower ends of the blocks in x and in y.
         block: side of a block.
     """
@@ -280,10 +280,10 @@ def block_values(xyz: np.ndarray, rgb: np.ndarray, extent: np.ndarray, block: fl
     """Nine values of the points of a block.
 
     Args:
-        xyz: (N, 3) metres from the room's lower corner.
+        xyz: (N, 3) meters from the room's lower corner.
         rgb: (N, 3) in 0..255.
-        extent: (3,) metres, the room's.
-        block: side of a block in metres.
+        extent: (3,) meters, the room's.
+        block: side of a block in meters.
 
     Returns:
         (N, 9) float64: x and y from the block's middle and z; red, green, blue in 0..1; x, y, z over the extent. The
@@ -309,7 +309,7 @@ def choose_points(room: Room, kind: str, settings: BlockSettings) -> tuple[np.nd
         settings: how to cut.
 
     Returns:
-        (M, 3) float64 points in metres from the room's lower corner, and for every block (num_points,) point numbers.
+        (M, 3) float64 points in meters from the room's lower corner, and for every block (num_points,) point numbers.
     """
     generator = np.random.default_rng([settings.seed, zlib.crc32(f"{kind} {room.name}".encode())])
     xyz = room.xyz - room.xyz.min(axis=0)
@@ -355,7 +355,7 @@ def write_room(out: str | Path, room: Room, kind: str, settings: BlockSettings, 
 
     The arrays are ``data`` (n, N, 9), ``label`` (n, N) uint8 and, for ``kind`` ``"test"``, ``index`` (n, N) int32, the
     point's number in the room. Each block is a chunk of its own, so that it is read alone. Attributes: ``room``,
-    ``room_points``, ``room_low`` and ``room_high`` (corners of its box in metres), ``notes`` and the settings.
+    ``room_points``, ``room_low`` and ``room_high`` (corners of its box in meters), ``notes`` and the settings.
 
     Args:
         out: the data root.
@@ -603,7 +603,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--num_points", type=positive_int, default=default.num_points, metavar="N", help="points of a block"
     )
     group.add_argument(
-        "--stride", type=float, default=default.stride, metavar="M", help="metres between training blocks"
+        "--stride", type=float, default=default.stride, metavar="M", help="meters between training blocks"
     )
     group.add_argument(
         "--min_points", type=int, default=default.min_points, metavar="N", help="drop training blocks with fewer points"

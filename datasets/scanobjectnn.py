@@ -62,7 +62,7 @@ def candidate_files(root: str | Path, split: str, variant: str) -> list[Path]:
 
 
 class ScanObjectNN(LabeledClouds):
-    """One variant of ScanObjectNN; clouds are not normalised, as in the released evaluation.
+    """One variant of ScanObjectNN; clouds are not normalized, as in the released evaluation.
 
     Attributes:
         source: the file read.

@@ -1,4 +1,4 @@
-"""ShapeNetPart (Yi et al., SIGGRAPH Asia 2016): objects of 16 categories whose points are labelled with 50 parts.
+"""ShapeNetPart (Yi et al., SIGGRAPH Asia 2016): objects of 16 categories whose points are labeled with 50 parts.
 
 Three layouts are read. The HDF5 release of PointNet (Qi et al., CVPR 2017), 2,048 points a shape: files such as
 ``ply_data_train0.h5`` with the arrays ``data``, ``label`` (category) and ``pid`` (part, numbered over all categories).
@@ -74,7 +74,7 @@ _LIMIT = 1e15  # squares of larger coordinates do not fit float32
 
 
 def part_colors(part_counts: Sequence[int]) -> np.ndarray:
-    """Choose a colour for every part: the hues of a category's parts are spread evenly, as far apart as can be.
+    """Choose a color for every part: the hues of a category's parts are spread evenly, as far apart as can be.
 
     Args:
         part_counts: parts of each category; their sum is P.
@@ -86,7 +86,7 @@ def part_colors(part_counts: Sequence[int]) -> np.ndarray:
     for category, count in enumerate(part_counts):
         for part in range(count):
             hue = (part / count + _GOLDEN_RATIO * category) % 1.0
-            # Neighbouring hues of a category with many parts also differ in brightness.
+            # Neighboring hues of a category with many parts also differ in brightness.
             colors.append(colorsys.hsv_to_rgb(hue, 0.8, 0.95 if part % 2 == 0 else 0.7))
     return np.array(colors, dtype=np.float64).reshape(-1, 3)
 
@@ -100,7 +100,7 @@ class PartTaxonomy:
         part_counts: number of parts of each category.
         part_starts: first part of each category; its parts follow one another.
         colors: (P, 3) float64, red, green and blue of every part in 0..1.
-        synsets: folder or catalogue number of each category; empty where none is known.
+        synsets: folder or catalog number of each category; empty where none is known.
         part_names: (P,) name of every part.
     """
 
@@ -120,7 +120,7 @@ class PartTaxonomy:
         synsets: Sequence[str] = (),
         part_names: Sequence[str] | None = None,
     ) -> PartTaxonomy:
-        """Number the parts of every category and give them colours; parts without a name are called by number.
+        """Number the parts of every category and give them colors; parts without a name are called by number.
 
         Raises:
             ValueError: no category, a category without parts, a name twice, or lists of different length.
@@ -299,10 +299,10 @@ def part_files(folder: Path, split: str) -> list[Path]:
 
 
 class ShapeNetPart(Dataset):
-    """Labelled shapes of one split, held in memory.
+    """Labeled shapes of one split, held in memory.
 
     Attributes:
-        points: (n, N, 3) float32; as stored (HDF5), or normalised to the unit sphere (text release).
+        points: (n, N, 3) float32; as stored (HDF5), or normalized to the unit sphere (text release).
         parts: (n, N) int64 part numbers over all categories.
         categories: (n,) int64 category numbers.
         taxonomy: names categories and parts.
@@ -498,7 +498,7 @@ class ShapeNetPart(Dataset):
         return label_file, points, labels[:, 0] - 1 + self.taxonomy.part_starts[category]
 
     def _read_text_release(self, num_points: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Read the split's shapes, normalise them and draw points; see the class for the arrays."""
+        """Read the split's shapes, normalize them and draw points; see the class for the arrays."""
         shapes = [shape for split in PART_SPLITS[self.split] for shape in self._text_shapes(split)]
         if self.category is not None:
             shapes = [shape for shape in shapes if shape[0] == self.taxonomy.synsets[self.category]]

@@ -1,6 +1,6 @@
 """One random stream per sample, drawn for a whole batch at once on any device.
 
-PyTorch's generators give one stream per device, so what a sample gets would depend on its neighbours in the batch, on
+PyTorch's generators give one stream per device, so what a sample gets would depend on its neighbors in the batch, on
 the worker and on the process. Here every number is a hash (SplitMix64, Steele et al., OOPSLA 2014) of the seed, the
 epoch, the sample's index and a counter: the same on every machine and with any number of workers or processes.
 """
@@ -29,7 +29,7 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """SplitMix64's finaliser, elementwise on int64."""
+    """SplitMix64's finalizer, elementwise on int64."""
     x = (x ^ _shift_right(x, 30)) * _MULTIPLIERS[0]
     x = (x ^ _shift_right(x, 27)) * _MULTIPLIERS[1]
     return x ^ _shift_right(x, 31)

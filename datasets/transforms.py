@@ -59,7 +59,7 @@ class RandomSubset:
 
 
 class NormalizeToUnitSphere:
-    """Centre each cloud on its mean and scale it so that its farthest point has distance 1."""
+    """Center each cloud on its mean and scale it so that its farthest point has distance 1."""
 
     def __call__(self, points: Tensor, streams: SampleStreams | None = None) -> Tensor:
         """(B, N, 3) -> (B, N, 3)."""
@@ -308,10 +308,10 @@ def _imagenet_constants(channels: int, device: torch.device) -> tuple[Tensor, Te
 
 
 class RenderAugmentation:
-    """Pixels of a batch of renderings -> colour images (B, 3, S, S) and gray images (B, 1, S, S) on the device.
+    """Pixels of a batch of renderings -> color images (B, 3, S, S) and gray images (B, 1, S, S) on the device.
 
-    Colour: resize, colour jitter, horizontal flip, ImageNet normalisation. Gray: luminance, resize, horizontal flip of
-    its own, first channel's normalisation, no jitter.
+    Color: resize, color jitter, horizontal flip, ImageNet normalization. Gray: luminance, resize, horizontal flip of
+    its own, first channel's normalization, no jitter.
 
     Args:
         size: S in pixels.

@@ -71,7 +71,7 @@ def with_deviation(mean: float, std: float) -> str:
 
 
 def draw_pairs(data_root: str, *, seed: int, count: int = 6) -> Figure:
-    """Example pairs: the cloud, its two augmented views, the colour and the gray rendering as the encoders see them."""
+    """Example pairs: the cloud, its two augmented views, the color and the gray rendering as the encoders see them."""
     pairs = ShapeNetRender(data_root, transform=RenderPixels(96), seed=seed)
     chosen = np.linspace(0, len(pairs) - 1, count).astype(int)
     figure = Figure(figsize=(11, 2.1 * count), layout="constrained")
@@ -96,7 +96,7 @@ def draw_pairs(data_root: str, *, seed: int, count: int = 6) -> Figure:
         image = decode_image(pairs.source.image_file(int(index), 0), pairs.source.where(int(index), 0))
         pictures = [
             ("rendering", np.asarray(image.convert("RGBA"))),
-            ("colour input", images["rgb"][0]),
+            ("color input", images["rgb"][0]),
             ("gray input", images["gray"][0]),
         ]
         for column, (title, picture) in enumerate(pictures):
@@ -134,7 +134,7 @@ def draw_validation(runs: Mapping[str, list[dict[str, Any]]], key: str, heading:
 
 
 def classification_section(folder: Path, report: Mapping[str, Any], data_root: str) -> str:
-    """Scores of frozen features, curves of pretraining, pairs, neighbours and confusions."""
+    """Scores of frozen features, curves of pretraining, pairs, neighbors and confusions."""
     pretrained, rows = report["pretrained"], []
     for name in ("untrained", "pretrained"):
         scores = report[name]
@@ -149,7 +149,7 @@ def classification_section(folder: Path, report: Mapping[str, Any], data_root: s
             "<p>Accuracy of a linear SVM on frozen features of DGCNN-cls, and mean average precision of cosine "
             f"retrieval, in percent of {pretrained['test_clouds']} test clouds of {pretrained['classes']} classes. "
             f"&plusmn; is the deviation over {over}. C of the SVM is chosen by cross-validation on the training split. "
-            "The untrained encoder has its batch-norm statistics set on unlabelled clouds.</p>",
+            "The untrained encoder has its batch-norm statistics set on unlabeled clouds.</p>",
             embedded(
                 folder / "classification" / f"pretraining_{report['seeds'][0]}" / "curves.png",
                 "pretraining: losses and learning rate by epoch",
@@ -159,11 +159,11 @@ def classification_section(folder: Path, report: Mapping[str, Any], data_root: s
                 lambda: draw_pairs(data_root, seed=report["seeds"][0]),
                 "clouds, two augmented views of each, and renderings before and after augmentation",
             ),
-            "<h3>Nearest neighbours in feature space</h3>",
+            "<h3>Nearest neighbors in feature space</h3>",
             *(
                 embedded(
                     folder / "classification" / f"retrieval_{name}.png",
-                    f"{name}: test clouds and their nearest neighbours",
+                    f"{name}: test clouds and their nearest neighbors",
                 )
                 for name in ("untrained", "pretrained")
             ),
@@ -190,8 +190,8 @@ def segmentation_section(folder: Path, name: str, result: Mapping[str, Any], hea
             f"<h2>{SEGMENTATION_TITLES[name]}</h2>",
             table(["fine-tuned", *headings.values()], rows),
             f"<p>Percent of the test split, of the epoch that is {html.escape(result['reported'])}. Both have the same "
-            f"encoder ({settings_text(result['encoder'])}) and budget ({record['training_samples']} labelled training "
-            f"samples; {settings_text(result['fine_tuning'])}); the pretrained one saw unlabelled pairs before "
+            f"encoder ({settings_text(result['encoder'])}) and budget ({record['training_samples']} labeled training "
+            f"samples; {settings_text(result['fine_tuning'])}); the pretrained one saw unlabeled pairs before "
             f"({settings_text(result['pretraining'])}).{deviation}</p>",
             embedded(
                 lambda: draw_validation(result["runs"], result["validation"]["key"], result["validation"]["heading"]),
@@ -227,7 +227,7 @@ def write_page(
     body = [
         f"<p>Point encoders saw {report['pairs']} furniture models as clouds and pictures, without labels. Does that "
         "help? Each task below is done without and with this pretraining. The models come from Sweet Home 3D (CC0 and "
-        "CC-BY 3.0, see <code>data/demo/ATTRIBUTION.md</code>), the labelled parts and rooms are made from rules. All "
+        "CC-BY 3.0, see <code>data/demo/ATTRIBUTION.md</code>), the labeled parts and rooms are made from rules. All "
         f"in all this took {report['seconds'] / 60:.1f} minutes{' since it was continued' * report['continued']}.</p>"
     ]
     if "classification" in report["tasks"]:

@@ -1,4 +1,4 @@
-"""Frozen features of labelled clouds: running the encoder, and batch-norm calibration."""
+"""Frozen features of labeled clouds: running the encoder, and batch-norm calibration."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from utils.progress import progress as report
 
 
 def check_neighbors(encoder: nn.Module, points: int, *, name: str = "the encoder") -> None:
-    """Stop where an encoder looks for more neighbours than a cloud has points.
+    """Stop where an encoder looks for more neighbors than a cloud has points.
 
     Raises:
         UserError: see above.
     """
     k = getattr(encoder, "k", 0)
     if k > points:
-        raise UserError(f"{name}: k = {k} neighbours in clouds of {points} points; choose --k or --num_points to fit")
+        raise UserError(f"{name}: k = {k} neighbors in clouds of {points} points; choose --k or --num_points to fit")
 
 
 @contextmanager
@@ -122,9 +122,9 @@ def calibrate_batch_norm(
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> int:
-    """Set an encoder's batch-norm statistics from unlabelled clouds, in one pass; no weight changes.
+    """Set an encoder's batch-norm statistics from unlabeled clouds, in one pass; no weight changes.
 
-    A randomly initialised network still has mean 0 and variance 1 in every batch norm, which squashes its features: as
+    A randomly initialized network still has mean 0 and variance 1 in every batch norm, which squashes its features: as
     a baseline it is unfair. Each statistic becomes the plain average over the batches. Dropout stays off.
 
     Args:

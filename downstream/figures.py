@@ -150,7 +150,7 @@ def draw_retrieval(
     rows: int = 10,
     top: int = 6,
 ) -> None:
-    """Draw a sheet of queries, one per class, each beside its nearest neighbours (cosine of centred features).
+    """Draw a sheet of queries, one per class, each beside its nearest neighbors (cosine of centered features).
 
     Args:
         points: (n, N, 3) clouds.
@@ -159,7 +159,7 @@ def draw_retrieval(
         class_names: name of every label value.
         path: picture to write.
         rows: queries at most; classes are taken at even distances, and of each its first cloud.
-        top: neighbours per query.
+        top: neighbors per query.
     """
     classes = np.unique(labels)
     chosen = classes[np.linspace(0, len(classes) - 1, min(rows, len(classes))).round().astype(int)]

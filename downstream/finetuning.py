@@ -110,8 +110,8 @@ def add_training_arguments(
         parser: to add to.
         task: what is fine-tuned; says which encoders there are.
         exp_name: default name of the run folder.
-        k: released number of neighbours, from scratch.
-        use_sgd: whether SGD is the released optimiser.
+        k: released number of neighbors, from scratch.
+        use_sgd: whether SGD is the released optimizer.
         datasets: see ``add_released_flags``.
     """
     names = [name for name, kind in ENCODERS.items() if kind in task.heads]
@@ -130,12 +130,12 @@ def add_training_arguments(
         metavar="FILE",
         help="start from this checkpoint's encoder, from pretraining or of the field's naming (default: from scratch)",
     )
-    g.add_argument("--k", type=positive_int, help=f"neighbours per point (default: the checkpoint's; {k} from scratch)")
+    g.add_argument("--k", type=positive_int, help=f"neighbors per point (default: the checkpoint's; {k} from scratch)")
     g.add_argument(
         "--emb_dims", type=positive_int, metavar="E", help="width of the embedding (default: the checkpoint's; 1024)"
     )
     g.add_argument("--dropout", type=float, metavar="P", help="of the head (default: as published)")
-    g = parser.add_argument_group("optimisation")
+    g = parser.add_argument_group("optimization")
     g.add_argument("--epochs", type=positive_int, default=200, metavar="E", help="passes over the training samples")
     g.add_argument("--batch_size", type=positive_int, default=32, metavar="B", help="samples per process and step")
     g.add_argument("--test_batch_size", type=positive_int, default=16, metavar="B", help="samples per pass of testing")
@@ -213,7 +213,7 @@ def fine_tuning_rate(
     """Learning rate of a step.
 
     Args:
-        step: optimiser steps done, from 0.
+        step: optimizer steps done, from 0.
         scheduler: one of ``SCHEDULERS``.
         epochs: of the run.
         steps_per_epoch: of the run.
@@ -281,7 +281,7 @@ def start_model(
     Args:
         config: settings of the run.
         task: what is fine-tuned.
-        k: neighbours from scratch, where ``--k`` is not given.
+        k: neighbors from scratch, where ``--k`` is not given.
         sizes: of the head.
         in_channels: values per point; None takes the checkpoint's, 3 from scratch.
 
@@ -414,7 +414,7 @@ class FineTuning(Task):
         per_batch: see ``fine_tuning_rate``.
 
     Raises:
-        UserError: fewer than two samples, or more neighbours than points.
+        UserError: fewer than two samples, or more neighbors than points.
     """
 
     # Which of several runs there are changes none of them: the samples of each are compared by themselves.

@@ -6,7 +6,7 @@ import numpy as np
 
 
 def unit_features(features: np.ndarray) -> np.ndarray:
-    """Centre (n, D) features on their mean and scale every row to length 1, in double precision.
+    """Center (n, D) features on their mean and scale every row to length 1, in double precision.
 
     Rows that equal the mean become zero: they have no direction, and rounding must not give them one.
     """
@@ -18,7 +18,7 @@ def unit_features(features: np.ndarray) -> np.ndarray:
 
 
 def nearest(features: np.ndarray, queries: np.ndarray, top: int) -> np.ndarray:
-    """Return the (q, top) positions of the nearest other items of each query, best first (cosine, centred)."""
+    """Return the (q, top) positions of the nearest other items of each query, best first (cosine, centered)."""
     x = unit_features(features)
     similarity = x[queries] @ x.T
     similarity[np.arange(len(queries)), queries] = -np.inf
@@ -32,7 +32,7 @@ def average_precisions(features: np.ndarray, labels: np.ndarray, *, block: int =
     nothing score the share of the class, in whatever order the items are stored.
 
     Args:
-        features: (n, D), centred here on their mean.
+        features: (n, D), centered here on their mean.
         labels: (n,) classes.
         block: queries handled at once; memory is about 40 x block x n bytes.
 

@@ -179,7 +179,7 @@ def few_label_svm(
 ) -> FewLabelResult:
     """Linear SVM from ``shots`` labels of every class, over several draws; tested on the whole test split.
 
-    Features are standardised by the mean and deviation of the draw, then C = 1, as in the field's few-shot scripts.
+    Features are standardized by the mean and deviation of the draw, then C = 1, as in the field's few-shot scripts.
     Draw i depends on ``seed``, ``i`` and the labels only, so that every encoder is scored on the same labels.
 
     Args:

@@ -111,7 +111,7 @@ REFUSE = [
     ),
     ("train_crossnet_con.py", "--gpu 0,1", r"--gpu 0,1: .*torchrun"),
     ("finetune.py", "--start_epoch 5", r"--start_epoch 5: .*--resume"),
-    ("finetune.py", "--normalize_input True", r"--normalize_input True: .*as they are in the files"),
+    ("finetune.py", "--normalize_input True", r"--normalize_input True: .*as stored in the files"),
     ("finetune.py", "--percent_train 10", r"--label_fraction 10: expected more than 0 and at most 1"),
     ("main_partseg.py", "--dataset S3DIS", r"--dataset S3DIS: this script has one data set \(shapenetpart\)"),
     ("main_partseg.py", "--pretrain_path released/cls.pth", r"holds the encoder dgcnn_cls, .*--model dgcnn_partseg"),

@@ -1,1 +1,1 @@
-"""The ground floor: errors, the command line, collectives; imports none of the other packages."""
+"""Errors, command line, collectives, files. Imports none of the project's other packages."""

@@ -1,4 +1,4 @@
-"""The command line's common part: help texts, common flags, errors, the JSON result."""
+"""What the scripts' command lines share: help formatting, common flags, error messages, JSON output."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from utils.errors import UserError, plain_message
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
-# What PyTorch's allocators, CUDA, cuBLAS and cuDNN write when memory runs out; only the first is an exception class.
+# Out-of-memory messages of PyTorch's allocators, CUDA, cuBLAS and cuDNN; only the first has its own exception class.
 OUT_OF_MEMORY = "CUDA out of memory|CUDA error: out of memory|_STATUS_ALLOC_FAILED|DefaultCPUAllocator: can't allocate"
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows every default and keeps the line breaks of descriptions, so that examples can be pasted."""
+    """Show every default and keep line breaks in descriptions, so that examples can be pasted."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is False or action.nargs == 0:
@@ -34,7 +34,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def explain(error: BaseException) -> tuple[str, int] | None:
-    """Message and exit code for an error that the user can fix; None for any other."""
+    """Return the message and exit code for an error the user can fix, or None for any other error."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", EXIT_INTERRUPTED
     if isinstance(error, UserError):
@@ -43,16 +43,16 @@ def explain(error: BaseException) -> tuple[str, int] | None:
         words = ". ".join(str(error).strip().splitlines()[0].split(". ")[:3])
         return (
             f"error: not enough memory ({words}): use a smaller --batch_size (--test_batch_size in tests), --amp bf16, "
-            "or for pretraining --chunk_size, which keeps the loss of the whole batch; a run continues with --resume",
+            "or for pretraining --chunk_size, which keeps the loss of the whole batch; continue the run with --resume",
             EXIT_USER_ERROR,
         )
     return None
 
 
 def run(main: Callable[[], Any]) -> NoReturn:
-    """Run a script's ``main``: an error the user can fix ends with one message and exit code 2, Ctrl-C with 130.
+    """Run a script's ``main``; exit with one message and code 2 on an error the user can fix, with 130 on Ctrl-C.
 
-    With ``CROSSNET_TRACEBACK=1`` in the environment the traceback comes before the message.
+    With ``CROSSNET_TRACEBACK=1`` in the environment the traceback is printed before the message.
     """
     try:
         main()
@@ -69,78 +69,76 @@ def run(main: Callable[[], Any]) -> NoReturn:
 
 
 def log_to_screen() -> None:
-    """Show the project's log on standard output; other libraries' only from warnings on. May be called again."""
+    """Log to standard output: INFO and above from this project, warnings from other libraries. Idempotent."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     logging.getLogger("crossnet").setLevel(logging.INFO)
 
 
 def add_common_arguments(parser: argparse.ArgumentParser, *, seed: bool = True, workers: bool = True) -> None:
-    """Add the flags that every script understands in the same way."""
+    """Add the flags that all scripts share."""
     group = parser.add_argument_group("common")
-    group.add_argument("--data_root", default="data", metavar="DIR", help="folder that holds the data sets")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; auto takes a GPU when there is one")
+    group.add_argument("--data_root", default="data", metavar="DIR", help="folder with the data sets")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; auto uses a GPU if available")
     if workers:
         group.add_argument(
             "--workers",
             type=non_negative_int,
             default=min(4, os.cpu_count() or 1),
             metavar="W",
-            help="processes that read data; 0 reads in this one",
+            help="data-loading processes; 0 loads in the main process",
         )
     if seed:
-        group.add_argument("--seed", type=seed_number, default=1, metavar="S", help="seed of everything random")
+        group.add_argument("--seed", type=seed_number, default=1, metavar="S", help="random seed")
     group.add_argument("--json", metavar="FILE", help="also write the final metrics to FILE as one JSON object")
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, *, exp_name: str, save_every: int) -> None:
-    """Add the flags of a run folder: its name, resuming, how often it is written."""
+    """Add the flags of a training run: run folder, resuming, saving and logging."""
     g = parser.add_argument_group("run")
     g.add_argument("--exp_name", type=run_name, default=exp_name, metavar="NAME", help="name of the run folder")
-    g.add_argument("--output_dir", default="checkpoints", metavar="DIR", help="folder of the run folders")
+    g.add_argument("--output_dir", default="checkpoints", metavar="DIR", help="parent of the run folders")
     start = g.add_mutually_exclusive_group()
     start.add_argument(
         "--resume",
         nargs="?",
         const="auto",
         metavar="auto|PATH",
-        help="go on from the run's newest whole checkpoint (auto, or without a value) or from PATH, mid-epoch too",
+        help="continue from the run's newest valid checkpoint (auto, or no value) or from PATH, also mid-epoch",
     )
-    start.add_argument("--overwrite", action="store_true", help="replace the run in the folder")
+    start.add_argument("--overwrite", action="store_true", help="replace an existing run of this name")
     g.add_argument(
         "--save_every",
         type=non_negative_int,
         default=save_every,
         metavar="STEPS",
-        help="also save within an epoch; 0 = at its end",
+        help="also save every STEPS steps within an epoch; 0 saves only at its end",
     )
-    g.add_argument(
-        "--log_every", type=positive_int, default=20, metavar="STEPS", help="steps between looks at the loss"
-    )
+    g.add_argument("--log_every", type=positive_int, default=20, metavar="STEPS", help="log every N steps")
     g.add_argument(
         "--wandb", choices=("disabled", "offline", "online"), default="disabled", help="mirror to Weights & Biases"
     )
     g.add_argument(
         "--no_sync_bn",
         action="store_true",
-        help="under torchrun: batch norm by each process's own batch; default: by the batch of all",
+        help="under torchrun: batch-norm statistics per process instead of over the global batch",
     )
     g.add_argument(
         "--deterministic",
         action="store_true",
-        help="only algorithms whose result is the same every time, where a GPU has them; slower",
+        help="use deterministic algorithms where the GPU has them; slower",
     )
 
 
 def run_name(text: str) -> str:
-    """Argparse type: the name of a folder below ``--output_dir``."""
+    """Parse the name of a folder below ``--output_dir`` (argparse type)."""
     path = PurePath(text)
     if not path.parts or path.is_absolute() or ".." in path.parts:
-        raise argparse.ArgumentTypeError(f"{text!r} is no name of a folder below --output_dir")
+        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a folder below --output_dir")
     return text
 
 
 def positive_int(text: str) -> int:
-    """Argparse type: a whole number of at least 1."""
+    """Parse an integer of at least 1 (argparse type)."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
@@ -148,7 +146,7 @@ def positive_int(text: str) -> int:
 
 
 def non_negative_int(text: str) -> int:
-    """Argparse type: a whole number of at least 0."""
+    """Parse an integer of at least 0 (argparse type)."""
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")
@@ -156,7 +154,7 @@ def non_negative_int(text: str) -> int:
 
 
 def seed_number(text: str) -> int:
-    """Argparse type: a seed that every library takes."""
+    """Parse a seed that every library accepts, in [0, 2^32) (argparse type)."""
     value = non_negative_int(text)
     if value >= 1 << 32:
         raise argparse.ArgumentTypeError(f"{text} is not below 2^32")
@@ -164,7 +162,7 @@ def seed_number(text: str) -> int:
 
 
 def non_negative_float(text: str) -> float:
-    """Argparse type: a finite number of at least 0."""
+    """Parse a finite number of at least 0 (argparse type)."""
     value = float(text)
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not a finite number of at least 0")
@@ -172,7 +170,7 @@ def non_negative_float(text: str) -> float:
 
 
 def positive_float(text: str) -> float:
-    """Argparse type: a finite number above 0."""
+    """Parse a finite number above 0 (argparse type)."""
     value = non_negative_float(text)
     if value == 0:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
@@ -180,7 +178,7 @@ def positive_float(text: str) -> float:
 
 
 def write_json(path: str | os.PathLike[str] | None, metrics: Mapping[str, Any]) -> None:
-    """Write one JSON object to ``path`` in one step; ``None`` writes nothing.
+    """Write one JSON object to ``path`` atomically; do nothing if ``path`` is None.
 
     Raises:
         UserError: the file cannot be written.
@@ -200,10 +198,10 @@ def write_json(path: str | os.PathLike[str] | None, metrics: Mapping[str, Any]) 
 
 
 def check_writable(folder: str | os.PathLike[str]) -> None:
-    """Make a folder and try a file in it, so that a long run does not fail at its first checkpoint.
+    """Create a folder and a test file in it, so that a long run does not fail at its first checkpoint.
 
     Raises:
-        UserError: it cannot be made or written to.
+        UserError: the folder cannot be created or written to.
     """
     probe = Path(folder) / ".write-test"
     try:

@@ -1,4 +1,4 @@
-"""Point clouds as scanners and other programs write them: PCD, text (XYZ, PTS), NPY, LAS and LAZ."""
+"""Read point clouds written by scanners and other programs: PCD, text (XYZ, PTS), NPY, LAS and LAZ."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from utils.errors import DataError
 from utils.files import decode_text
 
 CLOUD_SUFFIXES = (".pcd", ".xyz", ".pts", ".npy", ".las", ".laz")
-TEXT_SUFFIXES = (".txt", ".csv", ".asc")  # read as clouds too, but files of these names often hold something else
+TEXT_SUFFIXES = (".txt", ".csv", ".asc")  # also read as clouds, but often hold something else
 _DECIMAL_COMMAS = re.compile(r"^[ \t]*-?\d+,\d+(?:[ \t]+-?\d+,\d+){2,}[ \t]*$", re.MULTILINE)
 _PCD_DATA = re.compile(rb"^DATA[ \t]+(\w+)[ \t]*\r?\n", re.MULTILINE)
 _PCD_KINDS = {"F": "f", "U": "u", "I": "i"}
 
 
 def read_cloud_file(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray | None]:
-    """Read a cloud of any of the formats of ``CLOUD_SUFFIXES`` and ``TEXT_SUFFIXES``.
+    """Read a cloud in any format of ``CLOUD_SUFFIXES`` or ``TEXT_SUFFIXES``.
 
     Returns:
         Points (N, 3) float64, and colors (N, 3) float32 sRGB in [0, 1] or None.
 
     Raises:
-        DataError: missing, of another format, cut off, empty, or with coordinates that are not finite.
+        DataError: the file is missing, in another format, truncated, empty, or has no finite point.
     """
     path = Path(path)
     readers = {".pcd": _read_pcd, ".npy": _read_npy} | dict.fromkeys((".xyz", ".pts", *TEXT_SUFFIXES), _read_text)
@@ -46,10 +46,10 @@ def read_cloud_file(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarra
 
 
 def _usable(points: np.ndarray, colors: np.ndarray | None, where: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """Leave out points without a place, which depth cameras write as NaN.
+    """Drop points with NaN coordinates, which depth cameras write for missing depth.
 
     Raises:
-        DataError: nothing is left.
+        DataError: no point is left.
     """
     finite = np.isfinite(points).all(1)
     if not finite.any():
@@ -58,16 +58,16 @@ def _usable(points: np.ndarray, colors: np.ndarray | None, where: str) -> tuple[
 
 
 def _columns(table: np.ndarray, where: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """Split a table (N, C) into points and colors.
+    """Split a table (N, C) into points (N, 3) and colors (N, 3) or None.
 
-    Colors are recognized as whole numbers from 0 to 255 in columns 4 to 6, or 5 to 7 behind an intensity, as in PTS.
-    Other columns (normals, labels) are left out.
+    Colors are integers from 0 to 255 in columns 4 to 6, or 5 to 7 after an intensity, as in PTS. Other columns
+    (normals, labels) are ignored.
 
     Raises:
-        DataError: fewer than three columns.
+        DataError: the table has fewer than three columns.
     """
     if table.ndim != 2 or table.shape[1] < 3:
-        raise DataError(f"{where} has the shape {table.shape}; expected a row for each point, beginning with x y z")
+        raise DataError(f"{where} has the shape {table.shape}; expected one row per point, starting with x y z")
     table = table.astype(np.float64)
     for first in (3, 4):
         color = table[:, first : first + 3]
@@ -78,23 +78,25 @@ def _columns(table: np.ndarray, where: str) -> tuple[np.ndarray, np.ndarray | No
 
 
 def _read_text(data: bytes, where: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """Read rows of numbers between blanks, commas or semicolons; skip a heading, and the count in a PTS file."""
+    """Read rows of numbers separated by spaces, commas or semicolons; skip headers and the count in a PTS file."""
     try:
         text = re.sub(r"(#|//)[^\n]*", "", decode_text(data))
     except ValueError as error:
-        raise DataError(f"{where} is not a text ({error})") from error
+        raise DataError(f"{where} is not a text file ({error})") from error
     text = text.replace(";", " ")
-    # A comma is part of a number where every word of a line holds one; else it lies between numbers.
+    # If every word of some line contains a comma, commas are decimal points; otherwise they separate numbers.
     decimal = _DECIMAL_COMMAS.search(text) is not None
     text = text.replace(",", "." if decimal else " ")
     rows = [line.split() for line in text.split("\n") if line.strip()]
     while rows and (len(rows[0]) == 1 or not all(map(_is_number, rows[0]))):
         rows.pop(0)
     if not rows:
-        raise DataError(f"{where} holds no rows of numbers; expected x y z in each line")
+        raise DataError(f"{where} holds no rows of numbers; expected x y z on each line")
     width = len(rows[0])
     if len(rows[-1]) != width:
-        raise DataError(f"{where}: its last line has {len(rows[-1])} numbers, not {width}: it is cut off; get it again")
+        raise DataError(
+            f"{where}: its last line has {len(rows[-1])} numbers, not {width}: the file is truncated; get it again"
+        )
     try:
         return _columns(np.array(rows, np.float64), where)
     except ValueError as error:
@@ -115,7 +117,7 @@ def _read_npy(data: bytes, where: str) -> tuple[np.ndarray, np.ndarray | None]:
         if table.dtype.names is None and table.dtype.kind not in "fiu":
             raise ValueError(f"it holds {table.dtype}, not numbers")
     except (ValueError, EOFError, OSError) as error:
-        raise DataError(f"{where} is not a readable NPY of numbers ({error}); it may be cut off") from error
+        raise DataError(f"{where} is not a readable NPY file of numbers ({error}); it may be truncated") from error
     return _columns(table, where)
 
 
@@ -123,10 +125,10 @@ def _read_npy(data: bytes, where: str) -> tuple[np.ndarray, np.ndarray | None]:
 
 
 def _read_pcd(data: bytes, where: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """Read the point cloud library's format: ascii, binary or binary_compressed."""
+    """Read PCD, the format of the Point Cloud Library: ascii, binary or binary_compressed."""
     match = _PCD_DATA.search(data)
     if match is None:
-        raise DataError(f"{where} is not a PCD file: its header has no line DATA")
+        raise DataError(f"{where} is not a PCD file: its header has no DATA line")
     lines = [line.split() for line in data[: match.start()].decode("ascii", "replace").splitlines()]
     header = {line[0]: line[1:] for line in lines if line and not line[0].startswith("#")}
     try:
@@ -137,7 +139,7 @@ def _read_pcd(data: bytes, where: str) -> tuple[np.ndarray, np.ndarray | None]:
         points = int(header["POINTS"][0]) if "POINTS" in header else int(header["WIDTH"][0]) * int(header["HEIGHT"][0])
         if not {"x", "y", "z"} <= set(names) or points < 0 or min(counts) < 1:
             raise ValueError("x, y or z is missing")
-        # "_" stands for padding and may come several times.
+        # "_" marks padding and may occur several times.
         dtype = np.dtype([(f"{i}:{n}", k, (c,)) for i, (n, k, c) in enumerate(fields)])
     except (KeyError, ValueError, IndexError, TypeError) as error:
         raise DataError(f"{where} has an unreadable PCD header ({error})") from error
@@ -147,14 +149,14 @@ def _read_pcd(data: bytes, where: str) -> tuple[np.ndarray, np.ndarray | None]:
     elif kind in ("binary", "binary_compressed"):
         columns = _pcd_binary(body, dtype, points, where, compressed=kind == "binary_compressed")
     else:
-        raise DataError(f"{where}: unknown PCD data {kind}; expected ascii, binary or binary_compressed")
+        raise DataError(f"{where} has unknown PCD data {kind}; expected ascii, binary or binary_compressed")
     by_name = {name: columns[i] for i, name in enumerate(names)}
     xyz = np.stack([by_name[axis][:, 0].astype(np.float64) for axis in "xyz"], 1)
     return xyz, _pcd_colors(by_name)
 
 
 def _too_short(where: str, points: int, held: float) -> DataError:
-    return DataError(f"{where} promises {points} points and holds {int(held)}: it is cut off; get it again")
+    return DataError(f"{where} promises {points} points and holds {int(held)}: it is truncated; get it again")
 
 
 def _pcd_text(body: bytes, fields: list[tuple[str, str, int]], points: int, where: str) -> list[np.ndarray]:
@@ -186,7 +188,7 @@ def _pcd_binary(body: bytes, dtype: np.dtype, points: int, where: str, *, compre
     if len(body) < 8 + packed or unpacked != size:
         raise _too_short(where, points, (len(body) - 8) / max(packed, 1) * points)
     plain = _lzf(body[8 : 8 + packed], size, where)
-    # Compressed files store one field after the other.
+    # Compressed files store field after field, not point after point.
     columns, first = [], 0
     for name in dtype.names:
         kind, shape = dtype[name].base, dtype[name].shape
@@ -197,10 +199,10 @@ def _pcd_binary(body: bytes, dtype: np.dtype, points: int, where: str, *, compre
 
 
 def _lzf(packed: bytes, size: int, where: str) -> bytes:
-    """Unpack LZF by the filter that h5py brings.
+    """Decompress LZF with the filter that ships with h5py.
 
     Raises:
-        DataError: damaged.
+        DataError: the data is damaged.
     """
     if size == 0:
         return b""
@@ -214,7 +216,7 @@ def _lzf(packed: bytes, size: int, where: str) -> bytes:
 
 
 def _pcd_colors(columns: dict[str, np.ndarray]) -> np.ndarray | None:
-    """Return the colors that ``rgb`` or ``rgba`` hold, three bytes in the bits of a float or a whole number."""
+    """Return the colors packed into ``rgb`` or ``rgba``: three bytes in the bits of a float or an integer."""
     for name in ("rgb", "rgba"):
         if name in columns and columns[name].dtype.itemsize == 4:
             bits = np.ascontiguousarray(columns[name][:, 0]).view(np.uint32)
@@ -229,16 +231,16 @@ def _read_las(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     try:
         import laspy
     except ImportError as error:
-        raise DataError(f"{path}: reading LAS and LAZ needs a package: pip install 'laspy[lazrs]'") from error
+        raise DataError(f"{path}: LAS and LAZ need another package: pip install 'laspy[lazrs]'") from error
     try:
         with laspy.open(path) as file:
             promised = file.header.point_count
             las = file.read()
     except FileNotFoundError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-    except Exception as error:  # its readers raise many kinds on malformed files
+    except Exception as error:  # laspy raises many exception types on malformed files
         reason = str(error) or type(error).__name__
-        raise DataError(f"{path} is not a readable LAS or LAZ file ({reason}); it may be cut off") from error
+        raise DataError(f"{path} is not a readable LAS or LAZ file ({reason}); it may be truncated") from error
     if len(las.points) < promised:
         raise _too_short(str(path), promised, len(las.points))
     points = np.stack([np.asarray(axis, np.float64) for axis in (las.x, las.y, las.z)], 1).reshape(-1, 3)
@@ -246,6 +248,6 @@ def _read_las(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
         return points, None
     colors = np.stack([np.asarray(las[name]) for name in ("red", "green", "blue")], 1).astype(np.float64)
     highest = colors.max(initial=0)
-    if highest == 0:  # the fields are there and empty
+    if highest == 0:  # color fields exist but were never filled
         return points, None
     return points, (colors / (255 if highest <= 255 else 65535)).astype(np.float32)

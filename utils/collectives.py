@@ -1,4 +1,4 @@
-"""What processes exchange. Everything here is valid in a single process too, where it does nothing."""
+"""Communication between processes. In a single process every function is a no-op and returns its local result."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ Result = TypeVar("Result")
 
 
 def is_distributed() -> bool:
-    """Whether a process group is up."""
+    """Return whether a process group is initialized."""
     return dist.is_available() and dist.is_initialized()
 
 
 def rank() -> int:
-    """This process's number, 0 in a single process."""
+    """Return the rank of this process, 0 without a process group."""
     return dist.get_rank() if is_distributed() else 0
 
 
 def world_size() -> int:
-    """Number of processes, 1 without a process group."""
+    """Return the number of processes, 1 without a process group."""
     return dist.get_world_size() if is_distributed() else 1
 
 
 def is_main() -> bool:
-    """Whether this process writes files and shows progress."""
+    """Return whether this is rank 0, the process that writes files and shows progress."""
     return rank() == 0
 
 
 class _SumAcrossProcesses(torch.autograd.Function):
-    """All-reduce whose backward is an all-reduce: every process's loss depends on every process's input."""
+    """All-reduce whose backward is also an all-reduce, since each rank's loss depends on all ranks' inputs."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -52,25 +52,25 @@ class _SumAcrossProcesses(torch.autograd.Function):
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:
-    """Sum of ``x`` over the processes, differentiable; ``x`` itself in a single process."""
+    """Return the differentiable sum of ``x`` over all processes; ``x`` itself in a single process."""
     return _SumAcrossProcesses.apply(x) if world_size() > 1 else x
 
 
 def gather_with_grad(x: Tensor) -> Tensor:
-    """Rows of all processes in rank order, with gradient.
+    """Concatenate the rows of all processes in rank order, with gradient.
 
     Shape:
         (B, ...) with the same B everywhere -> (processes * B, ...)
     """
     if world_size() == 1:
         return x
-    # Each process fills its own rows; the differentiable sum then is a gather with the right gradient.
+    # Each rank fills in its rows and leaves zeros elsewhere, so the differentiable sum is a gather.
     before, after = (x.new_zeros((n * len(x), *x.shape[1:])) for n in (rank(), world_size() - 1 - rank()))
-    return all_reduce_sum(torch.cat([before, x, after]))
+    return all_reduce_sum(torch.cat([before, x, after]))  # (world * B, ...)
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether the flag is set in any process. Waits for the other processes, not for the device."""
+    """Return whether the flag is set on any rank. Waits for the other processes, not for the device."""
     if world_size() == 1:
         return flag
     votes = torch.tensor(int(flag))
@@ -79,7 +79,7 @@ def any_rank(flag: bool) -> bool:
 
 
 def broadcast_from_rank0(compute: Callable[[], Result]) -> Result:
-    """What ``compute`` returns in the main process, in all of them; only that process calls it."""
+    """Call ``compute`` on rank 0 only and return its result on every rank."""
     if world_size() == 1:
         return compute()
     box = [compute() if is_main() else None]
@@ -88,7 +88,7 @@ def broadcast_from_rank0(compute: Callable[[], Result]) -> Result:
 
 
 def main_only(function: Callable[..., None]) -> Callable[..., None]:
-    """Decorator of what the other processes skip: whatever writes files."""
+    """Decorate a function to run on rank 0 only, such as one that writes files."""
 
     @functools.wraps(function)
     def in_main(*args: Any, **kwargs: Any) -> None:
@@ -99,7 +99,7 @@ def main_only(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def gather_to_rank0(value: Result) -> list[Result]:
-    """Every process's value in rank order, in the main process; an empty list in the others."""
+    """Return every rank's value in rank order on rank 0, an empty list on the others."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -108,7 +108,7 @@ def gather_to_rank0(value: Result) -> list[Result]:
 
 
 def all_gather_strings(messages: list[str]) -> list[str]:
-    """Every process's messages, in all processes; cheap where there are none."""
+    """Return the messages of all ranks on every rank; cheap if there are none."""
     if world_size() == 1 or not any_rank(bool(messages)):
         return messages
     lists: list[Any] = [None] * world_size()
@@ -117,11 +117,11 @@ def all_gather_strings(messages: list[str]) -> list[str]:
 
 
 def gather_rows(rows: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    """Every process's rows, in all processes, without gradient.
+    """Return the rows of all ranks on every rank, without gradient.
 
     Args:
         rows: (sizes[rank], ...).
-        sizes: how many rows each process has.
+        sizes: number of rows of each rank.
     """
     if world_size() == 1:
         return [rows]
@@ -132,16 +132,16 @@ def gather_rows(rows: Tensor, sizes: Sequence[int]) -> list[Tensor]:
 
 
 def broadcast_tensors(tensors: Iterable[Tensor]) -> None:
-    """Give all processes the main one's values, in place."""
+    """Copy rank 0's values to all ranks, in place."""
     if world_size() > 1:
         for tensor in tensors:
             dist.broadcast(tensor, 0)
 
 
 def wrap_ddp(model: nn.Module) -> nn.Module:
-    """The module to call in training steps: its backward pass averages the gradients over the processes.
+    """Return the module to call in training steps; its backward pass averages gradients over the processes.
 
-    The model's parameters stay where they are, under their names; it must be the same in all processes.
+    ``model`` keeps its parameters and their names, and must be identical on all ranks.
     """
     if world_size() == 1:
         return model
@@ -149,12 +149,12 @@ def wrap_ddp(model: nn.Module) -> nn.Module:
     return DistributedDataParallel(
         model,
         device_ids=[device] if device.type == "cuda" else None,
-        broadcast_buffers=False,  # the same everywhere with shared statistics; else the loop broadcasts them each epoch
-        gradient_as_bucket_view=True,  # gradients are averaged where they lie
+        broadcast_buffers=False,  # identical under sync batch norm; otherwise the loop broadcasts them every epoch
+        gradient_as_bucket_view=True,  # average gradients in place
     )
 
 
 def sync_gradients_if(network: nn.Module, when: bool) -> contextlib.AbstractContextManager:
-    """Context of a backward pass: without ``when`` a ``wrap_ddp`` module keeps its gradients to this process."""
+    """Return a context for the backward pass; unless ``when``, a ``wrap_ddp`` module does not average gradients."""
     alone = when or not isinstance(network, DistributedDataParallel)
     return contextlib.nullcontext() if alone else network.no_sync()

@@ -1,4 +1,4 @@
-"""Errors that are a user's to mend: shown as one message, without a traceback."""
+"""Errors the user can fix, shown as one message without a traceback."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def _printable(message: str) -> str:
 class UserError(Exception):
     """A wrong setting or input. The message says what was expected and what helps.
 
-    Names come into messages from files of any origin, so what cannot be printed (control codes, broken Unicode) is
-    shown as its escape, and words of endless length are shortened.
+    Messages quote names from untrusted files, so unprintable characters (control codes, broken Unicode) are escaped and
+    very long words are shortened.
     """
 
     def __init__(self, message: str = "") -> None:
@@ -45,11 +45,11 @@ class CheckpointError(UserError):
 
 
 class DamagedCheckpointError(CheckpointError):
-    """A checkpoint whose file is cut off or changed: another one may do."""
+    """A checkpoint whose file is truncated or modified; another checkpoint of the run may still load."""
 
 
 def plain_message(error: UserError) -> str:
-    """The error's own message, also where a data worker's error comes wrapped in the text of its traceback."""
+    """Return the error's message, without the traceback text that a DataLoader worker wraps around it."""
     kind = type(error)
     text = str(error)
     if text.startswith(f"Caught {kind.__name__} in DataLoader worker"):
@@ -59,13 +59,13 @@ def plain_message(error: UserError) -> str:
 
 @contextlib.contextmanager
 def warn_on_failure(what: str) -> Iterator[None]:
-    """Turn a failure inside into a warning: for pictures and other extras, which must not cost a result.
+    """Turn an exception in the block into a warning, for figures and other extras that must not abort a run.
 
     Args:
-        what: what is lost, for the warning.
+        what: name of the output that is skipped, for the warning.
     """
     try:
         yield
-    except Exception as error:  # whatever it is, it is worth less than the run
+    except Exception as error:  # no failure here is worth losing the run
         reason = (str(error).splitlines() or [""])[0]
         logger.warning("%s is left out (%s: %s); the results are not affected", what, type(error).__name__, reason)

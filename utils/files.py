@@ -1,4 +1,4 @@
-"""Files as users have them: what counts as data in a folder, and text in any usual encoding."""
+"""Find data files among system files, and read text in any usual encoding."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-# What macOS, Windows and network disks leave in folders. Names that begin with a dot (.DS_Store, ._00.png, .nfs0001)
-# are left out by the dot alone.
+# Left in folders by macOS, Windows and network disks. Names with a leading dot (.DS_Store, ._00.png, .nfs0001) are
+# skipped anyway.
 _SYSTEM_NAMES = frozenset(
     ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "$recycle.bin", "system volume information")
 ) | {"@eadir", "lost+found"}
 
-# The longer marks come first: the mark of UTF-16 is the beginning of that of UTF-32.
+# Longer marks first: the UTF-16 mark is a prefix of the UTF-32 mark.
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -24,18 +24,18 @@ _MARKS = (
 
 
 def is_data_name(name: str) -> bool:
-    """Return whether a file or folder of this name can hold data: not hidden, not left there by an operating system."""
+    """Return whether a file or folder of this name can be data: neither hidden nor left by an operating system."""
     return not name.startswith(".") and name.lower() not in _SYSTEM_NAMES
 
 
 def data_files(folder: str | os.PathLike[str], pattern: str = "*") -> list[Path]:
-    """List what matches a pattern below a folder, sorted, without what operating systems leave there.
+    """List the matches of a pattern below a folder, sorted, without files that operating systems leave there.
 
-    Every glob of the project over a user's data goes through here.
+    Use this instead of ``Path.glob`` for all user data.
 
     Args:
-        folder: where to look; its own name may be any.
-        pattern: as of ``Path.glob``.
+        folder: where to search; its name is not checked.
+        pattern: as for ``Path.glob``.
     """
     return sorted(_matches(Path(folder), pattern))
 
@@ -51,13 +51,13 @@ def _matches(folder: Path, pattern: str) -> Iterator[Path]:
 
 
 def decode_text(data: bytes) -> str:
-    """Decode a text as editors write it; every line ends with a line feed.
+    """Decode text in any encoding that editors write, and convert line ends to line feeds.
 
-    A byte-order mark decides between UTF-8, UTF-16 and UTF-32; UTF-16 without one is known by its zero bytes. Anything
-    else is UTF-8 or, where it is not, Latin-1.
+    A byte-order mark selects UTF-8, UTF-16 or UTF-32; UTF-16 without a mark is recognized by its zero bytes. Everything
+    else is read as UTF-8, or as Latin-1 if it is not valid UTF-8.
 
     Raises:
-        ValueError: not a text: it has zero bytes, or is not valid in the encoding that its mark names.
+        ValueError: the data has zero bytes, or is invalid in the encoding that its mark names.
     """
     for mark, encoding in _MARKS:
         if data.startswith(mark):
@@ -75,25 +75,25 @@ def decode_text(data: bytes) -> str:
             except UnicodeDecodeError:
                 text = data.decode("latin-1")
     if "\0" in text:
-        raise ValueError("it has zero bytes, so it is not a text")
+        raise ValueError("it has zero bytes, so it is not text")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """Read a text file; see :func:`decode_text`.
+    """Read a text file, decoded by :func:`decode_text`.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is not a text.
+        ValueError: it is not text.
     """
     return decode_text(Path(path).read_bytes())
 
 
 def read_lines(path: str | os.PathLike[str]) -> list[str]:
-    """Read the lines of a text file, without blanks around them and without empty ones; see :func:`decode_text`.
+    """Read the non-empty lines of a text file, stripped, decoded by :func:`decode_text`.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is not a text.
+        ValueError: it is not text.
     """
     return [line.strip() for line in read_text(path).split("\n") if line.strip()]

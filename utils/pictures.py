@@ -1,7 +1,7 @@
-"""Matplotlib for this project: Agg draws, whatever MPLBACKEND asks for, and a picture that fails never costs a run.
+"""Matplotlib for this project: figures are drawn with Agg, whatever MPLBACKEND says.
 
-Import Matplotlib's classes from here. Importing Matplotlib itself fails if MPLBACKEND names a backend that is not
-installed, as in `!python ...` of a notebook (Colab, Kaggle, Jupyter), which passes on the notebook's backend.
+Import Matplotlib's classes from here. Importing Matplotlib directly fails if MPLBACKEND names a backend that is not
+installed, as with `!python ...` in a notebook (Colab, Kaggle, Jupyter), which inherits the notebook's backend.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from utils.errors import UserError
 
 
 def _set_backend_aside() -> None:
-    """Import Matplotlib without MPLBACKEND; a notebook keeps its backend if it is installed."""
+    """Import Matplotlib without MPLBACKEND, then restore the backend it names if that is installed."""
     wanted = os.environ.pop("MPLBACKEND", None)
     try:
         import matplotlib
@@ -51,11 +51,11 @@ __all__ = [
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 150, **options: object) -> None:
-    """Write a figure in one step: a picture that is there stays until the new one is whole.
+    """Write a figure atomically: an existing file stays until the new one is complete.
 
     Args:
-        figure: what to write.
-        path: the file; its ending chooses the format.
+        figure: the figure.
+        path: the file; its suffix selects the format.
         dpi: pixels per inch.
         options: further arguments of ``Figure.savefig``.
 

@@ -1,4 +1,4 @@
-"""Headers of PLY files as programs write them, and what plyfile can read."""
+"""Make the headers of PLY files from any program readable for plyfile."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import os
 import re
 from typing import BinaryIO
 
-PLY_HEADER = 1 << 16  # bytes that hold the header of any PLY file
+PLY_HEADER = 1 << 16  # longer headers (in bytes) are not recognized
 _FIRST_LINE = re.compile(rb"(?:\xef\xbb\xbf)?ply[ \t]*(\r\n|\n|\r)", re.IGNORECASE)
 
 
 def with_plain_header(file: BinaryIO) -> BinaryIO:
-    """Return the file, or a copy in memory whose header plyfile can read.
+    """Return the file, or an in-memory copy whose header plyfile can read.
 
-    plyfile decodes headers as ASCII and takes nothing but a line end after ``ply`` and ``end_header``. Programs write
-    comments in any encoding, blanks at line ends, empty lines and, in ascii files, a byte-order mark.
+    plyfile decodes headers as ASCII and accepts only a line end after ``ply`` and ``end_header``, but programs write
+    comments in any encoding, trailing spaces, empty lines and, in ascii files, a byte-order mark.
     """
     start = file.read(PLY_HEADER)
     file.seek(0)
@@ -36,11 +36,11 @@ def with_plain_header(file: BinaryIO) -> BinaryIO:
 
 
 def check_sizes(file: BinaryIO) -> None:
-    """See that the file can hold the rows that its header promises: plyfile takes memory for them first.
+    """Check that the file is large enough for the rows its header promises; plyfile would allocate them first.
 
     Raises:
-        ValueError: it cannot, or a number of rows is no number.
-        IndexError: a number of rows is missing.
+        ValueError: the file is too small, or a row count is not a number.
+        IndexError: a row count is missing.
     """
     header, size = file.read(PLY_HEADER).split(b"end_header")[0], file.seek(0, os.SEEK_END)
     file.seek(0)

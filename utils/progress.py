@@ -1,4 +1,4 @@
-"""Progress of long jobs: a bar on a terminal, else (a log file, a batch system) a line a minute."""
+"""Show progress of long jobs: a bar on a terminal, one line per minute in a log file."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ LINE_SECONDS = 60.0
 
 
 class _Lines(tqdm):
-    """Writes whole lines, the first one after a minute: a short job writes none."""
+    """Write whole lines, the first after a minute, so that a short job writes none."""
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        """Write a line instead of drawing a bar over the last one."""
+        """Write a line instead of redrawing the bar."""
         started = self.format_dict["elapsed"] >= self.mininterval
         if started and not self.disable:
             self.fp.write(f"{str(self) if msg is None else msg}\n".replace("\r", ""))
             self.fp.flush()
 
     def clear(self, *_: Any, **__: Any) -> None:
-        """Lines stay."""
+        """Do nothing: written lines stay."""
 
 
 def progress(
@@ -35,14 +35,14 @@ def progress(
     leave: bool = True,
     hidden: bool = False,
 ) -> tqdm:
-    """Count what is done on standard error.
+    """Show progress on standard error.
 
     Args:
-        items: to iterate over; None: the caller calls ``update``.
-        text: what is being done.
-        unit: what is counted.
-        total: how many there are; None takes the length of ``items``.
-        initial: how many were done before.
+        items: iterable to wrap; None if the caller calls ``update``.
+        text: description.
+        unit: name of one item.
+        total: number of items; None uses the length of ``items``.
+        initial: number of items already done.
         leave: whether the finished bar stays on a terminal.
         hidden: show nothing.
     """
@@ -50,8 +50,8 @@ def progress(
     settings["file"] = sys.stderr
     if sys.stderr.isatty():
         return tqdm(items, leave=leave, **settings)
-    # The bar's own clock also writes when an item takes longer than a minute.
-    plain = "{desc}: {n_fmt} of {total_fmt} {unit}, {elapsed} passed, {remaining} left"
+    # maxinterval: tqdm's monitor thread also writes when one item takes longer than a minute.
+    plain = "{desc}: {n_fmt} of {total_fmt} {unit}, {elapsed} elapsed, {remaining} left"
     return _Lines(
         items, mininterval=LINE_SECONDS, maxinterval=LINE_SECONDS, miniters=1, bar_format=plain, leave=False, **settings
     )

@@ -1,6 +1,6 @@
-"""Flags of the released CrossNet scripts: taken with their meaning, or refused by a line that names the new way.
+"""Flags of the released CrossNet scripts: accepted with their old meaning, or rejected naming the replacement.
 
-``docs/fidelity.md`` lists what each old command line does; ``tests/test_released_command_lines.py`` runs them.
+``docs/fidelity.md`` lists the effect of each old command line; ``tests/test_released_command_lines.py`` runs them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from utils.errors import UserError
 logger = logging.getLogger("crossnet")
 
 WORDS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False, "": False}
-# Released names of encoders; a script takes the first one that it has.
+# Released encoder names -> ours; a script uses the first that it supports.
 MODELS = {
     "dgcnn": ("dgcnn_cls", "dgcnn_partseg", "dgcnn_semseg"),
     "dgcnn_part": ("dgcnn_partseg",),
@@ -25,7 +25,7 @@ MODELS = {
     "pointnet_part": ("pointnet_partseg",),
     "pointnet_seg": ("pointnet_partseg",),
 }
-# Training flags of the released classification script, by which it is told apart from ours of that name.
+# Training flags of the released classification script; they distinguish its command lines from those of our main.py.
 FINE_TUNING = (
     *("--pretrain_path", "--epochs", "--start_epoch", "--percent_train", "--use_sgd", "--lr", "--momentum"),
     *("--weight_decay", "--scheduler", "--exp_name", "--eval"),
@@ -33,17 +33,17 @@ FINE_TUNING = (
 
 
 def to_bool(text: str) -> bool:
-    """Argparse type: ``True`` or ``False``, as a word or a digit."""
+    """Parse ``True`` or ``False``, as a word or a digit (argparse type)."""
     if text.lower() not in WORDS:
         raise argparse.ArgumentTypeError(f"{text!r}: expected True or False")
     return WORDS[text.lower()]
 
 
 def model_name(names: Collection[str]) -> Callable[[str], str]:
-    """Argparse type: a released encoder name becomes the script's own; other text stays for ``choices`` to judge.
+    """Return an argparse type that maps released encoder names to ours; ``choices`` checks the result.
 
     Args:
-        names: encoders of the script, and aliases that it knows.
+        names: encoders and aliases that the script supports.
     """
 
     def convert(text: str) -> str:
@@ -55,14 +55,14 @@ def model_name(names: Collection[str]) -> Callable[[str], str]:
 
 
 def scheduler_name(text: str) -> str:
-    """Argparse type: the released ``cos`` is the schedule ``released``."""
+    """Map the released ``cos`` to the schedule ``released`` (argparse type)."""
     return "released" if text == "cos" else text
 
 
 class Switch(argparse.Action):
-    """A flag without value, with ``--no-`` before it, or with True or False behind it, as the released scripts have.
+    """A boolean flag: ``--flag``, ``--no-flag``, or ``--flag True|False`` as in the released scripts.
 
-    Their ``type=bool`` takes every word as true, False too; here False is false, with a notice.
+    Their ``type=bool`` reads any word as true, even False; here False is false, with a warning.
     """
 
     def __init__(
@@ -74,18 +74,18 @@ class Switch(argparse.Action):
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: str = ""
     ) -> None:
-        """Set the destination; see ``argparse.Action``."""
+        """Set the destination to True or False (called by argparse)."""
         if option_string.startswith("--no-"):
             if values is not None:
                 parser.error(f"{option_string} takes no value")
             values = False
         elif values is False:
-            logger.warning("%s False is off here; the released scripts took any word as on", option_string)
+            logger.warning("%s False means off here; the released scripts read any word as on", option_string)
         setattr(namespace, self.dest, values is not False)
 
 
 class _Quiet(argparse.Action):
-    """A flag that leaves no entry of its own in the parsed settings, and none in the help."""
+    """A flag that adds no entry to the parsed settings or the help."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any) -> None:
         kwargs = {"nargs": None, "help": argparse.SUPPRESS, **kwargs}
@@ -93,13 +93,13 @@ class _Quiet(argparse.Action):
 
 
 class _Gpu(_Quiet):
-    """``--gpu N``: the N-th GPU, or the CPU where there is none."""
+    """``--gpu N``: use GPU N, or the CPU if there is no GPU."""
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: str = ""
     ) -> None:
         """Set ``--device``."""
-        import torch  # seconds; most command lines do not need it here
+        import torch  # takes seconds; most command lines do not need it
 
         if not str(values).isdecimal():
             raise UserError(
@@ -110,7 +110,7 @@ class _Gpu(_Quiet):
 
 
 class _NoCuda(_Quiet):
-    """``--no_cuda``: on the CPU."""
+    """``--no_cuda``: use the CPU."""
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: str = ""
@@ -120,11 +120,11 @@ class _NoCuda(_Quiet):
 
 
 class _Refused(_Quiet):
-    """A flag that has a successor.
+    """A flag that is rejected with a message naming its replacement.
 
     Args:
         instead: what to type, for the message.
-        harmless: values that ask for what happens anyway, in lower case.
+        harmless: lower-case values that ask for the default behavior and are accepted.
     """
 
     def __init__(
@@ -148,13 +148,13 @@ FALSE = tuple(word for word, value in WORDS.items() if not value)
 def add_released_flags(
     parser: argparse.ArgumentParser, refused: Mapping[str, str], *, datasets: Collection[str] = ()
 ) -> None:
-    """Add the released flags that are not the script's own.
+    """Add the released flags that the script itself lacks.
 
     Args:
         parser: of a script that has ``--device``.
-        refused: flag -> what to type instead; ``--eval False``, ``--start_epoch 0`` and ``--n_imgs 1`` ask for what
-            happens anyway.
-        datasets: for a script without ``--dataset``: what may be named there, in lower case.
+        refused: flag -> what to type instead; ``--eval False``, ``--start_epoch 0`` and ``--n_imgs 1`` are accepted
+            because they ask for the default behavior.
+        datasets: for a script without ``--dataset``: names that are accepted there, in lower case.
     """
     parser.add_argument("--gpu", action=_Gpu)
     parser.add_argument("--no_cuda", action=_NoCuda, nargs="?", type=to_bool)
@@ -162,7 +162,7 @@ def add_released_flags(
         "--normalize_input",
         action=_Refused,
         harmless=FALSE,
-        instead="clouds are taken as they are in the files (those of ModelNet40 lie in the unit sphere); store them "
+        instead="clouds are used as stored in the files (those of ModelNet40 lie in the unit sphere); store them "
         "centered and scaled, and leave the flag out",
     )
     if datasets:
@@ -180,7 +180,7 @@ def add_released_flags(
 
 
 def add_percent_train(group: argparse._ArgumentGroup) -> None:
-    """Add ``--percent_train F``, the released name of ``--label_fraction`` with one value, a share in (0, 1]."""
+    """Add ``--percent_train F``, the released name of ``--label_fraction`` with one value in (0, 1]."""
     group.add_argument(
         "--percent_train",
         dest="label_fraction",
@@ -191,16 +191,16 @@ def add_percent_train(group: argparse._ArgumentGroup) -> None:
     )
 
 
-NO_START_EPOCH = "a resumed run knows its epoch: --resume goes on from the run folder's newest checkpoint"
+NO_START_EPOCH = "a resumed run knows its epoch: --resume continues from the run folder's newest checkpoint"
 IN_PRETRAINING = {
     "--eval": "to score a pretrained encoder: python downstream/classification/main.py --model_path FILE",
     "--start_epoch": NO_START_EPOCH,
-    "--n_imgs": "a step sees one random rendering of each object, as the released con script whatever --n_imgs says: "
+    "--n_imgs": "a step uses one random rendering of each object, like the released con script for any --n_imgs; "
     "leave the flag out",
 }
 IN_FINE_TUNING = {"--start_epoch": NO_START_EPOCH}
 IN_LINEAR_SVM = dict.fromkeys(
     FINE_TUNING,
-    "this script scores frozen features by a linear SVM. What the released main.py does, fine-tuning a classifier, is "
+    "this script scores frozen features with a linear SVM. To fine-tune a classifier like the released main.py, run "
     "python downstream/classification/finetune.py with the same flags",
 )

@@ -1,4 +1,4 @@
-"""What makes a result repeatable: seeds, deterministic algorithms, and the versions that it depends on."""
+"""Reproducibility: seeds, deterministic algorithms, random states and versions."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def seed_everything(seed: int) -> None:
 
 @contextlib.contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
-    """Inside, PyTorch takes only algorithms that give the same result every time, where it has them.
+    """Use deterministic algorithms in the block if ``wanted``; otherwise let cuDNN benchmark its algorithms.
 
-    An operation that has none warns with its name. On a CPU this changes nothing: runs repeat there anyway. Where this
-    is not wanted, cuDNN measures its algorithms for each new shape and keeps the fastest.
+    An operation without a deterministic algorithm warns with its name. On a CPU this changes nothing: results there are
+    reproducible anyway.
     """
     cudnn = torch.backends.cudnn
     if not wanted:
@@ -40,7 +40,7 @@ def deterministic(wanted: bool) -> Iterator[None]:
         finally:
             cudnn.benchmark = benchmark
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # looked at when cuBLAS starts
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     cudnn_before = cudnn.deterministic, cudnn.benchmark
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -53,15 +53,15 @@ def deterministic(wanted: bool) -> Iterator[None]:
 
 
 def random_states() -> dict[str, Any]:
-    """PyTorch's generators as tensors, for a checkpoint."""
+    """Return the states of PyTorch's generators as tensors, for a checkpoint."""
     states: dict[str, Any] = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_initialized():  # a run on the CPU must not claim memory on a GPU
+    if torch.cuda.is_initialized():  # otherwise a CPU run would allocate memory on a GPU
         states["cuda"] = torch.cuda.get_rng_state_all()
     return states
 
 
 def restore_random_states(states: dict[str, Any]) -> None:
-    """Put back what ``random_states`` returned; GPUs that are not in use are left out."""
+    """Restore the result of ``random_states``; skip GPUs that are not in use."""
     torch.set_rng_state(states["cpu"])
     if torch.cuda.is_initialized():
         for i, state in enumerate(states.get("cuda", [])[: torch.cuda.device_count()]):
@@ -69,7 +69,7 @@ def restore_random_states(states: dict[str, Any]) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Versions that a result depends on."""
+    """Return the versions that a result depends on."""
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
@@ -81,7 +81,7 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def git_commit() -> str:
-    """Commit of the code at the first call, ``-dirty`` after it when files are changed; ``unknown`` without git."""
+    """Return the code's commit at the first call, with ``-dirty`` if files changed; ``unknown`` without git."""
     root = Path(__file__).resolve().parent.parent
     try:
         commit = subprocess.run(

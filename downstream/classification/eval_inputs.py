@@ -1,4 +1,4 @@
-"""Which encoders a script scores and on which labelled clouds: the flags and what they open."""
+"""Which encoders a script scores and on which labeled clouds: the flags and what they open."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def add_encoder_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--calibrate_bn",
         action="store_true",
-        help="set batch-norm statistics from unlabelled training clouds in one pass; without them an untrained encoder "
+        help="set batch-norm statistics from unlabeled training clouds in one pass; without them an untrained encoder "
         "is no fair baseline: its features hardly differ between clouds",
     )
     group.add_argument(
@@ -64,7 +64,7 @@ def add_encoder_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--k",
         type=positive_int,
-        help="neighbours per point, itself included (default: the checkpoint's; 20 where there is none)",
+        help="neighbors per point, itself included (default: the checkpoint's; 20 where there is none)",
     )
     group.add_argument(
         "--emb_dims",
@@ -91,7 +91,7 @@ def check_encoder_arguments(args: argparse.Namespace) -> None:
 
 
 def add_data_arguments(parser: argparse.ArgumentParser, *, num_points: int | None = 1024, batch: bool = True) -> None:
-    """Add the flags that choose labelled clouds; see ``open_splits``.
+    """Add the flags that choose labeled clouds; see ``open_splits``.
 
     Args:
         parser: to add to.

@@ -1,7 +1,7 @@
 r"""Few-shot classification with frozen features: n-way, m-shot, a linear SVM per episode, mean and deviation over runs.
 
-An episode takes n classes, m labelled clouds of each (the support) and other clouds of the same classes to classify
-(the queries). Features are standardised by the support, then a linear SVM with C = 1 is fitted. Two protocols:
+An episode takes n classes, m labeled clouds of each (the support) and other clouds of the same classes to classify
+(the queries). Features are standardized by the support, then a linear SVM with C = 1 is fitted. Two protocols:
   released  support and queries from the training split, 20 queries of every class, as in the field's script
   test      support from the training split, queries from the test split: nothing that is scored was in training
 Run i depends on --seed and i alone, so that every encoder sees the same episodes.
@@ -77,7 +77,7 @@ def draw_episode(
         query_labels: (m,) classes of the split that the queries come from; None draws them from the training split,
             apart from the support.
         ways: classes.
-        shots: labelled clouds of every class.
+        shots: labeled clouds of every class.
         queries: clouds of every class to classify.
         seed: of all episodes.
         number: of this one.
@@ -128,7 +128,7 @@ def few_shot_accuracies(
         test_y: (m,) classes.
         protocol: one of ``PROTOCOLS``.
         ways: classes of an episode.
-        shots: labelled clouds of every class.
+        shots: labeled clouds of every class.
         queries: clouds of every class to classify.
         runs: episodes.
         seed: of the episodes.

@@ -1,7 +1,7 @@
-"""Fine-tune an encoder with a classifier on labelled clouds: supervised, with all labels or a few per cent of them.
+"""Fine-tune an encoder with a classifier on labeled clouds: supervised, with all labels or a few per cent of them.
 
 The encoder comes from pretraining (--pretrain_path) or starts from scratch; the head starts fresh. A part of the
-*labelled training* clouds is held out to choose the best epoch; it and the last epoch are scored on the test split.
+*labeled training* clouds is held out to choose the best epoch; it and the last epoch are scored on the test split.
 With --label_fraction both parts come out of that share of the labels, at least one cloud of every class to train on.
 
 Examples:

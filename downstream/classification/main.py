@@ -87,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="*",
         default=[1, 5, 10, 20],
         metavar="S",
-        help="few-label SVM from S labels of every class (features standardised, C = 1); no value turns it off",
+        help="few-label SVM from S labels of every class (features standardized, C = 1); no value turns it off",
     )
     group.add_argument("--shot_draws", type=positive_int, default=20, metavar="D", help="draws per number of labels")
 
@@ -98,7 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--retrieval_sheet",
         metavar="FILE",
-        help="draw test clouds beside their nearest neighbours, first run (.png, .pdf)",
+        help="draw test clouds beside their nearest neighbors, first run (.png, .pdf)",
     )
     add_common_arguments(parser, workers=False)
     add_released_flags(parser, IN_LINEAR_SVM)

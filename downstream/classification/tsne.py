@@ -1,4 +1,4 @@
-"""Map frozen features to the plane by t-SNE: a picture coloured by class, and the numbers behind it.
+"""Map frozen features to the plane by t-SNE: a picture colored by class, and the numbers behind it.
 
 Writes --output (.png, .pdf) and, beside it, an .npz file with features (n, D), embedding (n, 2), labels (n,) and
 class_names. Distances between clusters mean little in such a map: it shows which classes mix.
@@ -56,9 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     g = parser.add_argument_group("map")
     g.add_argument("--split", choices=("train", "test"), default="test", help="clouds to map")
     g.add_argument("--max_clouds", type=positive_int, default=2000, metavar="N", help="at most, drawn at random")
-    g.add_argument(
-        "--perplexity", type=positive_float, default=30.0, metavar="P", help="neighbours that t-SNE looks at"
-    )
+    g.add_argument("--perplexity", type=positive_float, default=30.0, metavar="P", help="neighbors that t-SNE looks at")
     g.add_argument("--output", default="runs/tsne.png", metavar="FILE", help="picture; the .npz file lies beside it")
     g.add_argument("--overwrite", action="store_true", help="replace an .npz file that is there")
     add_common_arguments(parser, workers=False)
@@ -71,7 +69,7 @@ def embed(features: np.ndarray, *, perplexity: float, seed: int) -> np.ndarray:
     Args:
         features: (n, D).
         perplexity: lowered where there are too few clouds for it.
-        seed: of the optimisation.
+        seed: of the optimization.
 
     Returns:
         (n, 2) float32.
@@ -88,7 +86,7 @@ def embed(features: np.ndarray, *, perplexity: float, seed: int) -> np.ndarray:
 
 
 def class_styles(count: int) -> list[tuple[tuple[float, ...], str]]:
-    """A colour and a marker for every class; with more than ten classes the marker changes with every ten."""
+    """A color and a marker for every class; with more than ten classes the marker changes with every ten."""
     colors = colormaps["tab10"].colors
     return [(colors[i % 10], MARKERS[i // 10 % len(MARKERS)]) for i in range(count)]
 

@@ -102,7 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[1.0],
         metavar="F",
-        help="share of the labelled shapes, at least one per category, of training and of validation; several values "
+        help="share of the labeled shapes, at least one per category, of training and of validation; several values "
         "are one run each, in sub-folders of the run folder",
     )
     g = parser.add_argument_group("testing")

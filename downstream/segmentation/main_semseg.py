@@ -119,7 +119,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--in_channels",
         type=int,
         choices=(3, 9),
-        help="3: xyz, as released; 9: also colour and the place in the room, where the first graph is of the latter "
+        help="3: xyz, as released; 9: also color and the place in the room, where the first graph is of the latter "
         "(default: the checkpoint's; 3 from scratch)",
     )
     g.add_argument(

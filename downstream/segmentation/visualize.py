@@ -1,4 +1,4 @@
-"""Pictures of segmentations: a sheet (input, truth, prediction, errors) and coloured PLY files, for parts or rooms.
+"""Pictures of segmentations: a sheet (input, truth, prediction, errors) and colored PLY files, for parts or rooms.
 
 The task follows from the checkpoint. For parts, test shapes of different categories are drawn; for rooms, whole rooms
 of an area, without their ceilings on the sheet (the PLY files keep them).
@@ -78,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
         choices=[*ENCODERS, *ENCODER_ALIASES],
         help="encoder of published weights (default: by their tensors)",
     )
-    g.add_argument("--k", type=positive_int, help="neighbours per point (default: the checkpoint's)")
+    g.add_argument("--k", type=positive_int, help="neighbors per point (default: the checkpoint's)")
     g.add_argument("--test_batch_size", type=positive_int, default=8, metavar="B", help="samples per forward pass")
     g = parser.add_argument_group("what to draw")
     g.add_argument("--items", type=positive_int, default=6, metavar="N", help="shapes or rooms")
@@ -92,7 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def write_colored_ply(path: Path, points: np.ndarray, colors: np.ndarray) -> None:
-    """Write a binary PLY file that viewers show in colour.
+    """Write a binary PLY file that viewers show in color.
 
     Args:
         path: file to write.
@@ -112,11 +112,11 @@ def write_colored_ply(path: Path, points: np.ndarray, colors: np.ndarray) -> Non
 
 
 def colored(item: Item, table: np.ndarray) -> dict[str, np.ndarray]:
-    """Colours of every column, (N, 3) each.
+    """Colors of every column, (N, 3) each.
 
     Args:
         item: the cloud.
-        table: (C, 3) colour of every label.
+        table: (C, 3) color of every label.
     """
     plain = np.tile(GRAY, (len(item.points), 1)) if item.colors is None else item.colors
     errors = np.where((item.truth == item.predicted)[:, None], RIGHT_GRAY, WRONG_RED)
@@ -126,11 +126,11 @@ def colored(item: Item, table: np.ndarray) -> dict[str, np.ndarray]:
 def draw_sheet(
     items: Sequence[Item], table: np.ndarray, names: Sequence[str], path: Path, *, up: str, title: str
 ) -> None:
-    """Draw a row of four pictures per cloud, with the colours that occur in it explained beside them.
+    """Draw a row of four pictures per cloud, with the colors that occur in it explained beside them.
 
     Args:
         items: the clouds.
-        table: (C, 3) colour of every label.
+        table: (C, 3) color of every label.
         names: (C,) name of every label.
         path: picture to write.
         up: upward axis of the clouds.
@@ -201,7 +201,7 @@ def part_items(args: argparse.Namespace, model: FineTuned, payload: dict[str, An
     for row, guess in zip(chosen, predicted, strict=True):
         name = f"{taxonomy.category_names[shapes.categories[row]]} {row}"
         hidden = np.zeros(len(guess), dtype=bool)
-        # Fifty colours look alike, a category's own do not: parts of others get one of their own.
+        # Fifty colors look alike, a category's own do not: parts of others get one of their own.
         own = taxonomy.parts_of(int(shapes.categories[row]))
         guess = np.where((guess >= own.start) & (guess < own.stop), guess, taxonomy.num_parts)
         items.append(Item(name, shapes.points[row], None, shapes.parts[row], guess, hidden))

@@ -111,7 +111,7 @@ def test_block_values_have_the_meaning_of_s3dis():
     assert np.abs(values[..., :2]).max() <= 0.51, "x and y from the middle of a block of 1 m"
     assert values[..., 2].min() == 0 and 2.3 < values[..., 2].max() < 3.2, "z from the floor"
     assert values[..., 3:].min() >= 0 and values[..., 3:].max() <= 1.001
-    assert np.ptp(values[..., 3:6], axis=(0, 1)).min() > 0.5, "colours"
+    assert np.ptp(values[..., 3:6], axis=(0, 1)).min() > 0.5, "colors"
 
 
 @pytest.mark.parametrize("area", AREAS)

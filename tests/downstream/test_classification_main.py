@@ -209,7 +209,7 @@ def test_confusion_matrix_shows_shares_of_the_true_class(tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         (["--num_points", "21"], r"21 points .*have 20"),
-        (["--num_points", "2"], "k = 3 neighbours in clouds of 2 points"),
+        (["--num_points", "2"], "k = 3 neighbors in clouds of 2 points"),
         (["--cv_folds", "1"], "at least 2 folds"),
         (["--confusion_matrix", "result.docx"], "must end in"),
         (["--json", "/proc/nowhere/x.json"], "cannot write"),

@@ -84,7 +84,7 @@ def test_bad_input_is_named(root, tmp_path):
         run(root, "--eval", "--model_path", tmp_path / "m.pth")
     with pytest.raises(UserError, match="--holdout 1"):
         run(root, "--holdout", 1)
-    with pytest.raises(UserError, match="k = 40 neighbours in clouds of 32 points"):
+    with pytest.raises(UserError, match="k = 40 neighbors in clouds of 32 points"):
         run(root, "--k", 40)
     with pytest.raises(UserError, match="--batch_size 1"):
         run(root, "--batch_size", 1)

@@ -227,7 +227,7 @@ def test_bad_input_is_named_and_nothing_is_lost(root, tmp_path):
         run(root, "--class_choice", "boat")
     with pytest.raises(UserError, match="--class_choice is empty"):
         run(root, "--class_choice", "")
-    with pytest.raises(UserError, match="k = 80 neighbours in clouds of 64 points"):
+    with pytest.raises(UserError, match="k = 80 neighbors in clouds of 64 points"):
         run(root, "--k", 80)
     with pytest.raises(UserError, match="--eval needs --model_path"):
         run(root, "--eval")

@@ -157,7 +157,7 @@ def test_a_run_name_that_leaves_the_output_folder_is_refused(name, capsys):
     add_run_arguments(parser, exp_name="crossnet", save_every=1)
     with pytest.raises(SystemExit):
         parser.parse_args(["--exp_name", name])
-    assert "no name of a folder below --output_dir" in capsys.readouterr().err
+    assert "not the name of a folder below --output_dir" in capsys.readouterr().err
     assert parser.parse_args(["--exp_name", "group/run"]).exp_name == "group/run"
 
 
