@@ -369,6 +369,13 @@ class Pretraining(Task):
         """Which shapes are trained on, in which order."""
         return hashlib.sha256("\n".join(self.dataset.ids).encode()).hexdigest()
 
+    def fresh_start(self, path: Path) -> str:
+        """Return advice for training on from the weights in a checkpoint, for a message."""
+        return (
+            f"--model_path {path} with another --exp_name starts a new run of any --epochs from its point encoder "
+            "(projection heads, image encoders, optimizer and learning rate start afresh)"
+        )
+
     def learning_rate(self, step: int) -> float:
         """Rate of a step, counted from 0."""
         config = self.config

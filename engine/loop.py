@@ -36,6 +36,17 @@ def train(run: Run) -> dict[str, Any]:
         SystemExit: SIGTERM has come to one of the processes; everything is saved.
         UserError: a loss or a weight is not finite, or a data worker is gone.
     """
+    first = run.progress.step
+    try:
+        return train_all_epochs(run)
+    except BaseException:
+        if run.progress.step == first:
+            run.folder.discard_start()
+        raise
+
+
+def train_all_epochs(run: Run) -> dict[str, Any]:
+    """Train to the last epoch, see ``train``."""
     task, config, progress = run.task, run.config, run.progress
     meter, record = Meter(run), {}
     with stop_on_sigterm() as stop, deterministic(config.deterministic), data_workers(task) as loader:
@@ -53,6 +64,8 @@ def train(run: Run) -> dict[str, Any]:
                 exit_after_sigterm(run)  # at once: whoever sent SIGTERM waits only so long
             run.folder.draw_curves()
     meter.close()
+    if not record and not (run.folder / "last.pth").exists():
+        save(run, "last.pth")  # resumed from the best.pth of a finished run, in place of a damaged last.pth
     return record or broadcast_from_rank0(lambda: next(reversed(list(run.folder.metrics())), {}))
 
 
@@ -64,6 +77,8 @@ def train_epoch(run: Run, loader: DataLoader, meter: Meter, stop: Stop) -> None:
     for batch in meter.timed(loader):
         task.count_bad_samples(batch, progress)
         losses = run.step(batch)
+        if progress.samples == 0:
+            run.folder.keep_start()
         progress.step += 1
         progress.samples += sampler.global_batch
         ends = progress.samples // sampler.global_batch == len(sampler)

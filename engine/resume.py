@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,9 @@ def save(run: Run, name: str) -> None:
 def changes_since(run: Run, payload: Mapping[str, Any]) -> list[str]:
     """What is set otherwise than in a checkpoint's run, of what changes the result."""
     before, now, sampler = payload["arguments"], run.config.flags, run.task.sampler
-    free = run.task.free_on_resume
+    free = set(run.task.free_on_resume)
+    if can_extend(run, payload):
+        free.add("epochs")
     names = sorted(key for key in now if key not in free and before.get(key, now[key]) != now[key])
     changes = [f"--{key} {before[key]} there, {now[key]} here" for key in names]
     there, here, batch = payload.get("processes", 1), world_size(), payload["global_batch"]
@@ -76,6 +78,21 @@ def changes_since(run: Run, payload: Mapping[str, Any]) -> list[str]:
     if run.config.no_sync_bn and there != here:
         changes.append(f"--no_sync_bn in {there} process(es) there, {here} here")
     return changes
+
+
+def can_extend(run: Run, payload: Mapping[str, Any]) -> bool:
+    """Return whether a run of more epochs is the checkpoint's up to there: no step so far had another learning rate."""
+    task, before = run.task, payload["arguments"]["epochs"]
+    if before >= task.config.epochs:
+        return False
+    done = Progress(**payload["progress"]).step
+    steps = range(0, done, max(1, done // 1000))
+    rates, config = [task.learning_rate(step) for step in steps], task.config
+    task.config = replace(config, epochs=before)
+    try:
+        return rates == [task.learning_rate(step) for step in steps]
+    finally:
+        task.config = config
 
 
 def resume(run: Run) -> bool:
@@ -107,9 +124,15 @@ def load_state(run: Run, payload: Mapping[str, Any], path: Path) -> None:
     if payload.get("kind") != task.kind or "optimizer" not in payload:
         kind = task.kind.removeprefix("crossnet-")
         raise CheckpointError(f"{path} is no {kind} checkpoint: --resume needs a last.pth of this script")
-    changes = ", ".join(changes_since(run, payload))
+    changes = changes_since(run, payload)
     if changes:
-        raise CheckpointError(f"{path} was trained with other settings ({changes}): repeat them, or start a new run")
+        text = f"{path} was trained with other settings ({', '.join(changes)}): repeat them, or start a new run"
+        if any(change.startswith("--epochs ") for change in changes):
+            text += (
+                ". A run cannot be shortened, nor extended where its learning rate follows from --epochs; "
+                f"{task.fresh_start(path)}"
+            )
+        raise CheckpointError(text)
     if payload["shapes"] != task.fingerprint():
         raise CheckpointError(f"{path} was trained on other shapes than {run.config.data_root} holds")
     task.load_weights(payload, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import logging
@@ -18,6 +19,7 @@ from utils.collectives import broadcast_from_rank0, is_main, main_only
 from utils.errors import CheckpointError, DamagedCheckpointError, UserError, warn_on_failure
 
 logger = logging.getLogger("crossnet")
+REPLACED = ".replaced"  # ending of files of an earlier run until the first step of the one that replaces it is done
 LOG_BYTES = 20_000_000  # some million steps
 CHECKPOINTS = ("last.pth", "previous.pth", "best.pth")
 RUN_FILES = (*CHECKPOINTS, "config.json", "metrics.jsonl", "run.log", "curves.png", "result.json")
@@ -136,12 +138,12 @@ class RunFolder:
 
     @main_only
     def write_config(self, config: Mapping[str, Any]) -> None:
-        """Take the folder over: remove what is to be overwritten, write ``config.json``, open ``run.log``.
+        """Take the folder over: set aside what is to be overwritten, write ``config.json``, open ``run.log``.
 
         Called when nothing in the settings or the data can stop the run any more.
         """
         for name in self._replaced:
-            (self.path / name).unlink()
+            os.replace(self / name, self / f"{name}{REPLACED}")
         for path in self._damaged:
             os.replace(path, path.with_name(path.name + ".damaged"))
         for leftover in self.path.glob("*.tmp"):  # of a run that was killed while it wrote
@@ -154,6 +156,30 @@ class RunFolder:
             early.close()  # hands on what was logged so far
             logger.removeHandler(early)
         logger.addHandler(to_file)
+
+    @main_only
+    def keep_start(self) -> None:
+        """Remove what the run replaces, for good; called when its first step is done."""
+        for path in self.path.glob(f"*{REPLACED}"):
+            path.unlink()
+
+    @main_only
+    def discard_start(self) -> None:
+        """Undo ``write_config`` after a start that failed: the folder is as it was, and can be started in again.
+
+        Does nothing where a checkpoint or metrics lie: ``write_config`` did not begin that run.
+        """
+        if any((self / name).exists() for name in (*CHECKPOINTS, "metrics.jsonl")):
+            return
+        for handler in [handler for handler in logger.handlers if isinstance(handler, _RunLog)]:
+            logger.removeHandler(handler)
+            handler.close()
+        for name in ("config.json", "run.log"):
+            (self / name).unlink(missing_ok=True)
+        for path in self.path.glob(f"*{REPLACED}"):
+            os.replace(path, path.with_name(path.name.removesuffix(REPLACED)))
+        with contextlib.suppress(OSError):
+            self.path.rmdir()  # if there is nothing else in it
 
     @main_only
     def append_metrics(self, record: Mapping[str, Any]) -> None:

@@ -98,6 +98,10 @@ class Task(ABC):
         self.config, self.device = config, device
         agree_on_kernels(device)
 
+    def fresh_start(self, path: Path) -> str:
+        """Return advice for training on from the weights in a checkpoint, for a message."""
+        return "a new run with another --exp_name can have any --epochs"
+
     @property
     def total_steps(self) -> int:
         """Steps of the whole run."""

@@ -193,6 +193,37 @@ def test_resume_with_other_settings_is_an_error_that_names_them(root, reference,
     refused(root, tmp_path, f"other settings .*{flag} .* there, .* here", *REFERENCE, *change.split(), "--resume")
 
 
+def test_a_finished_run_says_how_its_weights_can_be_trained_further(root, reference, tmp_path):
+    folder = copy_run(reference, tmp_path)
+    says = r"--epochs 3 there, 4 here.*nor extended where its learning rate follows .*--model_path \S+/last.pth "
+    refused(root, tmp_path, says, *REFERENCE, "--epochs", 4, "--resume")
+    # What the message advises.
+    more = (*REFERENCE, "--epochs", 1, "--exp_name", "more", "--model_path", folder / "last.pth")
+    assert train(root, tmp_path, *more)["epoch"] == 1
+
+
+@pytest.mark.parametrize("fails", ["wandb", "workers", "first batch"])
+def test_a_start_that_fails_leaves_the_folder_as_it_was(root, reference, tmp_path, monkeypatch, fails):
+    def fail(*args, **kwargs):
+        raise UserError("not today")
+
+    name = {
+        "wandb": "engine.loop.WandbMirror",
+        "workers": "engine.loop.data_workers",
+        "first batch": "engine.loop.batches",
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr(name[fails], fail)
+        refused(root, tmp_path / "new", "not today", *REFERENCE)
+        folder = copy_run(reference, tmp_path)
+        refused(root, tmp_path, "not today", *REFERENCE, "--overwrite")
+        (folder / "metrics.jsonl").unlink()
+    record = train(root, tmp_path / "new", "--epochs", 1, "--eval_every", 0)  # no --overwrite is needed
+    assert record["epoch"] == 1
+    train(root, tmp_path, "--epochs", 1, "--eval_every", 0, "--overwrite")
+    assert not list(folder.glob("*.replaced")) and not (folder / "best.pth").exists()
+
+
 def test_resume_with_other_shapes_or_another_kind_of_file_is_an_error(root, reference, tmp_path):
     folder = copy_run(reference, tmp_path)
     ids = ShapeNetRender(root).ids

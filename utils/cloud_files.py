@@ -116,8 +116,9 @@ def _read_npy(data: bytes, where: str) -> tuple[np.ndarray, np.ndarray | None]:
         table = np.load(io.BytesIO(data), allow_pickle=False)
         if table.dtype.names is None and table.dtype.kind not in "fiu":
             raise ValueError(f"it holds {table.dtype}, not numbers")
-    except (ValueError, EOFError, OSError) as error:
-        raise DataError(f"{where} is not a readable NPY file of numbers ({error}); it may be truncated") from error
+    except Exception as error:  # NumPy raises many kinds on damaged headers, Python's tokenizer's among them
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise DataError(f"{where} is not a readable NPY file of numbers ({reason}); it may be truncated") from error
     return _columns(table, where)
 
 

@@ -173,6 +173,23 @@ def test_resuming_within_an_epoch_is_exact(tmp_path, arguments):
         assert torch.equal(value, again.task.model.state_dict()[key]), key
 
 
+def test_a_finished_run_is_extended_exactly_where_its_rate_does_not_follow_from_the_epochs(tmp_path):
+    steps = ("--use_sgd", "--scheduler", "step", "--epochs")
+    whole = tuning(tmp_path, *steps, 3, name="whole")
+    finetuning.fine_tune(whole, lambda model: {}, [])
+    finetuning.fine_tune(tuning(tmp_path, *steps, 2, name="part"), lambda model: {}, [])
+    more = tuning(tmp_path, *steps, 3, "--resume", name="part")
+    finetuning.fine_tune(more, lambda model: {}, [])
+    assert more.progress.epoch == whole.progress.epoch == 3
+    for key, value in whole.task.model.state_dict().items():
+        assert torch.equal(value, more.task.model.state_dict()[key]), key
+    with pytest.raises(CheckpointError, match="--epochs 3 there, 2 here"):  # not the other way round
+        finetuning.fine_tune(tuning(tmp_path, *steps, 2, "--resume", name="part"), lambda model: {}, [])
+    finetuning.fine_tune(tuning(tmp_path, "--use_sgd", name="cosine"), lambda model: {}, [])
+    with pytest.raises(CheckpointError, match="--epochs 2 there, 3 here.*nor extended where .*; a new run"):
+        finetuning.fine_tune(tuning(tmp_path, "--use_sgd", "--epochs", 3, "--resume", name="cosine"), lambda m: {}, [])
+
+
 def test_resuming_with_other_settings_or_data_is_refused(tmp_path):
     finetuning.fine_tune(tuning(tmp_path), lambda model: {}, [])
     with pytest.raises(CheckpointError, match=r"--lr 0\.001 there, 0\.5 here"):

@@ -133,6 +133,7 @@ BAD = {
     "word.pcd": (pcd("ascii").replace(b"0 0 0 0", b"0 0 x 0"), "not a row of numbers"),
     "cut.npy": (b"\x93NUMPY\x01\0", "not a readable NPY"),
     "magic.npy": (b"hello", "not a readable NPY"),
+    "header.npy": (b"\x93NUMPY\x01\0\x18\0{'descr': '<f4', 'shape'(\n\n" + bytes(9), "not a readable NPY file"),
 }
 
 
