@@ -9,18 +9,19 @@ PY      = $(VENV)/bin/python
 PIP_ARGS    ?=
 PYTEST_ARGS ?= -n auto --maxprocesses 8 --dist worksteal
 DEMO_ARGS   ?=
+GPU_ARGS    ?=
 
 STAMP     = $(VENV)/.requirements
 STAMP_DEV = $(VENV)/.requirements-dev
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-dev demo test lint format
+.PHONY: help setup setup-dev demo gpu test lint format
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
-	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) PIP_ARGS= PYTEST_ARGS='$(PYTEST_ARGS)' DEMO_ARGS="
+	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) PIP_ARGS= PYTEST_ARGS='$(PYTEST_ARGS)' DEMO_ARGS= GPU_ARGS="
 
 setup: $(STAMP)  ## create .venv and install requirements.txt (several GB: torch)
 
@@ -29,6 +30,9 @@ demo: export MALLOC_MMAP_MAX_ = 0
 demo: export MALLOC_TRIM_THRESHOLD_ = -1
 demo: $(STAMP)  ## set-up, then pretrain, classify and segment on the embedded demo set; see runs/demo/report.html (stopped: call it again)
 	$(PY) -m downstream.demo $(DEMO_ARGS)
+
+gpu: $(STAMP)  ## set-up, then check everything on this machine's GPU; see runs/gpu/report.html (GPU_ARGS=--dry needs none)
+	$(PY) -m benchmarks.gpu_check $(GPU_ARGS)
 
 test: lint  ## set-up, lint, then the whole test suite on all cores
 	$(PY) -m pytest $(PYTEST_ARGS)

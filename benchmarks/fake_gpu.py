@@ -56,7 +56,7 @@ def _channel_statistics(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 # Shapes of what PyTorch computes on real GPUs only.
-_SHAPES: dict[str, Callable] = {
+SHAPES: dict[str, Callable] = {
     "batch_norm_update_stats": _channel_statistics,
     "batch_norm_stats": _channel_statistics,
     "batch_norm_gather_stats_with_counts": _channel_statistics,
@@ -75,9 +75,35 @@ def fake_gpu(recorder: Recorder, *, ranks: int = 1) -> Iterator[None]:
         ranks: processes of which this one pretends to be the first.
     """
     library = torch.library.Library("aten", "IMPL")
-    for name, shape in _SHAPES.items():
+    for name, shape in SHAPES.items():
         library.impl(name, shape, "Meta")
     stubs = {name: _Stub(getattr(triton_kernels, name), recorder.launched) for name in KERNELS}
+    with contextlib.ExitStack() as stack:
+        for patch in (
+            mock.patch.multiple(triton_kernels, **stubs),
+            mock.patch.object(backend, "_checked", lambda device: (triton_kernels, "")),
+            mock.patch.object(compiled, "_fused", recorder.fused),
+            mock.patch.object(native_batch_norm, "_all_agree", lambda device: True),
+            mock.patch.dict("os.environ", {backend.VARIABLE: "auto"}),
+            mock.patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
+            mock.patch.object(torch.cuda, "is_bf16_supported", lambda *_, **__: True),
+            mock.patch.object(torch.cuda, "device_of", lambda tensor: contextlib.nullcontext()),
+            python_autograd(recorder.entering),
+            _pretended_ranks(ranks, recorder.reduced),
+            FakeTensorMode(allow_non_fake_inputs=True),
+        ):
+            stack.enter_context(patch)
+        stack.callback(library._destroy)
+        yield
+
+
+@contextlib.contextmanager
+def python_autograd(entering: Callable[[Node], None]) -> Iterator[None]:
+    """Inside, backward passes run node by node in Python: the threads of PyTorch's engine for GPUs need a driver.
+
+    Args:
+        entering: called before a node runs.
+    """
     takes_tensors: dict[Node, list[bool]] = {}
     apply = torch.autograd.Function.__dict__["apply"]
 
@@ -89,29 +115,16 @@ def fake_gpu(recorder: Recorder, *, ranks: int = 1) -> Iterator[None]:
         return out
 
     def backward(roots: Sequence[Tensor], gradients: Sequence[Tensor | None], **_: Any) -> None:
-        _walk(roots, gradients, takes_tensors, recorder.entering)
+        _walk(roots, gradients, takes_tensors, entering)
 
     def backward_of_one(root: Tensor, gradient: Tensor | None = None, **_: Any) -> None:
         backward([root], [gradient])
 
-    with contextlib.ExitStack() as stack:
-        for patch in (
-            mock.patch.multiple(triton_kernels, **stubs),
-            mock.patch.object(backend, "_checked", lambda device: (triton_kernels, "")),
-            mock.patch.object(compiled, "_fused", recorder.fused),
-            mock.patch.object(native_batch_norm, "_all_agree", lambda device: True),
-            mock.patch.dict("os.environ", {backend.VARIABLE: "auto"}),
-            mock.patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
-            mock.patch.object(torch.cuda, "is_bf16_supported", lambda *_, **__: True),
-            mock.patch.object(torch.cuda, "device_of", lambda tensor: contextlib.nullcontext()),
-            mock.patch.object(torch.autograd.Function, "apply", classmethod(recorded_apply)),
-            mock.patch.object(torch.autograd, "backward", backward),
-            mock.patch.object(torch.Tensor, "backward", backward_of_one),
-            _pretended_ranks(ranks, recorder.reduced),
-            FakeTensorMode(allow_non_fake_inputs=True),
-        ):
-            stack.enter_context(patch)
-        stack.callback(library._destroy)
+    with (
+        mock.patch.object(torch.autograd.Function, "apply", classmethod(recorded_apply)),
+        mock.patch.object(torch.autograd, "backward", backward),
+        mock.patch.object(torch.Tensor, "backward", backward_of_one),
+    ):
         yield
 
 
@@ -161,7 +174,8 @@ def _walk(
     """Run the backward pass node by node, as PyTorch's engine does; its threads for GPUs need a driver."""
     edges = [get_gradient_edge(root) for root in roots]
     users: Counter[Node] = Counter()  # how many nodes have yet to pass a gradient on to a node
-    known, stack = {edge.node for edge in edges}, [edge.node for edge in edges]
+    known = {edge.node for edge in edges}
+    stack = list(known)  # several roots may be outputs of one node
     while stack:
         for node, _ in stack.pop().next_functions:
             if node is not None:
@@ -175,6 +189,8 @@ def _walk(
         if gradient is None:
             return
         expected = node._input_metadata[slot]
+        if gradient.device != expected.device:
+            raise RuntimeError(f"{node.name()} got a gradient on {gradient.device}, its input is on {expected.device}")
         if tuple(gradient.shape) != tuple(expected.shape):
             gradient = gradient.sum_to_size(tuple(expected.shape))
         gradient = gradient.to(expected.dtype)
@@ -210,7 +226,7 @@ def _gradients_of(
         return outputs[: len(node.next_functions)] if node.next_functions else ()
     for i, expected in enumerate(node._input_metadata):  # a Function gets zeros for what has no gradient
         if inputs[i] is None:
-            inputs[i] = torch.zeros(tuple(expected.shape), dtype=expected.dtype, device=DEVICE)
+            inputs[i] = torch.zeros(tuple(expected.shape), dtype=expected.dtype, device=expected.device)
     outputs = node.apply(*inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     return [gradient for gradient, is_tensor in zip(outputs, takes_tensors, strict=True) if is_tensor]

@@ -107,6 +107,18 @@ def jobs(data_root: str | None, gpu: bool) -> list[Job]:
     return todo
 
 
+def check_gpu(out: Path) -> None:
+    """Let ``benchmarks.gpu_check`` pass before anything is measured.
+
+    Raises:
+        UserError: a check fails.
+    """
+    command = ["-m", "benchmarks.gpu_check", "--output_dir", str(out / "gpu")]
+    print(f"\n$ python {' '.join(command)}", flush=True)
+    if subprocess.run([sys.executable, *command], cwd=ROOT, check=False).returncode:
+        raise UserError(f"the GPU fails a check: see {out / 'gpu' / 'report.html'}; name jobs by --only to go on")
+
+
 def run_job(job: Job, *, quick: bool, folder: Path) -> dict[str, Any]:
     """Run one benchmark in a fresh process; its result with the seconds and the command, or ``not_run``: why not."""
     words = ((job.quick or "") if quick else job.arguments).split()
@@ -550,6 +562,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         results = json.loads(stored.read_text(encoding="utf-8"))
     if not args.redraw:
         todo = jobs(args.data_root, torch.cuda.is_available())
+        if torch.cuda.is_available() and not args.only:
+            check_gpu(out)
         if unknown := set(args.only or ()) - {job.name for job in todo}:
             raise UserError(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(j.name for j in todo)}")
         with tempfile.TemporaryDirectory(prefix="crossnet-benchmarks-") as folder:

@@ -351,9 +351,9 @@ class RenderAugmentation:
             rows_of.setdefault((height, width), []).append(row)
         for (height, width), numbers in rows_of.items():
             # Mostly all renderings have one size, and nothing is copied to the device.
-            every = (
-                torch.arange(len(pixels), device=device) if len(rows_of) == 1 else torch.tensor(numbers, device=device)
-            )
+            every = torch.arange(len(pixels), device=device)
+            if len(rows_of) > 1:
+                every = torch.tensor(numbers).to(device, non_blocking=True)
             for rows in every.split(self.CPU_CHUNK if device.type == "cpu" else len(every)):
                 images = pixels[rows, :height, :width].permute(0, 3, 1, 2)
                 if "rgb" in out:

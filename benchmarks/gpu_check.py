@@ -1,0 +1,643 @@
+r"""Does everything work on this machine's GPU? One command, a page with PASS or FAIL a row: `make gpu`.
+
+Rows: driver, card and versions; kernels of both forms at real sizes against float64; every encoder with every precision
+in one pass, in chunks, with channels_last and with torch.compile, its losses and gradients against the CPU in float64;
+a step that never waits for the GPU; SIGTERM and --resume; NCCL; speed, memory and time by stage at 64 objects x 2,048
+points with two ResNet-50, and what they make of 100 epochs over 43,783 pairs. The page is runs/gpu/report.html, the
+numbers are in report.json. Ends with code 0 if nothing failed, 1 if something did, 2 without a GPU.
+
+Examples:
+  python -m benchmarks.gpu_check
+  python -m benchmarks.gpu_check --only kernels training
+  python -m benchmarks.gpu_check --dry     # the scripts on an emulated GPU (benchmarks/dry_run.py): needs none
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import html
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, interpolate
+
+from benchmarks import dry_run
+from benchmarks.measure import memory_of, provenance, seconds_of
+from datasets.streams import SampleStreams, Stream
+from datasets.transforms import RenderAugmentation, pretraining_augmentation
+from engine.device import resolve_device
+from engine.grad_cache import backward_in_chunks
+from engine.optim import AMP_DTYPES, autocast, grad_scaler
+from models import ENCODERS, CrossNet, build_encoder
+from models.ops import backend
+from models.ops.edge_conv import edge_conv
+from models.ops.knn import flatten_neighbors, knn
+from models.ops.layers import edge_block
+from utils.cli import EXIT_TERMINATED, HelpFormatter, positive_float, run, write_json
+from utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+PASS, FAIL, NOT_APPLICABLE = "PASS", "FAIL", "not applicable"
+VARIANTS = ("plain", "chunks", "channels_last", "compile")
+# How far a step may be from float64: of the loss, and the cosine between the gradients of all weights. A neighbor that
+# rounding exchanges for another changes a gradient by more than rounding does, so the cosine is what tells.
+BOUNDS = {"off": (1e-3, 0.999), "bf16": (0.05, 0.7), "fp16": (0.02, 0.9)}
+SHAPENET_PAIRS, EPOCHS = 43_783, 100
+DEMO = ROOT / "data" / "demo"
+
+
+@dataclass
+class Row:
+    """One line of the report."""
+
+    group: str
+    name: str
+    status: str
+    detail: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large the checks are."""
+
+    clouds: int = 2  # of the kernels' check
+    points: int = 2048
+    k: int = 20
+    width: int = 64
+    batch: int = 16  # of a compared training step
+    step_points: int = 256
+    image_size: int = 64
+    speed_batch: int = 64
+    speed_points: int = 2048
+    speed_image_model: str = "resnet50"
+    speed_image_size: int = 224
+
+
+SMALL = Sizes(
+    **{"clouds": 2, "points": 64, "k": 4, "width": 8, "batch": 8, "step_points": 24, "image_size": 16},
+    **{"speed_batch": 2, "speed_points": 32, "speed_image_model": "resnet18", "speed_image_size": 32},
+)
+
+
+class Report:
+    """Rows as they are found; each check adds some.
+
+    Args:
+        device: what is checked.
+        sizes: of the checks.
+        seconds: after this long no further check begins.
+    """
+
+    def __init__(self, device: torch.device, *, sizes: Sizes = Sizes(), seconds: float = 360) -> None:  # noqa: B008
+        self.device, self.sizes = device, sizes
+        self.rows: list[Row] = []
+        self.numbers: dict[str, Any] = {}
+        self.end = time.perf_counter() + seconds
+
+    def check(self, group: str, name: str, action: Callable[[], str]) -> None:
+        """Run a check: its text is the row's detail, a ``NotApplicable`` its reason, any other error makes it fail."""
+        start = time.perf_counter()
+        try:
+            if start > self.end:
+                raise NotApplicable("not run: the time is over")
+            row = Row(group, name, PASS, action())
+        except NotApplicable as reason:
+            row = Row(group, name, NOT_APPLICABLE, str(reason))
+        except Exception as error:  # whatever a driver, a compiler or a script raises is the row's outcome
+            row = Row(group, name, FAIL, f"{type(error).__name__}: {error}"[:2000])
+        row.seconds = round(time.perf_counter() - start, 1)
+        self.rows.append(row)
+        print(f"{row.status:14s} {group}: {name}  {row.detail.splitlines()[0] if row.detail else ''}", flush=True)
+
+
+class NotApplicable(Exception):  # noqa: N818 - not an error
+    """The machine, or the time left, has no place for a check."""
+
+
+class Deviation(Exception):  # noqa: N818 - the row says what it is
+    """A result is too far from what it should be."""
+
+
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    """Largest difference, of the largest exact value."""
+    return ((found.detach().cpu().double() - exact).abs().max() / exact.abs().max().clamp_min(1e-30)).item()
+
+
+def bounded(errors: Mapping[str, float], bound: float) -> str:
+    """Text of some errors.
+
+    Raises:
+        Deviation: one is above the bound.
+    """
+    text = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+    if not all(error <= bound for error in errors.values()):
+        raise Deviation(f"{text}: above {bound:.0e}")
+    return f"{text} (bound {bound:.0e})"
+
+
+# --- kernels ---
+
+
+@contextlib.contextmanager
+def form(choice: str) -> Iterator[None]:
+    """Inside, the encoder's inner loops are of one form."""
+    with mock.patch.dict(os.environ, {backend.VARIABLE: choice}):
+        yield
+
+
+def kernels_agree(device: torch.device, sizes: Sizes, choice: str) -> str:
+    """Neighbors and an EdgeConv layer of one form against float64 on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    clouds = torch.randn(sizes.clouds, sizes.points, 3, generator=generator)
+    clouds[:, sizes.points // 2 :] = clouds[:, :1]  # as input dropout leaves them
+    distances = torch.cdist(clouds.double(), clouds.double())
+    exact_near = distances.sort(dim=-1, stable=True).indices[..., : sizes.k]
+    with form(choice):
+        near = knn(clouds.to(device), sizes.k).cpu()
+    nearest = distances.gather(-1, near).sort(-1).values
+    errors = {"distances of neighbors": relative_error(nearest, distances.gather(-1, exact_near).sort(-1).values)}
+
+    torch.manual_seed(0)
+    exact_block = edge_block(2 * sizes.width, sizes.width).double()
+    rows = torch.randn(sizes.clouds * sizes.points, sizes.width, generator=generator)
+    output_weight = torch.randn(rows.shape, generator=generator)
+    index = flatten_neighbors(exact_near)
+
+    def layer(block: torch.nn.Sequential, where: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        x = rows.to(where, dtype).requires_grad_()
+        out = edge_conv(x, index.to(where), block, clouds=sizes.clouds)
+        (out * output_weight.to(where, dtype)).sum().backward()
+        return {"output": out, "gradient of x": x.grad, "gradient of W": block[0].weight.grad}
+
+    exact = layer(exact_block, torch.device("cpu"), torch.float64)
+    block = edge_block(2 * sizes.width, sizes.width).to(device)
+    block.load_state_dict({name: value.float() for name, value in exact_block.state_dict().items()})
+    with form(choice):
+        found = layer(block, device, torch.float32)
+    errors |= {name: relative_error(found[name], value.detach()) for name, value in exact.items()}
+    return bounded(errors, 1e-3)
+
+
+def check_kernels(report: Report) -> None:
+    """Both forms of the encoder's inner loops."""
+    for choice in ("torch", "triton"):
+
+        def action(choice: str = choice) -> str:
+            if choice == "triton" and report.device.type != "cuda":
+                raise NotApplicable("no GPU")
+            return kernels_agree(report.device, report.sizes, choice)
+
+        report.check("kernels", f"{choice} against float64", action)
+
+    def own_tests() -> str:
+        if report.device.type != "cuda":
+            raise NotApplicable("no GPU")
+        if subprocess.run([sys.executable, "-c", "import pytest"], capture_output=True, check=False).returncode:
+            raise NotApplicable("pytest is not installed (requirements-dev.txt)")
+        return command_output([sys.executable, "-m", "pytest", "-q", "-n0", "tests/models/ops/test_backend.py"], 120)
+
+    report.check("kernels", "tests/models/ops/test_backend.py", own_tests)
+
+
+# --- training steps ---
+
+
+def example_inputs(sizes: Sizes) -> dict[str, Tensor]:
+    """Objects that differ: of equal ones the loss has no gradient but rounding."""
+    generator = torch.Generator().manual_seed(1)
+    stretch = torch.rand(sizes.batch, 3, 1, generator=generator) * 2
+    inputs = {
+        name: torch.randn(sizes.batch, 3, sizes.step_points, generator=generator) * stretch
+        for name in ("view1", "view2")
+    }
+    for name, channels in (("rgb", 3), ("gray", 1)):
+        coarse = torch.randn(sizes.batch, channels, 3, 3, generator=generator)
+        inputs[name] = interpolate(coarse, size=(sizes.image_size, sizes.image_size), mode="bilinear")
+    return inputs
+
+
+def one_step(
+    name: str, *, amp: str, variant: str, device: torch.device, dtype: torch.dtype, sizes: Sizes
+) -> tuple[float, Tensor]:
+    """Loss and gradients (all in one vector, float64 on the CPU) of a step from fixed weights and inputs."""
+    torch.manual_seed(0)
+    k = {"k": min(sizes.k, sizes.step_points)} if name.startswith("dgcnn") else {}
+    model = CrossNet(build_encoder(name, emb_dims=64, **k), image_model="resnet18").to(device, dtype)
+    inputs = {key: x.to(device, dtype) for key, x in example_inputs(sizes).items()}
+    if variant == "channels_last":
+        model.image_encoders.to(memory_format=torch.channels_last)
+        for key in ("rgb", "gray"):
+            inputs[key] = inputs[key].contiguous(memory_format=torch.channels_last)
+    if variant == "compile":
+        for part in (*model.image_encoders.values(), *model.image_heads.values(), model.point_head):
+            part.compile()
+    scaler = grad_scaler(device, amp)
+    precision = functools.partial(autocast, device, amp)
+    if variant == "chunks":
+        chunk = sizes.batch // 2
+        losses = backward_in_chunks(model, inputs, chunk_size=chunk, precision=precision, scale=scaler.scale)
+    else:
+        with precision():
+            losses = model(**inputs)
+        scaler.scale(losses.total).backward()
+    gradients = torch.cat([p.grad.detach().cpu().double().flatten() for p in model.parameters()])
+    return losses.total.item(), gradients / (scaler.get_scale() if scaler.is_enabled() else 1)
+
+
+def compare_step(
+    name: str, *, amp: str, variant: str, device: torch.device, sizes: Sizes, exact: tuple[float, Tensor]
+) -> str:
+    """A step against its like in float64.
+
+    Raises:
+        Deviation: it is too far away.
+    """
+    loss, gradients = one_step(name, amp=amp, variant=variant, device=device, dtype=torch.float32, sizes=sizes)
+    error = abs(loss - exact[0]) / abs(exact[0])
+    cosine = cosine_similarity(gradients, exact[1], dim=0).item()
+    bound, least = BOUNDS[amp]
+    text = f"loss differs by {error:.1e} (bound {bound:.0e}), cosine of gradients {cosine:.5f} (at least {least})"
+    if not (error <= bound and cosine >= least):
+        raise Deviation(text)
+    return text
+
+
+def check_training(report: Report) -> None:
+    """Every encoder, precision and variant against the CPU in float64."""
+    cpu = torch.device("cpu")
+    for name in ENCODERS:
+        exact = {
+            chunked: one_step(name, amp="off", variant=chunked, device=cpu, dtype=torch.float64, sizes=report.sizes)
+            for chunked in ("plain", "chunks")
+        }
+        for amp in AMP_DTYPES:
+            for variant in VARIANTS:
+
+                def action(name: str = name, amp: str = amp, variant: str = variant, exact: Any = exact) -> str:
+                    if variant == "compile" and name != "dgcnn_cls":
+                        raise NotApplicable("the compiled parts are those of dgcnn_cls: image networks and heads")
+                    if variant == "compile" and report.device.type != "cuda":
+                        raise NotApplicable("no GPU")
+                    reference = exact["chunks" if variant == "chunks" else "plain"]
+                    return compare_step(
+                        name,
+                        amp=amp,
+                        variant=variant,
+                        device=report.device,
+                        sizes=report.sizes,
+                        exact=reference,
+                    )
+
+                report.check("training", f"{name}, amp {amp}, {variant}", action)
+
+
+# --- whole runs ---
+
+
+def run_arguments(out: Path, *more: str) -> list[str]:
+    """A short run on the demo pairs."""
+    words = "--device cuda --num_points 256 --image_size 64 --image_model resnet18 --batch_size 32 --eval_every 0"
+    return ["--data_root", str(DEMO), "--output_dir", str(out), "--exp_name", "check", *words.split(), *more]
+
+
+def command_output(command: list[str], seconds: float, *, expected: int = 0) -> str:
+    """Last line of a command's output.
+
+    Raises:
+        RuntimeError: it ends with another exit code than expected.
+    """
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False)
+    if done.returncode != expected:
+        raise RuntimeError(f"exit code {done.returncode}: {(done.stderr or done.stdout).strip()[-1500:]}")
+    return (done.stdout.strip().splitlines() or [""])[-1]
+
+
+def stop_and_resume(out: Path, *, more: tuple[str, ...] = (), seconds: float = 120) -> str:
+    """SIGTERM in the second epoch, then --resume to the end.
+
+    Args:
+        out: folder for the run.
+        more: flags of the run, besides ``run_arguments``.
+        seconds: how long each of the two parts may take.
+
+    Raises:
+        RuntimeError: a run ends otherwise than it should.
+    """
+    command = [sys.executable, "train_crossnet_con.py", *run_arguments(out, "--epochs", "3", *more)]
+    folder = out / "check"
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    end = time.perf_counter() + seconds
+    metrics = folder / "metrics.jsonl"
+    while process.poll() is None and time.perf_counter() < end and not metrics.exists():
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    text, _ = process.communicate(timeout=seconds)
+    if process.returncode != EXIT_TERMINATED:
+        raise RuntimeError(f"after SIGTERM exit code {process.returncode}, not {EXIT_TERMINATED}: {text[-1500:]}")
+    command_output([*command, "--resume"], seconds)
+    epochs = [json.loads(line)["epoch"] for line in metrics.read_text(encoding="utf-8").splitlines()]
+    if epochs != [1, 2, 3]:
+        raise RuntimeError(f"the resumed run has the epochs {epochs}")
+    return "stopped by SIGTERM, resumed, 3 epochs"
+
+
+def check_runs(report: Report) -> None:
+    """Steps without waits, a run that is stopped and goes on, NCCL."""
+    device = report.device
+
+    def no_waits() -> str:
+        if device.type != "cuda":
+            raise NotApplicable("no GPU")
+        step = speed_step(device, SMALL, amp="bf16")
+        step()  # compiles, and copies constants
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return "no operation of a step waits for the GPU"
+
+    def together(count: int) -> str:
+        if device.type != "cuda":
+            raise NotApplicable("no GPU")
+        with tempfile.TemporaryDirectory() as folder:
+            launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={count}", "--standalone"]
+            script = ["train_crossnet_con.py", *run_arguments(Path(folder), "--epochs", "1")]
+            return command_output([*launcher, *script], 180)
+
+    def resume() -> str:
+        if device.type != "cuda":
+            raise NotApplicable("no GPU")
+        with tempfile.TemporaryDirectory() as folder:
+            return stop_and_resume(Path(folder))
+
+    report.check("runs", "no waits (set_sync_debug_mode)", no_waits)
+    report.check("runs", "SIGTERM and --resume", resume)
+    report.check("runs", "torchrun, one process", lambda: together(1))
+    count = torch.cuda.device_count()
+
+    def all_gpus() -> str:
+        if count < 2:
+            raise NotApplicable(f"{count} GPU")
+        return together(count)
+
+    report.check("runs", "NCCL, all GPUs", all_gpus)
+
+
+# --- speed ---
+
+
+class Stages:
+    """Seconds of the parts of a step, each waited for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.seconds = device, dict[str, float]()
+
+    def __call__(self, name: str, action: Callable[[], Any]) -> Any:
+        """Run a part and count its time."""
+        result: list[Any] = []
+        taken = seconds_of(lambda: result.append(action()), self.device)
+        self.seconds[name] = self.seconds.get(name, 0.0) + taken
+        return result[0]
+
+
+def without_stages(name: str, action: Callable[[], Any]) -> Any:
+    """Run a part of a step."""
+    return action()
+
+
+def speed_step(device: torch.device, sizes: Sizes, *, amp: str) -> Callable[..., None]:
+    """A pretraining step on random pixels and clouds that lie on the device, augmentation and optimizer included."""
+    torch.manual_seed(0)
+    encoder = build_encoder("dgcnn_cls", k=min(sizes.k, sizes.speed_points))
+    model = CrossNet(encoder, image_model=sizes.speed_image_model).to(device)
+    model.image_encoders.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(model.parameters(), fused=device.type == "cuda")
+    scaler = grad_scaler(device, amp)
+    batch = sizes.speed_batch
+    clouds = torch.rand(batch, sizes.speed_points, 3, device=device)
+    pixels = torch.randint(256, (batch, 137, 137, 3), dtype=torch.uint8, device=device)
+    rendered = torch.tensor([[137, 137]] * batch)
+    index = torch.arange(batch, device=device)
+    augmentation = pretraining_augmentation(sizes.speed_points)
+    render_augmentation = RenderAugmentation(sizes.speed_image_size)
+
+    def augmented() -> dict[str, Tensor]:
+        streams = SampleStreams(seed=1, epoch=0, index=index, purpose=Stream.AUGMENTATION)
+        views = {name: augmentation(clouds, streams).mT for name in ("view1", "view2")}
+        streams = SampleStreams(seed=1, epoch=0, index=index, purpose=Stream.RENDERING)
+        images = render_augmentation(pixels, rendered, streams)
+        layout = torch.channels_last
+        return {**views, **{name: image.contiguous(memory_format=layout) for name, image in images.items()}}
+
+    def update() -> None:
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+    def step(stage: Callable[[str, Callable[[], Any]], Any] = without_stages) -> None:
+        inputs = stage("augmentation", augmented)
+        with autocast(device, amp):
+            points = stage("point encoder", lambda: model.project_points(inputs["view1"], inputs["view2"]))
+            images = [
+                stage("image encoders", lambda name=name: model.project_images(name, inputs[name]))
+                for name in ("rgb", "gray")
+            ]
+            losses = stage("loss", lambda: model.losses((*points, *images)))
+        stage("backward pass", lambda: scaler.scale(losses.total).backward())
+        stage("optimizer", update)
+
+    return step
+
+
+def measure_speed(device: torch.device, sizes: Sizes, amp: str, *, repeats: int = 5) -> dict[str, Any]:
+    """Shapes per second, memory and time by stage."""
+    step = speed_step(device, sizes, amp=amp)
+    step()
+    memory = memory_of(step, device)
+    seconds = sorted(seconds_of(step, device) for _ in range(repeats))[repeats // 2]
+    stages = Stages(device)
+    step(stages)
+    rate = sizes.speed_batch / seconds
+    return {
+        "shapes_per_s": round(rate, 1),
+        "peak_mb": round(memory["peak_mb"]),
+        "stages_ms": {name: round(1000 * taken, 2) for name, taken in stages.seconds.items()},
+        "hours": round(SHAPENET_PAIRS * EPOCHS / rate / 3600, 2),
+        "settings": {**asdict(sizes), "amp": amp, "channels_last": True},
+    }
+
+
+def check_speed(report: Report) -> None:
+    """Numbers, with and without mixed precision."""
+    for amp in ("bf16", "off"):
+
+        def action(amp: str = amp) -> str:
+            found = measure_speed(report.device, report.sizes, amp)
+            report.numbers[f"amp {amp}"] = found
+            stages = ", ".join(f"{name} {ms} ms" for name, ms in found["stages_ms"].items())
+            return (
+                f"{found['shapes_per_s']} shapes/s, {found['peak_mb']} MB; {EPOCHS} epochs of {SHAPENET_PAIRS:,} pairs "
+                f"are {found['hours']} hours of steps, reading and probes apart; each stage alone: {stages}"
+            )
+
+        report.check("speed", f"{report.sizes.speed_batch} x {report.sizes.speed_points}, amp {amp}", action)
+
+
+def check_environment(report: Report) -> None:
+    """Driver, card and versions, for the reader."""
+
+    def action() -> str:
+        about = {"torch": torch.__version__, "CUDA": torch.version.cuda, "cuDNN": torch.backends.cudnn.version()}
+        if report.device.type == "cuda":
+            card = torch.cuda.get_device_properties(report.device)
+            about |= {
+                "card": card.name,
+                "GPUs": torch.cuda.device_count(),
+                "memory": f"{card.total_memory / 2**30:.0f} GiB",
+                "capability": f"{card.major}.{card.minor}",
+                "driver": driver_version(),
+                "NCCL": ".".join(map(str, torch.cuda.nccl.version()))
+                if torch.distributed.is_nccl_available()
+                else None,
+            }
+        with contextlib.suppress(ImportError):
+            import triton
+
+            about["Triton"] = triton.__version__
+        report.numbers["environment"] = about
+        return ", ".join(f"{name} {value}" for name, value in about.items())
+
+    report.check("environment", "versions", action)
+
+
+def driver_version() -> str:
+    """What nvidia-smi says."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+CHECKS: dict[str, Callable[[Report], None]] = {
+    "environment": check_environment,
+    "kernels": check_kernels,
+    "runs": check_runs,
+    "speed": check_speed,
+    "training": check_training,
+}
+
+
+# --- the report ---
+
+PAGE = """<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>CrossNet on a GPU</title><style>
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em }}
+table {{ border-collapse: collapse; width: 100% }} td, th {{ border-bottom: 1px solid #ddd; padding: .3em .6em;
+text-align: left; vertical-align: top }} .PASS {{ color: #06662d }} .FAIL {{ color: #b00020; font-weight: bold }}
+.not {{ color: #777 }}</style><h1>{title}</h1><p>{summary}</p><table>
+<tr><th>check</th><th></th><th>result</th><th>detail</th><th>s</th></tr>{rows}</table><p><small>{about}</small></p></html>
+"""
+
+
+def write_report(folder: Path, rows: list[Row], *, title: str, numbers: Mapping[str, Any], about: Any) -> Path:
+    """Write report.html and report.json; returns the page."""
+    counts = {status: sum(row.status == status for row in rows) for status in (PASS, FAIL, NOT_APPLICABLE)}
+    lines = "".join(
+        f"<tr><td>{html.escape(row.group)}</td><td>{html.escape(row.name)}</td>"
+        f'<td class="{row.status.split()[0]}">{row.status}</td><td>{html.escape(row.detail)}</td>'
+        f"<td>{row.seconds}</td></tr>"
+        for row in rows
+    )
+    summary = ", ".join(f"{count} {status}" for status, count in counts.items())
+    folder.mkdir(parents=True, exist_ok=True)
+    page = folder / "report.html"
+    page.write_text(
+        PAGE.format(title=title, summary=summary, rows=lines, about=html.escape(json.dumps(about))), encoding="utf-8"
+    )
+    found = {"title": title, "counts": counts, "rows": [asdict(row) for row in rows], "numbers": dict(numbers)}
+    write_json(folder / "report.json", {**found, **about})
+    print(f"{summary}; report: {page}")
+    return page
+
+
+def dry_rows(data_root: Path) -> list[Row]:
+    """Every case of the dry run as a row."""
+    rows = []
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        for case in dry_run.cases():
+            start = time.perf_counter()
+            with contextlib.redirect_stdout(None):
+                problem = dry_run.outcome(case, data_root, Path(folder))
+            rows.append(
+                Row("dry run", str(case), FAIL if problem else PASS, problem, round(time.perf_counter() - start, 1))
+            )
+            print(f"{rows[-1].status:14s} {case}  {problem}", flush=True)
+    return rows
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu_check", description=__doc__, formatter_class=HelpFormatter
+    )
+    parser.add_argument("--device", default="cuda", help="cuda or cuda:N")
+    parser.add_argument("--output_dir", default="runs/gpu", metavar="DIR", help="gets report.html and report.json")
+    parser.add_argument("--only", nargs="+", choices=list(CHECKS), default=list(CHECKS), help="groups of checks")
+    parser.add_argument("--minutes", type=positive_float, default=6.0, metavar="M", help="no check begins after these")
+    parser.add_argument("--dry", action="store_true", help="the scripts on an emulated GPU; needs none")
+    parser.add_argument("--data_root", default=str(DEMO), metavar="DIR", help="of --dry: the demo set")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> list[Row]:
+    """Check, write the report; returns its rows.
+
+    Raises:
+        UserError: there is no GPU.
+        SystemExit: with code 1, where a check fails.
+    """
+    args = parse_args(argv)
+    if args.dry:
+        rows, numbers, title, about = dry_rows(Path(args.data_root)), {}, "CrossNet on an emulated GPU", provenance()
+    else:
+        try:
+            device = resolve_device(args.device)
+        except UserError as error:
+            raise UserError(
+                f"{error}\nmake gpu checks a GPU. Without one: make gpu GPU_ARGS=--dry, which runs every script on an "
+                "emulated GPU"
+            ) from error
+        about = provenance(device)
+        report = Report(device, seconds=60 * args.minutes)
+        for name in args.only:
+            CHECKS[name](report)
+        rows, numbers, title = report.rows, report.numbers, f"CrossNet on {about['machine']['gpu']}"
+    write_report(Path(args.output_dir), rows, title=title, numbers=numbers, about=about)
+    if any(row.status == FAIL for row in rows):
+        raise SystemExit(1)
+    return rows
+
+
+if __name__ == "__main__":
+    run(main)

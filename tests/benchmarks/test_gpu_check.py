@@ -1,0 +1,125 @@
+"""What can be seen of `make gpu` without a GPU: its end there, its checks on the CPU, its page."""
+
+import json
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import dry_run, gpu_check, run_all
+from benchmarks.gpu_check import FAIL, NOT_APPLICABLE, PASS, SMALL, Report, Row
+from models.image import IMAGE_ENCODERS
+from utils.cli import run
+from utils.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def report():
+    return Report(CPU, sizes=SMALL)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without a GPU")
+def test_without_a_gpu_it_says_so_and_ends_with_2(tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run(lambda: gpu_check.main(["--output_dir", str(tmp_path / "gpu")]))
+    shown = capsys.readouterr().err
+    assert caught.value.code == 2 and "--device cuda cannot be used here" in shown and "GPU_ARGS=--dry" in shown
+    assert not (tmp_path / "gpu").exists()
+
+
+def test_the_kernels_check_passes_and_notices_a_wrong_form(report, monkeypatch):
+    gpu_check.check_kernels(report)
+    plain, triton, own = report.rows
+    assert plain.status == PASS and "gradient of W" in plain.detail
+    assert triton.status == own.status == NOT_APPLICABLE
+    real = gpu_check.edge_conv
+    wrong = {torch.float32: 1.01, torch.float64: 1}
+    monkeypatch.setattr(gpu_check, "edge_conv", lambda x, *args, **named: wrong[x.dtype] * real(x, *args, **named))
+    report.check("kernels", "wrong", lambda: gpu_check.kernels_agree(CPU, SMALL, "torch"))
+    assert report.rows[-1].status == FAIL and "above" in report.rows[-1].detail
+
+
+@pytest.mark.parametrize(("amp", "variant"), [("off", "plain"), ("off", "chunks"), ("bf16", "channels_last")])
+def test_a_step_agrees_with_float64_and_a_wrong_one_does_not(monkeypatch, amp, variant):
+    monkeypatch.setitem(IMAGE_ENCODERS, "resnet18", dry_run.SmallImageNet)
+    sizes = {"device": CPU, "sizes": SMALL}
+    exact = gpu_check.one_step(
+        "dgcnn_cls", amp="off", variant=variant if variant == "chunks" else "plain", dtype=torch.float64, **sizes
+    )
+    step = {"amp": amp, "variant": variant, **sizes}
+    assert "cosine" in gpu_check.compare_step("dgcnn_cls", exact=exact, **step)
+    for wrong in ((exact[0] * 1.2, exact[1]), (exact[0], exact[1].roll(1))):
+        with pytest.raises(gpu_check.Deviation, match="cosine of gradients"):
+            gpu_check.compare_step("dgcnn_cls", exact=wrong, **step)
+
+
+def test_every_training_row_is_there(report, monkeypatch):
+    monkeypatch.setattr(gpu_check, "one_step", lambda *_, **__: (1.0, torch.ones(3, dtype=torch.float64)))
+    gpu_check.check_training(report)
+    assert len(report.rows) == 5 * 3 * 4
+    assert {row.status for row in report.rows} == {PASS, NOT_APPLICABLE}
+    assert all(row.status == (NOT_APPLICABLE if "compile" in row.name else PASS) for row in report.rows)
+
+
+def test_speed_is_measured_by_stage(monkeypatch):
+    monkeypatch.setitem(IMAGE_ENCODERS, "resnet18", dry_run.SmallImageNet)
+    found = gpu_check.measure_speed(CPU, SMALL, "off", repeats=1)
+    assert found["shapes_per_s"] > 0 and found["hours"] > 0
+    stages = ("augmentation", "point encoder", "image encoders", "loss", "backward pass", "optimizer")
+    assert tuple(found["stages_ms"]) == stages and all(found["stages_ms"].values())
+
+
+def test_versions_and_runs_without_a_gpu(report):
+    gpu_check.check_environment(report)
+    gpu_check.check_runs(report)
+    assert [row.status for row in report.rows] == [PASS, *[NOT_APPLICABLE] * 4]
+    assert torch.__version__ in report.rows[0].detail
+
+
+def test_no_check_begins_after_the_time():
+    late = Report(CPU, sizes=SMALL, seconds=-1)
+    late.check("group", "name", lambda: "")
+    assert late.rows[0].status == NOT_APPLICABLE and "the time is over" in late.rows[0].detail
+
+
+def test_a_run_is_stopped_and_resumed(tmp_path):
+    small = "--device cpu --num_points 24 --k 4 --emb_dims 16 --image_size 16 --batch_size 8 --workers 0".split()
+    shapes = tmp_path / "shapes.txt"
+    shapes.write_text("\n".join(dry_run.ShapeNetRender(str(gpu_check.DEMO)).ids[:16]))
+    assert "3 epochs" in gpu_check.stop_and_resume(tmp_path, more=(*small, "--list", str(shapes)), seconds=400)
+
+
+def test_the_page_shows_every_row(tmp_path):
+    rows = [Row("a", "x", PASS, "fine", 1.0), Row("a", "<y>", FAIL, "1 < 2"), Row("b", "z", NOT_APPLICABLE, "1 GPU")]
+    page = gpu_check.write_report(tmp_path, rows, title="a card", numbers={"n": 1}, about={"commit": "abc"})
+    text = page.read_text()
+    assert "1 PASS, 1 FAIL, 1 not applicable" in text and "&lt;y&gt;" in text and "1 &lt; 2" in text
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert [row["status"] for row in found["rows"]] == [PASS, FAIL, NOT_APPLICABLE] and found["commit"] == "abc"
+
+
+@pytest.mark.parametrize(("problem", "code"), [("", 0), ("a tensor is copied", 1)])
+def test_a_dry_run_writes_the_same_page(tmp_path, monkeypatch, problem, code):
+    monkeypatch.setattr(dry_run, "cases", lambda: ["one case"])
+    monkeypatch.setattr(dry_run, "outcome", lambda *_: problem)
+    with pytest.raises(SystemExit) as caught:
+        run(lambda: gpu_check.main(["--dry", "--output_dir", str(tmp_path)]))
+    assert caught.value.code == code
+    assert json.loads((tmp_path / "report.json").read_text())["counts"][FAIL] == code
+
+
+def test_benchmarks_on_a_gpu_begin_with_the_check(tmp_path, monkeypatch):
+    commands = []
+
+    def fails(command, **_):
+        commands.append(command)
+        return SimpleNamespace(returncode=1)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(subprocess, "run", fails)
+    with pytest.raises(UserError, match="the GPU fails a check: see .*report.html"):
+        run_all.main(["--output_dir", str(tmp_path)])
+    assert len(commands) == 1 and "benchmarks.gpu_check" in commands[0]
