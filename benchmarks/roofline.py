@@ -45,7 +45,7 @@ from utils.cli import HelpFormatter, positive_int, run, write_json
 from utils.collectives import world_size
 from utils.reproducible import git_commit, versions
 
-QUICK = {"batch_size": 2, "num_points": 64, "image_size": 32, "image_model": "resnet18"}
+QUICK = {"batch_size": 2, "num_points": 1024, "image_size": 32, "image_model": "resnet18"}
 RENDER_PIXELS = 137  # side of a rendering as it is read, before it is resized
 
 

@@ -25,7 +25,7 @@ def test_every_stage_is_counted(plain):
 
 
 def test_flops_are_those_of_the_layers(plain):
-    rows, widths = 2 * 2 * 64, (3, 64, 64, 128)
+    rows, widths = 2 * 2 * 1024, (3, 64, 64, 128)
     # conv5: W x forward, and backward one product for each of W and x.
     assert plain["stages"]["conv5 and pooling"]["flops"] == 3 * 2 * rows * 512 * 1024
     # EdgeConv: a and c forward; a and c again, gradients of W's halves and of x for each backward.

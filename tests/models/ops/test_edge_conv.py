@@ -57,8 +57,8 @@ def outcome(function, x, index, blocks, *, train=True, steps=1):
     for _ in range(steps):
         out = function(x, index, blocks)
         (out * torch.randn(out.shape, generator=generator, dtype=out.dtype)).sum().backward()
-    parameters = {f"grad of {name}": p.grad for name, p in tiles.named_parameters()}
-    return {"output": out.detach(), "grad of x": x.grad, **parameters, **dict(tiles.named_buffers())}
+    parameters = {f"grad of {name}": p.grad for name, p in blocks.named_parameters()}
+    return {"output": out.detach(), "grad of x": x.grad, **parameters, **dict(blocks.named_buffers())}
 
 
 def textbook(x, index, blocks):
