@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -51,7 +52,7 @@ from engine.run_folder import RunFolder
 from engine.task import FREE_ON_RESUME, Progress, Run, Task
 from models import ENCODER_ALIASES, ENCODERS, encoder_arguments, resolve_encoder_name
 from models.ops.dropout import SampleDropout
-from models.task_heads import FineTuned
+from models.task_heads import Classification, FineTuned
 from utils.cli import (
     add_common_arguments,
     add_run_arguments,
@@ -93,6 +94,7 @@ class FineTuneConfig(RunConfig):
     label_smoothing: float
     eval: bool
     model_path: str | None
+    save_predictions: str | None = None  # classification has none
 
 
 def add_training_arguments(
@@ -167,6 +169,12 @@ def add_training_arguments(
     g.add_argument(
         "--model_path", metavar="FILE", help="with --eval: checkpoint of this script, or a published state dict"
     )
+    if task is not Classification:
+        g.add_argument(
+            "--save_predictions",
+            metavar="F.h5",
+            help="with --eval: keep what was predicted and what is true for every point",
+        )
     add_released_flags(parser, IN_FINE_TUNING, datasets=datasets)
 
 
@@ -180,6 +188,11 @@ def check_training_arguments(config: FineTuneConfig) -> None:
         raise UserError("--eval needs --model_path: the checkpoint to score")
     if config.model_path and not config.eval:
         raise UserError("--model_path is what --eval scores; to start from pretrained weights use --pretrain_path")
+    kept = config.save_predictions
+    if kept and not config.eval:
+        raise UserError("--save_predictions keeps what --eval predicts; score the run's checkpoint with --eval")
+    if kept and Path(kept).exists():
+        raise UserError(f"{kept} exists; move it away, or give --save_predictions another name")
     if config.eval and config.pretrain_path:
         raise UserError("--eval scores a finished model (--model_path); --pretrain_path only starts a training")
     if config.batch_size * (1 if config.no_sync_bn else world_size()) < 2:
@@ -190,6 +203,33 @@ def check_training_arguments(config: FineTuneConfig) -> None:
         raise UserError(f"--dropout {config.dropout}: expected 0 or more and less than 1")
     if config.json and is_main():
         check_writable(Path(config.json).absolute().parent)
+
+
+def write_arrays(path: str | Path, arrays: Mapping[str, Any]) -> None:
+    """Write arrays and lists of names into an HDF5 file, which appears when it is complete.
+
+    Args:
+        path: file to write.
+        arrays: by name; a name with slashes lies in groups.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with h5py.File(temporary, "w") as file:
+            for name, values in arrays.items():
+                packed = {"compression": "gzip", "compression_opts": 1} if np.ndim(values) and len(values) else {}
+                is_text = isinstance(values, list) and values and isinstance(values[0], str)
+                kind = h5py.string_dtype() if is_text else None
+                file.create_dataset(name, data=values, dtype=kind, **packed)
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # h5py: RuntimeError when the disk fills while a file is closed
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def smoothed_cross_entropy(scores: Tensor, target: Tensor, eps: float = SMOOTHING) -> Tensor:

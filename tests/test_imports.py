@@ -6,7 +6,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # From the ground up. The last are commands that call the others' commands: nothing but tests may import them.
 ORDER = ("utils", "models", "datasets", "engine", "downstream", "data", "commands")
-COMMANDS = ("train_crossnet_con", "benchmarks", "docs", "downstream.demo", "downstream.demo_report", "data.demo_makers")
+COMMANDS = (
+    "train_crossnet_con",
+    "benchmarks",
+    "docs",
+    "downstream.demo",
+    "downstream.demo_report",
+    "downstream.predict",
+    "data.demo_makers",
+)
 
 
 def below(name: str, package: str) -> bool:

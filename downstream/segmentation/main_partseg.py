@@ -49,6 +49,7 @@ from downstream.finetuning import (
     run_folders,
     scores_of,
     start_model,
+    write_arrays,
 )
 from downstream.metrics import part_scores
 from engine.device import resolve_device
@@ -62,7 +63,7 @@ from utils.cli import (
     positive_int,
     write_json,
 )
-from utils.collectives import is_main
+from utils.collectives import is_main, main_only
 from utils.errors import CheckpointError, UserError
 from utils.files import has_data_files
 from utils.released_flags import add_percent_train
@@ -234,10 +235,10 @@ class PartTask:
         shapes = ShapeNetPart(config.data_root, split, num_points=config.num_points, class_choice=self.class_choice)
         return Parts(shapes)
 
-    def score(self, model: nn.Module, parts: Parts, chosen: np.ndarray, **test_settings: Any) -> Scores:
-        """Scores of a model on some shapes."""
-        config, shapes = self.config, parts.shapes
-        predicted = predict_parts(
+    def predict(self, model: nn.Module, parts: Parts, chosen: np.ndarray, **test_settings: Any) -> np.ndarray:
+        """Predict the parts (n, N) of some shapes."""
+        config = self.config
+        return predict_parts(
             model,
             parts,
             device=self.device,
@@ -248,11 +249,40 @@ class PartTask:
             seed=config.seed,
             **test_settings,
         )
+
+    def score(self, model: nn.Module, parts: Parts, chosen: np.ndarray) -> Scores:
+        """Score a model on some shapes."""
+        return self.scores(parts, chosen, self.predict(model, parts, chosen))
+
+    @staticmethod
+    def scores(parts: Parts, chosen: np.ndarray, predicted: np.ndarray) -> Scores:
+        """Score the predicted parts (n, N) of some shapes."""
+        shapes = parts.shapes
         return part_scores(shapes.parts[chosen], predicted, shapes.categories[chosen], shapes.taxonomy).as_dict()
 
     def score_test(self, model: nn.Module) -> Scores:
         """Scores on the test shapes, by the settings of the command line."""
-        return self.score(model, self.test, self.tested, votes=self.config.votes)
+        predicted = self.predict(model, self.test, self.tested, votes=self.config.votes)
+        if self.config.save_predictions:
+            self.save(predicted)
+        return self.scores(self.test, self.tested, predicted)
+
+    @main_only
+    def save(self, predicted: np.ndarray) -> None:
+        """Write predicted and true parts (n, N) of the tested shapes, and what is needed to score them."""
+        shapes, taxonomy = self.test.shapes, self.test.shapes.taxonomy
+        write_arrays(
+            self.config.save_predictions,
+            {
+                "predicted": predicted.astype(np.int16),
+                "truth": shapes.parts[self.tested].astype(np.int16),
+                "category": shapes.categories[self.tested].astype(np.int16),
+                "shape": self.tested,
+                "category_names": list(taxonomy.category_names),
+                "part_starts": list(taxonomy.part_starts),
+                "part_counts": list(taxonomy.part_counts),
+            },
+        )
 
     def splits(self) -> tuple[Parts, np.ndarray, Parts | None, np.ndarray]:
         """Training shapes, which of them to use, shapes to choose the best epoch by, and which of those."""

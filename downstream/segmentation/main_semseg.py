@@ -46,6 +46,7 @@ from downstream.finetuning import (
     run_folders,
     scores_of,
     start_model,
+    write_arrays,
 )
 from downstream.metrics import confusion_matrix, semantic_scores
 from engine.device import resolve_device
@@ -166,6 +167,7 @@ class AreaTest:
         self.config, self.area, self.device = config, area, resolve_device(config.device)
         wanted = protocols_of(config)
         self.blocks = self.rooms = None
+        self.kept: dict[str, np.ndarray] | None = {} if config.save_predictions else None
         if "blocks" in wanted or config.select_on == "test":
             self.blocks = S3DIS(config.data_root, [area], in_channels=in_channels, num_points=config.num_points)
         if "rooms" in wanted:
@@ -181,9 +183,22 @@ class AreaTest:
     def count_blocks(self, model: nn.Module, blocks: S3DIS | None = None) -> np.ndarray:
         """Confusion matrix over blocks; ``None`` takes those of the tested area."""
         total = np.zeros((len(CLASS_NAMES), len(CLASS_NAMES)), dtype=np.int64)
+        both: list[list[np.ndarray]] = [[], []]
         for scores, (_, truth) in self.passes(model, self.blocks if blocks is None else blocks):
-            total += confusion_matrix(truth.numpy(), scores.argmax(1).cpu().numpy(), len(CLASS_NAMES))
+            predicted = scores.argmax(1).cpu().numpy()
+            total += confusion_matrix(truth.numpy(), predicted, len(CLASS_NAMES))
+            if self.kept is not None:
+                both[0].append(truth.numpy().astype(np.uint8))
+                both[1].append(predicted.astype(np.uint8))
+        if self.kept is not None:
+            self.keep("blocks", np.concatenate(both[0]), np.concatenate(both[1]))
         return total
+
+    def keep(self, where: str, truth: np.ndarray, predicted: np.ndarray) -> None:
+        """Keep predictions for ``--save_predictions``."""
+        if self.kept is not None:
+            name = f"area_{self.area}/{where}"
+            self.kept |= {f"{name}/truth": truth.astype(np.uint8), f"{name}/predicted": predicted.astype(np.uint8)}
 
     def count_rooms(self, model: nn.Module) -> np.ndarray:
         """Confusion matrix over all points of all rooms; what is predicted in several blocks is averaged."""
@@ -194,6 +209,7 @@ class AreaTest:
                 self.passes(model, rooms, rooms.blocks_of(room)), rooms.room_size(room), name
             )
             total += confusion_matrix(truth, predicted, len(CLASS_NAMES))
+            self.keep(f"rooms/{name}", truth, predicted)
         return total
 
     def passes(self, model: nn.Module, dataset: Any, chosen: np.ndarray | None = None) -> Iterable[Any]:
@@ -340,6 +356,7 @@ def score_checkpoints(config: SemanticConfig) -> list[dict[str, Any]]:
     folds = path.is_dir() and (len(config.test_area) > 1 or any(path.glob("model_[1-6].t7")))
     paths = [fold_checkpoint(path, area) if folds else path for area in config.test_area]
     records = []
+    kept: dict[str, Any] = {"class_names": list(CLASS_NAMES)}
     for area, path in zip(config.test_area, paths, strict=True):
         model, payload = fine_tuned_from_checkpoint(path, SemanticSegmentation, model=config.model, k=config.k)
         channels = model.encoder.in_channels
@@ -354,9 +371,12 @@ def score_checkpoints(config: SemanticConfig) -> list[dict[str, Any]]:
         if test.blocks is not None:
             check_neighbors(model.encoder, test.blocks.num_points)
         scores = test(model.to(test.device))
+        kept |= test.kept or {}
         records.append({"test_area": area, "train_areas": trained, "model_path": str(path), "test": scores})
         if config.confusion_matrix:
             draw(config, scores, f"test area {area}", None)
+    if config.save_predictions and is_main():
+        write_arrays(config.save_predictions, kept)
     return records
 
 

@@ -1,6 +1,7 @@
 import json
 import shutil
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -253,3 +254,24 @@ def test_the_released_habit_of_choosing_on_the_test_split_is_named(root, capsys)
     record = run(root, "--select_on", "test", "--epochs", 1)["runs"][0]
     assert (record["selected_on"], record["training_samples"]) == ("test", 12)
     assert "best on test" in capsys.readouterr().out
+
+
+def test_saved_predictions_give_the_score_again_by_a_literal_loop(root, tmp_path):
+    save_model(tmp_path / "m.pth")
+    scores = evaluate(root, tmp_path / "m.pth", "--save_predictions", tmp_path / "p.h5")["runs"][0]["test"]
+    with h5py.File(tmp_path / "p.h5") as file:
+        ious = []
+        for truth, predicted, category in zip(file["truth"], file["predicted"], file["category"], strict=True):
+            first, count = file["part_starts"][category], file["part_counts"][category]
+            parts = []
+            for part in range(first, first + count):
+                both = sum(t == part and p == part for t, p in zip(truth, predicted, strict=True))
+                either = sum(t == part or p == part for t, p in zip(truth, predicted, strict=True))
+                parts.append(both / either if either else 1.0)
+            ious.append(sum(parts) / len(parts))
+        assert file["category_names"].asstr()[:].tolist() == ["brick", "cone"]
+    assert len(ious) == 6 and 100 * sum(ious) / 6 == pytest.approx(scores["instance_miou"], abs=1e-6)
+    with pytest.raises(UserError, match="p.h5 exists"):
+        evaluate(root, tmp_path / "m.pth", "--save_predictions", tmp_path / "p.h5")
+    with pytest.raises(UserError, match="--eval"):
+        run(root, "--save_predictions", tmp_path / "q.h5")

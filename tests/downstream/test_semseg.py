@@ -1,5 +1,6 @@
 import json
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -187,3 +188,24 @@ def test_scoring_on_an_area_that_was_trained_on_is_warned_of(root, tmp_path, cap
     save_model(tmp_path / "m.pth")
     evaluate(root, tmp_path / "m.pth", "--test_area", 1, "--confusion_matrix", tmp_path / "c.png")
     assert "was trained on area 1" in capsys.readouterr().out and (tmp_path / "c.png").stat().st_size
+
+
+def test_saved_predictions_give_the_scores_again_by_a_literal_loop(root, tmp_path):
+    save_model(tmp_path / "m.pth")
+    arguments = ("--test_area", 5, "--protocol", "both", "--save_predictions", tmp_path / "p.h5")
+    scores = evaluate(root, tmp_path / "m.pth", *arguments)["runs"][0]["test"]
+    with h5py.File(tmp_path / "p.h5") as file:
+        area = file["area_5"]
+        assert sorted(area["rooms"]) == ["Area_5_hall_1", "Area_5_office_1"]
+        for protocol, groups in (("blocks", [area["blocks"]]), ("rooms", list(area["rooms"].values()))):
+            right, total, both, either = 0, 0, {}, {}
+            for group in groups:
+                for t, p in zip(group["truth"][()].ravel(), group["predicted"][()].ravel(), strict=True):
+                    right, total = right + (t == p), total + 1
+                    both[t] = both.get(t, 0) + (t == p)
+                    either[t] = either.get(t, 0) + 1
+                    if p != t:
+                        either[p] = either.get(p, 0) + 1
+            ious = [both.get(label, 0) / count for label, count in either.items()]
+            assert 100 * right / total == pytest.approx(scores[protocol]["overall_accuracy"], abs=1e-6)
+            assert 100 * sum(ious) / len(ious) == pytest.approx(scores[protocol]["mean_iou"], abs=1e-6)

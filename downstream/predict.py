@@ -1,0 +1,562 @@
+"""Answers of a trained model on your own files: meshes or clouds, single objects or whole rooms.
+
+What is answered follows from the checkpoint:
+  parts      a colored, labeled PLY of every object, and parts.csv
+  rooms      the same for every room (all points, cut into blocks of 1 m as in the whole-room protocol), and rooms.csv
+  classes    classes.csv: the class of every object and the probabilities of all classes
+  features   features.npz of a pretrained encoder: names (n,), features (n, D); --neighbors K draws who is near whom
+Inputs are files, folders (with all below) or patterns such as 'scans/*.ply'. Files that cannot be used are named and
+skipped; the exit code is 1 then, and 2 if nothing could be used.
+
+Examples:
+  python downstream/predict.py --model_path checkpoints/part/best.pth --output_dir out chair.obj scans/
+  python downstream/predict.py --model_path checkpoints/area5/best.pth --output_dir out --units mm 'rooms/*.ply'
+  python downstream/predict.py --model_path checkpoints/exp/last.pth --output_dir out --neighbors 5 ~/models
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import glob
+import sys
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from plyfile import PlyData, PlyElement
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from data.pair_folder import read_source
+from data.rendering import Mesh, sample_surface, to_unit_sphere
+from data.shape_files import SUFFIXES
+from datasets.s3dis import CLASS_COLORS, CLASS_NAMES
+from datasets.s3dis_prepare import MAX_DISTANCE, BlockSettings, Room, block_values, choose_points
+from datasets.shapenet_part import PartTaxonomy, draw_rows, official_taxonomy
+from downstream.features import check_neighbors, evaluating
+from downstream.figures import NEUTRAL, check_output_path, draw_cloud, save_figure
+from downstream.finetuning import scores_of
+from downstream.retrieval import nearest
+from downstream.segmentation.main_semseg import predict_room
+from engine.checkpoint import load_checkpoint
+from engine.device import resolve_device
+from engine.load_model import encoder_from_checkpoint, fine_tuned_from_checkpoint
+from models import ENCODER_ALIASES, ENCODERS
+from models.task_heads import Classification, FineTuned, PartSegmentation, SemanticSegmentation
+from utils.cli import HelpFormatter, log_to_screen, positive_int, run, seed_number, write_json
+from utils.errors import CheckpointError, DataError, UserError
+from utils.files import data_files
+from utils.progress import progress
+
+TASKS: dict[str, type[FineTuned] | None] = {
+    "parts": PartSegmentation,
+    "rooms": SemanticSegmentation,
+    "classes": Classification,
+    "features": None,
+}
+POINTS = {"parts": 2048, "rooms": 4096, "classes": 1024, "features": 1024}
+UNITS = {"m": 1.0, "cm": 0.01, "mm": 0.001, "in": 0.0254, "ft": 0.3048}
+ROOM_DENSITY, ROOM_POINTS = 2000, (20_000, 2_000_000)  # points drawn from a mesh of a room: a square meter, limits
+LABELS_OF_MESH = 8192  # points drawn from an object's mesh to be labeled
+SHEET_ROWS = 20
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How files are read and predicted.
+
+    Attributes:
+        task: one of ``TASKS``; None takes the checkpoint's.
+        model: encoder of published weights.
+        k: neighbors per point; None takes the checkpoint's.
+        num_points: points of a pass; None takes ``POINTS``.
+        up: axis of the files that points up; None: z for rooms, y for objects.
+        units: of the files, one of ``UNITS``; matters for rooms.
+        category: of all objects, for part models; None: the likeliest for each.
+        batch_size: passes at a time.
+        device: see ``--device``.
+        seed: of all draws; what a file gives depends on it and the file's name alone.
+    """
+
+    task: str | None = None
+    model: str | None = None
+    k: int | None = None
+    num_points: int | None = None
+    up: str | None = None
+    units: str = "m"
+    category: str | None = None
+    batch_size: int = 8
+    device: str = "auto"
+    seed: int = 1
+
+
+class Prediction(NamedTuple):
+    """What a model says of one file; what does not belong to its task is None."""
+
+    name: str
+    path: Path
+    points: np.ndarray  # (N, 3) as in the file
+    labels: np.ndarray | None = None  # (N,) parts or classes of points
+    confidence: np.ndarray | None = None  # (N,) probability of each point's part
+    category: str | None = None  # of a part model
+    probabilities: np.ndarray | None = None  # (classes,)
+    features: np.ndarray | None = None  # (D,)
+
+
+@dataclass
+class Report:
+    """Result of :func:`predict`.
+
+    Attributes:
+        task: what was predicted.
+        label_names: names of the labels of points, or of classes.
+        colors: (labels, 3) in 0..1 of point labels.
+        predictions: of the usable files.
+        skipped: why files were skipped, by path.
+        files: what was written.
+    """
+
+    task: str
+    label_names: list[str]
+    colors: np.ndarray | None = None
+    predictions: list[Prediction] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    files: list[str] = field(default_factory=list)
+
+
+def find_inputs(inputs: Sequence[str | Path]) -> tuple[dict[str, Path], dict[str, str]]:
+    """Expand files, folders and patterns.
+
+    Returns:
+        Paths by a name that no other one has, and reasons by input for what is not there.
+    """
+    found: list[tuple[Path, str]] = []
+    missing: dict[str, str] = {}
+    for item in map(str, inputs):
+        path = Path(item).expanduser()
+        if path.is_dir():
+            files = [p for p in data_files(path, "**/*") if p.is_file() and p.suffix.lower() in SUFFIXES]
+            found += [(p, "-".join(p.relative_to(path).with_suffix("").parts)) for p in files]
+        elif path.is_file():
+            found.append((path, path.stem))
+            files = [path]
+        else:
+            files = [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).is_file()]
+            found += [(p, p.stem) for p in files]
+        if not files:
+            missing[item] = f"{item}: no such file, and no mesh or cloud there ({', '.join(SUFFIXES)})"
+    unique = list({path.resolve(): (path, name) for path, name in found}.values())
+    often = Counter(name.lower() for _, name in unique)
+    names: dict[str, Path] = {}
+    for path, name in unique:
+        own = name if often[name.lower()] == 1 else f"{path.parent.name}-{path.name}".lstrip("-")
+        while own in names:
+            own += "_"
+        names[own] = path
+    return names, missing
+
+
+class Predictor:
+    """A model and how it answers on one file.
+
+    Raises:
+        CheckpointError: the file does not say what it is for, or does not fit.
+        UserError: a setting that does not fit the model.
+    """
+
+    def __init__(self, model_path: str | Path, settings: Settings) -> None:
+        self.settings, self.path = settings, model_path
+        self.task = self._task()
+        self.device = resolve_device(settings.device)
+        kind, payload = TASKS[self.task], {}
+        if kind is None:
+            model: nn.Module = encoder_from_checkpoint(model_path, model=settings.model, k=settings.k)
+        else:
+            model, payload = fine_tuned_from_checkpoint(model_path, kind, model=settings.model, k=settings.k)
+        self.model = model.to(self.device)
+        self.encoder = model if kind is None else model.encoder
+        self.size = settings.num_points or POINTS[self.task]
+        check_neighbors(self.encoder, self.size, name=str(model_path))
+        self.colors: np.ndarray | None = None
+        self.label_names: list[str] = []
+        self._name_labels(payload.get("table", {}))
+
+    def _task(self) -> str:
+        kind = load_checkpoint(self.path).get("kind")
+        if self.settings.task is not None:
+            return self.settings.task
+        if kind is None:
+            raise CheckpointError(
+                f"{self.path} does not say what it is for; give --task {', --task '.join(list(TASKS)[:-1])} or "
+                "--task features"
+            )
+        return next((name for name, task in TASKS.items() if task and task.kind == kind), "features")
+
+    def _name_labels(self, table: dict[str, Any]) -> None:
+        if self.task == "parts":
+            self._name_parts(table)
+        elif self.task == "rooms":
+            if self.model.sizes["num_classes"] != len(CLASS_NAMES):
+                raise CheckpointError(
+                    f"{self.path} knows {self.model.sizes['num_classes']} classes, rooms have {len(CLASS_NAMES)}"
+                )
+            self.label_names, self.colors = list(CLASS_NAMES), np.asarray(CLASS_COLORS)
+        elif self.task == "classes":
+            count = self.model.sizes["num_classes"]
+            self.label_names = list(table.get("class_names") or [f"class {i}" for i in range(count)])
+        if self.settings.category is not None and self.task != "parts":
+            raise UserError(f"--category belongs to models of parts, {self.path} predicts {self.task}")
+
+    def _name_parts(self, table: dict[str, Any]) -> None:
+        if table:
+            taxonomy = PartTaxonomy.build(
+                table["category_names"], table["part_counts"], part_names=table.get("part_names")
+            )
+        else:
+            taxonomy = official_taxonomy()
+        choice = table.get("class_choice") or self.settings.category
+        self.categories = list(range(len(taxonomy.category_names)))
+        if choice is not None:
+            self.categories = [taxonomy.category_number(choice)]
+        self.first = 0  # number of the model's first part
+        if table.get("class_choice"):
+            self.first = taxonomy.part_starts[self.categories[0]]
+            if self.settings.category and taxonomy.category_number(self.settings.category) != self.categories[0]:
+                raise UserError(f"--category {self.settings.category}: {self.path} knows {choice} alone")
+        elif self.model.sizes["num_parts"] != taxonomy.num_parts:
+            raise CheckpointError(f"{self.path} knows {self.model.sizes['num_parts']} parts and does not name them")
+        self.taxonomy = taxonomy
+        self.label_names, self.colors = list(taxonomy.part_names), taxonomy.colors
+
+    def predict(self, path: Path, name: str) -> Prediction:
+        """Read a file and predict.
+
+        Raises:
+            DataError: the file cannot be used.
+        """
+        rng = np.random.default_rng([self.settings.seed, zlib.crc32(name.encode())])
+        points, colors = self._read(path, rng)  # (N, 3), (N, 3) in 0..1 or None
+        k = getattr(self.encoder, "k", 1)
+        if len(points) < k:
+            raise DataError(f"{path} has {len(points)} points; the model looks at {k} neighbors of each")
+        usual = "z" if self.task == "rooms" else "y"
+        upright = points if self.settings.up in (None, usual) else _turned(points, self.task)
+        if self.task == "rooms":
+            labels = self._room(upright * UNITS[self.settings.units], colors, path, name)
+            return Prediction(name, path, points, labels=labels)
+        if np.ptp(points, axis=0).max() == 0:
+            raise DataError(f"{path}: all its points are the same")
+        unit = to_unit_sphere(upright)[0].astype(np.float32)
+        if self.task == "parts":
+            return Prediction(name, path, points, *self._parts(unit, rng))
+        chosen = draw_rows(len(unit), min(self.size, len(unit)), rng)
+        batch = torch.from_numpy(unit[chosen]).to(self.device)[None].mT  # (1, 3, N)
+        with evaluating(self.model):
+            if self.task == "features":
+                return Prediction(name, path, points, features=self.model(batch).pooled[0].float().cpu().numpy())
+            return Prediction(name, path, points, probabilities=self.model(batch)[0].float().softmax(0).cpu().numpy())
+
+    def _read(self, path: Path, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None]:
+        shape = read_source(path)
+        if not isinstance(shape, Mesh):
+            if not len(shape.points):
+                raise DataError(f"{path} holds no points")
+            return shape.points, shape.colors
+        count = {"parts": max(LABELS_OF_MESH, self.size)}.get(self.task, self.size)
+        if self.task == "rooms":
+            area = shape.areas().sum() * UNITS[self.settings.units] ** 2
+            count = int(np.clip(ROOM_DENSITY * area, *ROOM_POINTS))
+        samples = sample_surface(shape, count, int(rng.integers(1 << 31)))
+        return samples.points, samples.colors / 255.0
+
+    def _parts(self, unit: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, str]:
+        """Label every point; in each pass as many as the model was trained with.
+
+        Args:
+            unit: (N, 3) in the unit sphere.
+            rng: random numbers.
+
+        Returns:
+            Parts (N,) numbered over all categories, their probabilities (N,), and the category.
+        """
+        size = min(self.size, len(unit))
+        dealt = np.concatenate([rng.permutation(len(unit)), rng.integers(len(unit), size=-len(unit) % size)])
+        passes = dealt.reshape(-1, size)  # every point is in at least one
+        category = self.categories[0]
+        if len(self.categories) > 1:
+            first = [self._probabilities(unit[passes[:1]], number) for number in self.categories]
+            category = self.categories[int(np.argmax([float(p.sum(1).mean()) for p in first]))]
+        shares = torch.zeros(len(unit), self.taxonomy.part_counts[category])
+        times = torch.zeros(len(unit), 1)
+        for rows in np.array_split(passes, -(-len(passes) // self.settings.batch_size)):
+            index = torch.from_numpy(rows.ravel())
+            shares.index_add_(0, index, self._probabilities(unit[rows], category).mT.flatten(0, 1))
+            times.index_add_(0, index, torch.ones(len(index), 1))
+        confidence, part = (shares / times).max(1)
+        start = self.taxonomy.part_starts[category]
+        return start + part.numpy(), confidence.numpy(), self.taxonomy.category_names[category]
+
+    def _probabilities(self, points: np.ndarray, category: int) -> Tensor:
+        """Return the probabilities (B, parts, N) of a category's own parts, among all of the model."""
+        batch = torch.from_numpy(points).to(self.device).mT  # (B, 3, N)
+        own = self.taxonomy.parts_of(category)
+        with evaluating(self.model):
+            scores = self.model(batch, torch.full((len(batch),), category, device=self.device))
+        return scores.float().softmax(1)[:, own.start - self.first : own.stop - self.first].cpu()
+
+    def _room(self, xyz: np.ndarray, colors: np.ndarray | None, path: Path, name: str) -> np.ndarray:
+        """Label every point of a room (N, 3), in meters, z up."""
+        channels = self.encoder.in_channels
+        if channels > 3 and colors is None:
+            raise DataError(f"{path} has no colors, which this model needs")
+        if (distance := np.abs(xyz - np.median(xyz, axis=0)).max()) > MAX_DISTANCE:
+            raise DataError(f"{path} has a point {distance:g} m from the middle of the room; are its --units right?")
+        rgb = np.zeros_like(xyz) if colors is None else 255 * colors
+        room = Room(name, xyz, rgb.astype(np.float32), np.zeros(len(xyz), np.uint8))
+        blocks = _Blocks(room, BlockSettings(num_points=self.size, seed=self.settings.seed), channels)
+        passes = scores_of(self.model, blocks, batch_size=self.settings.batch_size, device=self.device)
+        return predict_room(passes, len(xyz), name)[1]
+
+
+class _Blocks(Dataset):
+    """The test blocks of a room in memory; items as those of ``S3DISRooms``."""
+
+    def __init__(self, room: Room, settings: BlockSettings, channels: int) -> None:
+        self.room, self.channels, self.side = room, channels, settings.block
+        self.xyz, self.chosen = choose_points(room, "test", settings)
+        self.extent = self.xyz.max(0)
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor, Tensor, int]:
+        rows = self.chosen[i]
+        values = block_values(self.xyz[rows], self.room.rgb[rows], self.extent, self.side)[:, : self.channels]
+        unknown = torch.zeros(len(rows), dtype=torch.int64)
+        return torch.from_numpy(values.astype(np.float32)), unknown, torch.from_numpy(rows), 0
+
+
+def _turned(points: np.ndarray, task: str) -> np.ndarray:
+    """Turn a cloud whose up axis is not the model's: rooms have z up, objects y."""
+    x, y, z = points.T
+    return np.stack([x, -z, y] if task == "rooms" else [x, z, -y], axis=1)
+
+
+def predict(
+    model_path: str | Path,
+    inputs: Sequence[str | Path],
+    output_dir: str | Path | None = None,
+    *,
+    neighbors: int = 0,
+    **settings: Any,
+) -> Report:
+    """Predict on files.
+
+    Args:
+        model_path: checkpoint or published weights.
+        inputs: files, folders, patterns.
+        output_dir: where results are written; None writes none.
+        neighbors: of each object on the sheet of features; 0 draws none.
+        settings: see :class:`Settings`.
+
+    Raises:
+        DataError: no file could be used.
+        UserError: a wrong setting, or a file that cannot be written.
+    """
+    names, missing = find_inputs(inputs)
+    predictor = Predictor(model_path, Settings(**settings))
+    if neighbors and predictor.task != "features":
+        raise UserError(f"--neighbors belongs to features, {model_path} predicts {predictor.task}")
+    report = Report(predictor.task, predictor.label_names, predictor.colors, skipped=missing)
+    writer = None if output_dir is None else _Writer(Path(output_dir), report)
+    for name, path in progress(names.items(), text="predicting", unit="file"):
+        try:
+            prediction = predictor.predict(path, name)
+        except (DataError, OSError) as error:
+            report.skipped[str(path)] = str(error)
+            continue
+        report.predictions.append(prediction)
+        if writer is not None:
+            writer.add(prediction)
+    if not report.predictions:
+        reasons = "; ".join(report.skipped.values())
+        raise DataError(f"none of the files could be used: {reasons}")
+    if writer is not None:
+        writer.finish(neighbors)
+    return report
+
+
+class _Writer:
+    """Writes a report's files: a PLY for each labeled cloud at once, tables at the end."""
+
+    def __init__(self, folder: Path, report: Report) -> None:
+        self.folder, self.report = folder, report
+        check_output_path(folder / "sheet.png")
+
+    def add(self, item: Prediction) -> None:
+        """Write what belongs to one file."""
+        if item.labels is not None:
+            path = self.folder / f"{item.name}_{self.report.task}.ply"
+            write_labeled_ply(path, item.points, self.report.colors[item.labels], item.labels)
+            self.report.files.append(str(path))
+
+    def finish(self, neighbors: int) -> None:
+        """Write the table or the features."""
+        report = self.report
+        if report.task != "features":
+            path = self.folder / f"{report.task}.csv"
+            rows = _class_rows(report) if report.task == "classes" else _point_rows(report)
+            with open(path, "w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows(rows)
+            report.files.append(str(path))
+            return
+        path = self.folder / "features.npz"
+        features = np.stack([item.features for item in report.predictions])
+        np.savez(path, names=np.array([item.name for item in report.predictions]), features=features)
+        report.files.append(str(path))
+        if neighbors and len(features) > 1:
+            path = self.folder / "neighbors.png"
+            draw_neighbors(report.predictions, features, path, count=min(neighbors, len(features) - 1))
+            report.files.append(str(path))
+
+
+def _point_rows(report: Report) -> list[list[Any]]:
+    """Rows of the table of parts or of classes of points."""
+    rows: list[list[Any]] = [["file", "category", "label", "name", "points", "share", "mean_probability"]]
+    for item in report.predictions:
+        for label, count in zip(*np.unique(item.labels, return_counts=True), strict=True):
+            sure = "" if item.confidence is None else f"{item.confidence[item.labels == label].mean():.4f}"
+            share = f"{count / len(item.labels):.4f}"
+            name = report.label_names[label]
+            rows.append([str(item.path), item.category or "", int(label), name, int(count), share, sure])
+    return rows
+
+
+def _class_rows(report: Report) -> list[list[Any]]:
+    """Rows of the table of classes."""
+    rows: list[list[Any]] = [["file", "class", "probability", *report.label_names]]
+    for item in report.predictions:
+        best = int(item.probabilities.argmax())
+        probabilities = [f"{value:.6f}" for value in item.probabilities]
+        rows.append([str(item.path), report.label_names[best], probabilities[best], *probabilities])
+    return rows
+
+
+def write_labeled_ply(path: Path, points: np.ndarray, colors: np.ndarray, labels: np.ndarray) -> None:
+    """Write a binary PLY with x, y, z, red, green, blue and label.
+
+    Args:
+        path: file to write.
+        points: (N, 3).
+        colors: (N, 3) in 0..1.
+        labels: (N,).
+    """
+    names = ("red", "green", "blue")
+    kinds = [(axis, "f8") for axis in "xyz"] + [(name, "u1") for name in names] + [("label", "i4")]
+    rows = np.empty(len(points), dtype=kinds)
+    for axis, column in zip("xyz", points.T, strict=True):
+        rows[axis] = column
+    for name, column in zip(names, np.round(255 * colors).T, strict=True):
+        rows[name] = column
+    rows["label"] = labels
+    try:
+        PlyData([PlyElement.describe(rows, "vertex")]).write(str(path))
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def draw_neighbors(items: Sequence[Prediction], features: np.ndarray, path: Path, *, count: int) -> None:
+    """Draw objects beside their nearest neighbors by the cosine of centered features (n, D)."""
+    queries = np.linspace(0, len(items) - 1, min(SHEET_ROWS, len(items))).round().astype(int)
+    found = nearest(features, queries, count)
+    figure = Figure(figsize=(1.5 * (1 + count), 1.7 * len(queries)), layout="constrained")
+    grid = figure.subplots(len(queries), 1 + count, squeeze=False)
+    for row, query, others in zip(grid, queries, found, strict=True):
+        for axes, i in zip(row, [query, *others], strict=True):
+            draw_cloud(axes, items[i].points[:4096], title=items[i].name[-24:], color=NEUTRAL)
+    save_figure(figure, path)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Command line of this script."""
+    usual = Settings()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="file, folder or pattern of meshes and clouds")
+    parser.add_argument("--model_path", required=True, metavar="FILE", help="checkpoint, or published weights")
+    parser.add_argument("--output_dir", required=True, metavar="DIR", help="new folder for the results")
+    parser.add_argument("--overwrite", action="store_true", help="write into --output_dir although it is not empty")
+    parser.add_argument("--task", choices=tuple(TASKS), help="of published weights (default: the checkpoint's)")
+    parser.add_argument("--model", choices=[*ENCODERS, *ENCODER_ALIASES], help="encoder of published weights")
+    parser.add_argument("--k", type=positive_int, help="neighbors per point (default: the checkpoint's)")
+    parser.add_argument("--up", choices=("y", "z"), help="axis of the files that points up (default: y; rooms: z)")
+    parser.add_argument("--units", choices=tuple(UNITS), default=usual.units, help="of rooms; objects may have any")
+    parser.add_argument(
+        "--category", metavar="NAME", help="category of all objects, for models of parts (default: the likeliest)"
+    )
+    points = ", ".join(f"{task} {count}" for task, count in POINTS.items())
+    parser.add_argument(
+        "--num_points", type=positive_int, metavar="N", help=f"points of a pass; all are labeled (default: {points})"
+    )
+    parser.add_argument(
+        "--neighbors", type=int, default=0, metavar="K", help="of features: draw each object's K nearest ones"
+    )
+    parser.add_argument("--batch_size", type=positive_int, default=usual.batch_size, metavar="B", help="passes at once")
+    parser.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda or cuda:N; auto takes a GPU when there is one"
+    )
+    parser.add_argument("--seed", type=seed_number, default=usual.seed, metavar="S", help="seed of the points drawn")
+    parser.add_argument("--json", metavar="FILE", help="also write a summary to FILE as one JSON object")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Predict and write; return a summary.
+
+    Raises:
+        DataError: no file could be used.
+        UserError: a wrong setting, file or checkpoint.
+    """
+    args = build_parser().parse_args(argv)
+    log_to_screen()
+    folder = Path(args.output_dir)
+    if folder.is_dir() and any(folder.iterdir()) and not args.overwrite:
+        raise UserError(f"{folder} is not empty; choose a new --output_dir, or --overwrite")
+    names = ("task", "model", "k", "num_points", "up", "units", "category", "batch_size", "device", "seed")
+    report = predict(
+        args.model_path,
+        args.inputs,
+        folder,
+        neighbors=args.neighbors,
+        **{name: getattr(args, name) for name in names},
+    )
+    for message in report.skipped.values():
+        print(f"skipped: {message}")
+    print(f"{len(report.predictions)} files predicted ({report.task}), {len(report.skipped)} skipped: {folder}")
+    summary = {
+        "task": report.task,
+        "predicted": [str(item.path) for item in report.predictions],
+        "skipped": report.skipped,
+        "files": report.files,
+    }
+    write_json(args.json, summary)
+    return summary
+
+
+def command() -> None:
+    """Run ``main``; the exit code is 1 where files were skipped."""
+    if main()["skipped"]:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run(command)
