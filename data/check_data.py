@@ -1,6 +1,6 @@
-"""Show which data sets are there, compare them with what was published, and name what is broken or missing.
+"""List the data sets below a root, compare them with the published counts, and name broken and missing files.
 
-Exit code 0: all that was found is sound. 1: something found is broken, and the table says which file.
+Exit code 0: everything found is valid. 1: something is broken; the table says which file.
 
   python -m data.check_data
   python -m data.check_data --data_root /big/disk/data --md5 --json report.json
@@ -71,16 +71,16 @@ OK, PARTIAL, MISSING, BROKEN = "ok", "partial", "missing", "broken"
 
 @dataclass
 class Finding:
-    """What was found of one data set.
+    """The state of one data set.
 
     Attributes:
-        state: ``ok``, ``partial`` (sound, but not the published count), ``missing`` or ``broken``.
+        state: ``ok``, ``partial`` (valid, but not the published count), ``missing`` or ``broken``.
         found: counts by name, for example ``{"train": 9840, "test": 2468}``.
-        expected: the published counts; empty where none is known.
+        expected: the published counts; empty if unknown.
         where: file or folder.
         problems: broken files, each with its path.
-        notes: what is worth knowing.
-        get: the command that gets what is missing.
+        notes: remarks for the table.
+        get: the command that downloads what is missing.
     """
 
     state: str = MISSING
@@ -111,12 +111,12 @@ class _Checker:
         self.root, self.full, self.md5 = root, full, md5
 
     def command(self, *names: str) -> str:
-        """Command that fetches sets into this root."""
+        """Return the command that downloads sets into this root."""
         place = [] if self.root.resolve() == _OWN_FOLDER else ["--dir", str(self.root)]
         return shlex.join(["bash", "data/download_data.sh", *place, *names])
 
     def attempt(self, finding: Finding, action: Callable[[], Any]) -> Any:
-        """Run a reader; what it complains about becomes a problem of the set, without the advice at the end."""
+        """Run a reader; record a DataError as a problem of the set, without its advice on how to get the file."""
         try:
             return action()
         except DataError as error:
@@ -125,7 +125,7 @@ class _Checker:
             return None
 
     def listed_or_found(self, finding: Finding, folder: Path, index: str, pattern: str) -> list[Path]:
-        """Files that a list names (by base name, as lists carry another machine's folder), else those of a pattern."""
+        """Return the files in a list (by base name, as lists name folders of other machines), or those of a pattern."""
         path = folder / index
         if not path.is_file():
             return data_files(folder, pattern)
@@ -135,7 +135,7 @@ class _Checker:
     # --- pretraining pairs ---
 
     def pairs(self, source: PairSource, finding: Finding) -> None:
-        """Read clouds and first views of a source, evenly spread unless all are wanted."""
+        """Read clouds and first views of a source; without --full, an evenly spaced subset."""
         count = len(source.ids)
         finding.found["pairs"] = count
         chosen: Iterable[int] = range(count)
@@ -159,7 +159,7 @@ class _Checker:
             finding.notes.append(f"{len(source.skipped):,} clouds have no rendering, {source.skipped[0]} for one")
 
     def shapenet_folder(self) -> Finding:
-        """``ShapeNet/`` and ``ShapeNetRendering/``."""
+        """Check ``ShapeNet/`` and ``ShapeNetRendering/``."""
         clouds, views = self.root / "ShapeNet", self.root / "ShapeNetRendering"
         has_clouds, has_views = has_data_files(clouds, "*/*.ply"), has_data_files(views, "*/*/rendering/*.png")
         wanted = [name for name, there in (("shapenet", has_clouds), ("shapenet_render", has_views)) if not there]
@@ -175,19 +175,19 @@ class _Checker:
         return finding.settle()
 
     def packed(self, path: Path, *, expected: Mapping[str, int]) -> Finding:
-        """A file of ``python -m datasets.pack``."""
+        """Check a file written by ``python -m datasets.pack``."""
         finding = Finding(expected=dict(expected), where=str(path))
         source = self.attempt(finding, lambda: PackedSource(path))
         if source is not None:
             self.pairs(source, finding)
         return finding.settle()
 
-    # --- labelled clouds ---
+    # --- labeled clouds ---
 
     def _labeled(
         self, folder: Path, split: str, finding: Finding, num_classes: int | None, prefix: str = "ply_data_"
     ) -> np.ndarray:
-        """Labels of the sound files of one split; the others become problems."""
+        """Return the labels in the readable files of one split; record the others as problems."""
         files = self.attempt(finding, lambda: listed_files(folder, split, prefix=prefix))
         if files is None:
             files = data_files(folder, f"{prefix}{split}*.h5")
@@ -199,7 +199,7 @@ class _Checker:
         return np.concatenate(labels)
 
     def modelnet(self) -> tuple[Finding, Finding]:
-        """ModelNet40, and ModelNet10 out of the same files."""
+        """Check ModelNet40, and ModelNet10 in the same files."""
         get = self.command("modelnet40")
         forty = Finding(expected=dict(ModelNet40.official_sizes), get=get)
         ten = Finding(expected=dict(ModelNet10.official_sizes), get=get)
@@ -216,7 +216,7 @@ class _Checker:
                 ten.found[split] = int(np.isin(labels, MODELNET10_LABELS).sum())
                 classes.update(labels.tolist())
             ten.problems = list(forty.problems)
-            if classes <= set(MODELNET10_LABELS):  # another release than the one whose checksums are known
+            if classes <= set(MODELNET10_LABELS):  # not the release whose checksums are known
                 forty.notes.append("only the ten classes of ModelNet10")
             elif layout.name == RELEASED:
                 self.compare_md5("modelnet40", data_files(layout.folder, "*.h5"), forty)
@@ -233,7 +233,7 @@ class _Checker:
         )
 
     def _modelnet_labels(self, layout: Layout, name: str, split: str, finding: Finding) -> np.ndarray:
-        """ModelNet40 labels of the sound clouds of one split, in any layout."""
+        """Return the ModelNet40 labels of the readable clouds of one split, in any layout."""
         folder = layout.folder
         if layout.name in (RELEASED, POINT_CLOUD_DATASETS):
             prefix = "ply_data_" if layout.name == RELEASED else "*"
@@ -253,7 +253,7 @@ class _Checker:
     def _read_files(
         self, files: Sequence[Path], names: np.ndarray, finding: Finding, read: Reader, classes: Sequence[str]
     ) -> np.ndarray:
-        """Labels of the files that are there, of which an evenly spread part is read unless all are wanted."""
+        """Return the labels of existing files; read them all with --full, otherwise an evenly spaced subset."""
         number = {name: i for i, name in enumerate(classes)}
         there = [i for i, file in enumerate(files) if file.is_file() and str(names[i]) in number]
         if gone := [file for file in files if not file.is_file()]:
@@ -269,7 +269,7 @@ class _Checker:
         return np.array([number[str(names[i])] for i in there if i not in broken], dtype=np.int64)
 
     def own_clouds(self) -> Finding:
-        """Class folders or HDF5 files of a user's own."""
+        """Check class folders or HDF5 files of the user."""
         finding = Finding(where=str(self.root))
         if found := find_class_folders(self.root):
             for split in SPLITS:
@@ -288,9 +288,9 @@ class _Checker:
         return finding.settle()
 
     def scanobjectnn(self, variant: str) -> Finding:
-        """One variant of ScanObjectNN."""
+        """Check one variant of ScanObjectNN."""
         finding = Finding(expected=dict(SCANOBJECTNN_SIZES.get(variant, {})))
-        released = variant == "OBJ_BG"  # the only variant among the released archives; a form gives the others
+        released = variant == "OBJ_BG"  # the only variant in the released archives; the others need a form
         finding.get = self.command("scanobjectnn") if released else _LIST
         for split in ("train", "test"):
             files = [file for file in candidate_files(self.root, split, variant) if file.is_file()]
@@ -306,7 +306,7 @@ class _Checker:
         return finding.settle(complete=None if finding.expected else len(finding.found) == 2)
 
     def demo_labeled(self, folder: Path) -> Finding:
-        """The demo set for the linear SVM."""
+        """Check the demo set for the linear SVM."""
         finding = Finding(where=str(folder))
         for split in ("train", "test"):
             finding.found[split] = len(self._labeled(folder, split, finding, None))
@@ -315,7 +315,7 @@ class _Checker:
     # --- segmentation ---
 
     def shapenetpart(self, root: Path, **fields: Any) -> Finding:
-        """ShapeNetPart as HDF5 files, or another set in its layout."""
+        """Check ShapeNetPart as HDF5 files, or another set in its layout."""
         finding = Finding(**fields)
         folders = [path for path in data_files(root, "shapenet*hdf5*") if data_files(path, "ply_data_*.h5")]
         prefix, arrays = "ply_data_", _PART_ARRAYS
@@ -338,7 +338,7 @@ class _Checker:
         return finding.settle()
 
     def s3dis(self, folder: Path, arrays: Mapping[str, tuple[int | None, ...]], **fields: Any) -> Finding:
-        """S3DIS as blocks of points."""
+        """Check S3DIS as blocks of points."""
         finding = Finding(**fields)
         files = self.listed_or_found(finding, folder, FILE_LIST, "*.h5")
         if not files:
@@ -348,7 +348,7 @@ class _Checker:
         finding.found["blocks"] = sum(count or 0 for count in rows)
         rooms = folder / ROOM_LIST
         if not rooms.is_file():
-            finding.problems.append(f"{rooms} is missing; it names the room of every block, one a line")
+            finding.problems.append(f"{rooms} is missing; it names the room of every block, one per line")
         elif None not in rows:
             names = self.attempt(finding, lambda: _read_list(rooms))
             lines = 0 if names is None else len(names)
@@ -357,7 +357,7 @@ class _Checker:
         return finding.settle()
 
     def compare_md5(self, name: str, files: Sequence[Path], finding: Finding) -> None:
-        """Compare files with the published checksums where the user asked for it."""
+        """With --md5, compare files with the published checksums."""
         if not self.md5:
             return
         for file in progress(files, text=f"MD5 of {name}", unit="file", leave=False):
@@ -366,7 +366,7 @@ class _Checker:
                 finding.problems.append(f"{file} has MD5 {md5}, the published file has {expected}")
 
     def all(self) -> dict[str, Finding]:
-        """Check every set; the order is that of the table."""
+        """Check every set, in the order of the table."""
         rows: dict[str, Finding] = {}
         if self.root.is_file():
             rows["ShapeNet pairs, packed"] = self.packed(self.root, expected={"pairs": SHAPENET_SHAPES})
@@ -390,12 +390,12 @@ class _Checker:
             own_clouds = self.own_clouds()
             if own_clouds.state != MISSING:
                 return {"own labeled clouds": own_clouds}
-        own = self.root.resolve() == _OWN_FOLDER  # the demo set comes with the repository, no other root needs one
+        own = self.root.resolve() == _OWN_FOLDER  # only data/ of the repository must have the demo set
         rows |= {name: row for name, row in self.demo(demo).items() if own or row.state != MISSING}
         return rows
 
     def segmentation(self) -> dict[str, Finding]:
-        """ShapeNetPart and S3DIS."""
+        """Check ShapeNetPart and S3DIS."""
         prepare = PREPARE_COMMAND.format(root=shlex.quote(str(self.root)))
         blocks, rooms = self.root / BLOCK_FOLDER, self.root / ROOM_FOLDER
         return {
@@ -409,7 +409,7 @@ class _Checker:
         }
 
     def demo(self, folder: Path) -> dict[str, Finding]:
-        """The sets of the demo, whose own number of samples is right."""
+        """Check the sets of the demo, which have no published counts."""
         packed, labeled = folder / PACKED_NAME, folder / DEMO_FOLDER
         rows = {
             "demo pairs": self.packed(packed, expected={}) if packed.is_file() else Finding(),
@@ -435,16 +435,16 @@ def _check_arrays(path: Path, wanted: Mapping[str, tuple[int | None, ...]]) -> i
 
     Args:
         path: the file.
-        wanted: array name -> shape, None where any size will do; a trailing axis of one is allowed.
+        wanted: array name -> shape, None for any size; a trailing axis of one is allowed.
 
     Returns:
-        Rows of the arrays.
+        The number of rows.
 
     Raises:
-        DataError: the file is missing or damaged, or an array is missing or of another shape.
+        DataError: the file is missing or damaged, or an array is missing or has another shape.
     """
     if not path.is_file():
-        raise DataError(f"{path} is missing, a list beside it names it")
+        raise DataError(f"{path} is missing, but a list in its folder names it")
     try:
         with hdf5_file(path) as file:
             shapes = {}
@@ -471,7 +471,7 @@ def _read_list(path: Path) -> list[str]:
     try:
         return read_lines(path)
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as a list, one name a line ({error})") from error
+        raise DataError(f"{path} cannot be read as a list with one name per line ({error})") from error
 
 
 def check(data_root: str | Path, *, full: bool = False, md5: bool = False) -> dict[str, Finding]:
@@ -479,18 +479,18 @@ def check(data_root: str | Path, *, full: bool = False, md5: bool = False) -> di
 
     Args:
         data_root: folder of the data sets, or a packed pretraining file.
-        full: read every pretraining pair instead of an evenly spread part.
+        full: read every pretraining pair instead of an evenly spaced subset.
         md5: compare with the published checksums.
 
     Returns:
-        Row name -> what was found.
+        Row name -> finding.
 
     Raises:
-        DataError: there is no such folder or file.
+        DataError: the root does not exist.
     """
     root = Path(data_root)
     if not root.exists():
-        raise DataError(f"{root} does not exist; make it and fill it with: bash data/download_data.sh --dir {root} SET")
+        raise DataError(f"{root} does not exist; create and fill it with: bash data/download_data.sh --dir {root} SET")
     return _Checker(root, full=full, md5=md5).all()
 
 
@@ -499,7 +499,7 @@ def _counts(counts: Mapping[str, int]) -> str:
 
 
 def format_table(rows: Mapping[str, Finding]) -> str:
-    """Lay the findings out as text: the table, then broken files, then the commands that get what is missing."""
+    """Format the findings: the table, then broken files, then the commands that download what is missing."""
     head = ("data set", "state", "found", "published")
     cells = [head] + [(name, row.state, _counts(row.found), _counts(row.expected)) for name, row in rows.items()]
     widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
@@ -533,7 +533,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     )
     parser.add_argument("--data_root", default="data", metavar="DIR", help="folder of the data sets, or a packed file")
     parser.add_argument(
-        "--full", action="store_true", help=f"read every cloud and view; else {SAMPLED_SHAPES} evenly spread shapes"
+        "--full",
+        action="store_true",
+        help=f"read every cloud and view instead of {SAMPLED_SHAPES} evenly spaced shapes",
     )
     parser.add_argument("--md5", action="store_true", help="compare ModelNet40 and ShapeNetPart with the published MD5")
     parser.add_argument("--json", metavar="FILE", help="also write the findings to FILE as one JSON object")

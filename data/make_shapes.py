@@ -1,8 +1,8 @@
-"""Make pretraining pairs out of nothing: generated shapes, their points and pictures, in one packed file.
+"""Make pretraining pairs without any data: generated shapes, their points and pictures, in one packed file.
 
-A shape is a union of 1 to 9 simple solids (docs/generated_shapes.md is the recipe); its cloud and its pictures follow
-from (--seed, its number, --level). --out is a data root for pretraining as it is. A run that was stopped continues.
-Pictures are rendered with OpenGL; where there is none, they are splatted from surface points, and the file says so.
+A shape is a union of 1 to 9 simple solids (docs/generated_shapes.md is the recipe); its cloud and its pictures are a
+function of (--seed, its number, --level). --out can be used directly as --data_root. The same command continues a
+stopped run. Pictures are rendered with OpenGL, or splatted from surface points without it; the file records which.
 
 Examples:
   python -m data.make_shapes --shapes 20000 --out data/shapes.h5 --sheet shapes.png
@@ -41,7 +41,7 @@ from utils.errors import UserError
 from utils.progress import progress
 
 CATEGORY = "generated"
-# A stopped run continues after the last whole block; more shapes a block would lose more work.
+# A stopped run continues after the last complete block; larger blocks would lose more work.
 BLOCK = 50
 SAMPLES = 4  # per pixel
 SHEET_SHAPES, SHEET_COLUMNS, SHEET_CELL = 60, 10, 112
@@ -56,7 +56,7 @@ KIND_COLORS = np.array(
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides what a shape's cloud and pictures are."""
+    """Everything that determines the cloud and the pictures of a shape."""
 
     seed: int
     level: int
@@ -75,7 +75,7 @@ class Block:
         part_kind: (s, N) uint8 index into ``KINDS``.
         part_number: (s, N) uint8 number of the primitive.
         cameras: (s, V, 2) float32 azimuth and elevation in degrees.
-        images: (bytes,) uint8, the encoded pictures one after another.
+        images: (bytes,) uint8, the concatenated encoded pictures.
         lengths: (s * V,) int64 bytes of each.
     """
 
@@ -93,13 +93,13 @@ def make_shape(number: int, settings: Settings, renderer: Renderer | None) -> di
     Args:
         number: of the shape.
         settings: of the set.
-        renderer: of the set's picture size; None splats.
+        renderer: with the set's picture size; None means splats.
 
     Returns:
         ``points`` (N, 3), ``part_kind`` (N,), ``part_number`` (N,), ``cameras`` (V, 2), ``images``: V PNG files.
     """
     shape = compose(settings.seed, number, settings.level)
-    # Its own stream: how many points are drawn must not change what else is random.
+    # A separate stream: the number of points must not change the other random choices.
     rng = np.random.default_rng([settings.seed, number, 1])
     samples = sample_visible(shape, settings.num_points, rng)
     cameras = cameras_3d_r2n2(settings.views, int(generator(settings.seed, number).integers(1 << 31)))
@@ -117,7 +117,7 @@ def make_shape(number: int, settings: Settings, renderer: Renderer | None) -> di
     }
 
 
-_renderer: Renderer | None = None  # of a worker process, which keeps its OpenGL context
+_renderer: Renderer | None = None  # one per worker process, which keeps its OpenGL context
 
 
 def _start_worker(settings: Settings) -> None:
@@ -126,7 +126,7 @@ def _start_worker(settings: Settings) -> None:
 
 
 def _make_block(job: tuple[int, int, Settings, str]) -> str:
-    """Make shapes first to last - 1 and write them to a file, which appears only when it is whole."""
+    """Make shapes first to last - 1 and write them to a file atomically."""
     first, last, settings, path = job
     made = [make_shape(number, settings, _renderer) for number in range(first, last)]
     images = [image for shape in made for image in shape["images"]]
@@ -170,10 +170,10 @@ def choose_pictures(wanted: str) -> str:
 
 
 def open_work_folder(out: Path, settings: Settings) -> Path:
-    """Return the folder of the finished blocks, which a stopped run leaves beside ``--out``.
+    """Return the folder of the finished blocks, which a stopped run leaves next to ``--out``.
 
     Raises:
-        UserError: it holds shapes of other settings.
+        UserError: it holds shapes with other settings.
     """
     folder = out.with_name(out.name + ".blocks")
     folder.mkdir(parents=True, exist_ok=True)
@@ -189,7 +189,7 @@ def open_work_folder(out: Path, settings: Settings) -> Path:
 
 
 def make_blocks(folder: Path, count: int, settings: Settings, *, workers: int) -> list[Path]:
-    """Make the blocks that are missing, in ``workers`` processes; 0 works in this one."""
+    """Make the missing blocks in ``workers`` processes; 0 means this process."""
     jobs, paths = [], []
     for first in range(0, count, BLOCK):
         last = min(first + BLOCK, count)
@@ -212,16 +212,16 @@ def _run_jobs(jobs: list[tuple[int, int, Settings, str]], settings: Settings, *,
         _start_worker(settings)
         yield from map(_make_block, jobs)
         return
-    # Spawned: an OpenGL context does not survive a fork.
+    # Spawn, not fork: an OpenGL context does not survive a fork.
     with multiprocessing.get_context("spawn").Pool(workers, _start_worker, (settings,)) as pool:
         yield from pool.imap_unordered(_make_block, jobs)
 
 
 def write_packed(out: Path, paths: list[Path], count: int, settings: Settings) -> dict[str, int]:
-    """Join blocks to a packed file of pairs (docs/datasets.md); it appears only when it is complete.
+    """Join blocks into a packed file of pairs (docs/datasets.md), atomically.
 
     Returns:
-        Numbers of shapes, views and points, and the bytes of the images.
+        Numbers of shapes, views and points, and the size of the images in bytes.
 
     Raises:
         UserError: the file cannot be written.
@@ -275,7 +275,7 @@ def check_part_set(root: Path, count: int) -> None:
     """Check that a part data set of ``count`` shapes can be written to a data root.
 
     Raises:
-        UserError: there is one already, or the shapes are too few for three splits.
+        UserError: it exists already, or there are too few shapes for three splits.
     """
     if (root / PART_FOLDER).exists():
         raise UserError(f"{root / PART_FOLDER} exists; move it away, or give another --part_set")
@@ -286,14 +286,14 @@ def check_part_set(root: Path, count: int) -> None:
 def write_part_set(packed: Path, root: Path) -> dict[str, int]:
     """Write a part data set in the layout of ShapeNetPart's HDF5 release; the parts are the kinds of solids.
 
-    Of ten shapes eight are for training, one for validation, one for testing, by their number.
+    Of every ten shapes, by number, eight are for training, one for validation, one for testing.
 
     Args:
         packed: file written by this script.
         root: data root to write; the set goes to ``shapenet_part_seg_hdf5_data`` there.
 
     Returns:
-        Number of shapes of each split.
+        The number of shapes in each split.
 
     Raises:
         UserError: the files cannot be written.
@@ -367,23 +367,23 @@ def _draw_cloud(points: np.ndarray, kind: np.ndarray, camera: np.ndarray) -> Ima
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Command line of this script."""
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m data.make_shapes", description=__doc__, formatter_class=HelpFormatter
     )
-    parser.add_argument("--shapes", type=positive_int, required=True, metavar="N", help="how many")
+    parser.add_argument("--shapes", type=positive_int, required=True, metavar="N", help="number of shapes")
     parser.add_argument("--out", required=True, metavar="F.h5", help="packed file of pairs to write")
-    parser.add_argument("--seed", type=seed_number, default=1, metavar="S", help="another seed gives other shapes")
+    parser.add_argument("--seed", type=seed_number, default=1, metavar="S", help="seed of the shapes")
     levels = "; ".join(f"{level}: {text}" for level, text in LEVELS.items())
     parser.add_argument("--level", type=int, choices=tuple(LEVELS), default=max(LEVELS), help=levels)
-    parser.add_argument("--num_points", type=positive_int, default=2048, metavar="N", help="points of a cloud")
-    parser.add_argument("--views", type=positive_int, default=1, metavar="V", help="pictures of each shape")
+    parser.add_argument("--num_points", type=positive_int, default=2048, metavar="N", help="points per cloud")
+    parser.add_argument("--views", type=positive_int, default=1, metavar="V", help="pictures per shape")
     parser.add_argument("--image_size", type=positive_int, default=137, metavar="PIXELS", help="side of a picture")
     parser.add_argument(
         "--pictures",
         choices=("auto", "opengl", "splats"),
         default="auto",
-        help="how pictures are made; auto: with OpenGL where it works, else by splats",
+        help="how to make pictures; auto: OpenGL if it works, else splats",
     )
     parser.add_argument(
         "--workers", type=non_negative_int, default=os.cpu_count() or 1, metavar="W", help="processes; 0: this one"
@@ -403,7 +403,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Make a set of shapes; return counts.
 
     Raises:
-        UserError: a wrong setting, a file in the way, or a file that cannot be written.
+        UserError: a setting is wrong, or a file exists or cannot be written.
     """
     args = build_parser().parse_args(argv)
     out = Path(args.out)

@@ -1,4 +1,4 @@
-"""Make one pretraining pair of a mesh or cloud, and keep a folder of pairs that a stopped run continues."""
+"""Make a pretraining pair from a mesh or cloud, and manage a folder of pairs so that interrupted runs can continue."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ _OURS = re.compile(r"(\d{2,}\.png|cameras\.json)(\.tmp)?")
 FORMAT, VERSION = "crossnet-prepared", 1
 LABELED_NAME = "labeled_hdf5"
 
-INVISIBLE = 0.01  # parts less opaque than this are helpers of a modeling program that are not meant to be seen
-MAX_SPLATS = 20_000  # points of a cloud that are drawn; more only take longer
+INVISIBLE = 0.01  # skip parts less opaque than this: modeling aids that are not meant to be seen
+MAX_SPLATS = 20_000  # points of a cloud that are rendered; more only take longer
 _Z_UP = np.array([[1, 0, 0], [0, 0, 1], [0, -1, 0]], float)  # (x, y, z) -> (x, z, -y)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the content of a pair depends on, besides its file."""
+    """Everything that determines a pair, besides its file."""
 
     num_points: int = 2048
     views: int = 12
@@ -59,7 +59,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Pair:
-    """A cloud with pictures and the cameras that took them."""
+    """A cloud with pictures and their cameras."""
 
     points: np.ndarray  # (N, 3) float32 in the unit sphere
     pictures: np.ndarray  # (V, S, S, 4) uint8
@@ -68,14 +68,14 @@ class Pair:
 
 
 def make_pair(shape: Mesh | Cloud, name: str, settings: Settings, renderer: Renderer | None) -> Pair:
-    """Draw points and views of a shape; a pure function of its arguments (the name gives the seed).
+    """Sample points and render views of a shape; a pure function of its arguments (the name gives the seed).
 
-    Without views and without removal of what is inside, ``renderer`` may be None.
+    ``renderer`` may be None without views and without ``remove_interior``.
 
     Raises:
-        DataError: nothing of the surface can be seen, or no points can be drawn.
+        DataError: no part of the surface is visible, or no points can be drawn.
     """
-    # Seeded by name, so that a pair does not depend on which other shapes there are.
+    # Seed by name, so that a pair does not depend on which other shapes exist.
     seed = zlib.crc32(f"{settings.seed}/{name}".encode())
     shape = shape.transformed(_Z_UP) if settings.up == "z" else shape
     if isinstance(shape, Mesh):
@@ -112,7 +112,7 @@ def _visible_part(mesh: Mesh, name: str) -> Mesh:
 
 
 def _choose_points(cloud: Cloud, count: int, seed: int) -> tuple[np.ndarray, list[str]]:
-    """Choose ``count`` points; where a cloud has fewer, all of them and some again."""
+    """Choose ``count`` points; if the cloud has fewer, repeat some."""
     rng = np.random.default_rng(seed)
     held = len(cloud.points)
     if held >= count:
@@ -129,7 +129,7 @@ def _thin_out(cloud: Cloud, seed: int) -> Cloud:
 
 
 def _describe(camera: Camera, view: View) -> dict[str, Any]:
-    """Return a camera for ``cameras.json``; its matrix takes the cloud's points to clip space."""
+    """Return a camera for ``cameras.json``; its matrix maps the cloud's points to clip space."""
     return {
         "azimuth": camera.azimuth,
         "elevation": camera.elevation,
@@ -143,7 +143,7 @@ def _describe(camera: Camera, view: View) -> dict[str, Any]:
 
 
 def read_source(path: Path) -> Mesh | Cloud:
-    """Read a mesh, or a cloud with what colors it has.
+    """Read a mesh, or a cloud with its colors, if any.
 
     Raises:
         DataError: the file cannot be used; the message says why.
@@ -155,7 +155,7 @@ def read_source(path: Path) -> Mesh | Cloud:
 
 @dataclass(frozen=True)
 class PairPaths:
-    """Where the parts of a pair are below a data root, and how they are written.
+    """Paths of a pair below a data root, and how to write them.
 
     ``ShapeNet/<category>/<id>.ply``, ``ShapeNetRendering/<category>/<id>/rendering/NN.png`` and ``cameras.json``.
     """
@@ -171,7 +171,7 @@ class PairPaths:
         return self.root / "ShapeNetRendering" / name / "rendering"
 
     def write(self, name: str, pair: Pair) -> None:
-        """Write a pair in place of what was there: ``cameras.json``, which says whose pictures follow, first.
+        """Write a pair, replacing an older one; ``cameras.json``, which marks the pictures as ours, comes first.
 
         Raises:
             OSError: it cannot be written.
@@ -186,7 +186,7 @@ class PairPaths:
         write_ply(self.cloud(name), pair.points)
 
     def remove(self, name: str) -> None:
-        """Remove a pair; pictures of another renderer, which have no ``cameras.json`` beside them, stay."""
+        """Remove a pair, but keep pictures without ``cameras.json``, which come from another renderer."""
         self.cloud(name).unlink(missing_ok=True)
         folder = self.rendering(name)
         if not (folder / CAMERAS_NAME).exists():
@@ -197,15 +197,15 @@ class PairPaths:
 
 
 class PairFolder:
-    """A data root of pairs, with the settings they were made with and a record of each file.
+    """A data root of pairs, with their settings and a record of each file.
 
-    The settings are in ``prepared.json``; ``prepared_files.jsonl`` has lines about pairs that were begun (they are this
-    script's own, whole or not) and that are finished.
+    The settings are in ``prepared.json``. ``prepared_files.jsonl`` records the pairs that were begun (so they belong to
+    this script, complete or not) and those that are finished.
 
     Args:
         root: the data root.
         settings: of this run.
-        overwrite: make everything again.
+        overwrite: remake everything.
 
     Raises:
         UserError: the folder holds pairs that were made with other settings.
@@ -225,7 +225,7 @@ class PairFolder:
         path = self.root / SETTINGS_NAME
         if not path.exists():
             return
-        again = f"--overwrite makes all pairs of {self.root} again"
+        again = f"--overwrite remakes all pairs of {self.root}"
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             found = content["settings"]
@@ -253,7 +253,7 @@ class PairFolder:
         return records
 
     def is_done(self, shape: ShapeFile) -> bool:
-        """Return whether the pair of a file is there, whole, and made of the file as it is now."""
+        """Return whether the pair of a file exists, is complete, and was made from the current file."""
         record = self.records.get(shape.name)
         if self.overwrite or record is None or record.get("source") != fingerprint(shape.path):
             return False
@@ -265,25 +265,25 @@ class PairFolder:
         """Refuse to replace a cloud or pictures that this script did not make.
 
         Raises:
-            UserError: there are some.
+            UserError: such files exist.
         """
         if shape.name in self.records:
             return
         cloud, rendering = self.paths.cloud(shape.name), self.paths.rendering(shape.name)
         if cloud.exists() and not self.overwrite:
             raise UserError(
-                f"{cloud} is there and its settings are not known; choose another --out, or --overwrite to replace it"
+                f"{cloud} exists but its settings are not known; choose another --out, or --overwrite to replace it"
             )
         if self.settings.views and rendering.is_dir() and not (rendering / CAMERAS_NAME).exists():
             other = next((file for file in sorted(rendering.iterdir()) if file.suffix == ".png"), None)
             if other is not None:
                 raise UserError(
                     f"{other} comes from another renderer; choose another --out, move {self.root}/ShapeNetRendering "
-                    "away, or keep it by --views 0, which writes clouds alone"
+                    "away, or keep it and write only clouds with --views 0"
                 )
 
     def begin(self) -> None:
-        """Write the settings; with ``overwrite``, pairs of earlier runs count as unfinished from now on.
+        """Write the settings; with ``overwrite``, mark the pairs of earlier runs as unfinished.
 
         Raises:
             UserError: the folder cannot be written.
@@ -300,7 +300,7 @@ class PairFolder:
             raise UserError(f"cannot write {self.root}: {error.strerror or error}") from error
 
     def record(self, shape: ShapeFile, notes: list[str] | None = None) -> None:
-        """Note that a pair is begun, or finished if there are ``notes`` (perhaps an empty list)."""
+        """Record that a pair is begun, or finished if ``notes`` is not None."""
         source = None if notes is None else fingerprint(shape.path)
         entry = {"name": shape.name, "file": str(shape.path), "source": source, "notes": notes or []}
         try:
@@ -312,7 +312,7 @@ class PairFolder:
 
 
 def fingerprint(path: Path) -> list[int]:
-    """Return size and time of a file: what tells that it was changed."""
+    """Return size and modification time of a file, to detect changes."""
     status = path.stat()
     return [status.st_size, status.st_mtime_ns]
 
@@ -323,14 +323,14 @@ def view_names(count: int) -> list[str]:
 
 
 def _replace(path: Path, data: bytes) -> None:
-    """Write a file in one step."""
+    """Write a file atomically."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(data)
     os.replace(temporary, path)
 
 
 def write_ply(path: Path, points: np.ndarray) -> None:
-    """Write (N, 3) float32 as binary little-endian PLY, in one step.
+    """Write (N, 3) float32 as binary little-endian PLY, atomically.
 
     Raises:
         OSError: the file cannot be written.

@@ -1,10 +1,10 @@
 """Turn labeled clouds or meshes in class folders into HDF5 files, which every script reads as --dataset folder.
 
 Reads train/<class>/* and test/<class>/*, or <class>/train/* and <class>/test/*: PLY, PCD, XYZ, TXT, PTS, NPY, LAS, OFF,
-OBJ, STL, GLB and GLTF files, of any number of points. Folders <class>/* without train and test are divided by
---test_fraction. Written are ply_data_train0.h5, ply_data_test0.h5, train_files.txt, test_files.txt and shape_names.txt:
---num_points of every cloud in the unit sphere, some of them again where a file has fewer. The folders themselves can be
-read by --dataset folder too; the files are read faster and are easier to pass on.
+OBJ, STL, GLB and GLTF files, with any number of points. --test_fraction splits folders <class>/* without train and
+test. Writes ply_data_train0.h5, ply_data_test0.h5, train_files.txt, test_files.txt and shape_names.txt: --num_points of
+every cloud in the unit sphere, repeated if a file has fewer. --dataset folder reads the class folders directly too, but
+the HDF5 files load faster and are easier to share.
 
 Example:
   python -m data.prepare_clouds --clouds scans --test_fraction 0.2 --up z --out data/scans
@@ -35,7 +35,7 @@ FILES = ("shape_names.txt", "ply_data_train0.h5", "ply_data_test0.h5", "train_fi
 
 
 def divide(root: Path, fraction: float, *, seed: int) -> tuple[dict[str, list[Path]], dict[str, list[str]]]:
-    """Divide the files of folders ``<class>/*`` into a train and a test split, class by class.
+    """Split the files of folders ``<class>/*`` into train and test, class by class.
 
     Returns:
         Files and the class of each, by split. Every class keeps at least one file for training, and gives at least one
@@ -74,7 +74,7 @@ def list_files(
         UserError: ``fraction`` is given for folders that are divided already, or missing for those that are not.
     """
     if not root.is_dir():
-        raise DataError(f"{root} is not a folder; --clouds names the one with the class folders")
+        raise DataError(f"{root} is not a folder; pass the one with the class folders as --clouds")
     found = find_class_folders(root)
     if found is not None:
         if fraction is not None:
@@ -93,7 +93,7 @@ def list_files(
 
 
 def write(out: Path, split: str, points: np.ndarray, labels: np.ndarray) -> None:
-    """Write one split; the file appears when it is complete."""
+    """Write one split atomically."""
     name = f"ply_data_{split}0.h5"
     temporary = out / f"{name}.tmp"
     with h5py.File(temporary, "w") as file:
@@ -104,7 +104,7 @@ def write(out: Path, split: str, points: np.ndarray, labels: np.ndarray) -> None
 
 
 def share(text: str) -> float:
-    """Argparse type: a share above 0 and below 1."""
+    """Parse a fraction between 0 and 1, both excluded."""
     value = float(text)
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
@@ -112,20 +112,21 @@ def share(text: str) -> float:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Command line of this script."""
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m data.prepare_clouds", description=__doc__, formatter_class=HelpFormatter
     )
     parser.add_argument("--clouds", required=True, type=Path, metavar="DIR", help="folder with the class folders")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write")
-    parser.add_argument(
-        "--num_points", type=positive_int, default=DEFAULT_POINTS, metavar="N", help="points of a cloud"
-    )
+    parser.add_argument("--num_points", type=positive_int, default=DEFAULT_POINTS, metavar="N", help="points per cloud")
     parser.add_argument("--up", choices=("y", "z"), default="y", help="axis of your files that points up")
     parser.add_argument(
-        "--test_fraction", type=share, metavar="F", help="share of each class for testing, if there is no split"
+        "--test_fraction",
+        type=share,
+        metavar="F",
+        help="fraction of each class for testing, if the folders have no split",
     )
-    parser.add_argument("--seed", type=seed_number, default=1, metavar="S", help="of --test_fraction")
+    parser.add_argument("--seed", type=seed_number, default=1, metavar="S", help="seed of the split by --test_fraction")
     parser.add_argument("--overwrite", action="store_true", help="replace the files in --out")
     parser.add_argument("--json", metavar="FILE", help="also write the counts to FILE as one JSON object")
     return parser
@@ -135,7 +136,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Convert the clouds; return counts.
 
     Raises:
-        UserError: a wrong setting or file.
+        UserError: a setting or a file is wrong.
     """
     args = build_parser().parse_args(argv)
     there = [args.out / name for name in FILES if (args.out / name).exists()]

@@ -1,12 +1,12 @@
 """Turn a folder of your own meshes or clouds into pretraining pairs: point clouds with color pictures.
 
 Reads meshes (OFF, OBJ with materials, PLY, GLB, GLTF, STL) and clouds (PLY, PCD, XYZ, PTS, NPY, LAS) below --meshes and
-writes <out>/ShapeNet/<category>/<id>.ply, points drawn evenly by area and centered in the unit sphere, and
+writes <out>/ShapeNet/<category>/<id>.ply, points drawn uniformly by area and centered in the unit sphere, and
 <out>/ShapeNetRendering/<category>/<id>/rendering/00.png, 01.png, ... on a transparent background, with cameras.json.
-The category is the first folder below --meshes (00000000 for files directly in it) or what --labels says; the id is the
-rest of the path joined by '-'. With two or more categories, <out>/labeled_hdf5 holds the clouds with their labels, for
-the linear SVM. Files that cannot be used are named with the reason, counted and left out, and listed in
-<out>/prepared_report.tsv. A run that was stopped continues; pairs that were made with other settings are never mixed.
+The category comes from --labels, or is the first folder below --meshes (00000000 for files directly in it); the id is
+the rest of the path joined by '-'. With two or more categories, <out>/labeled_hdf5 holds the clouds with their labels,
+for the linear SVM. Unusable files are skipped, counted, printed with the reason, and listed in
+<out>/prepared_report.tsv. The same command continues a stopped run; pairs of different settings are never mixed.
 
 Rendering needs OpenGL, not a display; on Debian or Ubuntu: apt-get install libegl1 libgl1 libgl1-mesa-dri.
 
@@ -44,7 +44,7 @@ _NOTES_SHOWN = 20
 
 
 class Outcome(NamedTuple):
-    """What became of one file: notes if it is a pair now, or why it was refused."""
+    """The result for one file: notes if it became a pair, or the reason why it was refused."""
 
     notes: list[str]
     refused: str | None = None
@@ -52,7 +52,7 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True)
 class _Worker:
-    """What a process keeps between files."""
+    """State that a process keeps between files."""
 
     paths: PairPaths
     settings: Settings
@@ -68,7 +68,7 @@ def needs_renderer(settings: Settings) -> bool:
 
 
 def _start_worker(root: Path, settings: Settings) -> None:
-    """Make this process's renderer."""
+    """Create this process's renderer."""
     global _worker
     renderer = None
     if needs_renderer(settings):
@@ -98,13 +98,13 @@ def _work(shape: ShapeFile) -> Outcome:
 
 
 def make_pairs(folder: PairFolder, shapes: Sequence[ShapeFile], *, workers: int) -> Iterator[tuple[ShapeFile, Outcome]]:
-    """Make pairs in ``workers`` processes; yield each file with what became of it, in the order of completion.
+    """Make pairs in ``workers`` processes; yield each file with its outcome, in the order of completion.
 
     Raises:
         UserError: a pair cannot be written, or a process ended.
     """
     arguments = folder.root, folder.settings
-    # Spawned, not forked: an OpenGL context does not survive a fork.
+    # Spawn, not fork: an OpenGL context does not survive a fork.
     with ProcessPoolExecutor(min(workers, len(shapes)), get_context("spawn"), _start_worker, arguments) as pool:
         waiting = list(reversed(shapes))
         running: dict[Future[Outcome], ShapeFile] = {}
@@ -120,7 +120,7 @@ def make_pairs(folder: PairFolder, shapes: Sequence[ShapeFile], *, workers: int)
         except BrokenProcessPool as error:
             suspects = ", ".join(str(shape.path) for shape in list(running.values())[: 2 * workers])
             raise UserError(
-                f"a process ended abruptly, perhaps for want of memory, at one of {suspects}; start again with fewer "
+                f"a process ended abruptly, perhaps out of memory, at one of {suspects}; start again with fewer "
                 "--workers (finished pairs are kept) or move that file away"
             ) from error
         finally:
@@ -129,7 +129,7 @@ def make_pairs(folder: PairFolder, shapes: Sequence[ShapeFile], *, workers: int)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     usual = Settings()
     parser = argparse.ArgumentParser(
         prog="python -m data.prepare_meshes", description=__doc__, formatter_class=HelpFormatter
@@ -144,28 +144,28 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         metavar="FILE",
         help="categories: lines 'name category [train|test]', or the Princeton Shape Benchmark's .cla files",
     )
-    files.add_argument("--overwrite", action="store_true", help="make pairs again that are there already")
+    files.add_argument("--overwrite", action="store_true", help="remake existing pairs")
     files.add_argument("--json", metavar="FILE", help="also write the counts to FILE as one JSON object")
     content = parser.add_argument_group("content")
     content.add_argument(
         "--num_points", type=positive_int, default=usual.num_points, metavar="N", help="points of each cloud"
     )
     content.add_argument(
-        "--views", type=non_negative_int, default=usual.views, metavar="V", help="pictures of a shape; 0: clouds alone"
+        "--views", type=non_negative_int, default=usual.views, metavar="V", help="pictures per shape; 0: only clouds"
     )
     content.add_argument(
         "--image_size", type=positive_int, default=usual.image_size, metavar="PX", help="side of a picture in pixels"
     )
     content.add_argument("--up", choices=("y", "z"), default=usual.up, help="axis of the files that points up")
     content.add_argument(
-        "--remove_interior", action="store_true", help="no points on surfaces that cannot be seen from outside"
+        "--remove_interior", action="store_true", help="draw no points on surfaces that are invisible from outside"
     )
     content.add_argument(
         "--test_fraction",
         type=float,
         default=0.2,
         metavar="F",
-        help="part of each category that is for testing, where neither folders nor labels say it",
+        help="fraction of each category for testing, if neither folders nor labels give a split",
     )
     content.add_argument("--seed", type=seed_number, default=usual.seed, metavar="S", help="seed of points and views")
     content.add_argument(
@@ -182,7 +182,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Convert a folder of meshes and clouds; return counts and the files left out."""
+    """Convert a folder of meshes and clouds; return counts and the skipped files."""
     args = parse_args(argv)
     shapes = find_shapes(Path(args.meshes), [Path(path) for path in args.labels])
     settings = Settings(
@@ -201,7 +201,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     refused: list[tuple[ShapeFile, str]] = []
     if todo:
         if needs_renderer(settings):
-            create_context().release()  # a missing OpenGL is better told once, here
+            create_context().release()  # report missing OpenGL once, before the workers start
         folder.begin()
         bar = progress(total=len(todo), text="making pairs", unit="shape")
         with bar:
@@ -225,7 +225,7 @@ def finish(
     *,
     test_fraction: float,
 ) -> None:
-    """Print and write what was refused, and write the labeled clouds."""
+    """Report the refused files and write the labeled clouds."""
     refused.sort(key=lambda item: item[0].name)
     report["skipped"] = [reason for _, reason in refused]
     left_out = {shape.name for shape, _ in refused}
@@ -238,7 +238,7 @@ def finish(
     if len(report["noted"]) > _NOTES_SHOWN:
         print(f"note: {len(report['noted']) - _NOTES_SHOWN} more in {folder.root / REPORT_NAME}")
     if not usable:
-        raise DataError(f"none of the {len(shapes)} files could be used; the reasons are above")
+        raise DataError(f"none of the {len(shapes)} files could be used, for the reasons printed as 'left out'")
     rows = [("file", "result", "reason"), *((str(shape.path), "left out", reason) for shape, reason in refused)]
     rows += [(str(s.path), "note", note) for s in usable for note in folder.records[s.name]["notes"]]
     text = "".join("\t".join(" ".join(cell.split()) for cell in row) + "\n" for row in rows)

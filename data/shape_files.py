@@ -1,4 +1,4 @@
-"""Find a user's meshes and clouds, and tell the category and the split of each."""
+"""Find a user's meshes and clouds, with the category and the split of each."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class ShapeFile:
         path: of the file.
         category: first part of the pair's name.
         id: second part.
-        split: ``train`` or ``test`` where folders or labels say it, else None.
-        labeled: whether the category says what the shape is.
+        split: ``train`` or ``test`` if folders or labels say so, else None.
+        labeled: whether the category is a label of the shape.
     """
 
     path: Path
@@ -42,7 +42,7 @@ class ShapeFile:
 
     @property
     def name(self) -> str:
-        """Name of the pair, ``<category>/<id>``."""
+        """Return the name of the pair, ``<category>/<id>``."""
         return f"{self.category}/{self.id}"
 
 
@@ -50,14 +50,14 @@ def find_shapes(folder: Path, labels: Sequence[Path] = ()) -> list[ShapeFile]:
     """List the meshes and clouds below a folder, sorted by name.
 
     The category is the first folder, the id is the rest of the path joined by ``-``. Folders ``train`` and ``test``,
-    outside or inside of the category, also say the split. With label files the category comes from them alone.
+    above or below the category, define the split. With label files, the category comes only from them.
 
     Raises:
-        DataError: there is no such folder, no shape in it, or two files would get the same name; a label file cannot be
-            used.
+        DataError: the folder is missing or holds no shape, two files would get the same name, or a label file cannot
+            be used.
     """
     if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder; --meshes names the one with the mesh files")
+        raise DataError(f"{folder} is not a folder; pass the one with the mesh files as --meshes")
     paths = [p for p in data_files(folder, "**/*") if p.suffix.lower() in SUFFIXES and p.is_file()]
     if not paths:
         raise DataError(f"no mesh or cloud below {folder}; expected files ending in {', '.join(SUFFIXES)}")
@@ -66,7 +66,7 @@ def find_shapes(folder: Path, labels: Sequence[Path] = ()) -> list[ShapeFile]:
         shapes = _by_labels(folder, shapes, labels)
     by_name: dict[str, ShapeFile] = {}
     for shape in shapes:
-        # Names that differ in upper and lower case alone are one file on macOS and Windows.
+        # Names that differ only in case are one file on macOS and Windows.
         other = by_name.setdefault(shape.name.lower(), shape)
         if other is not shape:
             raise DataError(f"{other.path} and {shape.path} would both become {shape.name}.ply; rename one")
@@ -81,7 +81,7 @@ def _by_folders(folder: Path, path: Path) -> ShapeFile:
     split = None
     if len(parents) > 1 and parents[0].lower() in SPLITS:
         split = parents.pop(0).lower()
-        parents.insert(1, split)  # stays in the id, since both splits may use one name
+        parents.insert(1, split)  # keep it in the id, since both splits may use the same name
     elif len(parents) > 1 and parents[1].lower() in SPLITS:
         split = parents[1].lower()
     category = parents[0] if parents else NO_CATEGORY
@@ -89,7 +89,7 @@ def _by_folders(folder: Path, path: Path) -> ShapeFile:
 
 
 def _shapenet_core(folder: Path, parents: list[str], stem: str) -> tuple[str, str] | None:
-    """Return category and id of a file in ShapeNetCore's layout, also where ``folder`` is one synset's; else None."""
+    """Return category and id of a file in ShapeNetCore's layout (``folder`` may be one synset's), else None."""
     if not parents or not _SHAPENET_CORE.match(stem):
         return None
     in_models = parents[-1] == "models"
@@ -104,7 +104,7 @@ def _shapenet_core(folder: Path, parents: list[str], stem: str) -> tuple[str, st
 
 
 def _by_labels(folder: Path, shapes: Iterable[ShapeFile], files: Sequence[Path]) -> list[ShapeFile]:
-    """Give shapes the categories of label files; those that no file names are unlabeled."""
+    """Give shapes the categories of label files; shapes that no file names are unlabeled."""
     known: dict[str, tuple[str, str | None]] = {}
     for file in files:
         for key, value in read_labels(file).items():
@@ -139,10 +139,10 @@ def _keys(relative: PurePath) -> list[str]:
 
 
 def read_labels(path: Path) -> dict[str, tuple[str, str | None]]:
-    """Read a label file: the category and, if told, the split of shapes by their name.
+    """Read a label file: the category and, if given, the split of each shape, by name.
 
     Either the Princeton Shape Benchmark's ``.cla``, whose split is ``train`` or ``test`` if that is in the file's name,
-    or text with ``name category [split]`` in each line, between tabs, commas or blanks; ``#`` begins a comment.
+    or text with ``name category [split]`` on each line, separated by tabs, commas or spaces; ``#`` begins a comment.
 
     Raises:
         DataError: the file cannot be read or a line is not as described.
@@ -164,7 +164,7 @@ def read_labels(path: Path) -> dict[str, tuple[str, str | None]]:
             raise DataError(f"{path}, line {number}: expected 'name category' and perhaps train or test, got {line!r}")
         labels[words[0].replace("\\", "/")] = (_safe(words[1]), split)
     if not labels:
-        raise DataError(f"{path} holds no labels; expected 'name category' in each line")
+        raise DataError(f"{path} holds no labels; expected 'name category' on each line")
     return labels
 
 
@@ -185,12 +185,12 @@ def _read_cla(lines: list[str], path: Path) -> dict[str, tuple[str, str | None]]
         if len(labels) != promised:
             raise ValueError(f"it promises {promised} models and lists {len(labels)}")
     except (ValueError, IndexError) as error:
-        raise DataError(f"{path} is not a usable .cla file ({error}); it may be cut off") from error
+        raise DataError(f"{path} is not a usable .cla file ({error}); it may be truncated") from error
     return labels
 
 
 def _safe(category: str) -> str:
-    """Return a category as the name of a folder."""
+    """Return a category as a valid folder name."""
     return re.sub(r'[/\\:*?"<>|\s]+', "_", category).strip("._") or NO_CATEGORY
 
 
@@ -198,11 +198,11 @@ def _safe(category: str) -> str:
 
 
 def split_shapes(shapes: Sequence[ShapeFile], *, test_fraction: float, seed: int) -> dict[str, list[ShapeFile]]:
-    """Divide labeled shapes into training and test set.
+    """Split labeled shapes into a training and a test set.
 
-    Where folders or labels say the split of any shape, only what they say counts. Otherwise ``test_fraction`` of each
-    category, at least one shape, is for testing, chosen by a hash of the name: other shapes do not change the choice by
-    much. Categories with fewer than two shapes are left out.
+    If folders or labels give the split of any shape, only they count. Otherwise ``test_fraction`` of each category, at
+    least one shape, is for testing, chosen by a hash of the name, so that adding shapes hardly changes the choice.
+    Categories with fewer than two shapes are skipped.
     """
     labeled = [shape for shape in shapes if shape.labeled]
     if any(shape.split for shape in labeled):

@@ -1,13 +1,13 @@
-"""Unpack a downloaded archive safely and put what it holds where the readers look.
+"""Unpack a downloaded archive safely and move its files to where the readers expect them.
 
-The archive's own member names decide which data set it is, so its file name and origin do not matter:
+The member names decide which data set it is, so the archive's file name and origin do not matter:
 
   python -m data.unpack ~/Downloads/modelnet40.tar.gz
   python -m data.unpack shapenet.tar.gz --data_root /big/disk/data
 
 Everything is unpacked into a staging folder first. An archive with an absolute name, '..', a link or a device, or one
-that grows out of proportion, is refused as a whole. Files that are there already are kept: the same content is skipped,
-other content is an error and nothing is changed.
+that expands too much, is refused as a whole. Existing files are kept: identical ones are skipped; different content is
+an error, and nothing is changed.
 """
 
 from __future__ import annotations
@@ -74,12 +74,13 @@ KNOWN_MD5 = {
     },
 }
 
-# Limits that no data set comes near. Point clouds, PNG files and float arrays hardly compress more than tenfold.
+# Without these limits an archive bomb fills the disk. Data sets stay far below: clouds, PNG files and float arrays
+# hardly compress more than tenfold.
 MAX_BYTES = 200 * 2**30
 MAX_RATIO = 100
 FREE_ALLOWANCE = 64 * 2**20  # small archives may exceed the ratio up to this size
 MAX_MEMBERS = 4_000_000
-HEADER_BYTES = 2 * 2**20  # what one member's headers may take; a longer one is an attack on memory
+HEADER_BYTES = 2 * 2**20  # without a limit on headers, one member could exhaust the memory
 
 _SYNSET = re.compile(r"\d{8}")
 _SCAN_FOLDER = re.compile(r"(main_split|split[1-4])(_nobg)?")
@@ -103,7 +104,7 @@ class _Member(NamedTuple):
 
 
 def size_text(count: float) -> str:
-    """Return a byte count as people read it, with decimal units."""
+    """Format a byte count with decimal units."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.0f} {unit}"
@@ -127,7 +128,7 @@ def _refused(archive: Path, name: str, why: str) -> DataError:
 def _safe_parts(archive: Path, name: str) -> tuple[str, ...]:
     """Split a member's name, refusing one that could lead out of the target folder."""
     if "\0" in name or "\\" in name:
-        raise _refused(archive, name, "has a name that is no plain path")
+        raise _refused(archive, name, "has a name that is not a plain path")
     if name.startswith("/") or re.match(r"[A-Za-z]:", name):
         raise _refused(archive, name, "has an absolute name")
     parts = tuple(part for part in name.split("/") if part not in ("", "."))
@@ -137,7 +138,7 @@ def _safe_parts(archive: Path, name: str) -> tuple[str, ...]:
 
 
 class _Metered(io.RawIOBase):
-    """A stream that fails when more is read than was allowed for, so that no header can fill the memory."""
+    """A stream that raises when more is read than allowed, so that no header can exhaust the memory."""
 
     def __init__(self, source: BinaryIO, archive: Path) -> None:
         self._source = source
@@ -166,12 +167,12 @@ def _tar_members(path: Path) -> Iterator[_Member]:
                     raise _refused(path, info.name, "is a link")
                 plain = info.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not info.issparse() and info.size >= 0
                 if not (plain or info.isdir()):
-                    raise _refused(path, info.name, "is no plain file")
+                    raise _refused(path, info.name, "is not a regular file")
                 stream.allowed = info.size + HEADER_BYTES
                 yield _Member(parts, info.size, None if info.isdir() else tar.extractfile(info))
                 stream.allowed = info.size + HEADER_BYTES  # what was not read is skipped by next()
                 tar.members.clear()  # a million members would take a gigabyte
-            # Reading to the very end makes gzip compare its checksum, and shows whether the listing stopped early.
+            # Read to the end: gzip then verifies its checksum, and we see whether the listing stopped early.
             while block := tar.fileobj.read(1 << 16):
                 if block.strip(b"\0"):
                     raise tarfile.ReadError("data after the end of the member list")
@@ -186,7 +187,7 @@ def _zip_members(path: Path) -> Iterator[_Member]:
             parts = _safe_parts(path, info.filename)
             mode = stat.S_IFMT(info.external_attr >> 16)
             if mode not in (0, stat.S_IFREG, stat.S_IFDIR):
-                raise _refused(path, info.filename, "is a link" if mode == stat.S_IFLNK else "is no plain file")
+                raise _refused(path, info.filename, "is a link" if mode == stat.S_IFLNK else "is not a regular file")
             if info.is_dir():
                 yield _Member(parts, 0, None)
                 continue
@@ -196,23 +197,25 @@ def _zip_members(path: Path) -> Iterator[_Member]:
 
 @contextmanager
 def _damage_named(path: Path) -> Iterator[None]:
-    """Turn what the archive modules raise, while listing or while reading a member, into errors that name the file."""
+    """Convert exceptions of the archive modules, while listing or reading a member, to errors that name the file."""
     try:
         yield
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing") from error
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, gzip.BadGzipFile, EOFError) as error:
         reason = str(error) or type(error).__name__
-        raise DataError(f"{path} is truncated or damaged ({reason}); fetch it again, or resume the download") from error
+        raise DataError(
+            f"{path} is truncated or damaged ({reason}); resume the download, or download it again"
+        ) from error
     except (NotImplementedError, RuntimeError, ValueError) as error:  # unknown compression, encryption, absurd numbers
         raise DataError(f"{path} cannot be unpacked: {error}") from error
 
 
 def archive_members(path: Path) -> Iterator[_Member]:
-    """Yield the members of a ``.tar``, ``.tar.gz`` or ``.zip`` file; the content, not the name, tells which.
+    """Yield the members of a ``.tar``, ``.tar.gz`` or ``.zip`` file, recognized by its content, not its name.
 
     Raises:
-        DataError: the file is missing, damaged or no such archive, or a member is not safe.
+        DataError: the file is missing, damaged or not such an archive, or a member is not safe.
     """
     with _damage_named(path):
         with open(path, "rb") as file:
@@ -252,7 +255,7 @@ def extract(path: Path, folder: Path, *, max_bytes: int = MAX_BYTES) -> int:
             if number >= MAX_MEMBERS:
                 raise DataError(f"{path} is refused: it holds more than {MAX_MEMBERS} files")
             if not all(map(is_data_name, member.parts)) or not member.parts:
-                continue  # the archive's own root, and what operating systems add
+                continue  # the archive's root, and files that operating systems add
             target = folder.joinpath(*member.parts)
             if member.content is None:
                 target.mkdir(parents=True, exist_ok=True)
@@ -261,7 +264,7 @@ def extract(path: Path, folder: Path, *, max_bytes: int = MAX_BYTES) -> int:
             if written > limit:
                 raise DataError(
                     f"{path} is refused: {size_text(path.stat().st_size)} unpack to more than {size_text(limit)}, "
-                    "which no data set here does"
+                    "more than any data set here"
                 )
             if written > free:
                 raise DataError(f"{path} needs more than the {size_text(free)} that are free in {folder.parent}")
@@ -279,14 +282,14 @@ def extract(path: Path, folder: Path, *, max_bytes: int = MAX_BYTES) -> int:
 
 
 def identify_folder(parts: Sequence[str], names: Sequence[str]) -> tuple[str, tuple[str, ...]] | None:
-    """Tell which data set a folder of an archive belongs to.
+    """Identify the data set that a folder of an archive belongs to.
 
     Args:
         parts: path of the folder inside the archive, for example ``("data", "ShapeNet", "02691156")``.
         names: names of the files in it.
 
     Returns:
-        The set's name and the folder's place below the data root, or None for a folder that belongs to no set.
+        The set's name and the folder's path below the data root, or None for a folder that belongs to no set.
     """
     last = parts[-1] if parts else ""
     path = "/".join(parts).lower()
@@ -303,7 +306,7 @@ def identify_folder(parts: Sequence[str], names: Sequence[str]) -> tuple[str, tu
     if any(array.startswith("ply_data_all_") for array in arrays):
         name = "s3dis_test" if "_test" in path else "s3dis"
     elif any(array.startswith("ply_data_") for array in arrays):
-        # ModelNet40 and ShapeNetPart share their file names; the small files beside them differ.
+        # ModelNet40 and ShapeNetPart use the same file names; the small files next to them differ.
         if "modelnet" in path or "shape_names.txt" in names:
             name = "modelnet40"
         elif "part" in path or any(n.endswith("_hdf5_file_list.txt") or n.startswith("ply_data_val") for n in names):
@@ -314,7 +317,7 @@ def identify_folder(parts: Sequence[str], names: Sequence[str]) -> tuple[str, tu
 def _identify_copy(
     parts: Sequence[str], names: Sequence[str], arrays: Sequence[str]
 ) -> tuple[str, tuple[str, ...]] | None:
-    """Tell which layout of ModelNet or ShapeNetPart besides the released ones a folder of an archive belongs to."""
+    """Identify a folder of an archive that has another than the released layout of ModelNet or ShapeNetPart."""
     last = parts[-1] if parts else ""
     if arrays and (match := _POINT_CLOUD_DATASETS.fullmatch(last)):  # PointCloudDatasets
         return match[1], (last,)
@@ -328,7 +331,7 @@ def _identify_copy(
 
 
 def peek(path: Path) -> str | None:
-    """Tell which data set an archive holds from its beginning, which may be cut off anywhere; None if unclear."""
+    """Identify the data set of an archive by its first bytes, truncated anywhere; return None if unclear."""
     folders: dict[tuple[str, ...], list[str]] = {}
     try:
         for member in archive_members(path):
@@ -337,7 +340,7 @@ def peek(path: Path) -> str | None:
             *parent, name = member.parts
             folders.setdefault(tuple(parent), []).append(name)
     except DataError:
-        pass  # cut off, as expected; an unsafe archive is refused when it is unpacked
+        pass  # truncated, as expected; an unsafe archive is refused when it is unpacked
     found = {place[0] for parts, names in folders.items() if (place := identify_folder(parts, names))}
     return found.pop() if len(found) == 1 else None
 
@@ -354,7 +357,7 @@ def _check_md5(name: str, folder: Path, files: Sequence[str], archive: Path) -> 
 
 
 def _move(source: Path, target: Path) -> None:
-    """Move a file, also when the target's folder is a link to another disk, never leaving half a file."""
+    """Move a file, even if the target's folder is on another disk, without ever leaving a partial file."""
     try:
         os.rename(source, target)
     except OSError as error:
@@ -368,20 +371,20 @@ def _move(source: Path, target: Path) -> None:
 def unpack(
     archive: str | Path, data_root: str | Path, *, expect: str | None = None, md5: bool = True
 ) -> dict[str, Any]:
-    """Unpack one archive and move its files to where the readers look for them.
+    """Unpack one archive and move its files to where the readers expect them.
 
     Args:
         archive: a ``.tar.gz`` or ``.zip`` file.
         data_root: folder of the data sets.
-        expect: name of the set that must be in it; None takes any.
-        md5: compare with the published checksums where there are any.
+        expect: name of the set it must contain; None accepts any.
+        md5: compare with the published checksums, if known.
 
     Returns:
-        ``{"sets": {name: files installed}, "kept": files that were there already, "left_out": files of no known set}``.
+        ``{"sets": {name: files installed}, "kept": existing identical files, "left_out": files of no known set}``.
 
     Raises:
-        DataError: the archive is damaged, unsafe or of no known set, a checksum differs, or a file with another content
-            is in the way. Nothing is installed then.
+        DataError: the archive is damaged, unsafe or of no known set, a checksum differs, or a file with different
+            content exists. Nothing is installed then.
     """
     archive, data_root = Path(archive), Path(data_root)
     staging = data_root / STAGING / f"{archive.name}.unpacked"
@@ -424,8 +427,8 @@ def unpack(
         if conflicts:
             shown = ", ".join(str(path) for path in conflicts[:3]) + (", ..." if len(conflicts) > 3 else "")
             raise DataError(
-                f"{len(conflicts)} files are there already with another content ({shown}); nothing was changed. "
-                "Move them away, or name another folder with --data_root"
+                f"{len(conflicts)} files exist already with different content ({shown}); nothing was changed. "
+                "Move them away, or choose another folder with --data_root"
             )
         for name, folder, target, names in moves:
             destination = data_root.joinpath(*target)
@@ -448,7 +451,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     expect_help = "stop unless the archive holds this set: " + ", ".join(SETS)
     parser.add_argument("--expect", choices=SETS, metavar="SET", help=expect_help)
     parser.add_argument("--no_md5", action="store_true", help="do not compare with the published checksums")
-    parser.add_argument("--peek", action="store_true", help="only print which set it is; the file may be cut off")
+    parser.add_argument("--peek", action="store_true", help="only print which set it is; the file may be truncated")
     parser.add_argument("--json", metavar="FILE", help="also write the result to FILE as one JSON object")
     args = parser.parse_args(argv)
     results: dict[str, Any] = {}
@@ -461,9 +464,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         for name, count in result["sets"].items():
             print(f"{name}: {count} files installed in {args.data_root}")
         if result["kept"]:
-            print(f"{result['kept']} files were there already with the same content")
+            print(f"{result['kept']} files existed already with the same content")
         if result["left_out"]:
-            print(f"{result['left_out']} files of {archive} belong to no data set and were left out")
+            print(f"{result['left_out']} files of {archive} belong to no data set and were skipped")
     write_json(args.json, results)
     return results
 

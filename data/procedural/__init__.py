@@ -1,4 +1,4 @@
-"""Generate shapes out of nothing: unions of simple solids whose surfaces, parts and colors are known exactly."""
+"""Generate shapes: unions of simple solids whose surfaces, parts and colors are known exactly."""
 
 from data.procedural.compose import KINDS, LEVELS, GeneratedShape, SurfaceSamples, compose, sample_visible
 from data.procedural.solids import Solid

@@ -1,6 +1,7 @@
-"""Compose shapes of simple solids: which, how large, where and in which colors. Recipe: docs/generated_shapes.md.
+"""Compose shapes of simple solids: choose kinds, sizes, places and colors. Recipe: docs/generated_shapes.md.
 
-Everything follows from (seed, number, level) through one random generator. Lengths are those of the recipe; y is up.
+Everything is a function of (seed, number, level), drawn from one random generator. Lengths are in the recipe's units; y
+is up.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ LEVELS = {
     1: "one solid in one color",
     2: "2 to 4 solids along the axes, a color each",
     3: "1 to 9 solids, with thin plates and legs, and mirror symmetry",
-    4: "and freely turned parts",
+    4: "and freely rotated parts",
     5: "and smooth displacement and colors in bands that cut across parts",
 }
 MAX_PARTS = 9
@@ -28,9 +29,9 @@ _SIZES = (0.08, 0.7)  # half extents, log-uniform
 _THIN = (0.01, 0.04)
 _LONG = (0.2, 0.7)
 _TEXELS = 64  # of a band's texture
-_CONTACT_POINTS = 150  # of a surface, with which contact of two parts is looked for
-_TRIES = 8  # to place a part so that it touches another one
-_MAX_ROUNDS = 50  # of drawing points: a surface of which less than 2 % is visible does not occur
+_CONTACT_POINTS = 150  # surface points that test whether two parts touch
+_TRIES = 8  # attempts to place a part so that it touches another one
+_MAX_ROUNDS = 50  # without a limit, an invisible surface would loop forever; less than 2 % visible does not occur
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Part:
     """One surface of a shape.
 
     Attributes:
-        solid: where it is.
+        solid: the placed solid.
         kind: index into ``KINDS``.
         number: of the primitive, from 0; mirror images share it.
     """
@@ -50,7 +51,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Bands:
-    """A second color by place, the same for all parts: a wave of colors along a direction.
+    """A second color by position, the same for all parts: a wave of colors along a direction.
 
     Attributes:
         direction: (3,) periods per unit of length.
@@ -70,7 +71,7 @@ class GeneratedShape:
     """A union of solids with colors.
 
     Attributes:
-        parts: surfaces, mirror images among them.
+        parts: surfaces, including mirror images.
         colors: (primitives, 3) color of each primitive in 0..1.
         bands: second color, or None.
     """
@@ -91,11 +92,11 @@ class GeneratedShape:
 
 @dataclass(frozen=True)
 class SurfaceSamples:
-    """Points on what can be seen of a shape.
+    """Points on the visible surface of a shape.
 
     Attributes:
         points: (n, 3) float64.
-        normals: (n, 3) unit normals, in or out.
+        normals: (n, 3) unit normals, inward or outward.
         kind: (n,) uint8 index into ``KINDS``.
         number: (n,) uint8 number of the primitive.
     """
@@ -107,7 +108,7 @@ class SurfaceSamples:
 
 
 def generator(seed: int, number: int) -> np.random.Generator:
-    """Return the random numbers of a shape."""
+    """Return the random generator of a shape."""
     return np.random.default_rng([seed, number])
 
 
@@ -173,18 +174,18 @@ class _Composer:
             self.surfaces.append(_surface_points(image, self.rng, _CONTACT_POINTS))
 
     def _coincide(self, a: Solid, b: Solid) -> bool:
-        """Return whether two solids are the same: each would hide the whole surface of the other."""
+        """Return whether two solids coincide; each would hide the whole surface of the other."""
         surface = _surface_points(a, self.rng, _CONTACT_POINTS)
         near = surface + self.rng.normal(size=surface.shape) * 0.03 * np.ptp(surface, axis=0)
         return bool((a.contains(near) == b.contains(near)).mean() > 0.99)
 
     def _place(self, solid: Solid, *, under: bool, may_center: bool) -> np.ndarray:
-        """Return a shift (3,) that joins a solid to what is there.
+        """Return a shift (3,) that joins a solid to the earlier parts.
 
         Args:
             solid: at the origin.
             under: put it below an earlier part.
-            may_center: it may be put into the mirror plane.
+            may_center: allow putting it into the mirror plane.
         """
         middle = _middle(solid.vertices)
         if not self.parts:
@@ -273,7 +274,7 @@ class _Composer:
         return turn, True
 
     def _warp(self) -> solids.Warp:
-        """Draw a smooth displacement: two of three times waves, else taper and twist."""
+        """Draw a smooth displacement: waves with probability 2/3, else taper and twist."""
         rng = self.rng
         waves = 3 if rng.random() < 0.66 else 0
         frequency = rng.normal(size=(waves, 3)) * rng.uniform(1.0, 3.0)
@@ -291,18 +292,18 @@ class _Composer:
         )
 
     def _attached(self, solid: Solid, surface: np.ndarray) -> np.ndarray:
-        """Draw a shift that is meant to join a solid to an earlier part."""
+        """Draw a shift that should join a solid to an earlier part."""
         if self.aligned and self.rng.random() < 0.6:
             return self._stacked(solid, self.parts[self.rng.integers(len(self.parts))].solid)
         return self._met(surface, depth=self.rng.uniform(0.02, 0.4))
 
     def _met(self, surface: np.ndarray, *, depth: float) -> np.ndarray:
-        """Draw a shift with which a surface point (of n, 3) meets one of an earlier part, drawn in by ``depth``."""
+        """Draw a shift that moves a surface point (of n, 3) to one of an earlier part, sunk in by ``depth``."""
         other = self.surfaces[self.rng.integers(len(self.surfaces))]
         return other[self.rng.integers(len(other))] - surface[self.rng.integers(len(surface))] * (1 - depth)
 
     def _stacked(self, solid: Solid, target: Solid) -> np.ndarray:
-        """Return a shift that puts bounding boxes side by side; in the other directions centered, flush or anyhow."""
+        """Return a shift that stacks bounding boxes along an axis; along the others centered, flush or random."""
         rng = self.rng
         axis = int(rng.choice(3, p=[0.25, 0.5, 0.25]))
         low, high = solid.vertices.min(0), solid.vertices.max(0)
@@ -310,7 +311,7 @@ class _Composer:
         shift = np.empty(3)
         for i in range(3):
             if i == axis:
-                # Overlap, so that faces neither gape nor coincide.
+                # Overlap, so that faces neither leave a gap nor coincide.
                 overlap = rng.uniform(0.02, 0.25) * min(high[i] - low[i], roof[i] - base[i])
                 shift[i] = roof[i] - low[i] - overlap if rng.random() < 0.5 else base[i] - high[i] + overlap
             else:
@@ -320,7 +321,7 @@ class _Composer:
         return shift
 
     def _under(self, leg: Solid) -> np.ndarray:
-        """Return a shift that puts an upright leg below a part, near a corner where mirror images make it a set."""
+        """Return a shift that puts an upright leg below a part, near a corner, so that mirror images complete a set."""
         rng = self.rng
         target = self.parts[rng.integers(len(self.parts))].solid
         base, roof = target.vertices.min(0), target.vertices.max(0)
@@ -372,7 +373,7 @@ def _areas_and_normals(corners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _in_triangles(corners: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Draw a point in each triangle (n, 3, 3), evenly."""
+    """Draw a uniform point in each triangle (n, 3, 3)."""
     u, v = rng.random((2, len(corners)))
     fold = u + v > 1
     u, v = np.where(fold, 1 - u, u)[:, None], np.where(fold, 1 - v, v)[:, None]
@@ -380,7 +381,7 @@ def _in_triangles(corners: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _surface_points(solid: Solid, rng: np.random.Generator, count: int) -> np.ndarray:
-    """Draw points (count, 3) evenly by area."""
+    """Draw points (count, 3) uniformly by area."""
     corners = solid.vertices[solid.triangles]
     areas, _ = _areas_and_normals(corners)
     return _in_triangles(corners[_by_area(np.cumsum(areas), rng, count)], rng)
@@ -393,12 +394,12 @@ def _by_area(cumulative: np.ndarray, rng: np.random.Generator, count: int) -> np
 
 
 def sample_visible(shape: GeneratedShape, count: int, rng: np.random.Generator) -> SurfaceSamples:
-    """Draw points evenly by area from the surface of the union: points inside another part are left out.
+    """Draw points uniformly by area from the surface of the union; points inside another part are rejected.
 
     Args:
-        shape: of which to draw.
+        shape: the shape to sample.
         count: n.
-        rng: random numbers.
+        rng: random generator.
     """
     corners = np.concatenate([part.solid.vertices[part.solid.triangles] for part in shape.parts])  # (t, 3, 3)
     owner = np.repeat(np.arange(len(shape.parts)), [len(part.solid.triangles) for part in shape.parts])
@@ -428,7 +429,7 @@ def sample_visible(shape: GeneratedShape, count: int, rng: np.random.Generator) 
 
 
 def _hidden(points: np.ndarray, owner: np.ndarray, parts: list[Part]) -> np.ndarray:
-    """Return which points (n,) lie inside a part that is not their own."""
+    """Return which points (n,) lie inside another part than the one they are on."""
     hidden = np.zeros(len(points), bool)
     for i, part in enumerate(parts):
         ask = np.flatnonzero((owner != i) & ~hidden)

@@ -1,4 +1,4 @@
-"""Pictures of generated shapes: their meshes for the renderer, and splats where there is no OpenGL."""
+"""Pictures of generated shapes: meshes for the renderer, and splats for machines without OpenGL."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LIGHT = np.array([-0.5, 0.75, 0.6]) / np.linalg.norm([-0.5, 0.75, 0.6])  # in ey
 
 
 def mesh_of(shape: GeneratedShape) -> Mesh:
-    """Return the mesh of a shape. Bands are a texture whose coordinate is linear in space, so that they are exact."""
+    """Return the mesh of a shape. Bands are exact: a texture whose coordinate is linear in space."""
     vertices = np.cumsum([0] + [len(part.solid.vertices) for part in shape.parts])
     counts = [len(part.solid.triangles) for part in shape.parts]
     points = np.concatenate([part.solid.vertices for part in shape.parts])
@@ -45,10 +45,10 @@ def splat_count(size: int) -> int:
 
 
 def splat_views(samples: SurfaceSamples, colors: np.ndarray, cameras: Sequence[Camera], *, size: int) -> np.ndarray:
-    """Draw surface points as pixels, the nearest one of each pixel; without anti-aliasing.
+    """Draw surface points as pixels, keeping the nearest one per pixel; without anti-aliasing.
 
     Args:
-        samples: n points, see ``splat_count``.
+        samples: n points; ``splat_count`` gives n.
         colors: (n, 3) in 0..1.
         cameras: viewpoints.
         size: side of a picture in pixels.

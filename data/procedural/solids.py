@@ -1,4 +1,4 @@
-"""Simple solids in [-1, 1]^3 with a mesh of their surface and an exact test of what lies inside, and smooth warps."""
+"""Simple solids in [-1, 1]^3 with a mesh of the surface and an exact inside test, and smooth warps."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 ROUND = 32  # corners of a circle
-# Points this close to a surface (relative to its size) count as outside, so that rounding does not remove points of two
-# faces that touch.
+# Without this margin (relative to the size), rounding would remove the points of two touching faces: points this close
+# to a surface count as outside.
 MARGIN = 1e-6
 # x -> x + d(x) can be inverted by iterating if d changes more slowly than x; this bounds how fast, and the error after
 # WAVE_STEPS steps is 0.5 ** 16 of the displacement.
@@ -44,7 +44,7 @@ def lattice(rows: int, columns: int, *, closed: bool) -> np.ndarray:
 
 
 def revolved(radius: Sequence[float], height: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Turn a profile about the y axis.
+    """Revolve a profile around the y axis.
 
     Args:
         radius: (r,) distance from the axis.
@@ -113,7 +113,7 @@ def superquadric(vertical: float, horizontal: float) -> Solid:
 
 
 def torus(thickness: float) -> Solid:
-    """Return a ring about the y axis with outer radius 1, whose own radius is ``thickness``, stretched to height 1."""
+    """Return a ring around the y axis with outer radius 1 and tube radius ``thickness``, stretched to height 1."""
     angle = np.linspace(0, 2 * np.pi, 17)
     middle = 1 - thickness
     vertices, triangles = revolved(middle + thickness * np.cos(angle), np.sin(angle))
@@ -152,7 +152,7 @@ def tube(control: np.ndarray, radius: float) -> Solid:
 
 
 def _transported(along: np.ndarray) -> np.ndarray:
-    """Return a unit vector (n, 3) across each direction, turned as little as possible from one to the next."""
+    """Return a unit vector (n, 3) normal to each direction, rotated as little as possible from one to the next."""
     first = np.eye(3)[np.abs(along[0]).argmin()]
     normals = [first]
     for direction in along:
@@ -172,9 +172,9 @@ def _distance_to_path(points: np.ndarray, path: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Warp:
-    """A smooth map of space that can be inverted, applied to a solid before it is scaled, turned and moved.
+    """An invertible smooth map of space, applied to a solid before it is scaled, rotated and moved.
 
-    First the cross-section grows along an axis (taper), then it turns along the axis (twist), then waves displace it.
+    First the cross-section grows along an axis (taper), then it rotates along the axis (twist), then waves displace it.
 
     Attributes:
         axis: along which taper and twist run.
@@ -230,7 +230,7 @@ def warped(solid: Solid, warp: Warp) -> Solid:
 
 
 def placed(solid: Solid, *, scale: np.ndarray, turn: np.ndarray, shift: np.ndarray) -> Solid:
-    """Scale along the axes (3,), turn by an orthogonal (3, 3), shift by (3,); the inside test is quick for far points.
+    """Scale along the axes (3,), rotate by an orthogonal (3, 3), shift by (3,); far points skip the exact inside test.
 
     Raises:
         ValueError: a scale is not positive.

@@ -1,4 +1,4 @@
-"""Read meshes and clouds of any common format, draw points from them and render them without a display."""
+"""Read meshes and clouds of any common format, sample points from them, and render them without a display."""
 
 from data.rendering.cameras import Camera, cameras_3d_r2n2
 from data.rendering.meshes import read_mesh, read_shape

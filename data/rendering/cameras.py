@@ -1,4 +1,4 @@
-"""Cameras on a sphere around an object, which they keep centered and as large as the picture allows."""
+"""Cameras on a sphere around an object; they center it and fill the picture with it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DISTANCE = 4.0  # radii of the object's bounding sphere
 class Camera:
     """A viewpoint: degrees around the y axis (0 sees the front, +z) and above the xz plane.
 
-    ``fill`` is the part of the picture's side that the object takes up.
+    ``fill`` is the fraction of the picture's side that the object covers.
     """
 
     azimuth: float
@@ -23,10 +23,10 @@ class Camera:
 
 
 def cameras_3d_r2n2(count: int, seed: int) -> list[Camera]:
-    """Draw viewpoints as the 3D-R2N2 renderings have them: azimuth all round, elevation 25 to 30 degrees.
+    """Draw viewpoints like those of the 3D-R2N2 renderings: any azimuth, elevation 25 to 30 degrees.
 
-    The circle is cut into ``count`` equal arcs, and each view takes a random azimuth in one of them, so that even two
-    views show two sides. The order of the arcs is random.
+    The circle is divided into ``count`` equal arcs, and each view has a random azimuth in one of them, so that even two
+    views show different sides. The order of the arcs is random.
 
     Source: Choy et al., 3D-R2N2, ECCV 2016, section 5.1.
     """
@@ -45,7 +45,7 @@ class View:
         radius: of the bounding sphere around ``center``.
         view: (4, 4) from (x - center) / radius to eye space; the camera looks along -z.
         projection: (4, 4) from eye space to clip space.
-        field_of_view: degrees from the picture's left to its right side.
+        field_of_view: degrees from the left to the right side of the picture.
     """
 
     center: np.ndarray

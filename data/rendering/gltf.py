@@ -1,4 +1,4 @@
-"""Read GLB, GLTF and STL through trimesh; say by name what it would pass over without a word."""
+"""Read GLB, GLTF and STL with trimesh, and raise named errors for what trimesh would silently ignore."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from data.rendering.obj import FileBeside, texture_array
 from data.rendering.shape import Material, Mesh, concatenate
 from utils.errors import DataError
 
-# Extensions that a file may require and that are read, or that change nothing in what is drawn here.
+# Extensions that a file may require: they are read, or do not affect the result.
 _KNOWN = {
     "KHR_draco_mesh_compression",
     "KHR_materials_pbrSpecularGlossiness",
@@ -52,10 +52,10 @@ def to_linear(srgb: np.ndarray) -> np.ndarray:
 
 
 def read_gltf(data: bytes, where: str, beside: FileBeside, *, binary: bool) -> Mesh:
-    """Read the bytes of a GLB (``binary``) or GLTF file: all its nodes, instances included, where the scene has them.
+    """Read the bytes of a GLB (``binary``) or GLTF file: all nodes of the scene, instances included, in place.
 
     Raises:
-        DataError: damaged or cut off, compressed in a way that cannot be decoded, or without triangles.
+        DataError: the file is damaged or truncated, has a compression that cannot be decoded, or has no triangles.
     """
     header = _glb_header(data, where) if binary else _json(data, where)
     _check_extensions(header, where)
@@ -73,14 +73,14 @@ def read_gltf(data: bytes, where: str, beside: FileBeside, *, binary: bool) -> M
 
 
 def _glb_header(data: bytes, where: str) -> dict[str, Any]:
-    """Return the JSON chunk of a GLB file, whose chunks must all be there."""
+    """Return the JSON chunk of a GLB file; all its chunks must be complete."""
     if len(data) < 20 or data[:4] != b"glTF":
         raise DataError(f"{where} is not a GLB file: it does not begin with glTF")
     _, version, length = _GLB_HEADER.unpack_from(data)
     if version != 2:
         raise DataError(f"{where} is glTF version {version}; only version 2 is read")
     if length > len(data):
-        raise DataError(f"{where} promises {length} bytes and has {len(data)}: it is cut off; get it again")
+        raise DataError(f"{where} promises {length} bytes and has {len(data)}: it is truncated; get it again")
     size, kind = _GLB_CHUNK.unpack_from(data, _GLB_HEADER.size)
     if kind != b"JSON":
         raise DataError(f"{where} is a damaged GLB file: its first part is not JSON")
@@ -94,11 +94,11 @@ def _json(data: bytes, where: str) -> dict[str, Any]:
             raise ValueError("not an object")
         return header
     except (ValueError, UnicodeDecodeError) as error:
-        raise DataError(f"{where} is not a readable glTF: its JSON is damaged or cut off ({error})") from error
+        raise DataError(f"{where} is not a readable glTF: its JSON is damaged or truncated ({error})") from error
 
 
 def _check_extensions(header: dict[str, Any], where: str) -> None:
-    """Refuse what would be read as zeros or not at all.
+    """Refuse content that would be read as zeros or not at all.
 
     Raises:
         DataError: Draco without the package DracoPy, another required extension that is not read, or triangle fans.
@@ -123,13 +123,13 @@ def _load_scene(data: bytes, where: str, beside: FileBeside, kind: str) -> Any:
             io.BytesIO(data), file_type=kind, resolver=_Resolver(beside), process=False, ignore_broken=False
         )
     except FileNotFoundError as error:
-        raise DataError(f"{where} names the file {error}, which is missing beside it") from error
+        raise DataError(f"{where} names the file {error}, which is missing from its folder") from error
     except Exception as error:  # its readers raise many kinds on malformed files
         raise DataError(f"{where} is not a readable {kind.upper()} ({error or type(error).__name__})") from error
 
 
 class _Resolver:
-    """What trimesh asks for files that a GLTF names."""
+    """Resolver through which trimesh loads the files that a GLTF names."""
 
     def __init__(self, beside: FileBeside) -> None:
         self.beside = beside
@@ -138,7 +138,7 @@ class _Resolver:
         """Return a file's bytes.
 
         Raises:
-            FileNotFoundError: it is not there.
+            FileNotFoundError: the file is missing.
         """
         data = self.beside(name)
         if data is None:
@@ -163,7 +163,7 @@ def _part(geometry: Any, materials: dict[int, Material], where: str) -> Mesh:
     if source is None and getattr(visual, "kind", None) == "vertex":
         colors = visual.vertex_colors
     if source is not None:
-        # Parts share materials; each is converted once, textures above all.
+        # Without this cache, a material that parts share would be converted (with its texture) once per part.
         if id(source) not in materials:
             materials[id(source)] = _material(source)
         mesh.materials = [materials[id(source)]]
@@ -215,7 +215,7 @@ def read_stl(data: bytes, where: str) -> Mesh:
     """Read the bytes of an STL file, text or binary; it has no colors.
 
     Raises:
-        DataError: damaged, or it holds fewer triangles than it promises.
+        DataError: the file is damaged, or holds fewer triangles than its header states.
     """
     import trimesh
 
@@ -223,12 +223,12 @@ def read_stl(data: bytes, where: str) -> Mesh:
     if not text and len(data) < 84:
         raise DataError(f"{where} is not an STL file: {len(data)} bytes are fewer than its header has")
     if text and b"endsolid" not in data[-2000:].lower():
-        raise DataError(f"{where} has no line endsolid at its end: it is cut off; get it again")
+        raise DataError(f"{where} does not end in a line endsolid: it is truncated; get it again")
     if not text:
         (count,) = struct.unpack_from("<I", data, 80)
         if len(data) < 84 + 50 * count:
             held = (len(data) - 84) // 50
-            raise DataError(f"{where} promises {count} triangles and holds {held}: it is cut off; get it again")
+            raise DataError(f"{where} promises {count} triangles and holds {held}: it is truncated; get it again")
     try:
         loaded = trimesh.load_mesh(io.BytesIO(data), file_type="stl_ascii" if text else "stl", process=False)
         return Mesh.from_triangles(np.asarray(loaded.vertices), np.asarray(loaded.faces))

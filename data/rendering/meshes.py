@@ -19,8 +19,8 @@ MESH_SUFFIXES = (".off", ".obj", ".ply", ".glb", ".gltf", ".stl")
 def files_beside(path: Path) -> FileBeside:
     """Return a function that reads files by their name relative to ``path``'s folder, in upper or lower case.
 
-    Names with backslashes and escaped ones (``%20``) are found too. A name that leads out of the folder's parent
-    or to another disk is looked up by its last part alone, beside ``path``: exporters write their own disk's paths.
+    Names with backslashes and escapes (``%20``) are found too. If a name leads out of the folder's parent or to another
+    disk, only its last part is used, in the folder of ``path``: exporters write paths of the machine they run on.
     """
     folder = path.parent
 
@@ -40,7 +40,7 @@ def files_beside(path: Path) -> FileBeside:
 
 
 def _find(folder: Path, name: PurePosixPath) -> Path | None:
-    """Return the file of this name, the one that differs in upper and lower case if it is not there, or None."""
+    """Return the file of this name, else one whose name differs only in case, else None."""
     exact = folder / name
     if exact.is_file():
         return exact
@@ -63,7 +63,7 @@ def read_shape(path: str | os.PathLike[str]) -> Mesh | Cloud:
     """Read a mesh file, or a PLY without faces as a cloud.
 
     Raises:
-        DataError: the file is missing, of another format, damaged or cut off, or without usable surface.
+        DataError: the file is missing, of another format, damaged or truncated, or without a usable surface.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -92,10 +92,10 @@ def _decode(data: bytes, where: str, suffix: str, beside: FileBeside) -> Mesh | 
 
 
 def read_mesh(path: str | os.PathLike[str]) -> Mesh:
-    """Read a mesh file; the parts of a scene are joined where they are.
+    """Read a mesh file; the parts of a scene are joined in place.
 
     Raises:
-        DataError: the file is missing, of another format, damaged or cut off, has no faces or no area, or has
+        DataError: the file is missing, of another format, damaged or truncated, has no faces or no area, or has
             coordinates that are not finite.
     """
     shape = read_shape(path)

@@ -1,7 +1,7 @@
 """Read Wavefront OBJ with its materials and textures.
 
-trimesh reads OBJ too, but fans every polygon, which is wrong for concave outlines (window frames, letters), and drops
-what refers to missing vertices; both are common in files from the web.
+trimesh reads OBJ too, but triangulates every polygon as a fan, which is wrong for concave outlines (window frames,
+letters), and drops faces with missing vertices; both are common in files from the web.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FileBeside = Callable[[str], bytes | None]  # a file's bytes by its name relativ
 
 @dataclass
 class _Polygons:
-    """Faces with one number of corners: their words, where they are in the file, their material."""
+    """Faces with the same number of corners: their words, their position in the file, their material."""
 
     words: list[str] = field(default_factory=list)
     before: list[tuple[int, int]] = field(default_factory=list)  # vertices and texture coordinates read so far
@@ -42,11 +42,11 @@ def read_obj(data: bytes, where: str, beside: FileBeside, *, max_texture: int = 
     Args:
         data: the file.
         where: its name, for messages.
-        beside: gives the files that it names (material libraries, textures).
-        max_texture: larger textures are scaled down to this many pixels a side.
+        beside: returns the files that it names (material libraries, textures).
+        max_texture: larger textures are scaled down to this side in pixels.
 
     Raises:
-        DataError: a line cannot be read, or a face refers to a vertex that is not there (cut off files).
+        DataError: a line cannot be parsed, or a face refers to a missing vertex (truncated files).
     """
     vertices: list[str] = []
     texture: list[str] = []
@@ -92,7 +92,7 @@ def read_obj(data: bytes, where: str, beside: FileBeside, *, max_texture: int = 
         triangles=triangles,
         uv=uv_table[uv],
         material=material,
-        # White, where the vertices have colors and no material says otherwise.
+        # White if the vertices have colors and no material overrides it.
         materials=[materials.get(name, _plain(name, white=own is not None)) for name in order],
         colors=None if own is None else own[triangles],
         notes=notes,
@@ -100,7 +100,7 @@ def read_obj(data: bytes, where: str, beside: FileBeside, *, max_texture: int = 
 
 
 def numbers(text: str, kind: type) -> np.ndarray:
-    """Return the numbers of a text with blanks between them, ten times as fast as from a list of words.
+    """Parse numbers separated by blanks, ten times as fast as from a list of words.
 
     Raises:
         ValueError: something is not a number.
@@ -110,7 +110,7 @@ def numbers(text: str, kind: type) -> np.ndarray:
         try:
             return np.fromstring(text, kind, sep=" ")
         except DeprecationWarning as error:
-            raise ValueError("not all of it is numbers") from error
+            raise ValueError("not everything is a number") from error
 
 
 def _plain(name: str, *, white: bool) -> Material:
@@ -129,16 +129,16 @@ def _vertex_table(lines: list[str], where: str) -> tuple[np.ndarray, np.ndarray 
         else:  # lines of uneven length
             table, width = np.array([line.split()[:3] for line in lines], np.float64), 3
     except ValueError as error:
-        raise DataError(f"{where}: a vertex is not three numbers; the file is damaged or cut off") from error
+        raise DataError(f"{where}: a vertex is not three numbers; the file is damaged or truncated") from error
     return table[:, :3].copy(), (table[:, 3:6].clip(0, 1).astype(np.float32) if width >= 6 else None)
 
 
 def _uv_table(lines: list[str], where: str) -> np.ndarray:
-    """Return texture coordinates (n + 1, 2) float32; row 0 is for corners without."""
+    """Return texture coordinates (n + 1, 2) float32; row 0 is for corners without any."""
     try:
         rows = [(float(words[0]), float(words[1]) if len(words) > 1 else 0.0) for words in map(str.split, lines)]
     except (ValueError, IndexError) as error:
-        raise DataError(f"{where}: a texture coordinate is not a number; the file is damaged or cut off") from error
+        raise DataError(f"{where}: a texture coordinate is not a number; the file is damaged or truncated") from error
     return np.asarray([(0.0, 0.0), *rows], np.float32)
 
 
@@ -153,7 +153,8 @@ def _triangles_of(
     if index.min() < 0 or index.max() >= len(xyz):
         wrong = int(index.max()) + 1 if index.max() >= len(xyz) else int(index.min()) + 1
         raise DataError(
-            f"{where}: a face refers to vertex {wrong}, the file has {len(xyz)}; it is damaged or cut off, get it again"
+            f"{where}: a face refers to vertex {wrong}, the file has {len(xyz)}; it is damaged or truncated, "
+            "get it again"
         )
     if uv.min() < 0 or uv.max() > uvs:
         raise DataError(
@@ -168,7 +169,7 @@ def _triangles_of(
 
 
 def _corner_indices(lines: list[str], size: int, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the vertex and texture numbers (f, size) of faces; a texture number is 0 where there is none."""
+    """Return the vertex and texture numbers (f, size) of faces; 0 means no texture coordinate."""
     text = " ".join(lines)
     corners, slashes = len(lines) * size, text.count("/")
     try:
@@ -193,7 +194,7 @@ def _corner_indices(lines: list[str], size: int, where: str) -> tuple[np.ndarray
 
 
 def _read_libraries(names: str, beside: FileBeside, max_texture: int) -> tuple[dict[str, Material], list[str]]:
-    """Read what a ``mtllib`` line names: one file whose name may have blanks, or several."""
+    """Read the files of a ``mtllib`` line: one whose name may contain blanks, or several."""
     candidates = [names] if beside(names) is not None else names.split()
     materials, notes = {}, []
     for name in candidates:
@@ -250,7 +251,7 @@ def _number(word: str) -> float | None:
 
 
 def _color(words: list[str], otherwise: np.ndarray) -> np.ndarray:
-    """Return three numbers as float32; one stands for all; anything else keeps what was."""
+    """Return three numbers as float32; repeat a single one; on anything else keep the old value."""
     values = [_number(word) for word in words]
     if None in values or len(values) not in (1, 3):
         return otherwise
@@ -273,7 +274,7 @@ def _texture_name(words: list[str]) -> str:
 
 
 def load_texture(data: bytes | None, name: str, max_texture: int) -> tuple[np.ndarray | None, list[str]]:
-    """Return a texture and no note, or None and a note where its file is missing or damaged."""
+    """Return a texture and no note, or None and a note if its file is missing or damaged."""
     if data is None:
         return None, [f"its texture {name} is missing, so that part is plain"]
     try:

@@ -16,15 +16,15 @@ def read_off(data: bytes, where: str) -> Mesh:
     """Read the bytes of an OFF file.
 
     Raises:
-        DataError: not OFF, or it does not hold what its first lines promise (as when it was cut off), or a face refers
-            to a vertex that is not there.
+        DataError: the file is not OFF, holds less than its header states (for example because it is truncated), or a
+            face refers to a missing vertex.
     """
     text = data.decode("utf-8", "replace")
     if "#" in text:
         text = re.sub(r"#[^\n]*", "", text)
     header = re.match(r"\s*(ST)?(C)?(N)?OFF", text)
     if header is None:
-        raise DataError(f"{where} does not begin with OFF; a file of another format, or damaged")
+        raise DataError(f"{where} does not begin with OFF; it is damaged or of another format")
     if text[header.end() :].lstrip().lower().startswith("binary"):
         raise DataError(f"{where} is a binary OFF, which is not supported; save it as text OFF, PLY or OBJ")
     lines = [line for line in text[header.end() :].splitlines() if line.strip()]
@@ -33,7 +33,7 @@ def read_off(data: bytes, where: str) -> Mesh:
     if len(rows) < count or len(listed) < faces:
         raise DataError(
             f"{where} promises {count} vertices and {faces} faces and holds {len(rows)} and {len(listed)}: "
-            "it is cut off; get it again"
+            "it is truncated; get it again"
         )
     xyz, own = _vertices(rows, where, colored=header[2] is not None)
     parts = [_triangles(*group, size, xyz, where) for size, group in sorted(_faces(listed, where).items()) if size > 2]
@@ -59,16 +59,18 @@ def _counts(lines: list[str], where: str) -> tuple[int, int]:
         if min(count, faces) < 0:
             raise ValueError
     except (IndexError, ValueError) as error:
-        raise DataError(f"{where} does not say how many vertices and faces it has; it is damaged or cut off") from error
+        raise DataError(
+            f"{where} does not say how many vertices and faces it has; it is damaged or truncated"
+        ) from error
     return count, faces
 
 
 def _vertices(rows: list[str], where: str, *, colored: bool) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return coordinates (v, 3), and colors (v, 3) in [0, 1] from the numbers behind them in a COFF file."""
+    """Return coordinates (v, 3), and colors (v, 3) in [0, 1] from the numbers after them in a COFF file."""
     try:
         table = np.array([row.split() for row in rows], np.float64).reshape(len(rows), -1)
     except ValueError as error:
-        raise DataError(f"{where}: a vertex is not a row of numbers; the file is damaged or cut off") from error
+        raise DataError(f"{where}: a vertex is not a row of numbers; the file is damaged or truncated") from error
     if len(rows) and table.shape[1] < 3:
         raise DataError(f"{where}: a vertex has {table.shape[1]} numbers, not 3; the file is damaged")
     if not colored or table.shape[1] < 6:
@@ -79,7 +81,7 @@ def _vertices(rows: list[str], where: str, *, colored: bool) -> tuple[np.ndarray
 
 
 def _to_unit(color: np.ndarray) -> np.ndarray:
-    """Return colors as float32 in [0, 1]; whole numbers up to 255 are meant where any exceeds 1."""
+    """Return colors as float32 in [0, 1]; if any exceeds 1, the range is taken to be 0 to 255."""
     color = color / 255 if np.nanmax(color, initial=0.0) > 1 else color
     return color.clip(0, 1).astype(np.float32)
 
@@ -94,7 +96,7 @@ def _faces(lines: list[str], where: str) -> dict[int, tuple[np.ndarray, np.ndarr
             words = line.split()
             size = int(words[0])
             if len(words) <= size:
-                raise DataError(f"{where}: a face promises {size} corners and has {len(words) - 1}; it is cut off")
+                raise DataError(f"{where}: a face promises {size} corners and has {len(words) - 1}; it is truncated")
             corners[size].append(words[1 : size + 1])
             colors[size].append(words[size + 1 : size + 4] if len(words) > size + 3 else none)
         return {

@@ -23,7 +23,7 @@ def read_ply(data: bytes, where: str, beside: FileBeside) -> Mesh | Cloud:
     """Read the bytes of a PLY file: a mesh if it has faces, else a cloud.
 
     Raises:
-        DataError: not PLY, cut off, without vertices, or with a face that refers to a vertex that is not there.
+        DataError: the file is not PLY, is truncated, has no vertices, or has a face that refers to a missing vertex.
     """
     ply = _parse(data, where)
     if "vertex" not in ply or not {"x", "y", "z"} <= {p.name for p in ply["vertex"].properties}:
@@ -40,7 +40,7 @@ def read_ply(data: bytes, where: str, beside: FileBeside) -> Mesh | Cloud:
 
 def _parse(data: bytes, where: str) -> PlyData:
     if not data.removeprefix(b"\xef\xbb\xbf")[:3].lower() == b"ply":
-        raise DataError(f"{where} does not begin with ply; a file of another format, or damaged")
+        raise DataError(f"{where} does not begin with ply; it is damaged or of another format")
     try:
         check_sizes(io.BytesIO(data))
         content = with_plain_header(io.BytesIO(data)).read()
@@ -55,15 +55,15 @@ def _parse(data: bytes, where: str) -> PlyData:
     except Exception as error:  # plyfile raises many kinds on malformed files
         reason = str(error) or type(error).__name__
         if "early end-of-file" in reason or "promises" in reason:
-            what = f"{where} holds less than its header promises ({reason}): it is cut off; get it again"
+            what = f"{where} holds less than its header promises ({reason}): it is truncated; get it again"
             raise DataError(what) from error
         raise DataError(f"{where} is not a readable PLY ({reason})") from error
 
 
 def _read_triangles(content: bytes) -> PlyData | None:
-    """Read a binary PLY whose faces are all triangles, as nearly every mesh has them, fifty times as fast.
+    """Read a binary PLY whose faces are all triangles, as in nearly every mesh, fifty times as fast as in general.
 
-    plyfile needs a real file for that. None: there are other polygons, or something is wrong.
+    plyfile needs a real file for that. Return None if there are other polygons or an error.
     """
     with tempfile.TemporaryFile() as file:
         file.write(content)
@@ -75,7 +75,7 @@ def _read_triangles(content: bytes) -> PlyData | None:
 
 
 def _colors(element: PlyElement) -> np.ndarray | None:
-    """Return the colors (n, 3) float32 in [0, 1] of an element's rows, if they have any."""
+    """Return the colors (n, 3) float32 in [0, 1] of an element's rows, or None."""
     names = {p.name for p in element.properties}
     for triple in _COLORS:
         if set(triple) <= names:

@@ -1,4 +1,4 @@
-"""Cut polygons into triangles; concave ones keep their outline."""
+"""Triangulate polygons; concave ones keep their outline."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import numpy as np
 
 
 def triangulate(polygons: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Cut polygons of one size (f, n, 3) into triangles.
+    """Triangulate polygons with the same number of corners (f, n, 3).
 
     Returns:
-        The polygon of every triangle (t,) and its corners (t, 3), which count within the polygon.
+        The polygon of every triangle (t,), and its corners (t, 3) as indices into the polygon's corners.
     """
     count, size = polygons.shape[:2]
     if size == 3:
@@ -35,7 +35,7 @@ def triangulate(polygons: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _cut_quads(polygons: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Cut quads (f, 4, 3) along the diagonal that lies inside them."""
+    """Split quads (f, 4, 3) along the diagonal that lies inside them."""
     a, b, c, d = polygons.transpose(1, 0, 2)
     folded = (np.cross(b - a, c - a) * np.cross(c - a, d - a)).sum(1) < 0
     first = np.where(folded[:, None], [[0, 1, 3]], [[0, 1, 2]])

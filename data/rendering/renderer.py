@@ -1,9 +1,9 @@
 """Render meshes and clouds in color without a display: OpenGL 3.3 through moderngl.
 
-Why moderngl and not pyvista: both need an OpenGL from the system (VTK's wheels bring none) and take about as long for a
-view, 9 ms of one core here at 137 pixels and 9 samples (10 textured models, 12 views each, software rendering), but
-moderngl installs 1 MB and VTK 565 MB, and our 30 lines of shader draw what VTK's do not: cut-out textures with sharp
-edges, and light that does not depend on which way a face is wound.
+Why moderngl and not pyvista: both need the system's OpenGL (VTK's wheels contain none) and take about as long per view,
+9 ms on one core at 137 pixels and 9 samples (10 textured models, 12 views each, software rendering), but moderngl
+installs 1 MB and VTK 565 MB, and our 30 lines of shader support what VTK's do not: cut-out textures with sharp edges,
+and lighting independent of the winding of faces.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from data.rendering.cameras import Camera, View, aim
 from data.rendering.shape import ALPHA_CUT, Cloud, Material, Mesh
 from utils.errors import UserError
 
-# Glass keeps at least this opacity, or a drinking glass would leave an empty picture.
+# Without a minimum opacity, a drinking glass would give an empty picture.
 MIN_OPACITY = 0.4
-# Depth maps tell what of a surface can be seen from outside.
+# Depth maps decide which part of a surface is visible from outside.
 DEPTH_SIZE = 256
-# Clouds are splatted as discs this many times as wide as the mean spacing of their points on the picture.
+# Smaller discs leave holes in a cloud. Their diameter is this factor times the mean spacing of the points.
 SPLAT_OVERLAP = 2.2
 
 _VERTEX_SHADER = """
@@ -64,8 +64,8 @@ vec4 lit(vec3 albedo, vec3 normal, float opacity) {
 }
 """
 
-# Normals come from the position's screen derivatives: they always face the camera, so that faces wound the wrong way
-# round, of which real models have many, are lit like all others.
+# Normals come from screen-space derivatives of the position and are flipped toward the camera: real models have many
+# faces with inverted winding, which would otherwise be dark.
 _MESH_SHADER = f"""
 #version 330
 in vec3 eye;
@@ -92,7 +92,7 @@ void main() {{
 }}
 """
 
-# A disc is lit like a small ball, so that a cloud looks solid; normals are unknown.
+# Clouds have no normals; shade each disc like a small ball, so that the cloud looks solid.
 _SPLAT_SHADER = f"""
 #version 330
 in vec3 corner_color;
@@ -115,8 +115,8 @@ MISSING_OPENGL = (
 def _load_triton_first() -> None:
     """Load Triton's library before Mesa's, without importing Triton.
 
-    Both bring an LLVM. Loaded after Mesa's, Triton's kills the process (segmentation fault at ``import triton``, for
-    example by ``torch.compile``); the other order works.
+    Both contain LLVM. If Triton's is loaded after Mesa's, the process crashes (segmentation fault at ``import triton``,
+    for example in ``torch.compile``); the other order works.
     """
     found = importlib.util.find_spec("triton") if "triton" not in sys.modules else None
     if found is None or found.origin is None:
@@ -128,12 +128,12 @@ def _load_triton_first() -> None:
 
 
 def create_context() -> Any:
-    """Return a moderngl context that needs no display (EGL), or a desktop's where there is no EGL.
+    """Return a moderngl context that needs no display (EGL), or the desktop's if there is no EGL.
 
     Raises:
         UserError: moderngl or OpenGL is missing; the message names the package.
     """
-    # Callers run one process per core; a pool of drawing threads in each would only take turns with the others.
+    # Callers run one process per core; a pool of rendering threads in each would only compete for the cores.
     os.environ.setdefault("LP_NUM_THREADS", "0")
     try:
         import moderngl
@@ -141,7 +141,7 @@ def create_context() -> Any:
         raise UserError("the Python package moderngl is missing: pip install moderngl") from error
     _load_triton_first()
     reasons = []
-    # The development packages alone bring the name without a version, which moderngl looks for.
+    # moderngl looks for the library name without a version, which only the development packages install.
     attempts: tuple[dict[str, str], ...] = (
         {"backend": "egl"},
         {"backend": "egl", "libegl": "libEGL.so.1", "libgl": "libGL.so.1"},
@@ -196,7 +196,7 @@ class Renderer:
         self.gl.release()
 
     def views(self, shape: Mesh | Cloud, cameras: Sequence[Camera | View]) -> np.ndarray:
-        """Render a shape from each camera, which is aimed at it first unless it is aimed already.
+        """Render a shape from each camera; cameras are aimed at it first, views are used as they are.
 
         Returns:
             (V, size, size, 4) uint8 RGBA, not premultiplied; the background is transparent black.
@@ -228,7 +228,7 @@ class Renderer:
 
     @contextlib.contextmanager
     def _uploaded(self, shape: Mesh | Cloud, points: np.ndarray) -> Iterator[Any]:
-        """Give a function that draws a shape; other renderers of this process may come before and after."""
+        """Yield a function that draws a shape; other renderers of this process may run before and after."""
         with self.gl:
             draw, owned = self._cloud(shape) if isinstance(shape, Cloud) else self._mesh(shape, points)
             try:
@@ -263,7 +263,7 @@ class Renderer:
             image = None if material.texture is None else self._texture(material.texture)
             owned += [array, buffer] + ([] if image is None else [image])
             parts.append((array, material, image))
-        # Opaque parts first; glass is blended over them and does not hide what lies behind it.
+        # Draw opaque parts first; glass is blended over them and must not hide what is behind it.
         parts.sort(key=lambda part: part[1].opacity < 1)
 
         def draw(view: View, *, solid: bool = False) -> None:
@@ -311,11 +311,11 @@ class Renderer:
         """Return the diameter of a disc in samples: discs of neighbors overlap, whatever the number of points."""
         clip = np.concatenate([points, np.ones((len(points), 1))], 1) @ view.matrix().T  # (n, 4)
         flat = (clip[:, :2] / clip[:, 3:] + 1) / 2  # (n, 2) in [0, 1]
-        # The points' shadow, counted in cells coarse enough to have several points each, shares its area among them.
+        # Spacing from the projected area per point. Cells are coarse enough to contain several points each.
         cells = int(np.clip(np.sqrt(len(points)) / 3, 1, 64))
         taken = np.unique((flat * cells).astype(int) @ [1, cells + 1]).size / cells**2
         side = self.size * self.side
-        # Front and back of a surface lie over each other, so that half of the points share the shadow.
+        # Front and back of a surface overlap in the picture, so only half of the points count.
         spacing = side * np.sqrt(taken / max(len(points) / 2, 1))
         return float(np.clip(SPLAT_OVERLAP * spacing, 1.5 * self.side, side / 4))
 
@@ -324,7 +324,7 @@ class Renderer:
         side = self.size * self.side
         raw = np.frombuffer(self._frame.read(components=4, alignment=1), np.uint8).reshape(side, side, 4)
         s = self.side
-        # Two whole-number sums are four times as fast as a mean over both axes.
+        # Two integer sums are four times as fast as a mean over both axes.
         sums = raw.reshape(self.size, s, side * 4).sum(1, dtype=np.uint16)  # (size, side * 4)
         sums = sums.reshape(self.size, self.size, s, 4).sum(2, dtype=np.uint32)[::-1]  # (size, size, 4)
         mean = sums.astype(np.float32) / np.float32(s * s)

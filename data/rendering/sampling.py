@@ -1,4 +1,4 @@
-"""Draw points from a mesh evenly by area, with the colors that a picture of it would show."""
+"""Sample points of a mesh uniformly by area, with the colors that a picture of it would show."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _DEPTH_TOLERANCE = 0.01  # radii: what counts as the surface itself when a point
 
 
 class Samples(NamedTuple):
-    """Points of a surface: where, in which color, of which material and triangle."""
+    """Points of a surface, with the color, material and triangle of each."""
 
     points: np.ndarray  # (N, 3) float64
     colors: np.ndarray  # (N, 3) uint8 sRGB
@@ -37,22 +37,22 @@ def texel(texture: np.ndarray, uv: np.ndarray) -> np.ndarray:
 
 
 def sample_surface(mesh: Mesh, count: int, seed: int) -> Samples:
-    """Draw ``count`` points evenly by area; where a texture cuts the surface away (leaves), none is drawn.
+    """Draw ``count`` points uniformly by area; none where a texture cuts the surface away (leaves).
 
     Raises:
-        DataError: textures leave almost nothing of the surface.
+        DataError: textures cut away almost all of the surface.
     """
     return _collect(mesh, count, seed, keep=lambda points: np.ones(len(points), bool), what="cut away by textures")
 
 
 def sample_exterior(mesh: Mesh, count: int, seed: int, renderer: Renderer) -> Samples:
-    """Draw ``count`` points evenly by area from the surface that can be seen from outside.
+    """Draw ``count`` points uniformly by area from the surface that is visible from outside.
 
-    A point counts as seen if it lies on the front of at least one of 42 depth maps from all sides, so what is inside a
-    closed body (a car's seats behind opaque windows, the parts hidden in a union) gets no points.
+    A point is visible if it lies on the front of at least one of 42 depth maps from all sides, so the inside of a
+    closed body (a car's seats behind opaque windows, hidden parts of a union) gets no points.
 
     Raises:
-        DataError: almost nothing of the surface can be seen.
+        DataError: almost none of the surface is visible.
     """
     views = _views_all_round(mesh.spanned())
     depths = renderer.depths(mesh, views)
@@ -106,7 +106,7 @@ def to_unit_sphere(points: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
 
 
 def _views_all_round(points: np.ndarray) -> list[View]:
-    """Return orthographic views from directions spread evenly over the sphere (a Fibonacci lattice)."""
+    """Return orthographic views from uniformly spaced directions (a Fibonacci lattice)."""
     center = (points.min(0) + points.max(0)) / 2
     radius = float(np.linalg.norm(points - center, axis=1).max())
     projection = np.diag([0.98, 0.98, -0.98, 1.0])  # depth grows away from the camera
@@ -124,7 +124,7 @@ def _views_all_round(points: np.ndarray) -> list[View]:
 
 
 def _seen(points: np.ndarray, views: list[View], depths: np.ndarray) -> np.ndarray:
-    """Whether each of the points (n, 3) is on the front of at least one depth map."""
+    """Return whether each of the points (n, 3) is on the front of at least one depth map."""
     seen = np.zeros(len(points), bool)
     side = depths.shape[1]
     homogeneous = np.concatenate([points, np.ones((len(points), 1))], 1)

@@ -1,4 +1,4 @@
-"""What is sampled and rendered: meshes with materials, and clouds of points."""
+"""Data types for sampling and rendering: meshes with materials, and point clouds."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 from utils.errors import DataError
 
 ALPHA_CUT = 0.5  # a texel less opaque than this is cut away: leaves, fences
-GRAY = 0.8  # what has no color of its own, as most exporters write it
+GRAY = 0.8  # surfaces without a color; most exporters use this value
 
 
 @dataclass
 class Material:
-    """How a part looks: sRGB color in [0, 1], opacity, and a texture (h, w, 4) uint8 sRGB, row 0 at v = 0, or None."""
+    """Material of a part: sRGB color in [0, 1], opacity, and texture (h, w, 4) uint8 sRGB (row 0 at v = 0) or None."""
 
     name: str
     color: np.ndarray = field(default_factory=lambda: np.full(3, GRAY, np.float32))
@@ -25,7 +25,7 @@ class Material:
 
 @dataclass
 class Mesh:
-    """Triangles with a material each. A corner's color is material color x texture x its own color.
+    """Triangles with one material each. The color of a corner is material color x texture x corner color.
 
     Attributes:
         vertices: (v, 3) float64.
@@ -34,7 +34,7 @@ class Mesh:
         material: (t,) int, indices into ``materials``.
         materials: at least one.
         colors: (t, 3, 3) float32 sRGB in [0, 1] of each corner, or None (all 1).
-        notes: what is missing but does not prevent use, for example a texture file.
+        notes: missing things that do not prevent use, for example a texture file.
     """
 
     vertices: np.ndarray
@@ -112,7 +112,7 @@ def _mapped(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:
 
 
 def concatenate(meshes: Sequence[Mesh]) -> Mesh:
-    """Join meshes where they are; each keeps its materials."""
+    """Join meshes without moving them; each keeps its materials."""
     if not meshes:
         raise ValueError("no meshes to join")
     vertices = np.cumsum([0] + [len(mesh.vertices) for mesh in meshes])
@@ -133,10 +133,10 @@ def concatenate(meshes: Sequence[Mesh]) -> Mesh:
 
 
 def check_mesh(mesh: Mesh, where: str) -> Mesh:
-    """Return the mesh, or say why points cannot be drawn from it.
+    """Return the mesh, or raise if points cannot be drawn from it.
 
     Raises:
-        DataError: no faces, no area, or coordinates that are not finite.
+        DataError: there are no faces, no area, or coordinates that are not finite.
     """
     if len(mesh.triangles) == 0:
         raise DataError(f"{where} has no faces; a surface is needed to draw points from")

@@ -198,7 +198,7 @@ def test_own_files_are_not_overwritten(shop):
     mine.parent.mkdir(parents=True)
     mine.write_text("mine")
     assert "is there already" in shop.run("modelnet40")
-    assert "another content" in shop.run("--again", "modelnet40", code=2)
+    assert "different content" in shop.run("--again", "modelnet40", code=2)
     assert shop.installed() == {"modelnet40_ply_hdf5_2048/shape_names.txt": b"mine"}
     # A set whose installation was cut off is completed without --again.
     mine.write_bytes(MODELNET["modelnet40_ply_hdf5_2048/shape_names.txt"])

@@ -363,7 +363,7 @@ def test_labels_of_a_list_by_path_name_or_stem(tmp_path):
         ("", "holds no labels"),
         ("one\n", "line 1: expected 'name category'"),
         ("one chair valid\n", "line 1: expected 'name category'"),
-        (CLA[:-8], "cut off"),
+        (CLA[:-8], "truncated"),
         (CLA.replace("3 4", "3 5"), "promises 5 models and lists 4"),
     ],
 )
