@@ -105,6 +105,7 @@ class Plan:
     tables: Mapping[str, Table]
     rows: Sequence[Row]
     quick: Mapping[str, Any] = field(default_factory=dict)
+    navigation: str = ""
 
     @classmethod
     def read(cls, path: Path, roots: Mapping[str, str]) -> Plan:
@@ -120,6 +121,7 @@ class Plan:
                 tables={name: Table(**entry) for name, entry in content["tables"].items()},
                 rows=[Row(**entry) for entry in content["rows"]],
                 quick=content.get("quick", {}),
+                navigation=content.get("navigation", ""),
             )
         except (OSError, tomllib.TOMLDecodeError, KeyError, TypeError) as error:
             raise UserError(f"{path} cannot be read as a plan: {error}; compare it with {PLAN.name}") from error
@@ -321,10 +323,13 @@ def write_tables(plan: Plan, results: Path, page: Path) -> None:
     lines = [
         f"# {plan.title}",
         "",
+        *([plan.navigation, ""] if plan.navigation else []),
         "Written by `python -m benchmarks.reproduce --tables` from the records in `results/`: one folder a row and",
         "seed, with commands, settings, scores, commit and machine. Mean and sample standard deviation over seeds.",
         'Scores are percent. "Not run": nobody has run this row yet. Published numbers are quoted with their source;',
-        "CrossNet's own tables could not be had, so most of its numbers are not available.",
+        "CrossNet's own tables could not be had, so most of its numbers are not available. Single questions that were",
+        "measured once are in [measurements.md](measurements.md). To run a row:",
+        "`python -m benchmarks.reproduce --rows NAME`.",
         "",
     ]
     for name, table in plan.tables.items():
