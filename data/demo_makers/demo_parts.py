@@ -1,8 +1,8 @@
 """Parametric objects whose parts are known exactly, for the demo set of part segmentation.
 
-An object is a union of simple solids, each of which belongs to one part. Points are drawn evenly by area from the
-surfaces of the solids; a point inside another solid is hidden and left out, so that the labels are exact and no point
-lies where nothing is seen. Lengths are rough metres, y is up, the front faces +z.
+An object is a union of simple solids, each of which belongs to one part. Points are drawn uniformly by area from the
+surfaces of the solids; points inside another solid are hidden and rejected, so that the labels are exact and every
+point is visible. Lengths are roughly in meters, y is up, the front faces +z.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CATEGORIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "table": ("04379243", ("top", "leg", "drawer")),
 }
 ROUND = 20  # corners of a circle
-# A point this deep inside another solid is hidden: rounding must not hide the points of two faces that touch.
+# Without this margin, rounding would hide the points of two touching faces: only points deeper than this are hidden.
 DEPTH = 1e-6
 
 
@@ -49,7 +49,7 @@ class Solid:
     contains: Callable[[np.ndarray], np.ndarray]
 
     def moved(self, turn: np.ndarray, shift: Sequence[float] = (0, 0, 0)) -> Solid:
-        """Multiply by a regular 3 x 3 matrix (a turn, or a stretch), then shift."""
+        """Multiply by a regular 3 x 3 matrix (a rotation or a stretch), then shift."""
         back, offset, inside = np.linalg.inv(turn).T, np.asarray(shift, float), self.contains
         return Solid(
             self.part,
@@ -60,7 +60,7 @@ class Solid:
 
 
 def about(axis: str, degrees: float) -> np.ndarray:
-    """Rotation matrix (3, 3) about x, y or z, counter-clockwise seen from the axis' tip."""
+    """Return the rotation matrix (3, 3) about x, y or z, counterclockwise seen from the tip of the axis."""
     c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
     i = "xyz".index(axis)
     j, k = (i + 1) % 3, (i + 2) % 3
@@ -80,20 +80,20 @@ def hull(part: str, points: np.ndarray) -> Solid:
 
 
 def ring(center: Sequence[float], radius: float | tuple[float, float]) -> np.ndarray:
-    """Horizontal circle or ellipse, (ROUND, 3)."""
+    """Return a horizontal circle or ellipse, (ROUND, 3)."""
     rx, rz = radius if isinstance(radius, tuple) else (radius, radius)
     angle = np.arange(ROUND) * 2 * np.pi / ROUND
     return np.stack([rx * np.cos(angle), np.zeros(ROUND), rz * np.sin(angle)], 1) + center
 
 
 def rectangle(center: Sequence[float], size: tuple[float, float]) -> np.ndarray:
-    """Horizontal rectangle of width (x) and depth (z), (4, 3)."""
+    """Return a horizontal rectangle of width (x) and depth (z), (4, 3)."""
     signs = np.array([[-1, 0, -1], [1, 0, -1], [1, 0, 1], [-1, 0, 1]])
     return signs * [size[0] / 2, 0, size[1] / 2] + center
 
 
 def box(part: str, center: Sequence[float], size: Sequence[float]) -> Solid:
-    """Box of width, height and depth about a centre."""
+    """Return a box of width, height and depth around a center."""
     shift = np.array([0, size[1] / 2, 0])
     sides = (size[0], size[2])
     return hull(part, np.concatenate([rectangle(center + shift, sides), rectangle(center - shift, sides)]))
@@ -108,7 +108,7 @@ def bar(
     end: float | tuple[float, float] | None = None,
     is_round: bool = False,
 ) -> Solid:
-    """Upright bar between the middles of two faces; it may lean and taper. ``size`` is a diameter or (x, z) sides."""
+    """Return an upright bar between two face centers; it may lean and taper. ``size``: diameter or (x, z) sides."""
     size, end = (s if isinstance(s, tuple) else (s, s) for s in (size, size if end is None else end))
     if is_round:
         faces = [ring(low, (size[0] / 2, size[1] / 2)), ring(high, (end[0] / 2, end[1] / 2))]
@@ -118,7 +118,7 @@ def bar(
 
 
 def lathe(part: str, profile: Sequence[tuple[float, float]]) -> Solid:
-    """Turn a closed outline of (radius, height) corners about the y axis; it need not be convex."""
+    """Revolve a closed outline of (radius, height) corners around the y axis; it need not be convex."""
     outline = np.asarray(profile, float)
     angle = np.arange(ROUND) * 2 * np.pi / ROUND
     radius, height = outline[:, :1], np.broadcast_to(outline[:, 1:], (len(outline), ROUND))
@@ -142,12 +142,12 @@ def lathe(part: str, profile: Sequence[tuple[float, float]]) -> Solid:
 
 
 def tube(part: str, path: Sequence[Sequence[float]], radius: float) -> Solid:
-    """Round tube along a path of (n, 3) points, closed at its ends."""
+    """Return a round tube along a path of (n, 3) points, with closed ends."""
     path = np.asarray(path, float)
     step = np.diff(path, axis=0)
     along = np.concatenate([step[:1], step[:-1] / np.linalg.norm(step[:-1], axis=1)[:, None] + step[1:], step[-1:]])
     along /= np.linalg.norm(along, axis=1)[:, None]
-    # Carry one direction along the path, so that the tube does not twist.
+    # Transport one direction along the path, so that the tube does not twist.
     side, sides = np.eye(3)[np.abs(along[0]).argmin()], []
     for direction in along:
         side = side - side @ direction * direction
@@ -176,14 +176,14 @@ def tube(part: str, path: Sequence[Sequence[float]], radius: float) -> Solid:
         for a, b in zip(path, path[1:], strict=False):
             t = (((points - a) @ (b - a)) / ((b - a) @ (b - a))).clip(0, 1)
             distance = np.minimum(distance, np.linalg.norm(points - a - t[:, None] * (b - a), axis=1))
-        # The surface is a polygon inside the circle: what is within the polygon's inner circle is surely inside.
+        # The surface is a polygon inside the circle: points within the polygon's inscribed circle are inside.
         return distance < radius * np.cos(np.pi / count) - DEPTH
 
     return Solid(part, vertices, np.concatenate([quads[:, [0, 1, 2]], quads[:, [0, 2, 3]], *caps]), contains)
 
 
 def shell(outline: Sequence[tuple[float, float]], thickness: float) -> list[tuple[float, float]]:
-    """Close an open outline of (radius, height) corners to a wall of a thickness, measured along the radius."""
+    """Close an open outline of (radius, height) corners to a wall of the given thickness along the radius."""
     return [*outline, *((max(r - thickness, 1e-3), y) for r, y in reversed(outline))]
 
 
@@ -377,7 +377,7 @@ def lamp(rng: np.random.Generator) -> list[Solid]:
     radius = {"table": 0.010, "floor": 0.016, "desk": 0.009, "hanging": 0.008}[kind] * rng.uniform(0.8, 1.8)
 
     def shade() -> Solid:
-        """Hangs with its upper rim at y = 0; its middle is the axis."""
+        """Return a shade that hangs from its upper rim at y = 0, centered on the axis."""
         style = rng.choice(["drum", "cone", "bell", "globe"]) if kind != "desk" else rng.choice(["cone", "bell"])
         high = size * rng.uniform(0.8, 1.6)
         if style == "globe":
@@ -748,7 +748,7 @@ BUILDERS: dict[str, Callable[[np.random.Generator], list[Solid]]] = {
 
 
 def draw_points(solids: Sequence[Solid], count: int, seed: int) -> tuple[np.ndarray, list[str]]:
-    """Draw points evenly by area from the surface of the union of solids.
+    """Draw points uniformly by area from the surface of the union of solids.
 
     Returns:
         (count, 3) float64, and the part of each.
@@ -777,17 +777,17 @@ def draw_points(solids: Sequence[Solid], count: int, seed: int) -> tuple[np.ndar
 
 
 def build_object(category: str, split: str, number: int, *, seed: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Build one labelled shape; a pure function of its arguments.
+    """Build one labeled shape; a pure function of its arguments.
 
     Args:
         category: a key of ``CATEGORIES``.
         split: ``"train"``, ``"val"`` or ``"test"``.
         number: which shape of the category and split.
         seed: of the set.
-        count: points.
+        count: number of points.
 
     Returns:
-        Points (count, 3) float64 in the unit sphere, y up, in random order, and their parts (count,) uint8, counted
+        Points (count, 3) float64 in the unit sphere, y up, in random order, and their parts (count,) uint8, numbered
         within the category.
     """
     rng = np.random.default_rng([seed, zlib.crc32(f"{split}/{category}/{number}".encode())])

@@ -1,9 +1,8 @@
-"""Rooms furnished with the models of the demo set, labelled as S3DIS is, for the demo set of semantic segmentation.
+"""Rooms furnished with the models of the demo set and labeled like S3DIS, for the demo set of semantic segmentation.
 
 A room is a box of floor, ceiling and walls, with openings for doors and windows, sometimes columns and beams, and
-furniture that stands on the floor, on tables or hangs on the walls without running into other things. Six areas have
-three rooms each; an area has its own choice of models, so that the furniture of another area is new. Lengths are
-metres, z is up.
+furniture on the floor, on tables and on the walls that does not intersect. Six areas have three rooms each; each area
+uses different models, so that the furniture of another area is new. Lengths are in meters, z is up.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ import numpy as np
 from datasets.s3dis import CLASS_NAMES
 from datasets.s3dis_prepare import Room
 
-# Points per square metre: of the room itself, and of what stands in it.
+# Points per square meter: of the room itself, and of the things in it.
 ROOM_DENSITY, THING_DENSITY = 125.0, 270.0
-# Coordinates are multiples of this: exact in float16 within a room, and far below the distance of points.
+# Other steps would be rounded in float16: multiples of this are exact within a room, and far below the point spacing.
 GRID = 1 / 128
-GAP = 0.02  # between things that stand side by side
+GAP = 0.02  # between neighboring things
 WALL_DEPTH = 0.08  # doors and windows are pressed into the wall to this depth
 # Kinds of the rooms of every area.
 AREA_ROOMS: tuple[tuple[str, str, str], ...] = (
@@ -42,11 +41,11 @@ class Thing:
 
     Attributes:
         key: its name.
-        points: (N, 3) float64 metres: x to the right, y to the back, z up; the footprint's middle is the origin, the
-            underside is at 0.
+        points: (N, 3) float64 in meters: x to the right, y to the back, z up; the center of the footprint is the
+            origin, the underside is at 0.
         rgb: (N, 3) uint8.
         size: width (x), depth (y), height (z) of its box.
-        area: of its surface in square metres, estimated.
+        area: of its surface in square meters, estimated.
     """
 
     key: str
@@ -61,7 +60,7 @@ def read_things(pack: Path, wanted: Callable[[str, str, np.ndarray], bool] | Non
 
     Args:
         pack: the file.
-        wanted: chooses by name, class and catalogue size (width, height, depth); None takes all.
+        wanted: predicate of name, class and catalog size (width, height, depth); None means all.
     """
     from sklearn.neighbors import KDTree
 
@@ -77,7 +76,7 @@ def read_things(pack: Path, wanted: Callable[[str, str, np.ndarray], bool] | Non
             metres = (stored[i] * scale + offset) * file["radius_m"][i] + file["centre_m"][i]
             points = metres[:, [0, 2, 1]] * [1, -1, 1]  # y up, front at +z -> z up, front at -y
             distance = KDTree(points).query(points, k=2)[0][:, 1].mean()
-            # Random points of density p have their nearest neighbour at 0.5 / sqrt(p) on average.
+            # The mean distance to the nearest neighbor of random points with density p is 0.5 / sqrt(p).
             area = len(points) * (2 * distance) ** 2
             things[key] = Thing(key, points, palette[file["point_colour"][i]], sizes[i][[0, 2, 1]].astype(float), area)
     return things
@@ -134,12 +133,12 @@ KINDS |= {name: (LABELS.get(name, "clutter"), _one_of(keys)) for name, keys in S
 
 
 def is_used(key: str, kind: str, size: np.ndarray) -> bool:
-    """Whether a model, by name, class and catalogue size (width, height, depth), belongs to a kind."""
+    """Return whether a model, by name, class and catalog size (width, height, depth), belongs to a kind."""
     return any(test(key, kind, size[[0, 2, 1]]) for _, test in KINDS.values())
 
 
 def share_out(things: dict[str, Thing], classes: dict[str, str], *, seed: int) -> list[dict[str, list[Thing]]]:
-    """Give every area its own models of each kind; a kind with fewer than two an area has some in several areas."""
+    """Divide the models of each kind among the areas; areas share them if there are fewer than two per area."""
     areas: list[dict[str, list[Thing]]] = [{} for _ in AREA_ROOMS]
     for kind, (_, test) in KINDS.items():
         members = [things[key] for key in sorted(things) if test(key, classes[key], things[key].size)]
@@ -159,21 +158,21 @@ class Box:
     high: np.ndarray
 
     def meets(self, other: Box, gap: float = 0.0) -> bool:
-        """Whether the two share room, or come closer than ``gap``."""
+        """Return whether the two boxes overlap, or are closer than ``gap``."""
         return bool((self.low < other.high + gap - 1e-9).all() and (other.low < self.high + gap - 1e-9).all())
 
 
 @dataclass
 class Layout:
-    """A room in the making.
+    """A room under construction.
 
     Attributes:
         size: (3,) width (x), depth (y), height (z).
-        rng: of all draws.
+        rng: random generator of everything.
         models: models of each kind.
-        taken: boxes that things stand in.
+        taken: boxes that are occupied.
         openings: (wall, low, high): rectangles cut out of the walls, as (along the wall, z).
-        points: clouds, colours and labels so far.
+        points: clouds, colors and labels so far.
     """
 
     size: np.ndarray
@@ -187,11 +186,11 @@ class Layout:
     # --- walls 0..3 lie at y = depth, x = width, y = 0, x = 0; a thing of yaw 0 stands with its back to wall 0
 
     def wall_length(self, wall: int) -> float:
-        """Length of a wall."""
+        """Return the length of a wall."""
         return float(self.size[wall % 2])
 
     def wall_box(self, wall: int, middle: float, width: float, depth: float, z: tuple[float, float]) -> Box:
-        """Box against a wall; ``middle`` is measured along the wall."""
+        """Return a box against a wall; ``middle`` is measured along the wall."""
         low, high = np.array([0.0, 0.0, z[0]]), np.array([0.0, 0.0, z[1]])
         along, away = (0, 1) if wall % 2 == 0 else (1, 0)
         low[along], high[along] = middle - width / 2, middle + width / 2
@@ -200,14 +199,14 @@ class Layout:
         return Box(low, high)
 
     def is_free(self, box: Box, *, ignore: Sequence[Box] = (), gap: float = GAP) -> bool:
-        """Whether a box lies within the room and meets nothing that was placed."""
+        """Return whether a box is inside the room and overlaps nothing that was placed."""
         inside = (box.low > -1e-6).all() and (box.high < self.size + 1e-6).all()
         return bool(inside) and not any(box.meets(other, gap) for other in self.taken if other not in ignore)
 
     def wall_spot(
         self, width: float, depth: float, z: tuple[float, float], *, walls: Sequence[int] = range(4), tries: int = 60
     ) -> tuple[int, float, Box] | None:
-        """Find a free place against a wall: the wall, the middle along it and the box."""
+        """Find a free place against a wall; return the wall, the middle along it and the box."""
         for _ in range(tries):
             wall = int(self.rng.choice(list(walls)))
             spare = self.wall_length(wall) - width - 2 * GAP
@@ -228,7 +227,7 @@ class Layout:
         self.points.append((points, np.asarray(rgb, float), np.full(len(points), number, np.uint8)))
 
     def surface(self, thing: Thing, density: float = THING_DENSITY) -> tuple[np.ndarray, np.ndarray]:
-        """Draw points and colours of a thing; between its points where it has too few for the density."""
+        """Draw points and colors of a thing; interpolate if it has too few points for the density."""
         from sklearn.neighbors import KDTree
 
         count = max(24, round(density * thing.area))
@@ -245,7 +244,7 @@ class Layout:
         return points, rgb
 
     def stand(self, thing: Thing, kind: str, x: float, y: float, yaw: float, z: float = 0.0) -> Box:
-        """Put a thing with its middle at (x, y), turned by ``yaw`` degrees counter-clockwise from above."""
+        """Place a thing centered at (x, y), rotated by ``yaw`` degrees counterclockwise seen from above."""
         points, rgb = self.surface(thing)
         self.add(points @ turn(yaw).T + [x, y, z], rgb, KINDS[kind][0])
         box = footprint(thing.size, x, y, yaw, z)
@@ -254,7 +253,7 @@ class Layout:
         return box
 
     def against_wall(self, kind: str, *, z: float = 0.0, gap: float = GAP, thing: Thing | None = None) -> Box | None:
-        """Put a thing with its back to a wall, where there is room; returns its box."""
+        """Place a thing with its back to a wall, where there is space; return its box."""
         thing = thing or self.pick(kind)
         depth = thing.size[1] + gap
         found = self.wall_spot(thing.size[0], depth, (z, z + thing.size[2]))
@@ -262,7 +261,7 @@ class Layout:
             return None
         wall, middle, box = found
         center = (box.low + box.high) / 2
-        # Turned to the wall's side and moved by half the gap, so that the gap is behind it.
+        # Shift by half the gap away from the wall, so that the gap is behind it.
         inward = turn(-90 * wall)[:2, :2] @ np.array([0, -1]) * gap / 2
         self.stand(thing, kind, center[0] + inward[0], center[1] + inward[1], -90 * wall, z)
         self.taken[-1] = box
@@ -273,7 +272,7 @@ class Layout:
         return self.models[kind][int(self.rng.integers(len(self.models[kind])))]
 
     def in_the_open(self, kind: str, *, z: float = 0.0, margin: float = 0.0, tries: int = 60) -> Box | None:
-        """Put a thing anywhere on the floor; ``margin`` is kept free around it."""
+        """Place a thing anywhere on the floor; keep ``margin`` free around it."""
         thing = self.pick(kind)
         for _ in range(tries):
             yaw = float(self.rng.choice([0, 90, 180, 270]))
@@ -287,7 +286,7 @@ class Layout:
         return None
 
     def chairs_at(self, table: Box, *, sides: Sequence[int], most: int, chair: Thing | None = None) -> int:
-        """Put chairs at a table's sides, a little under it and facing it; returns their number."""
+        """Place chairs at the sides of a table, facing it and slightly under it; return their number."""
         chair, count = chair or self.pick("chair"), 0
         for side in sides:
             along = (0, 1) if side % 2 == 0 else (1, 0)
@@ -299,7 +298,7 @@ class Layout:
                 spot = (table.low + table.high) / 2
                 spot[along[0]] = table.low[along[0]] + length * (i + 0.5) / number + self.rng.uniform(-0.04, 0.04)
                 tucked = self.rng.uniform(-0.12, min(0.12, 0.25 * chair.size[1]))
-                # Side 0 is the one towards wall 0; who sits there has wall 0 behind him.
+                # Side 0 is toward wall 0; a person who sits there has their back to wall 0.
                 far = chair.size[1] / 2 - tucked
                 spot[along[1]] = table.high[along[1]] + far if side in (0, 1) else table.low[along[1]] - far
                 yaw = -90.0 * side + self.rng.uniform(-12, 12)
@@ -310,7 +309,7 @@ class Layout:
         return count
 
     def on_top(self, kind: str, table: Box, count: int, yaw: float, *, tries: int = 20) -> None:
-        """Put small things on a table."""
+        """Place small things on a table."""
         for _ in range(count):
             thing = self.pick(kind)
             for _ in range(tries):
@@ -328,7 +327,7 @@ class Layout:
     # --- parts of the room
 
     def opening(self, kind: str, *, sill: float = 0.0) -> bool:
-        """Set a door or a window into a wall; a door keeps the floor before it free."""
+        """Cut a door or a window into a wall; keep the floor in front of a door free."""
         thing = self.pick(kind)
         width, high = thing.size[0], thing.size[2]
         if sill + high > self.size[2] - 0.05:
@@ -367,7 +366,7 @@ class Layout:
         self.stands.append(("board", found[2]))
 
     def column(self, color: np.ndarray) -> None:
-        """Put a square or round column at a wall or into a corner, from floor to ceiling."""
+        """Place a square or round column at a wall or in a corner, from floor to ceiling."""
         side = self.rng.uniform(0.25, 0.42)
         found = self.wall_spot(side, side + self.rng.choice([0.0, 0.15]), (0.0, self.size[2]))
         if found is None:
@@ -401,7 +400,7 @@ class Layout:
         self.stands.append(("beam", box))
 
     def enclose(self, floor: np.ndarray, wall: np.ndarray, ceiling: np.ndarray) -> None:
-        """Add floor, ceiling and walls, which leave out openings and what columns and beams cover."""
+        """Add floor, ceiling and walls, without openings and the areas that columns and beams cover."""
         solid = [box for kind, box in self.stands if kind in ("column", "beam")]
 
         def visible(points: np.ndarray) -> np.ndarray:
@@ -428,7 +427,7 @@ class Layout:
             self.add(points, self.pattern(points[:, [along, 2]], wall, "wall"), "wall")
 
     def pattern(self, flat: np.ndarray, color: np.ndarray, label: str) -> np.ndarray:
-        """Colour a plane: planks on the floor, panels on the ceiling, plain walls."""
+        """Color a plane: planks on the floor, panels on the ceiling, plain walls."""
         step = {"floor": np.array([0.15, 1.2]), "ceiling": np.array([0.6, 0.6]), "wall": np.ones(2)}[label]
         cell = np.floor(flat / step).astype(int)
         shade = (cell[:, 0] * 7 + cell[:, 1] * 13) % 5 - 2
@@ -437,20 +436,20 @@ class Layout:
 
 
 def turn(yaw: float) -> np.ndarray:
-    """Rotation (3, 3) about z by degrees, counter-clockwise from above."""
+    """Return the rotation (3, 3) about z by degrees, counterclockwise seen from above."""
     c, s = np.cos(np.radians(yaw)), np.sin(np.radians(yaw))
     return np.array([[c, -s, 0.0], [s, c, 0.0], [0.0, 0.0, 1.0]])
 
 
 def footprint(size: np.ndarray, x: float, y: float, yaw: float, z: float) -> Box:
-    """Box along the axes around a thing that is turned."""
+    """Return the axis-aligned box around a rotated thing."""
     half = np.abs(turn(yaw))[:2, :2] @ size[:2] / 2
     half[half < 1e-6] = 0
     return Box(np.array([x - half[0], y - half[1], z]), np.array([x + half[0], y + half[1], z + size[2]]))
 
 
 def box_surface(box: Box, density: float, rng: np.random.Generator) -> np.ndarray:
-    """Draw points evenly from the surface of a box, (n, 3)."""
+    """Draw points uniformly from the surface of a box, (n, 3)."""
     size = box.high - box.low
     faces = []
     for axis in range(3):
@@ -473,7 +472,7 @@ def furnish_office(room: Layout) -> None:
         box = room.against_wall("desk_table", gap=0.04)
         if box is not None:
             wall = nearest_wall(room, box)
-            # Desks stand with their back to the wall: the chair is on the opposite side.
+            # The back of a desk is at the wall: the chair is on the opposite side.
             room.chairs_at(box, sides=[(wall + 2) % 4], most=1)
             room.on_top("desk", box, int(room.rng.integers(2, 5)), -90 * wall)
     for _ in range(int(room.rng.integers(1, 3))):
@@ -573,7 +572,7 @@ FURNISH = {
 
 
 def nearest_wall(room: Layout, box: Box) -> int:
-    """Wall that a box stands against."""
+    """Return the wall that a box is against."""
     gaps = [room.size[1] - box.high[1], room.size[0] - box.high[0], box.low[1], box.low[0]]
     return int(np.argmin(gaps))
 
@@ -589,11 +588,11 @@ def plan_room(area: int, number: int, models: dict[str, list[Thing]], *, seed: i
     """
     kind = AREA_ROOMS[area - 1][number]
     rng = np.random.default_rng([seed, area, number])
-    # The last row of blocks is never a thin strip: 0.45 m or more.
+    # Avoid a thin last row of blocks: 0.45 m or more.
     whole = {"hallway": (1, 5)}.get(kind, (3, 4))
     sides = np.array([part + rng.uniform(0.45, 0.98) for part in whole])
     room = Layout(np.array([*rng.permutation(sides), rng.uniform(2.5, 2.9)]), rng, models)
-    # Colours differ between rooms, not areas: a floor of a colour never seen before would be a task of its own.
+    # Colors differ between rooms, not areas: a test area with unseen colors would be a different task.
     colors = np.random.default_rng([seed, area, number, 1])
     floors = [(150, 111, 76), (176, 160, 138), (96, 98, 104), (122, 74, 48), (196, 192, 184), (108, 122, 112)]
     walls = [(226, 222, 210), (214, 224, 228), (238, 226, 196), (222, 208, 200), (208, 218, 202), (236, 236, 234)]
@@ -623,7 +622,7 @@ def plan_room(area: int, number: int, models: dict[str, list[Thing]], *, seed: i
 
 
 def build_room(area: int, number: int, models: dict[str, list[Thing]], *, seed: int) -> Room:
-    """Plan a room and return its points in random order, as the cutter takes them."""
+    """Plan a room and return its points in random order, as the block cutter expects them."""
     layout = plan_room(area, number, models, seed=seed)
     xyz, rgb, labels = (np.concatenate(parts) for parts in zip(*layout.points, strict=True))
     order = layout.rng.permutation(len(xyz))

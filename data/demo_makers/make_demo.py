@@ -1,15 +1,15 @@
 """Build the embedded demo set ``data/demo`` from the furniture libraries of Sweet Home 3D.
 
-The libraries hold 820 coloured OBJ models under CC0 and CC-BY 3.0, with a catalogue of names, categories, sizes,
-creators and licences. Every usable model becomes 1,024 surface points with colour and material, and small colour views:
+The libraries hold 820 colored OBJ models under CC0 and CC-BY 3.0, with a catalog of names, categories, sizes,
+creators and licenses. Every usable model becomes 1,024 surface points with color and material, and small color views:
 
-  shapenet_render.h5   the packed pretraining file, an index of the shards shapenet_render_*_N.h5 beside it
+  shapenet_render.h5   the packed pretraining file, an index of the shards shapenet_render_*_N.h5 next to it
   demo_hdf5/           the models of the named classes in the layout of modelnet40_ply_hdf5_2048, for the linear SVM
-  ATTRIBUTION.md       every model with creator, licence and origin
-  README.md            what is there, in which format, how many
+  ATTRIBUTION.md       every model with creator, license and origin
+  README.md            contents, formats and counts
 
-The committed result is what everything else reads; this script is how it was made, and is needed only to make it again.
-It takes about four minutes on two cores. It needs, besides requirements.txt, on Debian or Ubuntu:
+The committed result is what everything else reads; this script is only needed to remake it. It takes about four minutes
+on two cores. In addition to requirements.txt it needs, on Debian or Ubuntu:
 
   apt-get install sweethome3d-furniture libegl1 libgl1 libgl1-mesa-dri     the models; OpenGL without a display
 
@@ -55,7 +55,7 @@ PACK_NAME = "shapenet_render.h5"
 PACK_SOURCE = "Sweet Home 3D furniture libraries 1.8"
 CATALOGUE = "PluginFurnitureCatalog.properties"
 MAX_FILE_BYTES = 4_000_000
-# What the committed set was made with: the defaults of the flags of these names.
+# Settings of the committed set; they are the defaults of the flags with these names.
 CONTENT = {"points": 1024, "views": 2, "size": 96, "colours": 64, "test_fraction": 0.35}
 
 # Coordinates in [-1, 1] as 13-bit whole numbers: the rounding (1.2e-4) is far below the jitter of the augmentation
@@ -64,9 +64,9 @@ POINT_LEVELS = 8191
 POINT_SCALE = 2.0 / POINT_LEVELS
 POINT_OFFSET = -1.0
 
-# A model whose smallest side is below this part of its largest is a drawing on a plane, not a shape.
+# Skip flat models: below this ratio of smallest to largest side, a model is a drawing on a plane, not a shape.
 FLAT_RATIO = 2e-3
-# Surfaces more transparent than this are helpers of the home design program that are not meant to be seen.
+# Skip surfaces more transparent than this: they are modeling aids that are not meant to be seen.
 INVISIBLE = 0.01
 MAX_TEXTURE = 512
 SAMPLES = 16  # per pixel
@@ -79,7 +79,7 @@ LICENCES = {
         "https://creativecommons.org/licenses/by/3.0/us/",
     ),
 }
-# Library name (of the file) -> (licence, copyright holders to name).
+# Library name (of the file) -> (license, copyright holders to name).
 LIBRARIES = {
     "BlendSwap-CC-0": ("CC0", "the Blend Swap contributors; converted by Emmanuel Puybaret / eTeks"),
     "BlendSwap-CC-BY": ("CC-BY-3.0", "the Blend Swap contributors; converted by Emmanuel Puybaret / eTeks"),
@@ -92,8 +92,8 @@ LIBRARIES = {
 }
 
 
-# The classes of the linear SVM: catalogue names that make a class, then models that the name would take in or leave out
-# wrongly (judged by their pictures). Classes of fewer than ten models are not used, nor models between two classes.
+# The classes of the linear SVM: catalog names of each class, then models that the name would wrongly include or exclude
+# (judged by their pictures). Classes with fewer than ten models and models between two classes are not used.
 CLASSES: dict[str, tuple[set[str], set[str]]] = {
     "armchair": ({"Armchair", "Modern armchair", "Rattan armchair", "Winchester armchair"}, set()),
     "bed": (
@@ -179,7 +179,7 @@ EXTRA_MEMBERS = {
 
 @dataclass(frozen=True)
 class Model:
-    """One catalogue entry: where the model lies and what is known about it."""
+    """One catalog entry: the location of a model and its metadata."""
 
     collection: Path
     key: str  # unique: "<library>-<catalogue id>", lower case
@@ -201,7 +201,7 @@ class Model:
 
 @dataclass
 class Shape:
-    """What becomes of one model: two independent clouds, colours, materials, encoded views, real size."""
+    """A converted model: two independent clouds, colors, materials, encoded views, real size."""
 
     points: np.ndarray  # (N, 3) float32 in the unit sphere
     svm_points: np.ndarray  # (N, 3) float32, another draw from the same surface
@@ -209,16 +209,16 @@ class Shape:
     material: np.ndarray  # (N,) uint8 index into material_names
     material_names: list[str]
     views: list[bytes]
-    center_m: np.ndarray  # (3,) metres = points * radius_m + centre_m; y = 0 is the underside
+    center_m: np.ndarray  # (3,) meters = points * radius_m + centre_m; y = 0 is the underside
     radius_m: float
 
 
 class SkippedModelError(Exception):
-    """A model that cannot become a shape; the message is the reason."""
+    """Raised for a model that cannot be converted; the message is the reason."""
 
 
 def slug(text: str) -> str:
-    """Lower-case ``text`` with everything but letters, digits and dots turned into single underscores."""
+    """Return ``text`` in lower case, with runs of anything but letters, digits and dots replaced by an underscore."""
     return re.sub(r"[^a-z0-9.]+", "_", text.lower()).strip("_")
 
 
@@ -229,7 +229,7 @@ def find_libraries(source: Path) -> list[Path]:
     """Return the furniture library files of ``source``, which is one of them or a folder that holds them.
 
     Raises:
-        DataError: there is none.
+        DataError: there are none.
     """
     if source.is_dir():
         found = [path for path in data_files(source) if path.suffix.lower() in LIBRARY_SUFFIXES]
@@ -257,7 +257,7 @@ def read_catalogue(library: Path) -> list[Model]:
     """Read every entry of one library.
 
     Raises:
-        DataError: the file is no furniture library, or one whose licence is not known here.
+        DataError: the file is not a furniture library, or one whose license is not known here.
     """
     if library.stem not in LIBRARIES:
         raise DataError(f"{library}: its licence is not known here; known libraries: {', '.join(LIBRARIES)}")
@@ -292,17 +292,17 @@ def read_catalogue(library: Path) -> list[Model]:
 
 
 def read_source(archive: zipfile.ZipFile, names: set[str], obj: str, licence: str) -> str:
-    """Return title, author and address from the licence note beside a Blend Swap model; empty without a note.
+    """Return title, author and address from the license note next to a Blend Swap model; empty without a note.
 
     Raises:
-        DataError: the note asks for more than the library's licence does.
+        DataError: the note requires more than the library's license does.
     """
     note = str(PurePosixPath(obj).parent / "BLENDSWAP_LICENSE.txt")
     if note not in names:
         return ""
     text = archive.read(note).decode("utf-8", "replace")
     stated = "CC0" if "Creative Commons Zero" in text else "CC-BY-3.0" if "Attribution 3.0" in text else "unknown"
-    # A note freer than its library is no obstacle: the stricter of the two is kept.
+    # A note may be freer than its library: the stricter of the two is kept.
     if stated not in (licence, "CC0"):
         raise DataError(f"{note}: licence {stated}, but its library says {licence}")
     title = re.search(r'downloading "(.*?)" by (.*)', text)
@@ -330,7 +330,7 @@ def read_model(archive: zipfile.ZipFile, path: str) -> Mesh:
 
 
 def read_member(archive: zipfile.ZipFile, path: PurePosixPath) -> bytes | None:
-    """Read a file of the library by its name, in any case; ``None`` if it is not there."""
+    """Read a file of the library by its name, in any case; return None if it is missing."""
     wanted = os.path.normpath(str(path).replace("\\", "/")).lower()
     for name in archive.namelist():
         if name.lower() == wanted:
@@ -339,9 +339,9 @@ def read_member(archive: zipfile.ZipFile, path: PurePosixPath) -> bytes | None:
 
 
 def place(mesh: Mesh, model: Model) -> Mesh:
-    """Return the mesh y up, in metres, at the catalogue's size, without faces that are invisible or empty.
+    """Return the mesh y up, in meters, at the catalog's size, without invisible or empty faces.
 
-    Its footprint is centred on the origin, its underside lies at y = 0 and its front faces +z.
+    Its footprint is centered on the origin, its underside is at y = 0 and its front faces +z.
 
     Raises:
         SkippedModelError: nothing is left, a coordinate is not finite, or the model is flat.
@@ -373,12 +373,12 @@ def place(mesh: Mesh, model: Model) -> Mesh:
 
 
 def nearest(values: np.ndarray, centers: np.ndarray) -> np.ndarray:
-    """Index (n,) of the centre (k, c) that is closest to each of the values (n, c)."""
+    """Return the index (n,) of the center (k, c) that is closest to each of the values (n, c)."""
     return (np.square(centers).sum(1) - 2 * values @ centers.T).argmin(1)
 
 
 def cluster_colors(values: np.ndarray, count: int, rounds: int = 12) -> np.ndarray:
-    """Return at most ``count`` colours (k, 4) that stand for ``values`` (n, 4): all of them, or k-means centres."""
+    """Return at most ``count`` colors (k, 4) that represent ``values`` (n, 4): all of them, or k-means centers."""
     centers = np.unique(values, axis=0)
     if len(centers) <= count:
         return centers
@@ -392,10 +392,10 @@ def cluster_colors(values: np.ndarray, count: int, rounds: int = 12) -> np.ndarr
 
 
 def encode_view(picture: np.ndarray, colors: int) -> bytes:
-    """Encode RGBA (h, w, 4) uint8 as a PNG with a palette of at most ``colors`` colours, the ground one of them."""
+    """Encode RGBA (h, w, 4) uint8 as a PNG with a palette of at most ``colors`` colors, including the background."""
     pixels = picture.reshape(-1, 4).astype(np.float32)
     pixels[pixels[:, 3] < 8] = 0
-    # Colours matter as much as they are seen.
+    # Weight colors by their opacity.
     weighted = np.concatenate([pixels[:, :3] * pixels[:, 3:] / 255, pixels[:, 3:]], 1)
     seen = pixels[:, 3] > 0
     centers = cluster_colors(weighted[seen], colors - 1)
@@ -417,19 +417,19 @@ _renderer: Renderer | None = None
 
 
 def _start_worker(view_size: int) -> None:
-    """Make this process's renderer."""
+    """Create this process's renderer."""
     global _renderer
     _renderer = Renderer(view_size, samples=SAMPLES)
 
 
 def view_angles(rng: np.random.Generator, count: int) -> list[tuple[float, float]]:
-    """Draw azimuths and elevations in degrees: every view shows the front half, from a new side each time."""
+    """Draw azimuths and elevations in degrees; views show the front half, from alternating sides."""
     side = 1.0 if rng.random() < 0.5 else -1.0
     return [(side * (-1) ** i * rng.uniform(15, 60), rng.uniform(20, 30)) for i in range(count)]
 
 
 def build_shape(job: tuple[Model, int, int, int, int]) -> Shape | str:
-    """Turn (model, seed, points, views, colours) into a shape, or into the reason why it cannot be one.
+    """Turn (model, seed, points, views, colors) into a shape, or into the reason why it cannot be one.
 
     A pure function of its arguments: neither the order of models nor the number of processes matters.
     """
@@ -464,9 +464,9 @@ def build_shape(job: tuple[Model, int, int, int, int]) -> Shape | str:
 def build_shapes(
     models: Sequence[Model], *, seed: int, points: int, views: int, view_size: int, colors: int, workers: int
 ) -> list[Shape | str]:
-    """Build every model in ``workers`` processes; returns one :class:`Shape` or reason per model, in order."""
+    """Build every model in ``workers`` processes; return one :class:`Shape` or reason per model, in order."""
     jobs = [(model, seed, points, views, colors) for model in models]
-    # Spawned, not forked: an OpenGL context does not survive a fork.
+    # Spawn, not fork: an OpenGL context does not survive a fork.
     with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (view_size,)) as pool:
         return list(progress(pool.map(build_shape, jobs), total=len(jobs), text="models", unit="model"))
 
@@ -475,7 +475,7 @@ def build_shapes(
 
 
 def class_of(model: Model) -> str | None:
-    """Class of a model for the linear SVM, by its catalogue name; ``None`` for most models."""
+    """Return the class of a model for the linear SVM, by its catalog name; None for most models."""
     if model.key in EXTRA_MEMBERS:
         return EXTRA_MEMBERS[model.key]
     for name, (names, excluded) in CLASSES.items():
@@ -485,13 +485,13 @@ def class_of(model: Model) -> str | None:
 
 
 def family(model: Model) -> str:
-    """Name shared by the variants of one design: ``lamp1`` and ``lamp2``, ``window_2x3`` and ``window_2x3_arched``."""
+    """Return the name shared by variants of a design: ``lamp1``, ``lamp2``; ``window_2x3``, ``window_2x3_arched``."""
     stem = re.sub(r"_?(arched|bended|rect|regular|snow|sport|2seats)$", "", model.key)
     return re.sub(r"(_0\d|(?<!\dx)v?\d+|_f)$", "", re.sub(r"_0\d$", "", stem)) + "|" + model.creator
 
 
 def near_duplicates(shapes: Sequence[Shape], tolerance: float = 1.1) -> list[tuple[int, int]]:
-    """Return the pairs whose clouds lie as close to each other as two draws from one surface do."""
+    """Return the pairs whose clouds are as close to each other as two draws from one surface."""
     from sklearn.neighbors import KDTree
 
     trees = [KDTree(shape.points) for shape in shapes]
@@ -531,14 +531,14 @@ def split_class(
 
 
 def quantize(points: np.ndarray) -> np.ndarray:
-    """Coordinates in [-1, 1] as uint16: value = q * POINT_SCALE + POINT_OFFSET."""
+    """Return coordinates in [-1, 1] as uint16: value = q * POINT_SCALE + POINT_OFFSET."""
     return (
         np.rint((np.asarray(points, np.float64) - POINT_OFFSET) / POINT_SCALE).clip(0, POINT_LEVELS).astype(np.uint16)
     )
 
 
 def build_palette(colors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Map colours (n, N, 3) uint8 to a common palette: indices (n, N) uint8 and the palette (256, 3) uint8."""
+    """Map colors (n, N, 3) uint8 to a common palette; return indices (n, N) uint8 and the palette (256, 3) uint8."""
     picture = Image.fromarray(colors)
     reduced = picture.quantize(256, method=Image.Quantize.MEDIANCUT, kmeans=2, dither=Image.Dither.NONE)
     palette = np.zeros((256, 3), np.uint8)
@@ -548,7 +548,7 @@ def build_palette(colors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def write_shards(out: Path, name: str, data: np.ndarray, *, budget: int, **storage: Any) -> h5py.VirtualLayout:
-    """Spread ``data`` over files of about ``budget`` stored bytes each; returns the dataset that joins them."""
+    """Spread ``data`` over files of about ``budget`` stored bytes each; return the dataset that joins them."""
     rows = max(1, math.floor(budget / (data.nbytes / len(data))))
     count = math.ceil(len(data) / rows)
     layout = h5py.VirtualLayout(shape=data.shape, dtype=data.dtype)
@@ -566,7 +566,7 @@ def write_text_table(file: h5py.Group, name: str, values: Sequence[str]) -> None
 
 
 def write_pack(out: Path, models: Sequence[Model], shapes: Sequence[Shape]) -> None:
-    """Write ``shapenet_render.h5`` and its shards: "crossnet-pack" version 1 with what the demo knows beyond it."""
+    """Write ``shapenet_render.h5`` and its shards: "crossnet-pack" version 1 with additional items of the demo."""
     for old in out.glob("shapenet_render*.h5"):
         old.unlink()
     views = [view for shape in shapes for view in shape.views]
@@ -576,7 +576,7 @@ def write_pack(out: Path, models: Sequence[Model], shapes: Sequence[Shape]) -> N
     per_row = points.shape[1:]
     with h5py.File(out / PACK_NAME, "w") as file:
         file.attrs.update({"format": "crossnet-pack", "version": 1, "source": PACK_SOURCE})
-        # Thirteen of sixteen bits carry something: a shard of 4.2 MB is stored in less than 3.6.
+        # Only thirteen of sixteen bits are used: a shard of 4.2 MB is stored in less than 3.6.
         layout = write_shards(out, "points", points, budget=4_200_000, chunks=(1, *per_row), **packed)
         file.create_virtual_dataset("points", layout).attrs.update({"scale": POINT_SCALE, "offset": POINT_OFFSET})
         layout = write_shards(out, "images", np.frombuffer(b"".join(views), np.uint8), budget=3_500_000)
@@ -645,7 +645,7 @@ def write_svm(
 
 
 def write_attribution(out: Path, models: Sequence[Model]) -> None:
-    """Write ``ATTRIBUTION.md``: who made every model, under which licence, and where it comes from."""
+    """Write ``ATTRIBUTION.md``: creator, license and origin of every model."""
     lines = [
         "# Attribution",
         "",
@@ -745,7 +745,7 @@ def check_sizes(out: Path) -> int:
     """Return the bytes under ``out``.
 
     Raises:
-        DataError: one of its files is larger than may be committed.
+        DataError: one of its files is too large to commit.
     """
     files = {path: path.stat().st_size for path in sorted(out.rglob("*")) if path.is_file()}
     for path, size in files.items():
@@ -813,7 +813,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def prepare(out: Path) -> None:
-    """Make the folder and see that everything is there before the long part starts.
+    """Create the folder, and check that everything is available before the long part starts.
 
     Raises:
         UserError: the folder cannot be written or holds another packed file, or a package is missing.
@@ -833,12 +833,12 @@ def prepare(out: Path) -> None:
         except OSError:
             source = None
         if source != PACK_SOURCE:
-            raise UserError(f"{pack} is there and is no demo set; choose another --out, so that it is not lost")
-    create_context().release()  # a missing OpenGL is better told before the long part
+            raise UserError(f"{pack} exists and is not a demo set; choose another --out, so that it is not lost")
+    create_context().release()  # report missing OpenGL before the long part
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Build the set; returns its counts."""
+    """Build the set; return its counts."""
     args = parse_args(argv)
     models = [model for library in find_libraries(args.source) for model in read_catalogue(library)]
     # Sorted as every source of pairs is.

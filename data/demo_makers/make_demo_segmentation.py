@@ -1,13 +1,12 @@
-"""Build the labelled sets of ``data/demo`` for part segmentation and for semantic segmentation of rooms.
+"""Build the labeled sets of ``data/demo`` for part segmentation and for semantic segmentation of rooms.
 
   shapenet_part_seg_hdf5_data/      parametric objects with exact parts, in the layout of ShapeNetPart (hdf5_data)
   indoor3d_sem_seg_hdf5_data/       blocks of furnished rooms in six areas, in the layout of S3DIS
   indoor3d_sem_seg_hdf5_data_test/  the same rooms whole, as datasets/s3dis_prepare.py writes them
 
-The rooms are furnished with the models of shapenet_render.h5, so data/demo_makers/make_demo.py runs first where that
-is made again.
-The committed result is what everything else reads; this script is how it was made. It takes about two minutes on one
-core and needs requirements.txt only.
+The rooms are furnished with the models of shapenet_render.h5; to remake that too, run data/demo_makers/make_demo.py
+first. The committed result is what everything else reads; this script is only needed to remake it. It takes about two
+minutes on one core and needs only requirements.txt.
 
 Example:
   python data/demo_makers/make_demo_segmentation.py --out data/demo
@@ -42,7 +41,7 @@ SOURCE = "CrossNet demo set"
 PART_FOLDER = HDF5_FOLDERS[0]
 # Shapes of each category.
 PART_SHAPES = {"train": 30, "val": 8, "test": 12}
-# What the committed set was made with: the defaults of the flags of these names.
+# Settings of the committed set; they are the defaults of the flags with these names.
 CONTENT = {"points": 1024, "block_points": 1024}
 
 
@@ -51,12 +50,12 @@ def write_parts(out: Path, *, points: int, seed: int, shapes: dict[str, int] | N
 
     Args:
         out: the data root.
-        points: of a shape.
-        seed: of all draws.
-        shapes: of each category, by split; the committed numbers where None.
+        points: number of points per shape.
+        seed: of everything random.
+        shapes: number per category, by split; None means the committed numbers.
 
     Returns:
-        Shapes of each split.
+        The number of shapes in each split.
     """
     folder = out / PART_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
@@ -142,7 +141,7 @@ are enough of a kind.
 
 
 def write_readme(out: Path, sizes: dict[str, int], rooms: Sequence[Room], counts: dict[str, int], command: str) -> None:
-    """Put the sections about these sets at the end of ``README.md``, in the place of those that were there."""
+    """Write the sections about these sets at the end of ``README.md``, replacing older ones."""
     path = out / "README.md"
     text = path.read_text(encoding="utf-8") if path.exists() else "# The demo set\n"
     text = text.partition(f"## {PART_FOLDER}")[0].rstrip("\n") + "\n\n"
@@ -185,7 +184,7 @@ def write_readme(out: Path, sizes: dict[str, int], rooms: Sequence[Room], counts
 
 
 def check_free(out: Path) -> None:
-    """See that nothing but an earlier demo set is replaced.
+    """Check that only an earlier demo set is replaced.
 
     Raises:
         UserError: one of the folders holds another set.
@@ -198,7 +197,7 @@ def check_free(out: Path) -> None:
             except OSError:
                 source = None
             if source != SOURCE:
-                raise UserError(f"{path} is there and is no demo set; choose another --out, so that it is not lost")
+                raise UserError(f"{path} exists and is not a demo set; choose another --out, so that it is not lost")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -210,7 +209,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, default=demo, metavar="DIR", help="data root to write the folders into")
     parser.add_argument(
-        "--points", type=cli.positive_int, default=CONTENT["points"], metavar="N", help="points of a labelled shape"
+        "--points", type=cli.positive_int, default=CONTENT["points"], metavar="N", help="points of a labeled shape"
     )
     parser.add_argument(
         "--block_points", type=cli.positive_int, default=CONTENT["block_points"], metavar="N", help="points of a block"
@@ -220,7 +219,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Build both sets; returns their counts."""
+    """Build both sets; return their counts."""
     args = parse_args(argv)
     if not args.pack.is_file():
         raise DataError(

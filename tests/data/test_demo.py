@@ -388,7 +388,7 @@ def test_a_packed_file_of_the_user_is_not_overwritten(library, tmp_path):
     out.mkdir()
     with h5py.File(out / "shapenet_render.h5", "w") as file:
         file.attrs["source"] = "ShapeNet"
-    with pytest.raises(UserError, match="is no demo set"):
+    with pytest.raises(UserError, match="is not a demo set"):
         make_demo.main(["--source", str(library), "--out", str(out)])
     with h5py.File(out / "shapenet_render.h5") as file:
         assert file.attrs["source"] == "ShapeNet"

@@ -295,7 +295,7 @@ def test_a_set_of_the_user_is_not_overwritten(tmp_path, folder):
     path = tmp_path / folder / "ply_data_all_0.h5"
     with h5py.File(path, "w") as file:
         file["data"] = np.zeros((1, 4, 9))
-    with pytest.raises(UserError, match="is no demo set"):
+    with pytest.raises(UserError, match="is not a demo set"):
         make_demo_segmentation.main(["--pack", str(DEMO / make_demo.PACK_NAME), "--out", str(tmp_path)])
     with h5py.File(path) as file:
         assert file["data"].shape == (1, 4, 9)
