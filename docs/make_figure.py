@@ -130,7 +130,7 @@ def draw(data_root: str, *, model: str = MODEL, seed: int = 1) -> Figure:
         seed: of the two views.
 
     Raises:
-        UserError: there is no such model in the data.
+        UserError: the data does not contain the model.
     """
     source = open_source(data_root)
     if model not in source.ids:

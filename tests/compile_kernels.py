@@ -1,8 +1,8 @@
-"""Compile the Triton kernels for GPUs, on a machine that needs none: what tests/models/ops/test_backend.py cannot see.
+"""Compile the Triton kernels for GPUs, on a machine without one; tests/models/ops/test_backend.py cannot do that.
 
-The interpreter runs kernels that a compiler may refuse. Here every launch of the functions in
-models/ops/triton_kernels.py is compiled down to machine code instead of being run, for tensors as an
-encoder has them. Needs Triton 3.3 or newer.
+The interpreter runs kernels that a compiler may reject. Here every launch of the functions in
+models/ops/triton_kernels.py is compiled to machine code instead of being run, for tensors like those of an
+encoder. Needs Triton 3.3 or newer.
 
   python -m tests.compile_kernels                  # compute capabilities 7.5, 8.0 and 9.0
   python -m tests.compile_kernels --capability 90 --points 4096
@@ -66,7 +66,7 @@ class CompileOnly:
 
 
 def resources(cubin: bytes) -> str:
-    """What a compiled kernel needs of a GPU, as far as Triton's tools tell: registers, spilled bytes, instructions."""
+    """Return the GPU resources of a compiled kernel, if Triton's tools report them: registers, spills, instructions."""
     needs = f"{len(cubin)} bytes"
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     if not all((tools / tool).is_file() for tool in ("cuobjdump", "nvdisasm")):
@@ -87,7 +87,7 @@ def _output(*command: str | Path) -> str:
 
 
 def _instructions(code: str) -> tuple[int, list[int]]:
-    """Instructions of a disassembly, and those between each backward jump and its target."""
+    """Return the instructions of a disassembly, and those between each backward jump and its target."""
     starts: dict[str, int] = {}
     loops, count = [], 0
     for line in code.splitlines():
@@ -102,7 +102,7 @@ def _instructions(code: str) -> tuple[int, list[int]]:
 
 
 def compile_all(*, capability: int, points: int, k: int, width: int) -> list[str]:
-    """Compile every kernel that the module's functions launch; a line about each."""
+    """Compile every kernel that the module's functions launch; return a line about each."""
     lines = []
 
     def done(name: str, needs: str) -> None:

@@ -1,4 +1,4 @@
-"""What all tests share."""
+"""Settings and fixtures of all tests."""
 
 import os
 
@@ -18,5 +18,5 @@ settings.load_profile("repeatable")
 
 @pytest.fixture(autouse=True)
 def seeded():
-    """Every test starts from the same random numbers, alone or in company."""
+    """Seed every test, so that it sees the same random numbers alone or in the whole suite."""
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Wrong input from a user's side: exit code 2, one clear message without a traceback, nothing overwritten."""
+"""Invalid user input: exit code 2, one clear message without a traceback, nothing overwritten."""
 
 import multiprocessing
 import subprocess
@@ -28,7 +28,7 @@ def small(monkeypatch):
 
 @pytest.fixture
 def data(tmp_path):
-    """Five pairs, a labelled set and an encoder's checkpoint."""
+    """Write five pairs, a labeled set and an encoder checkpoint."""
     root = tmp_path / "data"
     write_pairs(root, 5)
     write_demo_set(root)
@@ -40,7 +40,7 @@ def data(tmp_path):
 
 
 def script(module, argv, capsys):
-    """Run a script as its last lines do; returns its exit code and what it wrote to standard error."""
+    """Run a script as its last lines do; return its exit code and standard error."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as caught:
         run(lambda: module.main([str(argument) for argument in argv]))
@@ -48,7 +48,7 @@ def script(module, argv, capsys):
 
 
 def refused(module, argv, capsys, folder, *shown):
-    """The script ends as it should; all of ``shown`` stands in its one message, and no file changes or appears."""
+    """Check that the script fails with one message containing all of ``shown``, and that no file changes or appears."""
     before = contents(folder)
     code, err = script(module, argv, capsys)
     assert code == 2, err

@@ -29,7 +29,7 @@ def root(tmp_path_factory):
 
 
 def bits(path):
-    """Every tensor of a checkpoint as bytes, by name."""
+    """Return every tensor of a checkpoint as bytes, by name."""
     payload = load_checkpoint(path)
     parts = ("point_encoder", "heads_and_image_encoders", "head")
     return {f"{part} {k}": v.numpy().tobytes() for part in parts for k, v in payload.get(part, {}).items()}

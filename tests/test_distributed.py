@@ -1,4 +1,4 @@
-"""Pretraining and fine-tuning in two processes (gloo): what one process trains, and how the processes end together."""
+"""Pretraining and fine-tuning in two processes (gloo): same results as in one process, and a joint end on failure."""
 
 import json
 import logging
@@ -35,13 +35,13 @@ SHORT = ("--epochs", 1, "--eval_every", 0)
 
 
 def double(tensors):
-    """A batch in float64: rounding no longer hides what differs."""
+    """Make a batch in float64, so that rounding does not hide differences."""
     floats = {k: v.double() for k, v in tensors.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
     return {**tensors, **floats}
 
 
 def make_small(patch):
-    """A tiny image network, float64, no pictures of curves, quick news of errors; forked processes inherit it."""
+    """Use a tiny image network, float64, no plots and short timeouts; forked processes inherit this."""
     inputs_of = Pretraining.inputs_of
     patch.setitem(IMAGE_ENCODERS, "resnet18", TinyImageNet)
     patch.setattr(RunFolder, "draw_curves", lambda self: None)
@@ -59,7 +59,7 @@ def small(monkeypatch):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """16 pairs and a labelled set."""
+    """Write 16 pairs and a labeled set."""
     root = tmp_path_factory.mktemp("data")
     write_pairs(root, 16)
     write_demo_set(root)
@@ -71,7 +71,7 @@ def metrics(folder):
 
 
 def assert_same(ours, theirs, *, tolerance=1e-9):
-    """Two runs' folders agree up to the order of sums: weights, statistics, optimiser, scores."""
+    """Check that two run folders agree up to the order of sums: weights, statistics, optimizer, scores."""
     ours_last, theirs_last = (load_checkpoint(folder / "last.pth") for folder in (ours, theirs))
     for part in ("point_encoder", "heads_and_image_encoders", "head"):
         if part in theirs_last:
@@ -114,7 +114,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def of_two(root, tmp_path_factory):
-    """Every case trained by two processes; one start for all."""
+    """Train every case with two processes, started once."""
     out = tmp_path_factory.mktemp("two")
 
     def main():
@@ -273,7 +273,7 @@ def test_a_killed_process_ends_the_other_with_a_message(root, tmp_path, victim):
 
 
 def test_a_process_that_torchrun_ends_because_another_is_gone_still_says_so(root, tmp_path):
-    """Also where the signal comes after the loop has failed and before the message is written."""
+    """This includes a signal that arrives after the loop has failed and before the message is written."""
 
     def main():
         original = pretraining.train
@@ -306,7 +306,7 @@ def test_a_process_ended_outside_of_training_ends_soon(tmp_path):
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_that_stands_still_ends_the_other(root, tmp_path, monkeypatch, victim):
-    """Also the one in which all have met: then nothing answers any more."""
+    """This includes the process that hosts the store, without which nothing answers."""
     monkeypatch.setattr(launch, "BEATS_UNTIL_LOST", 10)
 
     def main():
@@ -321,7 +321,7 @@ def test_a_process_that_stands_still_ends_the_other(root, tmp_path, monkeypatch,
 
 
 def test_the_process_in_which_all_meet_stands_still_at_once(root, tmp_path, monkeypatch):
-    """Before the others have heard of it: its store does not answer then."""
+    """It freezes before its first heartbeat, so its store does not answer."""
     monkeypatch.setattr(launch, "BEAT_SECONDS", 1.5)
     monkeypatch.setattr(launch, "BEATS_UNTIL_LOST", 4)
 
@@ -358,7 +358,7 @@ def torchrun(*argv):
 
 
 def wait_for(file, text, process):
-    """Until a running process has written ``text`` into a file."""
+    """Wait until a running process has written ``text`` to a file."""
     while process.poll() is None:
         if file.exists() and text in file.read_text():
             return
@@ -367,7 +367,7 @@ def wait_for(file, text, process):
 
 
 def test_torchrun_stopped_and_a_rank_killed_loses_nothing(root, tmp_path):
-    """The one test with torchrun itself, in float32: its processes do not inherit float64."""
+    """This is the only test with torchrun; in float32, because its processes do not inherit float64."""
     flags = ("--epochs", 2, "--eval_every", 0, "--save_every", 1, "--batch_size", 1)  # sixteen steps of two pairs
     argv = [*arguments(root, tmp_path, *flags), "--resume"]
     log = tmp_path / "crossnet" / "run.log"
@@ -414,7 +414,7 @@ def fine_tuning_in_float64(monkeypatch):
 
 
 def test_fine_tuning_in_two_processes_is_fine_tuning_in_one(root, tmp_path, fine_tuning_in_float64):
-    """Augmentation, dropout, validation and test included."""
+    """This includes augmentation, dropout, validation and test."""
     logging.getLogger("crossnet").handlers.clear()
     report = tmp_path / "report.json"
     run_together(lambda: fine_tune(root, tmp_path / "two", "--batch_size", 3, "--json", report), tmp_path / "logs")
@@ -428,7 +428,7 @@ def test_fine_tuning_in_two_processes_is_fine_tuning_in_one(root, tmp_path, fine
 
 
 def test_fine_tuned_trained_and_scored_by_two_processes_scores_the_same_in_one(tmp_path):
-    """Three passes are shared out between two processes; confusion matrices are written once."""
+    """Three passes are split between two processes; confusion matrices are written once."""
     write_parts(tmp_path)
     write_rooms(tmp_path, [f"Area_{area}_{kind}_1" for area in (4, 5) for kind in ("hall", "office")], blocks=3)
     common = f"--data_root {tmp_path} --output_dir {tmp_path} --workers 0 --device cpu --test_batch_size 2".split()

@@ -1,4 +1,4 @@
-"""The data check: what is complete, partial, missing or broken, and the command that helps."""
+"""check_data reports complete, partial, missing and broken sets, and the command that fixes them."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def clouds(count, points=4, channels=3):
 
 
 def cut(path):
-    """Take the last third of a file away."""
+    """Remove the last third of a file."""
     data = path.read_bytes()
     path.write_bytes(data[: len(data) * 2 // 3])
 
@@ -75,7 +75,7 @@ def add_rooms(root, name=ROOMS, blocks=(3, 2)):
 
 @pytest.fixture
 def root(tmp_path):
-    """A small set of every kind."""
+    """Write a small set of every kind."""
     add_pairs(tmp_path)
     add_modelnet(tmp_path, [0, 1, 8], [39, 35])
     for split, count in (("train", 3), ("test", 2)):
@@ -87,7 +87,7 @@ def root(tmp_path):
 
 
 def broken(root, **options):
-    """Names of the broken sets, and all problems."""
+    """Return the names of the broken sets, and all problems."""
     rows = check(root, **options)
     return {name for name, row in rows.items() if row.state == "broken"}, [p for r in rows.values() for p in r.problems]
 

@@ -1,4 +1,4 @@
-"""The committed demo set is whole and consistent, and its script, but for the renderer, does what it says."""
+"""The committed demo set is complete and consistent, and its script works (without the renderer)."""
 
 import io
 import os
@@ -21,7 +21,7 @@ DEMO = make_demo.Path(make_demo.__file__).parents[1] / "demo"
 
 @pytest.fixture(scope="module")
 def pack():
-    """Everything of the packed file, read as it stands, without this project's reader."""
+    """Read everything in the packed file with plain h5py, without this project's reader."""
     with h5py.File(DEMO / "shapenet_render.h5", "r") as file:
         stored = file["points"]
         texts = {f"catalogue/{name}" for name in file["catalogue"]} | {"ids", "view_names", "material_names"}
@@ -81,7 +81,7 @@ def test_pack_tables_agree(pack):
 
 
 def test_shards_are_there_and_named_relative_to_the_index(pack, tmp_path, monkeypatch):
-    # HDF5 fills in zeros for a shard that it does not find, so a wrong name would not be noticed by reading.
+    # HDF5 fills in zeros for a missing shard, so reading would not reveal a wrong name.
     with h5py.File(DEMO / "shapenet_render.h5", "r") as file:
         sources = {source.file_name for name in ("points", "image_bytes") for source in file[name].virtual_sources()}
     assert sources and all("/" not in name and (DEMO / name).is_file() for name in sources)
@@ -418,5 +418,5 @@ def test_the_committed_set_is_what_the_script_makes(pack, monkeypatch):
             pictures = [np.asarray(Image.open(io.BytesIO(data)).convert("RGBA"), float) for data in (committed, view)]
             different.append(np.abs(pictures[0] - pictures[1]).mean())
     monkeypatch.setattr(make_demo, "_renderer", None)
-    # Another version of Mesa may round a pixel differently, and the palette may then settle elsewhere.
+    # Another version of Mesa may round a pixel differently, and the palette may then differ.
     assert max(different) < 2, different

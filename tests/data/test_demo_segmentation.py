@@ -1,4 +1,4 @@
-"""The committed part and room sets are whole, labelled and small, and their generators do what they say."""
+"""The committed part and room sets are complete, labeled and small, and their generators work."""
 
 import h5py
 import numpy as np
@@ -29,7 +29,7 @@ def test_part_reader_finds_the_numbers_of_shapes(parts):
 
 
 def test_every_part_is_in_every_split_and_never_alone(parts):
-    """No part is missing from a split, and no shape is of one part only, or its label would be the category."""
+    """No part is missing from a split, and no shape has only one part: its label would be the category."""
     assert set(np.unique(parts.parts)) == set(range(parts.taxonomy.num_parts))
     assert min(len(np.unique(labels)) for labels in parts.parts) >= 2
     share = np.bincount(parts.parts.ravel(), minlength=parts.taxonomy.num_parts) / parts.parts.size
@@ -199,7 +199,7 @@ def test_objects_depend_on_their_number_and_seed_only(category):
 
 
 def test_committed_shape_is_what_the_generator_makes():
-    """The first shapes of the file are rebuilt; rounding to the stored steps is all that may differ."""
+    """Rebuild the first shapes of the file; only rounding to the stored steps may differ."""
     data = ShapeNetPart(DEMO, "test", class_choice="mug")
     cloud, labels = demo_parts.build_object("mug", "test", 0, seed=1, count=1024)
     gaps = np.abs(data.points - cloud).max(axis=(1, 2))

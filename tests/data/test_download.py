@@ -23,7 +23,7 @@ MODELNET = {
     "modelnet40_ply_hdf5_2048/shape_names.txt": b"airplane\n",
 }
 
-# The real curl, on a local file of the same name: --continue-at is really done.
+# The real curl, on a local file of the same name: --continue-at is really tested.
 CURL = """#!/usr/bin/env bash
 echo "curl $*" >> "$CALLS"
 words=()
@@ -150,7 +150,7 @@ def test_the_drive_stands_in_and_only_the_right_archive_is_fetched(shop):
     assert f"Drive {IDS[0]}: shapenet_render" in output and f"Drive {IDS[2]}: no answer" in output
     fetched = [call.split()[-1] for call in shop.calls() if call.startswith("gdown --continue")]
     assert fetched == [IDS[3], IDS[1]]
-    # What was found out is kept: the next set is fetched without looking at it again.
+    # The result is remembered: the next set is downloaded without peeking again.
     shop.run("shapenet_render")
     calls = [call for call in shop.calls() if call.startswith("gdown")]
     assert [call.split()[-1] for call in calls if "--continue" in call] == [IDS[0]]
@@ -200,7 +200,7 @@ def test_own_files_are_not_overwritten(shop):
     assert "is there already" in shop.run("modelnet40")
     assert "different content" in shop.run("--again", "modelnet40", code=2)
     assert shop.installed() == {"modelnet40_ply_hdf5_2048/shape_names.txt": b"mine"}
-    # A set whose installation was cut off is completed without --again.
+    # An interrupted installation is completed without --again.
     mine.write_bytes(MODELNET["modelnet40_ply_hdf5_2048/shape_names.txt"])
     shop.run("modelnet40")
     assert shop.installed() == MODELNET

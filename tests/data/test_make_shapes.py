@@ -1,4 +1,4 @@
-"""The command that makes pretraining pairs out of nothing: what the file holds, resuming, parts, pictures."""
+"""The command that generates pretraining pairs: contents of the file, resuming, parts, pictures."""
 
 import io
 import json

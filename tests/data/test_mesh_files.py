@@ -1,4 +1,4 @@
-"""Every format of meshes, with colors, and every way in which a file can be bad."""
+"""Every mesh format, with colors, and every way in which a file can be bad."""
 
 import importlib.util
 import io
@@ -39,7 +39,7 @@ def png(*colors):
 
 
 def colors_of(mesh):
-    """The distinct colors of its points."""
+    """Return the distinct colors of a shape's points."""
     return {tuple(int(c) for c in color) for color in sample_surface(mesh, 200, seed=0).colors}
 
 
@@ -153,7 +153,7 @@ def test_what_an_obj_misses_is_noted_and_the_mesh_used(tmp_path):
         "its texture text.png is not a readable picture",
         "1 of its materials are not in its material library",
     ]
-    # A path on another disk is looked for beside the file.
+    # A path on another disk is looked up in the folder of the file.
     write(tmp_path / "gone.png", png((9, 9, 9)))
     assert len(read_mesh(tmp_path / "n.obj").notes) == 2
 

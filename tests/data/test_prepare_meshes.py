@@ -1,4 +1,4 @@
-"""Own meshes and clouds become pairs that pretraining takes, and labeled clouds that the SVM takes."""
+"""A user's meshes and clouds become pairs for pretraining and labeled clouds for the SVM."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def meshes(tmp_path):
 
 @pytest.fixture
 def in_process(monkeypatch):
-    """Make pairs in this process: starting another one takes a second, and one test does it."""
+    """Make pairs in this process: starting another one takes a second, and one test covers it."""
 
     class Here:
         def __init__(self, workers, context, start, arguments):

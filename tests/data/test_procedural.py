@@ -1,4 +1,4 @@
-"""Generated shapes: insides agree with meshes, warps can be undone, parts join, points lie on what can be seen."""
+"""Generated shapes: inside tests agree with meshes, warps are invertible, parts join, points lie on the surface."""
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ SOLIDS = {
 
 
 def winding_numbers(points, solid):
-    """How often the mesh surrounds each point: the solid angles of its triangles over 4 pi (Van Oosterom, Strackee)."""
+    """Return the winding number of each point: solid angles of the triangles over 4 pi (Van Oosterom, Strackee)."""
     a, b, c = (solid.vertices[solid.triangles[:, i]] - points[:, None] for i in range(3))
     la, lb, lc = (np.linalg.norm(x, axis=2) for x in (a, b, c))
     above = (a * np.cross(b, c)).sum(2)

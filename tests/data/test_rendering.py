@@ -43,7 +43,7 @@ def square(color=(0.8, 0.8, 0.8), z=0.0):
 
 
 def shade(albedo, normal=(0, 0, 1)):
-    """What the light makes of a color: key light, fill light, ambient light, and a floor for black."""
+    """Return a color as the shader lights it: key light, fill light, ambient light, and a floor for black."""
     key = np.dot(normal, np.array([-0.5, 0.75, 0.6]) / np.linalg.norm([-0.5, 0.75, 0.6]))
     fill = np.dot(normal, np.array([0.8, 0.1, 0.5]) / np.linalg.norm([0.8, 0.1, 0.5]))
     light = 0.5 + 0.48 * max(key, 0) + 0.16 * max(fill, 0)
@@ -215,7 +215,7 @@ def test_a_surface_that_is_all_cut_away_is_an_error():
 
 @needs_opengl
 def test_triton_can_be_imported_after_rendering():
-    """Mesa and Triton each bring an LLVM; in the wrong order the process dies."""
+    """Mesa and Triton each contain LLVM; loaded in the wrong order, the process crashes."""
     pytest.importorskip("triton")
     code = "from data.rendering import Renderer; Renderer(8).release(); import triton"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)

@@ -1,4 +1,4 @@
-"""Archives: what is refused, where the members of each data set go, and what happens to files already there."""
+"""Archives: which are refused, where the members of each data set go, and what happens to existing files."""
 
 import gzip
 import io
@@ -84,7 +84,7 @@ def make_plain_tar(path, members):
 
 
 def tree(folder):
-    """Every file and folder below ``folder``, by relative name."""
+    """Return every file and folder below ``folder``, by relative name."""
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 

@@ -1,4 +1,4 @@
-"""Files that claim what they do not hold, point elsewhere, or would make the HDF5 library loop."""
+"""Files that claim more than they hold, point elsewhere, or would make the HDF5 library loop."""
 
 import contextlib
 import subprocess

@@ -149,7 +149,7 @@ def test_damaged_changed_and_otherwise_cut_rooms_are_made_again(raw, tmp_path):
     assert prepare(root, out)["made"] == 2
     assert S3DISRooms(out, 3).room_size(0) == len(raw[1]["Area_3_office_1"][0]) + 1
     assert prepare(root, out, "--seed", "5")["made"] == 3
-    # The distance of training blocks is no matter of the test blocks.
+    # The stride of training blocks does not affect the test blocks.
     assert prepare(root, out, "--seed", "5", "--stride", "1.0", "--only", "test")["made"] == 0
 
 

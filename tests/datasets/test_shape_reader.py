@@ -104,7 +104,7 @@ def test_an_array_of_objects_is_never_unpickled(tmp_path):
 
 @pytest.fixture
 def counted(tmp_path, monkeypatch):
-    """Three files, and a reader that notes what it reads; all that was read is kept."""
+    """Make three files, and a reader that records what it reads; the cache keeps all."""
     monkeypatch.setattr(module, "_SECONDS", 0)
     files = [tmp_path / "set" / f"{i}.ply" for i in range(3)]
     for i, path in enumerate(files):

@@ -44,7 +44,7 @@ def write_h5(path, categories, *, size=8, seed=0, taxonomy=None, **arrays):
 
 
 def write_tables(folder, names, counts, *, synsets=None):
-    """Write the two tables of a data set of its own categories."""
+    """Write the two tables of a data set with custom categories."""
     synsets = synsets or [f"{90000000 + i}" for i in range(len(names))]
     folder.mkdir(parents=True, exist_ok=True)
     lines = [f"{name}\t{synset}" for name, synset in zip(names, synsets, strict=True)]

@@ -234,7 +234,7 @@ def test_gray_pictures_of_any_depth_keep_their_brightness():
 
 
 def photo(seed, size):
-    """Noise on a slope of colours, (width, height) as Pillow says it."""
+    """Make noise on a gradient of colors, (width, height) in Pillow's order."""
     slope = np.asarray(Image.open(io.BytesIO(png(seed, size=size))).convert("RGB"), np.int16)
     noise = np.random.default_rng(seed).integers(-60, 60, slope.shape)
     return image((slope + noise).clip(0, 255))
@@ -252,7 +252,7 @@ def augment(transform, pictures, numbers):
 
 
 def plain_form(picture, size, factors, order, flips):
-    """What the released code does to one image, by Pillow and torchvision, with the random numbers given."""
+    """Transform one image like the released code, with Pillow, torchvision and the given random numbers."""
     jitters = (adjust_brightness, adjust_contrast, adjust_saturation)
     rgb = resize(picture, [size, size])
     for which in order:

@@ -1,4 +1,4 @@
-"""The demo on tiny sets: what it compares, what it reports, and that its page shows it."""
+"""The demo on tiny sets: its comparisons, its report, and its page."""
 
 import json
 from pathlib import Path
@@ -70,7 +70,7 @@ def test_every_task_is_done_without_and_with_pretraining_and_shown(root, tmp_pat
 
 @pytest.fixture
 def no_pictures(monkeypatch):
-    """Sheets and confusion matrices take seconds; one test is enough for them."""
+    """Skip sheets and confusion matrices, which take seconds; one test covers them."""
 
     def blank(words):
         folder = Path(words[words.index("--output_dir") + 1])

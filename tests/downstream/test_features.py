@@ -24,7 +24,7 @@ def encoder(name="dgcnn_cls", **kwargs):
 
 
 class Recorder(nn.Module):
-    """An encoder that keeps what it was given."""
+    """Encoder that records its inputs."""
 
     def __init__(self):
         super().__init__()
@@ -133,7 +133,7 @@ def test_calibration_sets_statistics_and_nothing_else(name):
 @pytest.mark.parametrize("name", ["dgcnn_cls", "dgcnn_partseg", "pointnet_cls"])
 def test_one_calibration_batch_gives_the_features_of_train_mode(name):
     # With all clouds in one batch the running statistics are that batch's, so both modes agree but for the unbiased
-    # variance and the few neighbours that it changes.
+    # variance and the few neighbors that it changes.
     model, points = encoder(name), clouds(40, size=32)
     calibrate_batch_norm(model, points, batch_size=40)
     model.train()

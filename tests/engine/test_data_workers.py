@@ -1,4 +1,4 @@
-"""Data workers: no way of losing a batch makes a run wait, and loaders leave the global generator alone."""
+"""Data workers: a lost batch never makes a run hang, and loaders do not touch the global generator."""
 
 import resource
 import threading
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 class Numbers(Dataset):
-    """Sample i holds i, 1,000 times, and whatever is given beside it."""
+    """Data set whose sample i is i repeated 1,000 times, with optional extras."""
 
     def __init__(self, beside=None):
         self.beside = beside or (lambda index: 0)

@@ -1,4 +1,4 @@
-"""The big-batch mode against a single pass over the whole batch."""
+"""Gradient caching against a single pass over the whole batch."""
 
 import copy
 

@@ -95,7 +95,7 @@ def edge_conv_case(layers: int, *, sizes: tuple[int, ...]) -> dict[str, Tensor]:
 
 
 def crossnet_case(encoder: str) -> dict[str, Tensor]:
-    """One whole training step of 4 objects: gradients and buffers of the model that DistributedDataParallel wraps."""
+    """Run a training step with 4 objects; return gradients and buffers of the model in DistributedDataParallel."""
     torch.manual_seed(11)
     point_encoder = build_encoder(encoder, k=4, emb_dims=8)
     model = SyncBatchNorm.convert(CrossNet(point_encoder, image_model="resnet18", image_modality="gray")).double()

@@ -1,4 +1,4 @@
-"""The whole training-time model: what it builds, what it computes, what learns."""
+"""The complete pretraining model: its parts, its outputs, its gradients."""
 
 import pytest
 import torch

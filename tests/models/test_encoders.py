@@ -1,4 +1,4 @@
-"""Every point encoder: against the textbook DGCNN, and what users of ``build_encoder`` rely on."""
+"""Every point encoder: compared with the textbook DGCNN, and the contract of ``build_encoder``."""
 
 import copy
 
@@ -119,7 +119,7 @@ def test_a_cloud_does_not_see_the_rest_of_its_batch_in_eval_mode(layout):
 
 @pytest.mark.parametrize("layout", ["dgcnn_cls", "dgcnn_semseg", "pointnet_cls"])
 def test_layouts_without_a_transformer_train_on_a_single_cloud(layout):
-    """The others normalise one vector per cloud over the batch, which needs two."""
+    """The others normalize one vector per cloud over the batch, which needs at least two clouds."""
     encoder = small_encoder(layout).train()
     encoder(clouds(encoder, batch=1)).pooled.sum().backward()
     assert all(p.grad.isfinite().all() for p in encoder.parameters())
@@ -186,7 +186,7 @@ def test_gradients_under_bfloat16_autocast_are_finite(layout):
 
 
 def record_graphs(encoder):
-    """Every neighbour list that the encoder asks for from now on, each point's in ascending order."""
+    """Record every neighbor list that the encoder computes from now on, sorted for each point."""
     graphs, neighbors = [], encoder.neighbors
 
     def recording(points):
@@ -200,7 +200,7 @@ def record_graphs(encoder):
 
 @EVERY_DGCNN
 def test_all_graphs_under_bfloat16_autocast_are_those_of_float32(layout):
-    """Distances of rounded coordinates or features would change about 5 % of the neighbours."""
+    """Distances of rounded coordinates or features would change about 5 % of the neighbors."""
     encoder = small_encoder(layout, dtype=torch.float32, k=10).eval()
     if layout == "dgcnn_partseg":  # a rotation, for the predicted matrix itself may be rounded
         nn.init.zeros_(encoder.transform_net.transform.weight)

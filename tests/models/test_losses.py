@@ -11,7 +11,7 @@ from models.losses import crossnet_objective, nt_xent
 
 
 def simclr_algorithm_1(a, b, temperature, dropped=lambda i, j: False):
-    """Algorithm 1 of SimCLR, loop by loop. ``dropped(i, j)``: row j is no negative of row i (0-based, see ``z``)."""
+    """Algorithm 1 of SimCLR, loop by loop. ``dropped(i, j)``: row j is not a negative of row i (0-based)."""
     pairs = len(a)
     z = [v for pair in zip(a, b, strict=True) for v in pair]  # z[2k] and z[2k + 1] are partners
     s = [[torch.dot(z[i], z[j]) / (z[i].norm() * z[j].norm()) for j in range(2 * pairs)] for i in range(2 * pairs)]

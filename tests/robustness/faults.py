@@ -67,7 +67,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def without_speed(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Records without what differs from run to run."""
+    """Return records without the fields that differ from run to run."""
     return [{key: value for key, value in record.items() if key not in SPEED} for record in records]
 
 
@@ -107,7 +107,7 @@ def small() -> Iterator[None]:
 
 
 def _train(script: Callable[[list[str]], Any], argv: list[str], harm: Callable[[], None] | None, output: Path) -> None:
-    """In a process of its own, its output in a file."""
+    """Run in a separate process, with its output in a file."""
     sys.stdout = sys.stderr = open(output, "a", buffering=1)  # noqa: SIM115 - until the process ends
     os.dup2(sys.stdout.fileno(), 2)
     logging.getLogger().handlers.clear()
@@ -118,12 +118,12 @@ def _train(script: Callable[[list[str]], Any], argv: list[str], harm: Callable[[
 
 
 def screen(out: Path) -> Path:
-    """File that takes what a folder's runs write to the screen."""
+    """Return the file for the console output of a folder's runs."""
     return out.with_suffix(".txt")
 
 
 def remove(out: Path) -> None:
-    """Remove what is in a folder; the folder may be a mounted disk."""
+    """Empty a folder, which may be a mounted disk."""
     for path in out.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -173,7 +173,7 @@ class Place:
         return in_child(_train, main, self.arguments(out, *more), harm, screen(out))
 
     def output(self, out: Path) -> str:
-        """What the runs in a folder wrote to the screen."""
+        """Return the console output of the runs in a folder."""
         return screen(out).read_text()
 
     def finish(self, out: Path, *more: Any) -> None:
@@ -219,7 +219,7 @@ def sigkill_in_step(place: Place, rng: random.Random) -> None:
 
 
 class _DyingFile(io.FileIO):
-    """A file whose process is killed when so many bytes are written."""
+    """A file whose process is killed after a given number of bytes is written."""
 
     left = 0
 
@@ -245,7 +245,7 @@ def _note_saves(journal: Path) -> None:
 
 
 def nothing_half_written(out: Path) -> None:
-    """Every checkpoint is whole, and no older than the last one that the run was told is saved."""
+    """Check that every checkpoint is intact, and not older than the last one reported as saved."""
     journal = out / "journal"
     saved = dict(line.split() for line in journal.read_text().splitlines()) if journal.exists() else {}
     for name, step in saved.items():
@@ -404,7 +404,7 @@ NOT_PERMITTED = 77
 
 
 def _fill_a_disk(place: Place, out: Path, size: int) -> None:
-    """In a process of its own, which alone sees the small disk: train until it is full, make room, go on."""
+    """In a separate process, which alone sees the small disk: train until it is full, free space, resume."""
     try:
         resize = _small_disk(out, size)
     except PermissionError:
@@ -631,7 +631,7 @@ def pickle_bomb(place: Place, rng: random.Random) -> None:
         bomb.write_bytes(pickle.dumps({"a": Bomb(marker)}, protocol=rng.choice((0, 2, 4, 5))))
     else:
         torch.save(payload, bomb, _use_new_zipfile_serialization=form == "zip")
-    for name in CHECKPOINTS:  # a bare pickle is no checkpoint, for which another one would be taken
+    for name in CHECKPOINTS:  # a bare pickle is not a checkpoint that an older one may replace
         shutil.copy(bomb, out / "crossnet" / name)
     common = ["--device", "cpu", "--data_root", str(place.root), "--dataset", "demo"]
     tuning = ["--workers", "0", "--output_dir", str(out), "--exp_name", "tuned"]
@@ -669,8 +669,9 @@ def unsafe_archive(place: Place, rng: random.Random) -> None:
         assert contents(out) == before
     shutil.rmtree(out)
 
+    # Each fault, and what it costs the user.
 
-# Each fault, and what a user loses by it.
+
 SINCE = "nothing but the steps since the last checkpoint, which are repeated bit for bit"
 FAULTS: dict[str, tuple[Callable[[Place, random.Random], None], str]] = {
     function.__name__: (function, lost)

@@ -1,4 +1,4 @@
-r"""Read damaged and hostile files with every reader, and count what comes of it.
+r"""Read damaged and hostile files with every reader, and count the outcomes.
 
 Each case changes one file of a small valid set, in a way that follows from the seed and the case's number alone, and
 reads the set. It must end in valid samples (right shapes, finite values, labels in range) or in an error that names the
@@ -133,7 +133,7 @@ def overwrite_range(data: bytearray, other: bytes, rng: random.Random) -> None:
 
 
 def set_integer(data: bytearray, other: bytes, rng: random.Random) -> None:
-    """Write a number at a limit of its type, or one that is off by a little, where a size may stand."""
+    """Overwrite a possible size with a limit of its type, or with a number slightly off."""
     size, order = rng.choice((1, 2, 4, 8)), rng.choice(("little", "big"))
     start = _span(data, rng)[0]
     value = rng.choice(_INTERESTING)
@@ -143,7 +143,7 @@ def set_integer(data: bytearray, other: bytes, rng: random.Random) -> None:
 
 
 def swap_ranges(data: bytearray, other: bytes, rng: random.Random) -> None:
-    """Let two ranges, such as two sizes, change places."""
+    """Swap two ranges, such as two sizes."""
     size = rng.choice((1, 4, 8, 64))
     a, b = sorted(_span(data, rng)[0] for _ in range(2))
     first, second = bytes(data[a : a + size]), bytes(data[b : b + size])
@@ -157,7 +157,7 @@ def splice(data: bytearray, other: bytes, rng: random.Random) -> None:
 
 
 def set_number_text(data: bytearray, other: bytes, rng: random.Random) -> None:
-    """Write another number in the place of one that stands there as text."""
+    """Replace a number in text with another one."""
     found = list(re.finditer(rb"-?\d+(\.\d+)?", data))
     if found:
         place = rng.choice(found[: rng.choice((4, len(found)))])
@@ -494,7 +494,7 @@ def _begun(root: Path) -> Run:
 
 
 def read_run(root: Path) -> None:
-    """Take up a run."""
+    """Resume a run."""
     begun = _begun(root)
     begun.config.resume = str(root / "crossnet" / "last.pth")
     resume(begun)
@@ -769,12 +769,12 @@ TARGETS = {
 
 
 class TimeoutReached(BaseException):
-    """No subclass of Exception, so that no reader takes it for damage."""
+    """Not a subclass of Exception, so that no reader mistakes it for damage."""
 
 
 @dataclass
 class Outcome:
-    """What came of a case: ``valid``, ``refused``, or a kind of defect with what there is to say about it."""
+    """Outcome of a case: ``valid``, ``refused``, or a kind of defect with details."""
 
     target: str
     case: int

@@ -10,7 +10,7 @@ from utils.errors import UserError
 
 @functools.cache
 def missing_opengl() -> str:
-    """Return why nothing can be rendered here; empty where it can."""
+    """Return why rendering does not work here; empty if it does."""
     try:
         create_context().release()
     except UserError as error:

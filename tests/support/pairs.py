@@ -1,4 +1,4 @@
-"""Tiny pretraining pairs in the released folder layout, and what tests do with files."""
+"""Tiny pretraining pairs in the released folder layout, and helpers for files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def write_ply(path: Path, points: np.ndarray, *, text: bool = False, axes: str =
 
 
 def png(seed: int, mode: str = "RGB", size: tuple[int, int] = (20, 20)) -> bytes:
-    """An encoded picture of smooth colours; RGBA and P have a transparent border."""
+    """Return an encoded picture of smooth colors; RGBA and P have a transparent border."""
     rng = np.random.default_rng(seed)
     width, height = size
     x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
@@ -54,20 +54,20 @@ def png(seed: int, mode: str = "RGB", size: tuple[int, int] = (20, 20)) -> bytes
 
 
 def cloud_path(root: Path, name: str) -> Path:
-    """The cloud's file of shape ``<synset>/<model_id>``."""
+    """Return the cloud file of shape ``<synset>/<model_id>``."""
     return root / "ShapeNet" / f"{name}.ply"
 
 
 def view_path(root: Path, name: str, view: int = 0) -> Path:
-    """One rendering's file."""
+    """Return the file of one rendering."""
     return root / "ShapeNetRendering" / name / "rendering" / f"{view:02d}.png"
 
 
 def write_pairs(root: Path, shapes: int = 12, *, points: int = 48, views: int = 2, unpaired: int = 0) -> list[str]:
-    """Write shapes with clouds ascii and binary, pictures of several modes and sizes, ``views`` to ``views + 2`` each.
+    """Write shapes with ascii and binary clouds and ``views`` to ``views + 2`` pictures of several modes and sizes.
 
     Returns:
-        Ids of the shapes with a rendering, sorted; the ``unpaired`` further ones have none.
+        Sorted ids of the shapes with a rendering; ``unpaired`` more have none.
     """
     names = [f"{'02691156' if i % 2 else '03001627'}/shape{i:02d}" for i in range(shapes + unpaired)]
     for i, name in enumerate(names):
@@ -83,7 +83,7 @@ def write_pairs(root: Path, shapes: int = 12, *, points: int = 48, views: int = 
 
 
 def write_demo_set(root: Path, *, points: int = 40, train: int = 10, test: int = 4) -> None:
-    """Write a labelled set of balls, plates and rods that is read as ``demo``; ``train`` and ``test`` count a class."""
+    """Write a labeled set of balls, plates and rods, read as ``demo``, with ``train`` and ``test`` clouds per class."""
     folder = root / "demo_hdf5"
     folder.mkdir(parents=True)
     stretch = np.array([[1, 1, 1], [1, 0.1, 1], [0.1, 1, 0.1]])
@@ -97,7 +97,7 @@ def write_demo_set(root: Path, *, points: int = 40, train: int = 10, test: int =
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
-    """Every file below a folder with its bytes, every folder with None."""
+    """Return every file below a folder with its bytes, every folder with None."""
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
 
 
@@ -111,7 +111,7 @@ def _note_opened(event: str, arguments: tuple) -> None:
 
 @contextlib.contextmanager
 def files_opened() -> Iterator[list[str]]:
-    """Paths that Python code opens inside the block, in order, repetitions included."""
+    """Yield the list of paths that Python code opens inside the block, in order, with repetitions."""
     global _opened
     if not getattr(_note_opened, "installed", False):
         sys.addaudithook(_note_opened)  # cannot be taken back; silent outside the block

@@ -1,4 +1,4 @@
-"""Tiny labelled sets in the official layouts: parts (ShapeNetPart), rooms (S3DIS)."""
+"""Tiny labeled sets in the official layouts: parts (ShapeNetPart), rooms (S3DIS)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ OWN_CATEGORIES = {"brick": 2, "cone": 3}
 
 
 def part_clouds(counts: Sequence[int], categories: np.ndarray, points: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Columns whose parts are slices of the height; the category decides how wide they are.
+    """Make columns whose parts are slices of the height; the category determines their width.
 
     Returns:
         (n, N, 3) float32 and (n, N) part numbers over all categories.
@@ -39,7 +39,7 @@ def write_parts(
 
     Args:
         root: made if missing.
-        categories: parts of each category; written into the set's own tables. None: the published ones, no tables.
+        categories: parts of each category, written into tables. None: the published categories, without tables.
         counts: with no ``categories``, the published number of parts.
         shapes: number of shapes by split.
         points: per shape.
@@ -64,7 +64,7 @@ def write_parts(
 
 
 def room_blocks(blocks: int, points: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Blocks of a room whose class follows from the height: floor, wall, ceiling.
+    """Make blocks of a room whose class depends on the height: floor, wall, ceiling.
 
     Returns:
         (n, N, 9) float32 and (n, N) classes.

@@ -1,4 +1,4 @@
-"""Scripts in several processes on this machine, forked from the test's own, so that nothing is imported again."""
+"""Run scripts in several processes forked from the test's process, so that nothing is imported again."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from engine.launch import launch
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """Return a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def _one_of(count: int, rank: int, port: int, log: Path, main: Callable[[], Any]) -> None:
-    """What torchrun gives a process, and its output in a file."""
+    """Set the environment as torchrun does, and redirect the output to a file."""
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in numbers.items()}, MASTER_ADDR="127.0.0.1")
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -47,7 +47,7 @@ def start_together(main: Callable[[], Any], folder: Path, count: int = 2) -> lis
 
 
 def output_of(folder: Path) -> str:
-    """What all processes wrote."""
+    """Return the output of all processes."""
     return "".join(path.read_text() for path in sorted(folder.glob("*.log")))
 
 
@@ -61,7 +61,7 @@ def exit_codes(processes: list[BaseProcess]) -> list[int | None]:
 
 
 def run_together(main: Callable[[], Any], folder: Path, count: int = 2) -> str:
-    """Run ``main`` in several processes to a good end; returns what they wrote."""
+    """Run ``main`` in several processes, check that they succeed, and return their output."""
     codes = exit_codes(start_together(main, folder, count))
     assert codes == [0] * count, output_of(folder)
     return output_of(folder)

@@ -15,7 +15,7 @@ FORMATS = ("ply", "txt", "xyz", "npy", "pcd", "off")
 
 
 def stretched(name: str, seed: int, size: int) -> np.ndarray:
-    """(size, 3) float32 points of one of the classes of ``STRETCH``, off the origin and of any scale."""
+    """Return (size, 3) float32 points of a class of ``STRETCH``, off the origin and with random scale."""
     rng = np.random.default_rng(seed)
     return (rng.normal(size=(size, 3)) * STRETCH[name] * rng.uniform(1, 50) + 3).astype("f4")
 
@@ -40,12 +40,12 @@ def write_shape(path: Path, points: np.ndarray) -> None:
 
 
 def write_class_folders(root: Path, *, train: int = 6, test: int = 3, nested: bool = False) -> None:
-    """Write five classes, ``train`` and ``test`` clouds of each, in turn in every format, of 20 to 90 points.
+    """Write five classes with ``train`` and ``test`` clouds of 20 to 90 points each, cycling through the formats.
 
     Args:
         root: folder to write into.
-        train: training clouds of a class.
-        test: test clouds of a class.
+        train: training clouds per class.
+        test: test clouds per class.
         nested: ``<class>/<split>/*`` instead of ``<split>/<class>/*``.
     """
     number = 0
@@ -87,7 +87,7 @@ def write_resampled(root: Path, *, points: int = 30) -> Path:
 
 
 def write_meshes(root: Path, name: str = "ModelNet40") -> Path:
-    """Write ModelNet's own folders of OFF meshes: bars along z, which is up there."""
+    """Write folders of OFF meshes like ModelNet's: bars along z, which is up there."""
     chosen = [member for member in _members() if name == "ModelNet40" or member[1] in ("bathtub", "night_stand")]
     for number, (split, label, i) in enumerate(chosen):
         points = np.random.default_rng(number).normal(size=(30, 3)) * (0.1, 0.2, 4) + (5, 0, 0)

@@ -1,7 +1,7 @@
-"""train_crossnet_con.py with an image network of a few thousand weights, in this process or in one of its own.
+"""Run train_crossnet_con.py with an image network of a few thousand weights, in this process or in a separate one.
 
-Checkpoints with two ResNets and Adam's moments have hundreds of megabytes; what tests of the loop look at does not
-depend on the image network. ``python -m tests.support.small_run ARGUMENTS`` is the script with that network.
+Checkpoints with two ResNets and Adam's moments take hundreds of megabytes, and tests of the loop do not depend on the
+image network. ``python -m tests.support.small_run ARGUMENTS`` runs the script with that network.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class TinyImageNet(nn.Module):
 
 
 def arguments(root: Path, out: Path, *more: str) -> list[str]:
-    """Command line of a run of a fraction of a second per step; what comes later counts."""
+    """Return the command line of a run with a fraction of a second per step; later flags override."""
     settings = SETTINGS.split()
     if any(str(word).startswith("pointnet") for word in more):
         del settings[settings.index("--k") : settings.index("--k") + 2]

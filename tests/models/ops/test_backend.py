@@ -1,4 +1,4 @@
-"""Triton kernels against plain formulas: on a GPU where there is one, else by Triton's interpreter."""
+"""Triton kernels against plain formulas: on a GPU if there is one, else in Triton's interpreter."""
 
 import logging
 import os
@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 @pytest.fixture
 def chosen(monkeypatch):
-    """A function that sets CROSSNET_KERNELS; what an earlier check found is forgotten."""
+    """Return a function that sets CROSSNET_KERNELS and clears the cache of earlier checks."""
     backend._checked.cache_clear()
     yield lambda choice: monkeypatch.setenv(backend.VARIABLE, choice)
     backend._checked.cache_clear()
@@ -39,7 +39,7 @@ def chosen(monkeypatch):
 
 @pytest.fixture
 def unchecked(monkeypatch, chosen):
-    """``chosen``, the check at first use left out: it has a test of its own, and the interpreter is slow."""
+    """``chosen`` without the check at first use, which has a separate test and is slow in the interpreter."""
     monkeypatch.setattr(backend, "check", lambda *_: None)
     return chosen
 

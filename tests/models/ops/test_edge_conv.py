@@ -151,7 +151,7 @@ def test_batch_norm_with_neither_parameters_nor_buffers():
 
 @pytest.mark.parametrize("widths", [(3, 6), (3, 6, 5)], ids=["one layer", "two layers"])
 def test_duplicated_points(widths):
-    """Ties: which of several identical points gets the gradient is open, their sum and all else is not."""
+    """Ties: any one of several identical points may get the gradient, but their sum and all else must match."""
     x = torch.randn(2, 3, 16, dtype=torch.float64)
     x[..., 10:] = x[..., :1]  # what random input dropout does
     blocks = blocks_of(widths, gammas="positive")
@@ -174,7 +174,7 @@ def test_a_cloud_of_one_repeated_point_stays_finite(widths):
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("budget", [1, 150, 1000])
 def test_two_layers_in_blocks_of_any_size(monkeypatch, budget, train):
-    """20 points x 5 neighbours x 7 channels: one point, 4 points (the last block is full) or 28 points (it is not)."""
+    """20 points x 5 neighbors x 7 channels: one point, 4 points (the last block is full) or 28 points (it is not)."""
     monkeypatch.setitem(module._EDGE_TILE, "cpu", budget)
     x = torch.randn(2, 3, 20, dtype=torch.float64)
     blocks = blocks_of((3, 7, 6), gammas=EVERY_GAMMA)

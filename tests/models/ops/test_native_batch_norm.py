@@ -1,4 +1,4 @@
-"""Batch norm of several processes by PyTorch's CUDA kernels, which plain formulas stand for on a CPU."""
+"""Batch norm over several processes with PyTorch's CUDA kernels, replaced by plain formulas on a CPU."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Blocks of large tensors and reductions over neighbours."""
+"""Tiles of large tensors and reductions over neighbors."""
 
 import math
 
