@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from models.ops.precision import exact_products
-from models.ops.tiles import runs_eagerly
+from models.ops.tiles import closeness_factors, runs_eagerly
 from utils.collectives import all_gather_strings, rank, world_size
 from utils.errors import UserError
 
@@ -142,8 +142,6 @@ def check(kernels: ModuleType, device: torch.device) -> None:
 
 
 def _check_size(kernels: ModuleType, device: torch.device, *, clouds: int, points: int, k: int, width: int) -> None:
-    from models.ops.knn import closeness_factors  # which imports this module
-
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:

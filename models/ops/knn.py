@@ -7,7 +7,7 @@ from torch import Tensor
 
 from models.ops.backend import backend_for
 from models.ops.precision import at_least_float32, exact_products, without_autocast
-from models.ops.tiles import can_mark, mark_places, runs_eagerly, tiles_of_clouds, unmark
+from models.ops.tiles import can_mark, closeness_factors, mark_places, runs_eagerly, tiles_of_clouds, unmark
 
 # Elements of one block of the distance matrix: small enough for a CPU's cache, large enough to fill a GPU.
 _TILE = {"cpu": 1 << 21, "cuda": 1 << 25}
@@ -88,19 +88,6 @@ def knn(points: Tensor, k: int) -> Tensor:
             closeness = torch.bmm(part, others[clouds], out=space[: len(part), : part.shape[1], :n])
             index[clouds, rows] = largest(closeness.flatten(0, 1), k).unflatten(0, closeness.shape[:2])
     return index
-
-
-def closeness_factors(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors of x_i . x_j - |x_j|^2 / 2, which orders the j as the distance does, largest first.
-
-    Args:
-        x: (B, N, C) centered points.
-
-    Returns:
-        (B, N, C + 1) and (B, C + 1, N), whose product that is.
-    """
-    last = torch.full_like(x[..., :1], -0.5)
-    return torch.cat([x, last], dim=2), torch.cat([x, x.square().sum(2, keepdim=True)], dim=2).mT
 
 
 def flatten_neighbors(index: Tensor) -> Tensor:

@@ -80,6 +80,19 @@ def unmark(marked: Tensor) -> tuple[Tensor, Tensor]:
     return (bits & ~_PLACE).view(torch.float64).float(), bits & _PLACE
 
 
+def closeness_factors(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of x_i . x_j - |x_j|^2 / 2, which orders the j as the distance does, largest first.
+
+    Args:
+        x: (B, N, C) centered points.
+
+    Returns:
+        (B, N, C + 1) and (B, C + 1, N), whose product that is.
+    """
+    last = torch.full_like(x[..., :1], -0.5)
+    return torch.cat([x, last], dim=2), torch.cat([x, x.square().sum(2, keepdim=True)], dim=2).mT
+
+
 def in_degree(neighbors: Tensor) -> Tensor:
     """How often each row is somebody's neighbour: (P, k) -> (P,) int64."""
     if neighbors.device.type == "cpu":
