@@ -183,7 +183,7 @@ class Layout:
     points: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = field(default_factory=list)
     stands: list[tuple[str, Box]] = field(default_factory=list)
 
-    # --- walls 0..3 lie at y = depth, x = width, y = 0, x = 0; a thing of yaw 0 stands with its back to wall 0
+    # --- walls 0..3 lie at y = depth, x = width, y = 0, x = 0; a thing with yaw 0 has its back to wall 0
 
     def wall_length(self, wall: int) -> float:
         """Return the length of a wall."""
@@ -221,7 +221,7 @@ class Layout:
     # --- things
 
     def add(self, points: np.ndarray, rgb: np.ndarray, label: str) -> None:
-        """Add labelled points."""
+        """Add labeled points."""
         number = CLASS_NAMES.index(label)
         rgb = np.broadcast_to(rgb, points.shape)
         self.points.append((points, np.asarray(rgb, float), np.full(len(points), number, np.uint8)))

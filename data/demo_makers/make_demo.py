@@ -182,7 +182,7 @@ class Model:
     """One catalog entry: the location of a model and its metadata."""
 
     collection: Path
-    key: str  # unique: "<library>-<catalogue id>", lower case
+    key: str  # unique: "<library>-<catalog id>", lower case
     name: str
     category: str
     tags: str
@@ -260,7 +260,7 @@ def read_catalogue(library: Path) -> list[Model]:
         DataError: the file is not a furniture library, or one whose license is not known here.
     """
     if library.stem not in LIBRARIES:
-        raise DataError(f"{library}: its licence is not known here; known libraries: {', '.join(LIBRARIES)}")
+        raise DataError(f"{library}: its license is not known here; known libraries: {', '.join(LIBRARIES)}")
     try:
         archive = zipfile.ZipFile(library)
         values = read_properties(archive.read(CATALOGUE).decode("latin-1"))
@@ -304,7 +304,7 @@ def read_source(archive: zipfile.ZipFile, names: set[str], obj: str, licence: st
     stated = "CC0" if "Creative Commons Zero" in text else "CC-BY-3.0" if "Attribution 3.0" in text else "unknown"
     # A note may be freer than its library: the stricter of the two is kept.
     if stated not in (licence, "CC0"):
-        raise DataError(f"{note}: licence {stated}, but its library says {licence}")
+        raise DataError(f"{note}: license {stated}, but its library says {licence}")
     title = re.search(r'downloading "(.*?)" by (.*)', text)
     address = re.search(r"Downloaded from (\S+)", text)
     words = [f'"{" ".join(title[1].split())}" by {title[2].strip()}'] if title else []

@@ -372,7 +372,7 @@ def test_missing_source_names_the_package(tmp_path):
 def test_library_of_unknown_licence_is_refused(tmp_path):
     path = tmp_path / "Mine.sh3f"
     path.write_bytes(b"")
-    with pytest.raises(DataError, match="licence is not known"):
+    with pytest.raises(DataError, match="license is not known"):
         make_demo.main(["--source", str(path), "--out", str(tmp_path / "out")])
 
 
