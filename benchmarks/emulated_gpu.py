@@ -35,16 +35,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from benchmarks.fake_gpu import SHAPES, python_autograd
+from engine import loop, resume
 from models.ops import backend, compiled, native_batch_norm
 from utils import collectives
 
 ROOT = Path(__file__).resolve().parents[1]
 aten = torch.ops.aten
-# Between these calls of the training loop nothing may wait for the GPU ...
-STEPS = {"train_one_epoch"}
+# Inside this part of the training loop nothing may wait for the GPU ...
+STEPS = {loop.train_epoch.__name__}
 # ... except where losses are fetched, every --log_every steps, and where a checkpoint is written. Without a fused
-# optimizer PyTorch's GradScaler reads in every step whether a gradient was infinite (fp16).
-MAY_WAIT = {"flush_losses", "save", "_maybe_opt_step"}
+# optimizer PyTorch's GradScaler reads in every step whether a gradient was infinite (fp16 with SGD).
+MAY_WAIT = {loop.Meter.flush.__name__, resume.save.__name__, "_maybe_opt_step"}
 
 
 class GpuTensor(Tensor):
