@@ -1,4 +1,4 @@
-"""Reading the HDF5 files in which labeled point-cloud sets are published, with errors that say what to do."""
+"""Read the HDF5 files in which labeled point-cloud sets are published, with errors that say what to do."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from utils.errors import DataError, UserError
 CHECK_COMMAND = "python -m data.check_data"
 CHECK_IT = f"Check it: {CHECK_COMMAND}"
 SPLITS = ("train", "test")
-# What an array may claim beyond what the file holds: gzip packs at most 1,032 bytes into one.
+# Without a limit, a tiny hostile file could claim terabytes; gzip compresses at most 1,032 to 1.
 MAX_RATIO = 1100
 FREE_BYTES = 16 << 20
-MAX_CLASSES = 65_536  # of a set that does not name its classes
+MAX_CLASSES = 65_536  # limit for a set that does not name its classes
 
 
 def check_split(split: str) -> str:
@@ -42,17 +42,17 @@ def check_split(split: str) -> str:
     return split
 
 
-# What the HDF5 library says where another program writes a file: of the lock, or of the mark that writers leave in it.
+# Messages of the HDF5 library if another program is writing the file: about its lock, or the mark that writers leave.
 _IN_USE = ("unable to lock file", "already open for write", "already open for SWMR write")
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def hdf5_file(path: str | os.PathLike[str]) -> h5py.File:
-    """Open a file read-only; every file that is not ours to write is opened here.
+    """Open a file read-only. Every HDF5 file that we only read is opened here.
 
     Raises:
-        DataError: another program holds the file, or its file system has no locks.
-        OSError: missing, or not an HDF5 file.
+        DataError: another program is writing the file, or its file system has no locks.
+        OSError: the file is missing or not an HDF5 file.
     """
     try:
         return h5py.File(path, "r")
@@ -60,29 +60,29 @@ def hdf5_file(path: str | os.PathLike[str]) -> h5py.File:
         text = str(error)
         if not any(words in text for words in _IN_USE):
             raise
-        # h5py keeps the number in the text only.
+        # h5py reports the errno only in its message.
         number = re.search(r"errno = (\d+)", text)
         if number and int(number[1]) in _NO_LOCKS:
             raise DataError(
-                f"{path} lies on a file system without file locks; set HDF5_USE_FILE_LOCKING=FALSE in the environment"
+                f"{path} is on a file system without file locks; set HDF5_USE_FILE_LOCKING=FALSE in the environment"
             ) from error
         raise DataError(
-            f"{path} is in use: another program holds it open for writing. Wait until it has finished, or close it "
-            "there (a program that was killed may have left its mark, which h5clear -s FILE of the package hdf5-tools "
-            "removes)"
+            f"{path} is in use: another program has it open for writing. Wait until it has finished, or close the file "
+            "there (if that program was killed, clear the mark it left with h5clear -s FILE from the package "
+            "hdf5-tools)"
         ) from error
 
 
 @contextlib.contextmanager
 def open_hdf5(path: str | os.PathLike[str]) -> Iterator[h5py.File]:
-    """Open a file read-only, after a look at its heaps, which hold texts and arrays of variable length.
+    """Open a file read-only after checking its global heaps, which hold strings and variable-length arrays.
 
-    Damage there makes the HDF5 library loop for ever (seen with version 2.0.0): this would be a hang without a message.
+    A damaged heap makes the HDF5 library loop forever (seen with version 2.0.0).
 
     Raises:
-        OSError: missing, or no HDF5 file.
+        OSError: the file is missing or not an HDF5 file.
         ValueError: a heap is damaged.
-        DataError: another program writes the file.
+        DataError: another program is writing the file.
     """
     with hdf5_file(path) as file:
         _check_heaps(file)
@@ -90,8 +90,8 @@ def open_hdf5(path: str | os.PathLike[str]) -> Iterator[h5py.File]:
 
 
 def _check_heaps(file: h5py.File) -> None:
-    """Walk through every global heap collection of a file (HDF5 File Format Specification, III.E)."""
-    # Large arrays that lie in one piece are passed over: they are most of a file, and no heap.
+    """Check every global heap collection of a file (HDF5 File Format Specification, III.E)."""
+    # Skip large contiguous arrays: they are most of a file and cannot contain a heap.
     arrays = [item for item in (file.get(name) for name in file) if isinstance(item, h5py.Dataset)]
     extents = sorted((item.id.get_offset(), item.id.get_storage_size()) for item in arrays if item.id.get_offset())
     begin = 0
@@ -104,37 +104,37 @@ def _check_heaps(file: h5py.File) -> None:
 
 
 def _check_heap(data: mmap.mmap, at: int) -> None:
-    """See that the objects of one heap follow one another up to its end."""
+    """Check that the objects of one heap are contiguous up to its end."""
     end = at + int.from_bytes(data[at + 8 : at + 16], "little")
     if end > len(data):
-        return  # which the library notices
+        return  # the HDF5 library reports this itself
     at += 16
     while at + 16 <= end:
         number, _, _, size = struct.unpack_from("<HHIQ", data, at)
-        size = 16 + (size + 7) // 8 * 8 if number else size  # number 0: the free rest, its head included
+        size = 16 + (size + 7) // 8 * 8 if number else size  # number 0: free space, including its header
         if not 16 <= size <= end - at:
-            raise ValueError("its heap of texts is damaged")
+            raise ValueError("its heap of strings is damaged")
         at += size
 
 
 def stored_array(file: h5py.File, name: str) -> h5py.Dataset:
-    """An array of a file, which may come from anywhere, after a look at what reading it would take.
+    """Return an array of an untrusted file after checking that it is safe to read.
 
-    A header of a hundred bytes can claim terabytes, which would be allocated and filled, or name any file of this
-    computer as the place of the values.
+    A header of a hundred bytes can claim terabytes, which would be allocated, or refer to any file of this computer for
+    the values.
 
     Args:
         file: open file.
         name: of the array.
 
     Raises:
-        KeyError: no such array.
-        ValueError: the array, or a chunk of it, is larger than what is stored can fill, or is stored outside the file
-            and, for a virtual array, outside the file's folder.
+        KeyError: the file has no such array.
+        ValueError: the array, or a chunk of it, claims more than the stored bytes can fill, or its values are outside
+            the file (a virtual array: outside the file's folder).
     """
     array = file[name]
     if not isinstance(array, h5py.Dataset) or array.shape is None:
-        raise KeyError(f"'{name}' is no array")
+        raise KeyError(f"'{name}' is not an array")
     if array.external or array.file.filename != file.filename:
         raise ValueError(f"'{name}' is stored in another file")
     stored = array.id.get_storage_size()
@@ -145,20 +145,20 @@ def stored_array(file: h5py.File, name: str) -> h5py.Dataset:
         stored += (Path(file.filename) if part.file_name == "." else shard).stat().st_size
     claimed = max(array.size, math.prod(array.chunks or ())) * array.dtype.itemsize
     if claimed > max(FREE_BYTES, MAX_RATIO * stored):
-        raise ValueError(f"'{name}' claims {claimed:,} bytes, of which {stored:,} are there")
+        raise ValueError(f"'{name}' claims {claimed:,} bytes, but the file holds {stored:,}")
     return array
 
 
 def read_hdf5(path: Path, keys: Sequence[str], *, get: str = CHECK_COMMAND) -> dict[str, np.ndarray]:
-    """Read whole arrays from one HDF5 file, which is opened read-only.
+    """Read whole arrays from one HDF5 file.
 
     Args:
         path: the file.
-        keys: names of the arrays wanted.
+        keys: names of the arrays.
         get: command that gets or checks the file; it closes every error message.
 
     Raises:
-        DataError: the file is missing, truncated or no HDF5 file, or lacks one of ``keys``.
+        DataError: the file is missing, truncated or not an HDF5 file, or lacks one of ``keys``.
     """
     wanted = "an HDF5 file with the arrays " + ", ".join(f"'{key}'" for key in keys)
     if not path.is_file():
@@ -173,21 +173,21 @@ def read_hdf5(path: Path, keys: Sequence[str], *, get: str = CHECK_COMMAND) -> d
             return {key: stored_array(file, key)[()] for key in keys}
     except DataError:
         raise
-    except Exception as error:  # h5py raises many kinds on malformed files
+    except Exception as error:  # h5py raises many exception types on malformed files
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        problem = f"{path} cannot be read, it may be truncated ({reason})"
+        problem = f"{path} cannot be read; it may be truncated ({reason})"
         raise DataError(f"{problem}; expected {wanted}", fix=f"Get it: {get}") from error
 
 
 def read_labeled_clouds(
     path: Path, *, num_classes: int | None, num_points: int | None = None, get: str = CHECK_COMMAND
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Read the arrays ``data`` and ``label`` of one file and check them.
+    """Read and check the arrays ``data`` and ``label`` of one file.
 
     Args:
         path: the file; ``data`` is (n, N, 3) float16 to float64, ``label`` is (n,) or (n, 1).
-        num_classes: labels must be below it; None takes any label from 0 on.
-        num_points: keep the first rows of every cloud, as is the field's habit; None keeps all N.
+        num_classes: labels must be below it; None accepts any label >= 0.
+        num_points: keep the first rows of every cloud, as is common practice; None keeps all N.
         get: command named in errors.
 
     Returns:
@@ -195,7 +195,7 @@ def read_labeled_clouds(
         labels: (n,) int64.
 
     Raises:
-        DataError: something in the file is not as described, or a coordinate is not finite.
+        DataError: the file is not as described, or a coordinate is not finite.
         UserError: ``num_points`` is larger than the clouds.
     """
     arrays = read_hdf5(path, ("data", "label"), get=get)
@@ -205,45 +205,45 @@ def read_labeled_clouds(
         return DataError(f"{path}: {what}", fix=f"Check it: {get}")
 
     if points.ndim != 3 or points.shape[2] != 3 or points.dtype.kind != "f":
-        raise wrong(f"'data' must be (n, N, 3) floating point, it is {points.shape} {points.dtype}")
+        raise wrong(f"'data' must be (n, N, 3) floating point, but is {points.shape} {points.dtype}")
     count, size, _ = points.shape
     if not (labels.shape == (count,) or labels.shape == (count, 1)):
-        raise wrong(f"'label' must be ({count},) or ({count}, 1), one per cloud of 'data', it is {labels.shape}")
+        raise wrong(f"'label' must be ({count},) or ({count}, 1), one per cloud of 'data', but is {labels.shape}")
     if count == 0 or size == 0:
         raise wrong("it holds no clouds" if count == 0 else "its clouds hold no points")
     if num_points is not None:
         if num_points < 1:
             raise UserError(f"the number of points must be at least 1, got {num_points}")
         if num_points > size:
-            raise UserError(f"{num_points} points wanted (--num_points), but the clouds of {path} have {size}")
+            raise UserError(f"--num_points {num_points} is too large: the clouds of {path} have {size} points")
         points = points[:, :num_points]
     points = np.ascontiguousarray(points, dtype=np.float32)
     bad = np.flatnonzero(~np.isfinite(points).all(axis=(1, 2)))
     if len(bad):
-        raise wrong(f"{len(bad)} of {count} clouds have coordinates that are not finite, the first is cloud {bad[0]}")
+        raise wrong(f"{len(bad)} of {count} clouds have non-finite coordinates; the first is cloud {bad[0]}")
     labels = labels.reshape(count)
     numbers = labels.astype(np.int64) if labels.dtype.kind in "iuf" and np.isfinite(labels).all() else None
     if numbers is None or (numbers != labels).any() or numbers.min() < 0:
-        raise wrong("'label' must hold whole numbers from 0 on")
+        raise wrong("'label' must hold integers >= 0")
     if num_classes is not None and numbers.max() >= num_classes:
-        raise wrong(f"'label' must be below {num_classes}, it goes up to {numbers.max()}")
+        raise wrong(f"'label' must be below {num_classes}, but goes up to {numbers.max()}")
     if numbers.max() >= MAX_CLASSES:
         raise wrong(f"'label' goes up to {numbers.max()}, but no set has that many classes")
     return points, numbers
 
 
 class CloudArrays(NamedTuple):
-    """Labeled clouds of one split and where they come from.
+    """Labeled clouds of one split and their origin.
 
     Attributes:
         points: (n, N, 3) float32.
         labels: (n,) int64.
         class_names: a label is an index into it.
-        files: read, in order; a list of files or their folder where each holds one cloud.
-        layout: of the files, in words for messages and results.
-        folder: that holds them.
-        sizes: (n,) points of each file where these differ from N or from one another; where one is below N, points
-            repeat. None: every file has N or more.
+        files: files read, in order; if each holds one cloud, their list or folder instead.
+        layout: name of the file layout, for messages and results.
+        folder: folder of the files.
+        sizes: (n,) points of each file; a cloud from a file with fewer than N repeats points. None: every file has N or
+            more.
     """
 
     points: np.ndarray
@@ -263,10 +263,10 @@ def read_hdf5_clouds(
     get: str,
     layout: str = "HDF5",
 ) -> CloudArrays:
-    """Read HDF5 files into one; see :func:`read_labeled_clouds` for the arguments and errors.
+    """Read and concatenate HDF5 files; arguments and errors as for :func:`read_labeled_clouds`.
 
     Raises:
-        DataError: clouds of two files differ in size, or as there.
+        DataError: the clouds of two files differ in size.
     """
     num_classes = None if class_names is None else len(class_names)
     parts = [read_labeled_clouds(f, num_classes=num_classes, num_points=num_points, get=get) for f in files]
@@ -288,22 +288,22 @@ class LabeledClouds(Dataset):
         labels: (n,) int64.
         class_names: name of every label value; a label is an index into it.
         files: the files read, in order.
-        layout: of these files, in words.
-        folder: that holds them.
-        sizes: points of each file, None where all have N or more; see :class:`CloudArrays`.
+        layout: name of their layout.
+        folder: their folder.
+        sizes: points of each file, None if all have N or more (:class:`CloudArrays`).
         split: ``"train"`` or ``"test"``.
-        official_sizes: clouds per split of the published set, where that is known.
+        official_sizes: clouds per split of the published set, if known.
     """
 
     official_sizes: dict[str, int] = {}
 
     def __init__(self, arrays: CloudArrays, split: str, *, transform: Callable[[Tensor], Tensor] | None = None) -> None:
-        """Take what was read.
+        """Hold the arrays of one split.
 
         Args:
             arrays: the clouds.
             split: ``"train"`` or ``"test"``.
-            transform: applied to each (N, 3) cloud when it is taken.
+            transform: applied to each (N, 3) cloud on access.
         """
         self.points, self.labels, self.class_names, self.files, self.layout, self.folder, self.sizes = arrays
         self.split = split
@@ -311,11 +311,11 @@ class LabeledClouds(Dataset):
 
     @property
     def repeated(self) -> int:
-        """Number of clouds whose files have fewer than N points, so that points repeat."""
+        """Number of clouds with repeated points, because their files have fewer than N."""
         return 0 if self.sizes is None else int((self.sizes < self.points.shape[1]).sum())
 
     def origin(self) -> dict[str, Any]:
-        """Say what was read, for results: layout, folder, clouds, and those whose points repeat."""
+        """Return what was read, for results: layout, folder, number of clouds and of those with repeated points."""
         about = {"layout": self.layout, "folder": str(self.folder), "clouds": len(self)}
         return about | ({"clouds_with_repeated_points": self.repeated} if self.repeated else {})
 
@@ -329,7 +329,7 @@ class LabeledClouds(Dataset):
         return (points if self.transform is None else self.transform(points)), int(self.labels[index])
 
     def __repr__(self) -> str:
-        """Say what was read."""
+        """Return a one-line summary."""
         classes = len(np.unique(self.labels))
         size = self.points.shape[1]
         return f"{type(self).__name__}({self.split}: {len(self)} clouds of {size} points, {classes} classes)"

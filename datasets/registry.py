@@ -1,4 +1,4 @@
-"""The classification sets by name: which reader opens each, and where they are found."""
+"""Open classification sets by name, and find those that are present."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def open_classification_set(
         name: one of ``CLASSIFICATION_SETS``.
         root: folder that holds the set.
         split: ``"train"`` or ``"test"``.
-        variant: of ScanObjectNN; the other sets have none.
+        variant: of ScanObjectNN; ignored for other sets.
         num_points: keep the first rows of every cloud; None keeps all.
 
     Raises:
-        ValueError: unknown name.
+        ValueError: the name is unknown.
         DataError: a file is missing or wrong.
-        UserError: ``num_points`` is larger than the clouds, or unknown variant.
+        UserError: ``num_points`` is larger than the clouds, or the variant is unknown.
     """
     if name == "scanobjectnn":
         return ScanObjectNN(root, split, variant=variant, num_points=num_points)
@@ -52,11 +52,11 @@ def open_classification_set(
 
 
 def find_datasets(data_root: str | Path) -> list[str]:
-    """Return the names of the classification sets whose files lie in ``data_root``, in the order of the table.
+    """Return the names of the classification sets present in ``data_root``, in the order of the results table.
 
-    Places are looked at here, contents when a set is opened; only HDF5 files in ModelNet40's layout that hold nothing
-    but ModelNet10's classes are told apart: they count as ``modelnet10`` alone. ScanObjectNN counts in the variant
-    OBJ_BG. ``folder`` counts where there is nothing else.
+    Only file locations are checked, with one exception: files in ModelNet40's HDF5 layout with ModelNet10's classes
+    alone count as ``modelnet10`` only. ScanObjectNN needs its OBJ_BG variant; ``folder`` is returned only if no other
+    set is found.
     """
 
     def complete(folder: Path | None, prefix: str = "ply_data_") -> bool:
@@ -73,7 +73,7 @@ def find_datasets(data_root: str | Path) -> list[str]:
         try:
             labels = np.unique(ModelNet40(data_root, "test", num_points=1).labels)
         except UserError:
-            labels = np.array([])  # a damaged file is reported by whoever opens the set
+            labels = np.array([])  # opening the set reports a damaged file
         if not np.isin(labels, MODELNET10_LABELS).all() or not len(labels):
             found.append("modelnet40")
         found.append("modelnet10")

@@ -198,7 +198,7 @@ class _BlockFiles:
             raise
         except Exception as error:  # h5py raises many kinds on malformed files
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            problem = f"{path} cannot be read, it may be truncated ({reason})"
+            problem = f"{path} cannot be read; it may be truncated ({reason})"
             raise DataError(f"{problem}; expected {expected}", fix=f"Get it: {self._get}") from error
 
     def __getstate__(self) -> dict[str, Any]:

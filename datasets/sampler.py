@@ -1,4 +1,4 @@
-"""The order of samples: a pure function of (seed, epoch), cut into global batches and shared out to processes."""
+"""Order of samples: a pure function of (seed, epoch), cut into global batches that processes share."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from torch.utils.data import Sampler
 
 
 class SampleKey(NamedTuple):
-    """What the sampler hands to the data set: a sample's randomness is a function of both."""
+    """What the sampler passes to the data set; a sample's randomness is a function of both fields."""
 
     epoch: int
     index: int
 
 
 def batch_sizes(size: int, global_batch: int, *, smallest: int | None = None) -> list[int]:
-    """Samples in each batch of an epoch.
+    """Return the number of samples in each batch of an epoch.
 
     Args:
-        size: samples of the data set.
+        size: number of samples in the data set.
         global_batch: samples of a full batch.
-        smallest: keep the incomplete last batch. One of fewer samples than this shares those of the batch before it
-            evenly; if that makes one too small, it is dropped. None always drops it.
+        smallest: keep the incomplete last batch. If it has fewer samples than this, it is merged with the batch before
+            it and the sum is split evenly, or dropped if half of the sum is still too small. None always drops it.
     """
     full, rest = divmod(size, global_batch)
     sizes = [global_batch] * full
@@ -36,11 +36,11 @@ def batch_sizes(size: int, global_batch: int, *, smallest: int | None = None) ->
 
 
 class ResumableSampler(Sampler[list[SampleKey]]):
-    """Batches of an epoch for one process, from any batch on.
+    """Yield the batches of an epoch for one process, starting at any batch.
 
-    Every process sees the same shuffled order and takes its own slice of each global batch, so the processes' data are
-    disjoint and an epoch can be resumed in its middle, with another number of processes too. The incomplete last batch
-    is dropped unless ``smallest`` is given.
+    Every process computes the same shuffled order and takes its slice of each global batch, so the processes' data are
+    disjoint and an epoch can be resumed midway, even with another number of processes. The incomplete last batch is
+    dropped unless ``smallest`` is given.
 
     Args:
         size: number of samples in the data set.
@@ -48,10 +48,10 @@ class ResumableSampler(Sampler[list[SampleKey]]):
         seed: of the run.
         rank: this process.
         world: number of processes.
-        parts: parts of a step whose losses are apart (gradient accumulation). Each is a slice of the order shared out
-            to the processes, and a process's samples are its share of the first part, of the second, and so on.
-        smallest: keep the incomplete last batch, see ``batch_sizes``; None drops it. Processes may have one sample more
-            than others then, see ``loss_weight``.
+        parts: parts of a step with separate losses (gradient accumulation). Each part is a slice of the order that the
+            processes share; a process's samples are its share of the first part, then of the second, and so on.
+        smallest: keep the incomplete last batch, as in ``batch_sizes``; None drops it. Some processes may then have one
+            sample more than others, which ``loss_weight`` accounts for.
 
     ``world * parts`` divides ``global_batch``.
 
@@ -83,14 +83,16 @@ class ResumableSampler(Sampler[list[SampleKey]]):
         self.epoch, self.start = 0, 0
 
     def order(self) -> torch.Tensor:
-        """(size,) the epoch's shuffled indices."""
+        """Return the epoch's shuffled indices, (size,)."""
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % (1 << 63))
         return torch.randperm(self.size, generator=generator)
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         order = self.order().tolist()
         for batch in range(self.start, len(self)):
-            share, more = divmod(self.sizes[batch], self.world * self.parts)  # the first `more` processes have one more
+            share, more = divmod(
+                self.sizes[batch], self.world * self.parts
+            )  # the first `more` processes have one extra
             begin = sum(self.sizes[:batch])
             first = begin + self.rank * share + min(self.rank, more)
             starts = range(first, begin + self.sizes[batch], self.world * share + more)
@@ -98,10 +100,10 @@ class ResumableSampler(Sampler[list[SampleKey]]):
             yield [SampleKey(self.epoch, index) for start in starts for index in order[start : start + share]]
 
     def loss_weight(self, batch: int) -> float:
-        """Factor of this process's mean loss in a batch, so that the mean over processes is that over all samples."""
+        """Return the factor for this process's mean loss that makes the mean over processes that over all samples."""
         share, more = divmod(self.sizes[batch], self.world)
         return (share + (self.rank < more)) * self.world / self.sizes[batch] if more else 1.0
 
     def __len__(self) -> int:
-        """Batches of a whole epoch."""
+        """Return the number of batches in a whole epoch."""
         return len(self.sizes)

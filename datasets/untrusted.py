@@ -1,4 +1,4 @@
-"""Readers of single files that anybody may have made: a damaged or hostile one is a ``DataError``, never a crash."""
+"""Read single untrusted files: a damaged or hostile one raises ``DataError`` instead of crashing the process."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from utils.ply_headers import check_sizes, with_plain_header
 PLY_VERTICES = re.compile(rb"[\r\n]element[ \t]+vertex[ \t]+(\d{1,12})[ \t]*[\r\n]")
 
 
-_IMAGE_FORMATS = ("PNG", "JPEG")  # Pillow would also start other programs, for pictures in PostScript
+_IMAGE_FORMATS = ("PNG", "JPEG")  # without this, Pillow would start Ghostscript for PostScript files
 
 
-_MAX_PIXELS = 1 << 24  # a file of some kilobytes can claim many more, which decoding would fill
+_MAX_PIXELS = 1 << 24  # without a limit, decoding a file of a few kilobytes can exhaust memory
 
 
 GET_PAIRS = (
@@ -29,13 +29,13 @@ GET_PAIRS = (
 
 
 def read_ply(path: str | os.PathLike[str]) -> np.ndarray:
-    """Coordinates of a PLY file, ascii or binary.
+    """Read the coordinates of an ascii or binary PLY file.
 
     Returns:
         (N, 3) float32.
 
     Raises:
-        DataError: no PLY, truncated, without x y z, empty, or with coordinates that are not finite.
+        DataError: the file is not a PLY, truncated, empty, lacks x y z, or has non-finite coordinates.
     """
     try:
         with open(path, "rb") as file:
@@ -44,19 +44,19 @@ def read_ply(path: str | os.PathLike[str]) -> np.ndarray:
         points = np.stack([np.asarray(vertex[axis], dtype=np.float32) for axis in "xyz"], axis=1)
     except FileNotFoundError as error:
         raise DataError(f"{path} is gone", fix=GET_PAIRS) from error
-    except Exception as error:  # plyfile raises many kinds on malformed files
+    except Exception as error:  # plyfile raises many exception types on malformed files
         reason = str(error) or type(error).__name__
         raise DataError(
-            f"{path} is no readable PLY with an element 'vertex' of x, y, z ({reason}); fetch or convert it again"
+            f"{path} is not a readable PLY with an element 'vertex' of x, y, z ({reason}); download or convert it again"
         ) from error
     return check_cloud(points, str(path))
 
 
 def check_cloud(points: np.ndarray, name: str) -> np.ndarray:
-    """Return the cloud, or say what is wrong with it.
+    """Return the cloud (N, 3) if it is usable.
 
     Raises:
-        DataError: empty, or coordinates that are not finite.
+        DataError: the cloud is empty or has non-finite coordinates.
     """
     if len(points) == 0:
         raise DataError(f"{name} holds no points")
@@ -70,14 +70,14 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     """Decode a rendering.
 
     Raises:
-        DataError: not a readable image.
+        DataError: the data is not a readable image.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS)
         if image.width * image.height > _MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels are more than {_MAX_PIXELS:,}")
         image.load()
-    except Exception as error:  # Pillow raises many kinds on malformed files
-        reason = "it begins like no image format" if isinstance(error, UnidentifiedImageError) else error
-        raise DataError(f"{name} is no readable PNG image ({reason}); fetch or render it again") from error
+    except Exception as error:  # Pillow raises many exception types on malformed files
+        reason = "unknown image format" if isinstance(error, UnidentifiedImageError) else error
+        raise DataError(f"{name} is not a readable PNG image ({reason}); download or render it again") from error
     return image

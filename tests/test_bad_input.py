@@ -95,10 +95,10 @@ def every_view_a_text(root):
 
 DATA = {
     "empty folder": (empty, ["no clouds", "download_data.sh"]),
-    "truncated PLY": (ply(cut), ["02691156/shape01.ply", "no readable PLY", "fetch or convert it again"]),
+    "truncated PLY": (ply(cut), ["02691156/shape01.ply", "not a readable PLY", "download or convert it again"]),
     "PLY without z": (ply(lambda p: write_ply(p, cloud(1), axes="xy")), ["shape01.ply", "x, y, z"]),
     "NaN points": (ply(lambda p: write_ply(p, np.full((48, 3), np.nan))), ["shape01.ply", "not finite"]),
-    "text for a PNG": (every_view_a_text, ["shape01/rendering/0", "no readable PNG", "render it again"]),
+    "text for a PNG": (every_view_a_text, ["shape01/rendering/0", "not a readable PNG", "render it again"]),
     "no renderings": (drop_renderings, ["none of the 5 clouds", "rendering", "download_data.sh"]),
 }
 

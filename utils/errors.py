@@ -11,7 +11,7 @@ logger = logging.getLogger("crossnet")
 
 
 def _printable(message: str) -> str:
-    """Show what cannot be printed as its escape, and shorten endless words."""
+    """Escape unprintable characters and shorten very long words."""
     text = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in message)
     return re.sub(r"(\S{200})\S{200,}(\S{200})", r"\1...\2", text)
 
@@ -31,8 +31,8 @@ class DataError(UserError):
     """A data file or folder that is missing or not what was expected.
 
     Args:
-        problem: what is wrong, with the name of the file.
-        fix: a sentence about what helps, such as the command that gets the file.
+        problem: what is wrong; names the file.
+        fix: a sentence saying how to fix it, such as the command that gets the file.
     """
 
     def __init__(self, problem: str = "", *, fix: str = "") -> None:

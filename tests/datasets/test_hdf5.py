@@ -54,7 +54,7 @@ CASES = {
     "terabytes": (lambda file: file.create_dataset("data", (2, 10**12, 3), "f4"), "claims 24,000,000,000,000 bytes"),
     "chunks": (
         lambda file: file.create_dataset("data", (2, 9, 3), "f4", chunks=(2, 10**7, 3), maxshape=(2, None, 3)),
-        "claims 240,000,000 bytes, of which 0",
+        "claims 240,000,000 bytes, but the file holds 0",
     ),
     "external": (external, "stored in another file"),
     "linked": (linked, "stored in another file"),
@@ -90,7 +90,7 @@ def test_a_damaged_heap_of_texts_is_an_error_and_no_endless_loop(path, size):
     content[first : first + 2] = bytes(2)  # object 0: the rest of the heap
     content[first + 8 : first + 16] = size.to_bytes(8, "little")
     path.write_bytes(bytes(content))
-    with pytest.raises(DataError, match="a.h5 cannot be read.*heap of texts is damaged"):
+    with pytest.raises(DataError, match="a.h5 cannot be read.*heap of strings is damaged"):
         read_hdf5(path, ["data"])
 
 
@@ -134,7 +134,7 @@ def test_a_file_that_another_program_writes_is_said_to_be_in_use(tmp_path):
             (lambda: S3DIS(tmp_path, [1], in_channels=9), block),
             (lambda: blocks[0], block),
         ):
-            with pytest.raises(DataError, match=f"^{path} is in use: another program holds it open for writing"):
+            with pytest.raises(DataError, match=f"^{path} is in use: another program has it open for writing"):
                 read()
         problems = [problem for row in check(tmp_path).values() for problem in row.problems]
         assert len(problems) == 2 and all("is in use" in problem for problem in problems)
@@ -152,5 +152,5 @@ def test_a_file_system_without_locks_is_named(path, monkeypatch):
         raise OSError("Unable to synchronously open file (unable to lock file, errno = 37, error message = 'No locks')")
 
     monkeypatch.setattr(h5py, "File", refuse)
-    with pytest.raises(DataError, match=f"{path} lies on a file system without file locks.*HDF5_USE_FILE_LOCKING"):
+    with pytest.raises(DataError, match=f"{path} is on a file system without file locks.*HDF5_USE_FILE_LOCKING"):
         hdf5_file(path)

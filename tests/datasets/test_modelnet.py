@@ -155,15 +155,15 @@ def damaged_files():
     return {
         "no label": ({"label": None}, r"no array 'label' \(it holds 'data'\)"),
         "no data": ({"data": None}, "no array 'data'"),
-        "not finite": ({"data": nan}, "1 of 2 clouds .* not finite, the first is cloud 1"),
+        "not finite": ({"data": nan}, "1 of 2 clouds .* non-finite .* first is cloud 1"),
         "infinite": ({"data": points + np.inf}, "2 of 2 clouds"),
         "two columns": ({"data": points[:, :, :2]}, r"must be \(n, N, 3\)"),
         "whole numbers": ({"data": points.astype("i4")}, "floating point"),
         "fewer labels": ({"label": np.zeros((1, 1), "u1")}, r"\(2,\) or \(2, 1\), one per cloud"),
         "more columns": ({"label": np.zeros((2, 2), "u1")}, r"\(2,\) or \(2, 1\)"),
-        "unknown class": ({"label": np.array([3, 40], "u1")}, "below 40, it goes up to 40"),
-        "negative": ({"label": np.array([-1, 4])}, "whole numbers from 0"),
-        "fractions": ({"label": np.array([0.5, 4])}, "whole numbers from 0"),
+        "unknown class": ({"label": np.array([3, 40], "u1")}, "below 40, but goes up to 40"),
+        "negative": ({"label": np.array([-1, 4])}, "integers >= 0"),
+        "fractions": ({"label": np.array([0.5, 4])}, "integers >= 0"),
         "empty": ({"data": points[:0], "label": np.zeros(0, "u1")}, "no clouds"),
     }
 
@@ -185,7 +185,7 @@ def test_truncated_file(tmp_path, keep):
     write_h5(path, [1] * 40, size=64)
     content = path.read_bytes()
     path.write_bytes(content[: int(keep * len(content)) if isinstance(keep, float) else keep])
-    with pytest.raises(DataError, match="cannot be read, it may be truncated") as error:
+    with pytest.raises(DataError, match="cannot be read; it may be truncated") as error:
         ModelNet40(tmp_path, "train")
     assert str(path) in str(error.value)
 

@@ -108,8 +108,8 @@ def shrink_cloud(root, ids):
 @pytest.mark.parametrize(
     "harm, message",
     [
-        (break_cloud, "no readable PLY"),
-        (break_picture, "no readable PNG"),
+        (break_cloud, "not a readable PLY"),
+        (break_picture, "not a readable PNG"),
         (shrink_cloud, "19 points.*clouds of one size"),
     ],
 )

@@ -246,7 +246,7 @@ def test_missing_files_and_lists_are_named(root):
         S3DIS(path, [1])
     first = path / FOLDER / "ply_data_all_0.h5"
     first.write_bytes(first.read_bytes()[:600])
-    with pytest.raises(DataError, match=r"ply_data_all_0\.h5 cannot be read, it may be truncated"):
+    with pytest.raises(DataError, match=r"ply_data_all_0\.h5 cannot be read; it may be truncated"):
         S3DIS(path, [1])
     first.unlink()
     with pytest.raises(DataError, match=r"ply_data_all_0\.h5 is missing; all_files\.txt lists it"):

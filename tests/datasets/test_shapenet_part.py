@@ -162,7 +162,7 @@ def damaged_files():
         "no parts": ({"pid": None}, r"no array 'pid' \(it holds 'data', 'label'\)"),
         "no categories": ({"label": None}, "no array 'label'"),
         "not finite": ({"data": nan}, "1 of 2 clouds .* not finite, the first is cloud 1"),
-        "unknown category": ({"label": np.array([4, 16], "u1")}, "below 16, it goes up to 16"),
+        "unknown category": ({"label": np.array([4, 16], "u1")}, "below 16, but goes up to 16"),
         "part of another category": (
             {"pid": swapped},
             r"1 of 2 shapes .* shape 1 \('mug', parts 36..37\), whose point 3 has part 11",

@@ -189,12 +189,12 @@ def no_pictures(root, name):
 
 
 BREAK = {
-    "truncated PLY": (lambda root, name: cut(cloud_path(root, name)), "no readable PLY"),
-    "PLY without z": (lambda root, name: write_ply(cloud_path(root, name), cloud(1), axes="xy"), "no readable PLY.*z"),
+    "truncated PLY": (lambda root, name: cut(cloud_path(root, name)), "not a readable PLY"),
+    "PLY without z": (lambda root, name: write_ply(cloud_path(root, name), cloud(1), axes="xy"), "not a readable PLY.*z"),
     "NaN": (lambda root, name: write_ply(cloud_path(root, name), cloud(1) * np.nan), "48 of 48 points are not finite"),
     "no points": (lambda root, name: write_ply(cloud_path(root, name), cloud(1, 0)), "holds no points"),
-    "no PLY": (lambda root, name: cloud_path(root, name).write_text("hello"), "no readable PLY"),
-    "no PNG": (no_pictures, "no readable PNG"),
+    "no PLY": (lambda root, name: cloud_path(root, name).write_text("hello"), "not a readable PLY"),
+    "no PNG": (no_pictures, "not a readable PNG"),
 }
 
 
@@ -229,9 +229,9 @@ def test_many_bad_samples_in_a_row_are_an_error(pairs, tmp_path):
     data = dataset(copy)
     for name in pairs[2]:
         cloud_path(copy, name).write_bytes(b"")
-    with pytest.raises(DataError, match="no readable PLY"):
+    with pytest.raises(DataError, match="not a readable PLY"):
         data[0]
-    with pytest.raises(DataError, match="no readable PLY"):
+    with pytest.raises(DataError, match="not a readable PLY"):
         dataset(copy)
 
 
@@ -379,7 +379,7 @@ def test_decode_image_names_what_is_no_picture():
     whole = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 60, 3), np.uint8)).save(whole, "PNG")
     for data in (b"", b"text", whole.getvalue()[:-3000]):
-        with pytest.raises(DataError, match="a/b.png is no readable PNG"):
+        with pytest.raises(DataError, match="a/b.png is not a readable PNG"):
             decode_image(data, "a/b.png")
 
 
@@ -487,7 +487,7 @@ def test_a_ply_header_that_promises_more_rows_than_the_file_can_hold_is_refused(
     whole = (tmp_path / "a.ply").read_bytes()
     for rows in (b"1000000000000", b"1000", b"-1", b"x"):
         (tmp_path / "a.ply").write_bytes(whole.replace(b"element vertex 48", b"element vertex " + rows))
-        with pytest.raises(DataError, match="a.ply is no readable PLY"):
+        with pytest.raises(DataError, match="a.ply is not a readable PLY"):
             read_ply(tmp_path / "a.ply")
 
 
@@ -495,7 +495,7 @@ def test_pictures_that_claim_too_many_pixels_or_are_of_another_kind_are_refused(
     for size, kind in (((5000, 4000), "PNG"), ((20, 20), "EPS"), ((20, 20), "TIFF")):
         file = io.BytesIO()
         Image.new("L", size).save(file, kind)
-        with pytest.raises(DataError, match="a/b.png is no readable PNG"):
+        with pytest.raises(DataError, match="a/b.png is not a readable PNG"):
             decode_image(file.getvalue(), "a/b.png")
     file = io.BytesIO()
     Image.new("L", (4096, 4096)).save(file, "PNG")
