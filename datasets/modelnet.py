@@ -1,14 +1,14 @@
-"""ModelNet40 and ModelNet10 in every layout in which people have them, and the demo set.
+"""ModelNet40 and ModelNet10 in all common layouts, and the demo set.
 
-ModelNet: Wu et al., 3D ShapeNets, CVPR 2015. Looked for in this order:
+ModelNet: Wu et al., 3D ShapeNets, CVPR 2015. Layouts, in the order of search:
 
 - ``modelnet40_ply_hdf5_2048``: the HDF5 release of PointNet (Qi et al., CVPR 2017), 2,048 surface points per object,
   unit sphere, y up;
 - ``modelnet40_hdf5_2048``: the HDF5 files of PointCloudDatasets, the same with all 9,843 training models;
 - ``modelnet40_normal_resampled``: the text files of PointNet++ (Qi et al., NeurIPS 2017), 10,000 points and normals per
-  object; the first rows are taken, as is the field's habit, and brought to the unit sphere;
-- ``ModelNet40/<class>/<split>/*.off``: the meshes as published, z up; points are drawn evenly by area, brought to the
-  unit sphere and turned to y up.
+  object; the first rows are used, as is common practice, and normalized to the unit sphere;
+- ``ModelNet40/<class>/<split>/*.off``: the meshes as published, z up; points are sampled uniformly by area, normalized
+  to the unit sphere and rotated to y up.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from utils.errors import DataError, UserError
 from utils.files import data_files, has_data_files, read_lines
 
 MODELNET_FOLDER = "modelnet40_ply_hdf5_2048"
-MODELNET_GET = f"bash data/download_data.sh modelnet40 (what is there: {CHECK_COMMAND})"
+MODELNET_GET = f"bash data/download_data.sh modelnet40 (to see what is present: {CHECK_COMMAND})"
 DEMO_FOLDER = "demo_hdf5"
-DEMO_GET = f"it is part of the repository: --data_root data/demo, or git checkout -- data/demo ({CHECK_COMMAND})"
+DEMO_GET = f"it is in the repository: --data_root data/demo, or git checkout -- data/demo ({CHECK_COMMAND})"
 
 MODELNET40_CLASSES = tuple(
     "airplane bathtub bed bench bookshelf bottle bowl car chair cone cup curtain desk door dresser flower_pot "
@@ -42,16 +42,16 @@ MODELNET40_CLASSES = tuple(
 )
 MODELNET10_LABELS = (1, 2, 8, 12, 14, 22, 23, 30, 33, 35)
 MODELNET40_TRAIN = 9843  # of the official split; the release with PointNet has three fewer
-_LARGEST = 1e15  # squares of larger coordinates do not fit float32
+_LARGEST = 1e15  # squares of larger coordinates overflow float32
 _AGAIN = "Unpack the data set again"
 
 
 def find_hdf5_folder(root: str | Path, name: str) -> Path | None:
-    """Find the folder ``name`` in ``root``, or take ``root`` itself if it holds such a set; None if neither does."""
+    """Return the folder ``name`` in ``root``, or ``root`` itself if it holds such a set, or None."""
     root = Path(root)
     for folder in (root / name, root):
         lists = [folder / f"{split}_files.txt" for split in SPLITS]
-        # The part-segmentation release names its files ply_data_train*.h5 as well, beside *_hdf5_file_list.txt.
+        # The part-segmentation release also has ply_data_train*.h5, next to *_hdf5_file_list.txt.
         ours = data_files(folder, "ply_data_t*.h5") and not data_files(folder, "*_hdf5_file_list.txt")
         if ours or any(file.is_file() for file in lists):
             return folder
@@ -61,19 +61,19 @@ def find_hdf5_folder(root: str | Path, name: str) -> Path | None:
 def listed_files(
     folder: Path, split: str, *, index: str | None = None, get: str = CHECK_COMMAND, prefix: str = "ply_data_"
 ) -> list[Path]:
-    """Files of one split: those of a list, or, where that list is absent, ``<prefix><split>*.h5`` by number.
+    """Return the files of one split: those in its list or, without a list, ``<prefix><split>*.h5`` by number.
 
-    Lines of the list often carry the folder of another machine; only their base names count.
+    Lists often name folders of another machine, so only base names are used.
 
     Args:
-        folder: holds the files and the list.
+        folder: folder of the files and the list.
         split: part of the files' names.
         index: name of the list; None means ``<split>_files.txt``.
         get: command named in errors.
-        prefix: of the files' names; may hold ``*``.
+        prefix: of the files' names; may contain ``*``.
 
     Raises:
-        DataError: no file, an empty list, a file listed twice, or a file listed but missing.
+        DataError: there is no file, the list is empty, or a listed file is missing or listed twice.
     """
     index = folder / (index or f"{split}_files.txt")
     if not index.is_file():
@@ -94,13 +94,13 @@ def listed_files(
     for name, times in Counter(names).items():
         if times > 1:
             raise DataError(f"{index} lists {name} {times} times", fix=f"Check it: {get}")
-        if not os.path.isfile(folder / name):  # False also for a name that no file can have
+        if not os.path.isfile(folder / name):  # also False for an invalid file name
             raise DataError(f"{folder / name} is missing; {index.name} lists it", fix=f"Get it: {get}")
     return [folder / name for name in names]
 
 
 def _read_names(folder: Path) -> list[str] | None:
-    """Class names from ``shape_names.txt``, None where there is no such file."""
+    """Read class names from ``shape_names.txt``; return None if it does not exist."""
     path = folder / "shape_names.txt"
     try:
         return read_lines(path) or None
@@ -111,7 +111,7 @@ def _read_names(folder: Path) -> list[str] | None:
 
 
 class _Set(LabeledClouds):
-    """A set of known classes; subclasses say where it lies."""
+    """A set with known classes; subclasses implement ``_read``."""
 
     get: str
 
@@ -126,14 +126,14 @@ class _Set(LabeledClouds):
         """Read one split.
 
         Args:
-            root: the folder that holds the set's folder, or that folder itself.
+            root: the set's folder or its parent.
             split: ``"train"`` or ``"test"``.
-            num_points: points of a cloud, the first rows of every stored cloud. None keeps all; of text files and
-                meshes it takes 2,048.
-            transform: applied to each (N, 3) cloud when it is taken.
+            num_points: keep the first points of every stored cloud. None keeps all, or 2,048 from text files and
+                meshes.
+            transform: applied to each (N, 3) cloud on access.
 
         Raises:
-            DataError: a file is missing or not what was expected.
+            DataError: a file is missing or not as expected.
             UserError: ``num_points`` is larger than the clouds.
         """
         super().__init__(self._read(Path(root), check_split(split), num_points), split, transform=transform)
@@ -154,14 +154,14 @@ RESAMPLED_FOLDER = "modelnet40_normal_resampled"
 
 
 class Layout(NamedTuple):
-    """Where ModelNet lies and how."""
+    """A layout of ModelNet and its folder."""
 
     name: str
     folder: Path
 
 
 def find_modelnet(root: str | Path, name: str = "modelnet40") -> Layout | None:
-    """Find ModelNet40 or ModelNet10 (``name``) in or below ``root``, in the first layout that is there."""
+    """Find ModelNet40 or ModelNet10 (``name``) in or below ``root``, in the first layout that is present."""
     root = Path(root)
     if name == "modelnet40" and not root.match(f"{name}_hdf5_2048"):
         if (folder := find_hdf5_folder(root, MODELNET_FOLDER)) is not None:
@@ -181,7 +181,7 @@ def find_modelnet(root: str | Path, name: str = "modelnet40") -> Layout | None:
 
 
 def read_first_rows(path: Path, rows: int, name: str) -> tuple[np.ndarray, int]:
-    """Read the first rows of a text file, ``x,y,z,nx,ny,nz`` each, in the unit sphere; a ``Reader`` of shapes."""
+    """Read the first rows ``x,y,z,nx,ny,nz`` of a text file, normalized to the unit sphere (a ``Reader``)."""
     try:
         with open(path, encoding="utf-8-sig", errors="strict") as file:
             text = "".join(islice(file, rows))
@@ -191,7 +191,7 @@ def read_first_rows(path: Path, rows: int, name: str) -> tuple[np.ndarray, int]:
         if table.shape[1] not in (3, 6) or not len(table):
             raise ValueError(f"it holds an array of {table.shape}")
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read; expected x,y,z,nx,ny,nz a line ({error}). {_AGAIN}") from error
+        raise DataError(f"{path} cannot be read; expected x,y,z,nx,ny,nz on each line ({error}). {_AGAIN}") from error
     points = table[:, :3]
     if not (np.abs(points) < _LARGEST).all():
         raise DataError(f"{path} has coordinates that are not finite, or beyond {_LARGEST:g}. {_AGAIN}")
@@ -199,16 +199,16 @@ def read_first_rows(path: Path, rows: int, name: str) -> tuple[np.ndarray, int]:
 
 
 def _mesh_with_y_up(path: Path, rows: int, name: str) -> tuple[np.ndarray, int]:
-    """Draw points from a mesh of ModelNet, which has z up; a ``Reader`` of shapes."""
+    """Sample points (N, 3) from a ModelNet mesh and rotate them from z up to y up (a ``Reader``)."""
     points, size = read_shape(path, rows, name)
     return points[:, [0, 2, 1]] * [1, 1, -1], size
 
 
 def resampled_files(folder: Path, name: str, split: str) -> tuple[list[Path], list[str]]:
-    """Return the files that a split list of ``modelnet40_normal_resampled`` names, and the class of each.
+    """Return the files in a split list of ``modelnet40_normal_resampled``, and the class of each.
 
     Raises:
-        DataError: the list cannot be read, is empty, or names a class or a file that is not there.
+        DataError: the list cannot be read, is empty, or names an unknown class or an invalid shape.
     """
     index = folder / f"{name}_{split}.txt"
     try:
@@ -246,7 +246,7 @@ def _read_meshes(folder: Path, split: str, num_points: int | None) -> CloudArray
         known = set(MODELNET40_CLASSES)
         foreign = ", ".join(sorted(set(found.class_names) - known)[:3]) if found else "no <class>/test/"
         raise DataError(
-            f"{folder} is not ModelNet as published: it has {foreign}. For classes of your own: --dataset folder"
+            f"{folder} is not ModelNet as published: it has {foreign}. For other classes use --dataset folder"
         )
     arrays = class_folder_clouds(found, split, num_points=_checked(num_points), layout=MESHES, read=_mesh_with_y_up)
     numbers = np.array([MODELNET40_CLASSES.index(name) for name in found.class_names])
@@ -275,7 +275,7 @@ def _read_hdf5(layout: Layout, split: str, num_points: int | None, classes: Sequ
 class ModelNet40(_Set):
     """ModelNet40: 9,840 train and 2,468 test clouds of 2,048 points, 40 classes, unit sphere.
 
-    The release with PointNet lacks three of the 9,843 training models that the other layouts have.
+    The PointNet release lacks three of the 9,843 training models in the other layouts.
 
     Shape:
         each item: points (N, 3) float32, label int in 0..39
@@ -288,7 +288,7 @@ class ModelNet40(_Set):
         layout = find_modelnet(root)
         if layout is None:
             expected = (
-                f"{root / MODELNET_FOLDER}/ply_data_{split}*.h5 beside {split}_files.txt, or modelnet40_hdf5_2048, "
+                f"{root / MODELNET_FOLDER}/ply_data_{split}*.h5 and {split}_files.txt, or modelnet40_hdf5_2048, "
                 f"{RESAMPLED_FOLDER} or ModelNet40/<class>/{split}/*.off"
             )
             raise DataError(f"no {type(self).__name__} in {root}; expected {expected}", fix=f"Get it: {self.get}")
@@ -304,9 +304,9 @@ class ModelNet40(_Set):
 class ModelNet10(ModelNet40):
     """The ten ModelNet10 classes: 3,991 train and 908 test clouds in the official split.
 
-    They are taken from its own files where these are there and ModelNet40's are not, or from the lists beside
-    ModelNet40's text files, else out of ModelNet40. Labels keep their ModelNet40 numbers (1, 2, 8, 12, 14, 22, 23, 30,
-    33, 35), as in the released code, so ``class_names`` has 40 entries.
+    Read from ModelNet10's files if ModelNet40's are absent, from the lists next to ModelNet40's text files, or else
+    filtered from ModelNet40. Labels keep their ModelNet40 numbers (1, 2, 8, 12, 14, 22, 23, 30, 33, 35), as in the
+    released code, so ``class_names`` has 40 entries.
     """
 
     official_sizes = {"train": 3991, "test": 908}
@@ -339,14 +339,14 @@ class ModelNet10(ModelNet40):
 
 
 class DemoShapes(_Set):
-    """The labeled part of the embedded demo set: furniture clouds, class names from ``shape_names.txt``."""
+    """Labeled furniture clouds of the demo set; class names from ``shape_names.txt``."""
 
     get = DEMO_GET
 
     def _read(self, root: Path, split: str, num_points: int | None) -> CloudArrays:
         folder = find_hdf5_folder(root, DEMO_FOLDER)
         if folder is None:
-            expected = f"{root / DEMO_FOLDER}/ply_data_{split}*.h5 beside {split}_files.txt"
+            expected = f"{root / DEMO_FOLDER}/ply_data_{split}*.h5 and {split}_files.txt"
             raise DataError(f"no {type(self).__name__} in {root}; expected {expected}", fix=f"Get it: {self.get}")
         files = listed_files(folder, split, get=self.get)
         return read_hdf5_clouds(files, class_names=_read_names(folder), num_points=num_points, get=self.get)

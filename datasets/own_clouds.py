@@ -1,7 +1,7 @@
-"""Labeled clouds of any classes: a user's own files in class folders, or HDF5 files.
+"""Labeled clouds of any classes: user files in class folders, or HDF5 files.
 
-Class folders are ``<root>/<split>/<class>/*`` or, as ModelNet has them, ``<root>/<class>/<split>/*``, with the splits
-``train`` and ``test`` and files of any format that ``datasets.shape_reader`` reads.
+Class folders are ``<root>/<split>/<class>/*`` or, like ModelNet's, ``<root>/<class>/<split>/*``, with the splits
+``train`` and ``test`` and files in any format that ``datasets.shape_reader`` reads.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class ClassFolders(NamedTuple):
     """Files in class folders.
 
     Attributes:
-        root: that holds the folders.
+        root: parent of the folders.
         folders: (class, split) -> folder.
         class_names: sorted; a label is an index into it.
     """
@@ -37,10 +37,10 @@ class ClassFolders(NamedTuple):
     class_names: tuple[str, ...]
 
     def files(self, split: str) -> tuple[list[Path], np.ndarray]:
-        """Return the files of one split, class by class, and the label of each, (n,) int64.
+        """Return the files of one split, class by class, and their labels, (n,) int64.
 
         Raises:
-            DataError: there is none.
+            DataError: the split has no files.
         """
         files: list[Path] = []
         labels: list[int] = []
@@ -63,10 +63,10 @@ def shape_files(folder: Path) -> list[Path]:
 
 
 def find_class_folders(root: str | Path) -> ClassFolders | None:
-    """Find class folders with a train and a test split below ``root``; None where there are none.
+    """Find class folders with a train and a test split below ``root``; return None if there are none.
 
-    The splits' names may be in upper or lower case. Class names are brought to one Unicode form, as macOS stores names
-    in another one than Windows and Linux.
+    Split names may be in upper or lower case. Class names are normalized to NFC, since macOS stores file names in
+    another Unicode form than Windows and Linux.
     """
     root = Path(root)
     top = {folder.name.lower(): folder for folder in _folders(root)}
@@ -97,12 +97,12 @@ def class_folder_clouds(
     Args:
         found: the folders.
         split: ``"train"`` or ``"test"``.
-        num_points: points of a cloud; None: 2,048.
-        layout: what messages and results call it.
-        read: reads one file; named by ``layout`` in what is kept.
+        num_points: points of a cloud; None means 2,048.
+        layout: name of the layout in messages, results and the cache key.
+        read: reads one file.
 
     Raises:
-        DataError: no file, or one that cannot be read.
+        DataError: there is no file, or one cannot be read.
         UserError: ``num_points`` is below 1.
     """
     files, labels = found.files(split)
@@ -115,7 +115,7 @@ def class_folder_clouds(
 
 
 def own_hdf5_files(root: str | Path) -> dict[str, list[Path]] | None:
-    """Files ``*train*.h5`` and ``*test*.h5`` in ``root``, by split; None unless both are there."""
+    """Return the files ``*train*.h5`` and ``*test*.h5`` in ``root`` by split, or None unless both exist."""
     found = {
         split: sorted(data_files(root, f"*{split}*.h5"), key=lambda file: (len(file.name), file.name))
         for split in SPLITS
@@ -141,15 +141,15 @@ class OwnClouds(LabeledClouds):
         """Read one split.
 
         Args:
-            root: folder with class folders, or with HDF5 files ``*train*.h5`` and ``*test*.h5`` that hold ``data``
-                and ``label``, class names in ``shape_names.txt``.
+            root: folder with class folders, or with HDF5 files ``*train*.h5`` and ``*test*.h5`` of ``data`` and
+                ``label`` and class names in ``shape_names.txt``.
             split: ``"train"`` or ``"test"``.
-            num_points: points of a cloud. Class folders: drawn from each file, some again where it has fewer; None:
-                2,048. HDF5: the first rows; None keeps all.
-            transform: applied to each (N, 3) cloud when it is taken.
+            num_points: points of a cloud. Class folders: drawn from each file, repeating points if it has fewer; None
+                means 2,048. HDF5: the first rows; None keeps all.
+            transform: applied to each (N, 3) cloud on access.
 
         Raises:
-            DataError: nothing of the kind is there, or a file cannot be read.
+            DataError: there are no such files, or one cannot be read.
             UserError: ``num_points`` is larger than the clouds of HDF5 files.
         """
         check_split(split)
@@ -172,7 +172,9 @@ class OwnClouds(LabeledClouds):
 def _expected(root: Path) -> str:
     if has_data_files(root, "*/*") and any(shape_files(folder) for folder in _folders(root)[:5]):
         divide = PREPARE_COMMAND.replace("DIR", str(root))
-        return f"its folders hold clouds, but it has no train and test: {divide} --test_fraction 0.2 divides them"
+        return (
+            f"its folders hold clouds but are not split into train and test; split them: {divide} --test_fraction 0.2"
+        )
     return (
         "expected train/<class>/* and test/<class>/* with files ending in "
         f"{', '.join(SHAPE_SUFFIXES)}, or *train*.h5 and *test*.h5 with the arrays 'data' and 'label'"

@@ -1,7 +1,7 @@
 """ScanObjectNN (Uy et al., ICCV 2019): objects cut out of indoor scans, 15 classes, 2,048 points each.
 
-The set has several variants whose accuracies differ by many points, and files of the same name that mean different
-things, so the variant is always named, and the file read is kept in ``source``.
+The variants of the set differ by many points in accuracy, and files of one name have different meanings, so the variant
+is always explicit and ``source`` records the file that was read.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torch import Tensor
 from datasets.hdf5 import CHECK_COMMAND, LabeledClouds, check_split, read_hdf5_clouds
 from utils.errors import DataError, UserError
 
-GET = f"bash data/download_data.sh scanobjectnn (what is there: {CHECK_COMMAND})"
+GET = f"bash data/download_data.sh scanobjectnn (to see what is present: {CHECK_COMMAND})"
 CLASSES = "bag bin box cabinet chair desk display door shelf table bed pillow sink sofa toilet".split()
 
-# Variant -> (folder, ending of the official file name). With and without background; the PB variants move and turn the
-# bounding box of each object (25 or 50 % translation, rotation R, scale S).
+# Variant -> (folder, suffix of the official file name). With and without background; the PB variants shift the bounding
+# box of each object by 25 or 50 % and optionally rotate (R) and scale (S) it.
 VARIANTS = {
     "OBJ_BG": ("main_split", ""),
     "OBJ_ONLY": ("main_split_nobg", ""),
@@ -35,7 +35,7 @@ def resolve_variant(name: str) -> str:
     """Return the variant's full name; ``T25``, ``T25_R``, ``T50_R`` and ``T50_RS`` are short for the PB variants.
 
     Raises:
-        UserError: there is no such variant.
+        UserError: the variant does not exist.
     """
     full = name.upper()
     for candidate in (full, f"PB_{full}"):
@@ -45,14 +45,14 @@ def resolve_variant(name: str) -> str:
 
 
 def candidate_files(root: str | Path, split: str, variant: str) -> list[Path]:
-    """Return where a split may lie, best first: official names in every known folder, then the released code's names.
+    """Return the possible files of a split, best first: official names in all known folders, then the released code's.
 
-    CrossPoint and CrossNet hand out OBJ_BG as ``ScanObjectNN/main_split/{train,test}.h5``.
+    CrossPoint and CrossNet distribute OBJ_BG as ``ScanObjectNN/main_split/{train,test}.h5``.
     """
     folder, ending = VARIANTS[variant]
     official = f"{_OFFICIAL_SPLIT[split]}_objectdataset{ending}.h5"
     parents = [Path(root) / parent for parent in _PARENTS]
-    # A root that is the split folder itself.
+    # The root may be the split folder itself.
     if Path(root).name == folder:
         parents.append(Path(root).parent)
     files = [parent / folder / official for parent in parents]
@@ -88,11 +88,11 @@ class ScanObjectNN(LabeledClouds):
             split: ``"train"`` or ``"test"``.
             variant: a name in ``VARIANTS``.
             num_points: keep the first rows of every cloud; None keeps all.
-            transform: applied to each (N, 3) cloud when it is taken.
+            transform: applied to each (N, 3) cloud on access.
 
         Raises:
-            DataError: the file is missing or not what was expected.
-            UserError: unknown variant, or ``num_points`` is larger than the clouds.
+            DataError: the file is missing or not as expected.
+            UserError: the variant is unknown, or ``num_points`` is larger than the clouds.
         """
         self.variant = resolve_variant(variant)
         candidates = candidate_files(root, check_split(split), self.variant)

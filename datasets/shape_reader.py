@@ -1,4 +1,4 @@
-"""Read files of clouds and meshes, of any size and format, into arrays of one size, and keep what was read."""
+"""Read clouds and meshes of any size and format into arrays of one size, and cache the result."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from utils.progress import progress
 
 MESH_SUFFIXES = (".off", ".obj", ".stl", ".glb", ".gltf")
 SHAPE_SUFFIXES = (".ply", *MESH_SUFFIXES, *CLOUD_SUFFIXES, *TEXT_SUFFIXES)
-DEFAULT_POINTS = 2048  # read from every file, so that smaller numbers of points need no second reading
+DEFAULT_POINTS = 2048  # minimum read from each file, so that smaller numbers of points use the cache
 _PLY_FACES = re.compile(rb"[\r\n]element[ \t]+face[ \t]+0*[1-9]")
-_LARGEST = 1e15  # squares of larger coordinates do not fit float32
+_LARGEST = 1e15  # squares of larger coordinates overflow float32
 _KEPT_FOLDER = ".parsed"
-_SECONDS = 3.0  # what takes longer to read is kept
-_FORMAT = 1  # of the kept arrays; another number makes them again
+_SECONDS = 3.0  # cache only what takes longer to read
+_FORMAT = 1  # of the cached arrays; a new number invalidates old caches
 
 
 class ShapeArrays(NamedTuple):
@@ -35,7 +35,7 @@ class ShapeArrays(NamedTuple):
 
     Attributes:
         points: (n, N, 3) float32, in the unit sphere.
-        sizes: (n,) int64 points of each file; N for a mesh. Where it is below N, points repeat.
+        sizes: (n,) int64 points of each file; N for a mesh. Clouds with fewer than N repeat points.
     """
 
     points: np.ndarray
@@ -46,7 +46,7 @@ Reader = Callable[[Path, int, str], tuple[np.ndarray, int]]
 
 
 def to_unit_sphere(points: np.ndarray) -> np.ndarray:
-    """Center (N, 3) on the mean and scale the largest radius to 1; points in one place come to the origin."""
+    """Center points (N, 3) on their mean and scale the largest radius to 1; identical points map to the origin."""
     points = points - points.mean(axis=0)
     return points / max(np.linalg.norm(points, axis=1).max(), np.finfo(np.float64).tiny)
 
@@ -55,28 +55,28 @@ def choose_rows(count: int, wanted: int, name: str) -> np.ndarray:
     """Draw ``wanted`` of ``count`` rows: every row once in random order, then again in the same order if needed.
 
     Args:
-        count: rows there are.
-        wanted: rows to draw; the first of them are what a smaller number would draw.
-        name: decides the order.
+        count: number of rows.
+        wanted: rows to draw; a smaller number draws a prefix of the same rows.
+        name: seeds the order.
     """
     order = np.random.default_rng(zlib.crc32(name.encode())).permutation(count)
     return order[np.arange(wanted) % count]
 
 
 def read_shape(path: Path, rows: int, name: str) -> tuple[np.ndarray, int]:
-    """Read points of a cloud, or draw them from the surface of a mesh evenly by area.
+    """Read the points of a cloud, or sample the surface of a mesh uniformly by area.
 
     Args:
-        path: a file that ends in one of ``SHAPE_SUFFIXES``; a PLY with faces is a mesh.
-        rows: points wanted, N.
-        name: decides which points are drawn.
+        path: a file with one of ``SHAPE_SUFFIXES``; a PLY with faces is a mesh.
+        rows: number of points, N.
+        name: seeds the draw.
 
     Returns:
         points: (N, 3) float64 in the unit sphere.
         size: points of the file; N for a mesh.
 
     Raises:
-        DataError: the file is damaged, empty, or of no format that is read.
+        DataError: the file is damaged, empty, or in an unsupported format.
     """
     if path.suffix.lower() in MESH_SUFFIXES or (path.suffix.lower() == ".ply" and _has_faces(path)):
         return to_unit_sphere(_sample_mesh(path, rows, name)), rows
@@ -95,28 +95,28 @@ def _has_faces(path: Path) -> bool:
 
 
 def _sample_mesh(path: Path, count: int, name: str) -> np.ndarray:
-    """Draw points from a mesh evenly by area; see :func:`read_shape`."""
-    import trimesh  # a second; only meshes need it
+    """Sample (count, 3) points from a mesh uniformly by area."""
+    import trimesh  # takes a second; only meshes need it
 
     try:
         mesh = trimesh.load(path, force="mesh", process=False, skip_materials=True)
         faces = len(mesh.faces)
         if path.suffix.lower() == ".off" and faces < (promised := _off_faces(path)):
-            raise ValueError(f"it promises {promised} faces and holds {faces}: it is cut off")
+            raise ValueError(f"it promises {promised} faces and holds {faces}: it is truncated")
         if not (np.isfinite(mesh.vertices).all() and np.abs(mesh.vertices).max() < _LARGEST):
-            raise ValueError("it has coordinates that are not finite, or absurd ones")
+            raise ValueError("it has non-finite or absurdly large coordinates")
         if not 0 < mesh.area < np.inf:
             raise ValueError("it has no surface to draw points from")
         points, _ = trimesh.sample.sample_surface(mesh, count, seed=zlib.crc32(name.encode()))
     except MemoryError:
         raise
-    except Exception as error:  # trimesh's many readers raise many kinds
+    except Exception as error:  # trimesh raises many exception types on malformed files
         raise DataError(f"{path} is not a readable mesh ({error or type(error).__name__}); convert it again") from error
     return np.asarray(points, dtype=np.float64)
 
 
 def _off_faces(path: Path) -> int:
-    """Number of faces that an OFF file promises."""
+    """Return the number of faces in the header of an OFF file."""
     text = re.sub(rb"#[^\n]*", b"", path.read_bytes()[:4096])
     return int(re.search(rb"OFF\s*\d+\s+(\d+)", text)[1])
 
@@ -124,18 +124,18 @@ def _off_faces(path: Path) -> int:
 def read_shapes(
     files: Sequence[Path], *, folder: Path, rows: int, split: str, how: str, read: Reader = read_shape
 ) -> ShapeArrays:
-    """Read files into arrays; what took long is kept in ``.parsed`` below ``folder`` and read from there the next time.
+    """Read files into arrays; cache slow reads in ``.parsed`` below ``folder``.
 
-    What is kept is found by the names, sizes and times of all files, so that a changed file makes it be read again.
-    Where the folder cannot be written, the temporary folder of the system takes it.
+    The cache key covers the names, sizes and times of all files, so a changed file invalidates it. If the folder is not
+    writable, the cache is in the system's temporary folder.
 
     Args:
-        files: one for each cloud.
-        folder: that holds them.
+        files: one per cloud.
+        folder: their common parent.
         rows: points of a cloud, N.
-        split: for messages and the kept file's name.
-        how: names ``read`` and its settings.
-        read: takes a file, N and a name that decides what is drawn.
+        split: for messages and the cache file's name.
+        how: name of ``read`` and its settings, for the cache key.
+        read: called with a file, N and a name that seeds the draw.
 
     Raises:
         DataError: a file cannot be read.
@@ -144,7 +144,7 @@ def read_shapes(
     key = _fingerprint(files, names, how, rows)
     places = _places(folder)
     for place in places:
-        with contextlib.suppress(OSError, ValueError, EOFError):  # missing or damaged: it is made again
+        with contextlib.suppress(OSError, ValueError, EOFError):  # missing or damaged: read the files again
             kept = np.load(place / f"{split}-{rows}-{key}.npy", mmap_mode="r")
             if kept.shape == (len(files),) and kept.dtype == _row_type(rows):
                 return ShapeArrays(np.array(kept["points"]), np.array(kept["size"]))
@@ -173,18 +173,18 @@ def _fingerprint(files: Sequence[Path], names: Sequence[str], how: str, rows: in
 
 
 def _places(folder: Path) -> tuple[Path, Path]:
-    """Where arrays are kept: beside the files, else in a folder of this user's among the temporary ones."""
+    """Return the cache folders: next to the files, then this user's folder in the system's temporary folder."""
     user = os.getuid() if hasattr(os, "getuid") else "all"
     key = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
     return folder / _KEPT_FOLDER, Path(tempfile.gettempdir()) / f"crossnet_parsed_{user}_{key}"
 
 
 def _keep(table: np.ndarray, places: Sequence[Path], prefix: str, key: str) -> None:
-    """Write an array where that is possible, and remove the ones of changed files; nothing depends on it."""
+    """Write the cache to the first writable folder and remove outdated ones; failing to write is not an error."""
     for place in places:
         temporary = place / f"{prefix}{key}.{os.getpid()}.tmp"
         try:
-            # Users may share the data folder; the one among the temporary folders belongs to one user alone.
+            # Several users may share the data folder; the temporary folder is private.
             place.mkdir(mode=0o777 if place.name == _KEPT_FOLDER else 0o700, exist_ok=True)
             with open(temporary, "wb") as file:
                 np.save(file, table)

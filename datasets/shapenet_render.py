@@ -1,4 +1,4 @@
-"""ShapeNet clouds paired with renderings: the data set of pretraining."""
+"""ShapeNet clouds paired with renderings: the pretraining data set."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from utils.errors import DataError
 
 
 class ShapeNetRender(Dataset):
-    """Pairs of a cloud and a rendering of the same object. Each cloud and image file is read once per sample.
+    """Pairs of a cloud and a rendering of the same object; each sample reads one cloud and one image file.
 
     Args:
-        root: folder in the released layout, a packed file, or a folder that holds ``shapenet_render.h5``.
+        root: folder in the released layout, a packed file, or a folder with ``shapenet_render.h5``.
         seed: a sample's view and subset are functions of (seed, epoch, index).
-        transform: decoded rendering -> pixels (H, W, 3), see ``datasets.transforms.RenderPixels``; None: no image.
-        only: ids of the shapes to use, see ``choose_shapes``; None uses all that have a rendering.
-        strict: raise at a sample that cannot be read. Otherwise the next readable one stands in for it, and the
-            sample's ``bad`` says what happened.
-        num_points: points that a view will be drawn from a cloud; None: views keep every point.
+        transform: decoded rendering -> pixels (H, W, 3), such as ``datasets.transforms.RenderPixels``; None: no image.
+        only: ids of the shapes to use, as for ``choose_shapes``; None uses all that have a rendering.
+        strict: raise if a sample cannot be read. Otherwise substitute the next readable one and explain in the sample's
+            ``bad``.
+        num_points: points that augmentation will draw per view; None if views keep every point.
 
     Attributes:
         ids: shapes in use, sorted.
-        skipped: shapes of the source that have no rendering.
-        cloud_size: points of a sample, N: those of the first cloud, or ``num_points`` where it has fewer. Larger clouds
-            are cut to a random subset of N; the points of smaller ones repeat, after each was there once.
-        sizes: points of every cloud, or of the first one alone where those looked at have one size.
+        skipped: shapes of the source without a rendering.
+        cloud_size: points of a sample, N: the size of the first cloud, or ``num_points`` if that is larger. Larger
+            clouds are cut to a random subset of N; smaller ones repeat points after using each once.
+        sizes: points of every cloud, or of the first one only if the sampled clouds have one size.
 
     Raises:
-        DataError: see ``open_source``; or a shape of ``only`` is not there.
+        DataError: the pairs are missing (``open_source``), or lack a shape of ``only``.
     """
 
-    # A sample's stand-ins: so many in a row cannot all be bad in a data set that is worth training on.
+    # Give up after this many consecutive unreadable samples.
     ATTEMPTS = 8
 
     def __init__(
@@ -68,7 +68,7 @@ class ShapeNetRender(Dataset):
             self.cloud_size = max(self.cloud_size, num_points)
 
     def _look_at_sizes(self) -> list[int]:
-        """Size of the first readable cloud; of all clouds where a few others show that they differ."""
+        """Return the size of the first readable cloud; of all clouds if a sample of them shows that sizes differ."""
         error: DataError | None = None
         first = None
         for i in self._chosen[: self.ATTEMPTS]:
@@ -88,27 +88,27 @@ class ShapeNetRender(Dataset):
         return [first, *(size for size in sizes if size is not None)]
 
     def smaller_than(self, num_points: int) -> int:
-        """Number of clouds with fewer points; 0 where those looked at have one size."""
+        """Return the number of clouds with fewer points; 0 if the sampled clouds have one size."""
         return sum(size < num_points for size in self.sizes[1:])
 
     def __len__(self) -> int:
         return len(self._chosen)
 
     def __getitem__(self, key: SampleKey | int) -> dict[str, Any]:
-        """Sample of (epoch, index); a bare index means epoch 0.
+        """Read the sample of (epoch, index); a bare index means epoch 0.
 
         Returns:
-            ``index`` int as asked, ``points`` (N, 3) float32, ``count``: how many of them, the first, are points of
-            the cloud and not repetitions; the transform's ``pixels``; ``bad``: messages of unreadable samples that
-            another one stands in for here, mostly empty.
+            ``index``: the requested index; ``points``: (N, 3) float32, of which the first ``count`` are not
+            repetitions; ``pixels``: from the transform; ``bad``: messages of the unreadable samples that this one
+            replaces, usually empty.
 
         Raises:
-            DataError: with ``strict``, or when ``ATTEMPTS`` samples in a row are unreadable.
+            DataError: a sample is unreadable (``strict``), or ``ATTEMPTS`` consecutive ones are.
         """
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: Sequence[SampleKey | int]) -> list[dict[str, Any]]:
-        """Samples of a batch, as PyTorch's loader asks for them: their random numbers are drawn together."""
+        """Read the samples of a batch (PyTorch's batched fetch), drawing their random numbers together."""
         keys = [key if isinstance(key, tuple) else SampleKey(0, key) for key in keys]
         for key in keys:
             if not 0 <= key.index < len(self):
@@ -135,12 +135,12 @@ class ShapeNetRender(Dataset):
         raise AssertionError("unreachable")
 
     def _read(self, key: SampleKey, draw: float, stand_in: int) -> dict[str, Any]:
-        """Shape ``stand_in`` with the randomness of sample ``key``: no two samples of an epoch share theirs.
+        """Read shape ``stand_in`` with the random numbers of sample ``key``, so that no two samples share them.
 
         Args:
-            key: of the sample asked for.
-            draw: its first random number, which chooses the view.
-            stand_in: whose files to read.
+            key: of the requested sample.
+            draw: its first random number, which selects the view.
+            stand_in: shape whose files to read.
         """
         i = self._chosen[stand_in]
         points = torch.from_numpy(self.source.points(i))
@@ -163,9 +163,9 @@ def collate_pairs(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """Stack samples into a batch.
 
     Returns:
-        ``index`` (B,), ``points`` (B, N, 3), ``counts`` (B,): points of each that are not repetitions; ``bad``: one
-        message for every sample that others stand in for; and where there are images, ``pixels`` (B, H, W, 3) uint8, as
-        large as the largest height and width, and ``sizes`` (B, 2), height and width of each.
+        ``index`` (B,); ``points`` (B, N, 3); ``counts`` (B,), points of each that are not repetitions; ``bad``, one
+        message per replaced sample; and with images ``pixels`` (B, H, W, 3) uint8, padded to the largest height and
+        width, and ``sizes`` (B, 2), height and width of each.
     """
     batch = {
         "index": torch.tensor([sample["index"] for sample in samples]),

@@ -294,7 +294,7 @@ def test_meshes_as_published_are_sampled_and_turned_to_y_up(tmp_path):
     assert summary(ModelNet10(tmp_path, "train"))[2] == ["bathtub"] * 2 + ["night_stand"] * 2
     assert summary(ModelNet10(write_meshes(tmp_path / "ten", "ModelNet10"), "test"))[2] == ["bathtub", "night_stand"]
     (folder / "dog" / "train").mkdir(parents=True)
-    with pytest.raises(DataError, match="it has dog. For classes of your own: --dataset folder"):
+    with pytest.raises(DataError, match="it has dog. For other classes use --dataset folder"):
         ModelNet40(tmp_path, "train")
 
 

@@ -158,7 +158,7 @@ def test_subset_draws_points_without_replacement_and_evenly():
     assert counts.min() > 80 and counts.max() < 170  # 125 expected
     whole = clouds()
     assert torch.equal(RandomSubset(40)(whole, streams()), whole)
-    with pytest.raises(ValueError, match="41 points were asked of clouds of 40"):
+    with pytest.raises(ValueError, match="cannot draw 41 points from clouds of 40"):
         RandomSubset(41)(whole, streams())
 
 
