@@ -1,7 +1,7 @@
 """Write the pretraining pairs into one HDF5 file.
 
-A million small files become one that is read in sequence; ShapeNetRender and train_crossnet_con.py take it as
---data_root. Points and encoded images are stored unchanged, and the result is checked against the source.
+One file replaces a million small ones; train_crossnet_con.py accepts it as --data_root. Points and encoded images are
+stored unchanged, and the result is checked against the source.
 
 Example:
   python -m datasets.pack --data_root data --out data/shapenet_render.h5
@@ -37,19 +37,19 @@ from utils.progress import progress
 
 
 def pack(source: PairSource, out: str | os.PathLike[str], *, chosen: list[int], name: str) -> dict[str, int]:
-    """Write shapes of a source into one file; the file appears only when it is complete and checked.
+    """Write shapes of a source into one file, which appears only when it is complete and checked.
 
     Args:
-        source: where the pairs come from.
+        source: source of the pairs.
         out: file to write.
-        chosen: shapes to write, by their number in the source.
-        name: what the file says about its origin.
+        chosen: numbers of the shapes to write.
+        name: origin to record in the file.
 
     Returns:
-        Numbers of shapes, views and points, and the bytes of the images.
+        The numbers of shapes, views and points, and the bytes of the images.
 
     Raises:
-        DataError: a cloud or an image is unreadable, clouds differ in size, or the check failed.
+        DataError: a cloud or an image is unreadable, clouds differ in size, or the check fails.
         UserError: the file cannot be written.
     """
     out = Path(out)
@@ -77,7 +77,7 @@ def pack(source: PairSource, out: str | os.PathLike[str], *, chosen: list[int], 
                 if len(cloud) != size:
                     raise DataError(
                         f"{source.where(i)} has {len(cloud)} points, {source.where(chosen[0])} has {size}: "
-                        "a packed file needs clouds of one size"
+                        "a packed file needs clouds of one size; pack subsets with --list"
                     )
                 points[n] = cloud
                 for view in range(len(source.view_names(i))):
@@ -89,7 +89,7 @@ def pack(source: PairSource, out: str | os.PathLike[str], *, chosen: list[int], 
                     row += 1
         check(source, PackedSource(temporary), chosen)
         os.replace(temporary, out)
-    except (OSError, RuntimeError) as error:  # h5py: RuntimeError when the disk fills while a file is closed
+    except (OSError, RuntimeError) as error:  # h5py raises RuntimeError if the disk is full when a file is closed
         raise UserError(f"cannot write {out}: {getattr(error, 'strerror', None) or error}") from error
     finally:
         with contextlib.suppress(OSError):
@@ -111,11 +111,11 @@ def check(source: PairSource, packed: PairSource, chosen: list[int]) -> None:
             and all(packed.image_file(n, v) == source.image_file(i, v) for v in range(len(source.view_names(i))))
         )
         if not same:
-            raise DataError(f"the packed copy of {source.where(i)} differs from its source; is the disk sound?")
+            raise DataError(f"the packed copy of {source.where(i)} differs from its source; check the disk")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Command line of this script."""
+    """Build the command line of this script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
         "--data_root",
@@ -125,7 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", required=True, metavar="F.h5", help="file to write")
     parser.add_argument(
-        "--list", metavar="FILE", help="pack only these shapes: one <synset>/<model_id>, or <model_id>, a line"
+        "--list", metavar="FILE", help="pack only these shapes: one <synset>/<model_id> or <model_id> per line"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     parser.add_argument("--json", metavar="FILE", help="also write the counts to FILE")
@@ -133,11 +133,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> dict[str, int]:
-    """Pack a data set; returns counts."""
+    """Pack a data set and return the counts."""
     args = build_parser().parse_args(argv)
     if Path(args.out).exists() and not args.overwrite:
         raise UserError(f"{args.out} exists; --overwrite replaces it")
-    # Beside the folders there may be an earlier packed file: the folders are the source then.
+    # An earlier packed file may be next to the folders; the folders are still the source.
     folders = (Path(args.data_root) / "ShapeNet").is_dir()
     source = FolderSource(args.data_root) if folders else open_source(args.data_root)
     chosen = list(range(len(source.ids)))
@@ -147,7 +147,7 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
     counts["skipped"] = len(source.skipped)
     print(
         f"{args.out}: {counts['shapes']} shapes of {counts['points']} points, {counts['views']} views, equal to the "
-        f"source; {counts['skipped']} shapes without rendering left out"
+        f"source; skipped {counts['skipped']} shapes without rendering"
     )
     write_json(args.json, counts)
     return counts

@@ -1,4 +1,4 @@
-"""Where pairs of a cloud and a rendering come from: the released folder layout, or one packed file."""
+"""Sources of pairs of a cloud and a rendering: the released folder layout, or one packed file."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ PACKED_FORMAT, PACKED_VERSION = "crossnet-pack", 1
 
 
 class PairSource(Protocol):
-    """Where pairs come from. Shapes are numbered 0 .. len(ids) - 1."""
+    """A source of pairs. Shapes are numbered 0 .. len(ids) - 1."""
 
     ids: list[str]  # "<synset>/<model_id>", sorted
     skipped: list[str]  # shapes without rendering
 
     def points(self, i: int) -> np.ndarray:
-        """Cloud of shape i, (N, 3) float32."""
+        """Read the cloud of shape i, (N, 3) float32."""
 
     def size(self, i: int) -> int | None:
-        """Points of shape i, without reading them; None where that cannot be told."""
+        """Return the number of points of shape i without reading them, or None if unknown."""
 
     def view_names(self, i: int) -> Sequence[str]:
-        """Names of the renderings of shape i, at least one."""
+        """Return the names of the renderings of shape i, at least one."""
 
     def image_file(self, i: int, view: int) -> bytes:
-        """Encoded rendering."""
+        """Read an encoded rendering."""
 
     def where(self, i: int, view: int | None = None) -> str:
-        """Where shape i or its rendering lies, for messages."""
+        """Return the location of shape i or of its rendering, for messages."""
 
 
 class FolderSource:
-    """``<root>/ShapeNet/<synset>/<id>.ply`` with ``<root>/ShapeNetRendering/<synset>/<id>/rendering/*.png``.
+    """Pairs ``<root>/ShapeNet/<synset>/<id>.ply``, ``<root>/ShapeNetRendering/<synset>/<id>/rendering/*.png``.
 
     Raises:
-        DataError: no clouds, or none with a rendering.
+        DataError: there are no clouds, or none has a rendering.
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
@@ -86,11 +86,11 @@ class FolderSource:
         return tuple(sorted(f for f in names if f.lower().endswith(".png") and is_data_name(f)))
 
     def points(self, i: int) -> np.ndarray:
-        """Cloud of shape i, (N, 3) float32."""
+        """Read the cloud of shape i, (N, 3) float32."""
         return read_ply(self.where(i))
 
     def size(self, i: int) -> int | None:
-        """Points of shape i by its header; None where that does not say it."""
+        """Return the number of points in the header of shape i, or None if it has none."""
         try:
             with open(self.where(i), "rb") as file:
                 return int(PLY_VERTICES.search(file.read(PLY_HEADER))[1])
@@ -98,11 +98,11 @@ class FolderSource:
             return None
 
     def view_names(self, i: int) -> Sequence[str]:
-        """Names of the renderings of shape i."""
+        """Return the names of the renderings of shape i."""
         return self._views[i]
 
     def image_file(self, i: int, view: int) -> bytes:
-        """Encoded rendering."""
+        """Read an encoded rendering."""
         path = self.where(i, view)
         try:
             return Path(path).read_bytes()
@@ -110,7 +110,7 @@ class FolderSource:
             raise DataError(f"cannot read {path}: {error.strerror}") from error
 
     def where(self, i: int, view: int | None = None) -> str:
-        """Path of shape i or of its rendering."""
+        """Return the path of shape i or of its rendering."""
         name = self.ids[i]
         if view is None:
             return str(self.root / "ShapeNet" / f"{name}.ply")
@@ -118,32 +118,31 @@ class FolderSource:
 
 
 class _Block(NamedTuple):
-    """Where an array lies in a file."""
+    """Location of a contiguous array in a file."""
 
     offset: int  # in bytes
-    row_type: np.dtype  # of one row, a subarray where rows have a shape
+    row_type: np.dtype  # of one row, a subarray if rows have a shape
 
 
 def _block(file: h5py.File, name: str) -> _Block | None:
-    """Place of an array that lies in an HDF5 file in one uncompressed piece; None where it is stored otherwise."""
+    """Return the location of an uncompressed contiguous array in an HDF5 file, or None if it is stored otherwise."""
     stored = file[name]
     if not hasattr(os, "pread") or file.userblock_size or stored.is_virtual or stored.chunks or stored.external:
         return None
-    offset = stored.id.get_offset()  # None where nothing was written yet
+    offset = stored.id.get_offset()  # None if nothing was written yet
     if offset is None or offset + stored.nbytes > os.path.getsize(file.filename):
         return None
     return _Block(offset, np.dtype((stored.dtype, stored.shape[1:])))
 
 
 class PackedSource:
-    """One HDF5 file as ``python -m datasets.pack`` writes it (format in ``docs/datasets.md``).
+    """One HDF5 file written by ``python -m datasets.pack`` (format in ``docs/datasets.md``).
 
-    The file is opened read-only, once per process, when a sample is first asked for. Where an array lies in it in one
-    piece, as ``datasets.pack`` writes them, its rows are read from there directly: HDF5's own way takes longer than the
-    reading.
+    The file is opened read-only, once per process, at the first sample. Rows of contiguous arrays, as ``datasets.pack``
+    writes them, are read with ``pread``, because HDF5's overhead is larger than the read itself.
 
     Raises:
-        DataError: no packed file of this version, or its tables do not agree.
+        DataError: the file is not a packed file of this version, or its tables disagree.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -156,8 +155,8 @@ class PackedSource:
                 found = file.attrs.get("format"), file.attrs.get("version")
                 if found != (PACKED_FORMAT, PACKED_VERSION):
                     raise DataError(
-                        f"{self.path} is no packed pretraining file of version {PACKED_VERSION} (format and version "
-                        f"read {found}); make one with: python -m datasets.pack --data_root data --out {self.path}"
+                        f"{self.path} is not a packed pretraining file of version {PACKED_VERSION} (format and version "
+                        f"are {found}); make one with: python -m datasets.pack --data_root data --out {self.path}"
                     )
                 self._check_shards(file)
                 self.ids, self._names = (
@@ -181,7 +180,7 @@ class PackedSource:
                     and len(self._names) == len(self._image_offset) - 1 == self._view_offset[-1]
                     and images.shape == (self._image_offset[-1],)
                     and images.dtype == np.uint8
-                    # Not by differences, which could run over.
+                    # Comparing differences instead could overflow.
                     and (self._view_offset[1:] > self._view_offset[:-1]).all()
                     and (self._image_offset[1:] > self._image_offset[:-1]).all()
                     and self._view_offset[0] == self._image_offset[0] == 0
@@ -190,25 +189,25 @@ class PackedSource:
             raise
         except FileNotFoundError as error:
             raise DataError(f"{self.path} does not exist", fix=GET_PAIRS) from error
-        except Exception as error:  # h5py raises many kinds on malformed files
-            raise DataError(f"{self.path} is no readable packed pretraining file ({error})") from error
+        except Exception as error:  # h5py raises many exception types on malformed files
+            raise DataError(f"{self.path} is not a readable packed pretraining file ({error})") from error
         if not shapes_agree or not self.ids:
-            raise DataError(
-                f"{self.path} is damaged: its tables of shapes, views and images do not agree; pack it again"
-            )
+            raise DataError(f"{self.path} is damaged: its tables of shapes, views and images disagree; pack it again")
 
     def _check_shards(self, file: h5py.File) -> None:
-        """HDF5 reads zeros where a file behind a virtual data set is missing."""
+        """Raise if a file behind a virtual data set is missing, for which HDF5 would read zeros."""
         self._shards: list[str] = []
         for name, stored in file.items():
             for part in stored.virtual_sources() if isinstance(stored, h5py.Dataset) and stored.is_virtual else ():
                 shard = self.path if part.file_name == "." else self.path.parent / part.file_name
                 self._shards.append(shard.name)
                 if not shard.is_file():
-                    raise DataError(f"{shard} is missing: {self.path} takes '{name}' from it; put it back beside it")
+                    raise DataError(
+                        f"{shard} is missing: {self.path} reads '{name}' from it; put it back next to that file"
+                    )
 
     def _open(self) -> h5py.File:
-        # A handle must not cross a fork: HDF5 keeps a file position in it.
+        # A handle must not cross a fork: it contains a file position.
         if self._file is not None and self._pid != os.getpid():
             self._file.close()
             self._file = None
@@ -217,14 +216,16 @@ class PackedSource:
         return self._file
 
     def _rows(self, name: str, first: int, last: int) -> np.ndarray:
-        """Rows of an array of the file, first to last - 1."""
+        """Read rows first to last - 1 of an array, (last - first, ...)."""
         block = self._blocks.get(name)
         if block is None:
             return self._open()[name][first:last]
         if self._plain is None:
             self._plain = self.path.open("rb", buffering=0)
         size = block.row_type.itemsize
-        data = os.pread(self._plain.fileno(), (last - first) * size, block.offset + first * size)  # has no position
+        data = os.pread(
+            self._plain.fileno(), (last - first) * size, block.offset + first * size
+        )  # pread does not move a file position, so threads can share it
         if len(data) != (last - first) * size:
             raise OSError("it is truncated")
         return np.frombuffer(data, block.row_type)
@@ -233,49 +234,49 @@ class PackedSource:
         return {**self.__dict__, "_file": None, "_plain": None}
 
     def points(self, i: int) -> np.ndarray:
-        """Cloud of shape i, (N, 3) float32."""
+        """Read the cloud of shape i, (N, 3) float32."""
         try:
             points = self._rows("points", i, i + 1)[0].astype(np.float32)
         except DataError:
             raise
-        except Exception as error:  # h5py raises many kinds on malformed files
+        except Exception as error:  # h5py raises many exception types on malformed files
             raise self._unreadable(self.where(i), error) from error
         if (self._scale, self._shift) != (1, 0):
             points = points * np.float32(self._scale) + np.float32(self._shift)
         return check_cloud(points, self.where(i))
 
     def size(self, i: int) -> int:
-        """Points of every shape."""
+        """Return the number of points, the same for all shapes."""
         return self._size
 
     def _unreadable(self, where: str, error: Exception) -> DataError:
-        parts = f", which takes values from {', '.join(dict.fromkeys(self._shards[:3]))}," if self._shards else ""
+        parts = f", which reads values from {', '.join(dict.fromkeys(self._shards[:3]))}," if self._shards else ""
         return DataError(f"{where}{parts} cannot be read ({error}); pack the file again")
 
     def view_names(self, i: int) -> Sequence[str]:
-        """Names of the renderings of shape i."""
+        """Return the names of the renderings of shape i."""
         return self._names[self._view_offset[i] : self._view_offset[i + 1]]
 
     def image_file(self, i: int, view: int) -> bytes:
-        """Encoded rendering."""
+        """Read an encoded rendering."""
         j = self._view_offset[i] + view
         try:
             return self._rows("image_bytes", self._image_offset[j], self._image_offset[j + 1]).tobytes()
         except DataError:
             raise
-        except Exception as error:  # h5py raises many kinds on malformed files
+        except Exception as error:  # h5py raises many exception types on malformed files
             raise self._unreadable(self.where(i, view), error) from error
 
     def where(self, i: int, view: int | None = None) -> str:
-        """File and shape, and the rendering's name."""
+        """Return the file and shape, and the rendering's name."""
         return f"{self.path}:{self.ids[i]}" + ("" if view is None else f"/{self.view_names(i)[view]}")
 
 
 def open_source(root: str | os.PathLike[str]) -> PairSource:
-    """The pairs under ``root``: a packed file, a folder that holds one, or the released folder layout.
+    """Open the pairs at ``root``: a packed file, a folder with one, or the released folder layout.
 
     Raises:
-        DataError: nothing of the kind is there.
+        DataError: ``root`` has none of these.
     """
     root = Path(root)
     if root.is_file():
@@ -290,10 +291,10 @@ def open_source(root: str | os.PathLike[str]) -> PairSource:
 
 
 def read_shape_list(path: str | os.PathLike[str]) -> list[str]:
-    """Shape ids of a text file, one a line (see ``choose_shapes``); empty lines and ``#`` comments do not count.
+    """Read shape ids from a text file, one per line, skipping empty lines and ``#`` comments.
 
     Raises:
-        DataError: the file is not there or holds no id.
+        DataError: the file cannot be read or has no ids.
     """
     try:
         lines = read_lines(path)
@@ -301,20 +302,20 @@ def read_shape_list(path: str | os.PathLike[str]) -> list[str]:
         raise DataError(f"cannot read the list of shapes {path}: {error}") from error
     ids = [line for line in lines if not line.startswith("#")]
     if not ids:
-        raise DataError(f"{path} names no shapes: expected one <synset>/<model_id> a line")
+        raise DataError(f"{path} names no shapes: expected one <synset>/<model_id> per line")
     return ids
 
 
 def choose_shapes(ids: Sequence[str], wanted: Iterable[str], *, where: str) -> list[int]:
-    """Numbers of the wanted shapes, in the order of ``ids``.
+    """Return the numbers of the wanted shapes, in the order of ``ids``.
 
     Args:
         ids: ``<synset>/<model_id>`` of every shape.
-        wanted: ids of the same form, or bare model ids, which match under any synset.
-        where: what ``ids`` are of, for the message.
+        wanted: ids of the same form, or bare model ids, which match in any synset.
+        where: source of ``ids``, for the message.
 
     Raises:
-        DataError: a wanted shape is not there, or none is wanted.
+        DataError: a wanted shape is missing, or ``wanted`` is empty.
     """
     wanted = set(wanted)
     if not wanted:
@@ -322,7 +323,7 @@ def choose_shapes(ids: Sequence[str], wanted: Iterable[str], *, where: str) -> l
     missing = sorted(wanted - set(ids) - {name.split("/")[-1] for name in ids})
     if missing:
         raise DataError(
-            f"{len(missing)} of the {len(wanted)} listed shapes are not in {where} with a rendering, "
-            f"{missing[0]} for one"
+            f"{len(missing)} of the {len(wanted)} listed shapes are not in {where} with a rendering, such as "
+            f"{missing[0]}"
         )
     return [i for i, name in enumerate(ids) if name in wanted or name.split("/")[-1] in wanted]

@@ -1,11 +1,11 @@
 """S3DIS (Armeni et al., CVPR 2016): six areas of scanned rooms, 13 classes, cut into blocks of one meter.
 
-Two folders are read. ``indoor3d_sem_seg_hdf5_data``, the release of PointNet (Qi et al., CVPR 2017) or what
-``python -m datasets.s3dis_prepare`` makes: overlapping blocks of 4,096 points drawn at random, for training and for
-the released protocol. ``indoor3d_sem_seg_hdf5_data_test``, made by that command only: blocks that hold every point of a
-room at least once, for the scores of whole rooms.
+Two folders are supported. ``indoor3d_sem_seg_hdf5_data``, the release of PointNet (Qi et al., CVPR 2017) or the output
+of ``python -m datasets.s3dis_prepare``: overlapping blocks of 4,096 random points, for training and the released
+protocol. ``indoor3d_sem_seg_hdf5_data_test``, only from that command: blocks that contain every point of a room at
+least once, to score whole rooms.
 
-A point has nine values: x and y from the middle of the block and z from the room's floor in meters; red, green and
+A point has nine values: x and y relative to the block's center and z above the room's floor, in meters; red, green and
 blue in 0..1; and x, y, z divided by the room's extent.
 """
 
@@ -39,7 +39,7 @@ FILE_LIST, ROOM_LIST = "all_files.txt", "room_filelist.txt"
 CHANNELS = 9
 AREAS = (1, 2, 3, 4, 5, 6)
 CLASS_NAMES = tuple("ceiling floor wall beam column window door table chair sofa bookcase board clutter".split())
-# Red, green and blue in 0..1; large surfaces are pale, so that the furniture stands out.
+# Red, green and blue in 0..1. Large surfaces are pale so that furniture is easy to see.
 CLASS_COLORS = (
     np.array(
         [
@@ -62,38 +62,38 @@ CLASS_COLORS = (
 )
 PREPARE_COMMAND = "python -m datasets.s3dis_prepare --raw Stanford3dDataset_v1.2_Aligned_Version --out {root}"
 _ROOM_NAME = re.compile(r"Area_([0-9]{1,6})_\S+")
-_MAX_EXTENT = 10_000  # meters of a room
-_ROWS_PER_CHUNK = 4  # a file whose chunks hold more blocks is unpacked once: one block would cost the work of many
+_MAX_EXTENT = 10_000  # meters; larger rooms are considered damaged
+_ROWS_PER_CHUNK = 4  # files with more blocks per chunk are unpacked once; reading one block would decompress them all
 
 
 def area_of(room: str) -> int:
-    """Area of a room from its name, such as ``Area_1_office_3``.
+    """Return the area of a room from its name, such as ``Area_1_office_3``.
 
     Raises:
-        ValueError: the name is no such name.
+        ValueError: the name has another form.
     """
     match = _ROOM_NAME.fullmatch(room)
     if match is None:
-        raise ValueError(f"a room is called Area_N_name, not {room!r}")
+        raise ValueError(f"expected a room name of the form Area_N_name, got {room!r}")
     return int(match.group(1))
 
 
 def split_rooms(rooms: Iterable[str], *, fraction: float = 0.1, seed: int = 1) -> tuple[list[str], list[str]]:
-    """Set rooms aside for validation, the same part of every area.
+    """Hold out rooms for validation, the same fraction of every area.
 
     Args:
-        rooms: names such as ``Area_1_office_3``; their order does not matter.
-        fraction: part of each area's rooms to set aside; at least one room, and never all of them.
+        rooms: names such as ``Area_1_office_3``, in any order.
+        fraction: fraction of each area's rooms to hold out; at least one room, never all.
         seed: of the choice.
 
     Returns:
-        The rooms to train on and those to validate on, both sorted.
+        The training rooms and the validation rooms, both sorted.
 
     Raises:
         UserError: ``fraction`` is not between 0 and 1, or no area has two rooms.
     """
     if not 0 < fraction < 1:
-        raise UserError(f"the part of the rooms that validates must be between 0 and 1, got {fraction}")
+        raise UserError(f"the fraction of validation rooms must be between 0 and 1, got {fraction}")
     by_area: dict[int, list[str]] = {}
     for room in sorted(set(rooms)):
         by_area.setdefault(area_of(room), []).append(room)
@@ -103,28 +103,28 @@ def split_rooms(rooms: Iterable[str], *, fraction: float = 0.1, seed: int = 1) -
         order = np.random.default_rng([seed, area]).permutation(len(names))
         held_out |= {names[i] for i in order[:count]}
     if not held_out:
-        raise UserError("no area has two rooms, so none can be set aside for validation")
+        raise UserError("no area has two rooms, so none can be held out for validation; use more areas")
     every = sorted(room for names in by_area.values() for room in names)
     return [room for room in every if room not in held_out], sorted(held_out)
 
 
 def _find_folder(root: str | Path, name: str) -> Path | None:
-    """The folder ``name`` in ``root``, or ``root`` itself if it is that folder; None if neither is there."""
+    """Return the folder ``name`` in ``root``, or ``root`` if that is its name, or None if neither exists."""
     root = Path(root)
     if (root / name).is_dir():
         return root / name
-    # The two folders hold files of the same names, so a root that is the folder itself must also be called so.
+    # Both folders contain files of the same names, so only the folder's name tells them apart.
     return root if root.name == name and root.is_dir() else None
 
 
 def _read_room_list(folder: Path, blocks: int, get: str) -> list[str]:
-    """Room of every block."""
+    """Read the room of every block."""
     path = folder / ROOM_LIST
     try:
         names = read_text(path).split()
     except FileNotFoundError as error:
         raise DataError(
-            f"{path} is missing; it names the room of every block, one a line (it is written last)",
+            f"{path} is missing; it names the room of every block, one per line (and is written last)",
             fix=f"Get it: {get}",
         ) from error
     except (OSError, ValueError) as error:
@@ -135,15 +135,15 @@ def _read_room_list(folder: Path, blocks: int, get: str) -> list[str]:
                 f"{path}, entry {number} is {name!r}; expected a room such as Area_1_office_3", fix=f"Get it: {get}"
             )
     if len(names) != blocks:
-        raise DataError(f"{path} names the rooms of {len(names)} blocks, the files hold {blocks}", fix=CHECK_IT)
+        raise DataError(f"{path} names the rooms of {len(names)} blocks, but the files hold {blocks}", fix=CHECK_IT)
     return names
 
 
 class _BlockFiles:
-    """Blocks in HDF5 files, read one at a time; a handle never crosses a fork.
+    """Blocks in HDF5 files, read one at a time; file handles never cross a fork.
 
-    Files with many blocks to a chunk, as the published ones, are unpacked once, into a folder ``.unpacked`` beside
-    them, or, where that cannot be written, into the system's temporary folder.
+    Files with many blocks per chunk, like the published ones, are unpacked once into the folder ``.unpacked`` next to
+    them or, if that is not writable, into the system's temporary folder.
 
     Attributes:
         files: the files, in order.
@@ -170,9 +170,9 @@ class _BlockFiles:
         self.rooms = _read_room_list(folder, int(self.ends[-1]), get)
 
     def _inspect(self, path: Path) -> tuple[int, int, bool]:
-        """Blocks of a file, points of a block, and whether single blocks are slow to read."""
+        """Return a file's number of blocks, the points of a block, and whether single blocks are slow to read."""
         expected = f"an HDF5 file with 'data' (n, N, {CHANNELS}) and " + ", ".join(
-            f"'{name}' (n, N) of whole numbers" for name in self._arrays if name != "data"
+            f"'{name}' (n, N) of integers" for name in self._arrays if name != "data"
         )
         try:
             with open_hdf5(path) as file:
@@ -196,57 +196,57 @@ class _BlockFiles:
                 return data.shape[0], data.shape[1], data.chunks is not None and data.chunks[0] > _ROWS_PER_CHUNK
         except DataError:
             raise
-        except Exception as error:  # h5py raises many kinds on malformed files
+        except Exception as error:  # h5py raises many exception types on malformed files
             reason = (str(error) or type(error).__name__).splitlines()[0]
             problem = f"{path} cannot be read; it may be truncated ({reason})"
             raise DataError(f"{problem}; expected {expected}", fix=f"Get it: {self._get}") from error
 
     def __getstate__(self) -> dict[str, Any]:
-        # A worker that is started afresh opens and maps the files itself.
+        # Spawned workers open and map the files themselves.
         return {**self.__dict__, "_handles": {}, "_unpacked": {}}
 
     def _open(self, number: int) -> h5py.File:
-        if self._pid != os.getpid():  # HDF5 keeps a file position in a handle
+        if self._pid != os.getpid():  # after a fork: an HDF5 handle contains a file position
             self._handles, self._pid = {}, os.getpid()
         if number not in self._handles:
             self._handles[number] = hdf5_file(self.files[number])
         return self._handles[number]
 
     def place(self, block: int) -> tuple[int, int]:
-        """File number and row of a block."""
+        """Return the file number and row of a block."""
         number = int(np.searchsorted(self.ends, block, side="right"))
         return number, block - (int(self.ends[number - 1]) if number else 0)
 
     def where(self, block: int) -> str:
-        """File, row and room of a block, for messages."""
+        """Return the file, row and room of a block, for messages."""
         number, row = self.place(block)
         return f"{self.files[number]}, block {row} ({self.rooms[block]})"
 
     def data(self, block: int) -> np.ndarray:
-        """Values of one block, (N, channels) float32, finite."""
+        """Read the values of one block, (N, channels) float32, finite."""
         values = self.read(block, "data")[:, : self.channels].astype(np.float32)
         if not np.isfinite(values).all():
-            raise DataError(f"{self.where(block)}: 'data' has values that are not finite", fix=CHECK_IT)
+            raise DataError(f"{self.where(block)}: 'data' has non-finite values", fix=CHECK_IT)
         return values
 
     def labels(self, block: int) -> np.ndarray:
-        """Classes of one block's points, (N,) int64 in 0..12."""
+        """Read the classes of one block's points, (N,) int64 in 0..12."""
         stored = self.read(block, "label")
         labels = stored.astype(np.int64)
         if labels.min() < 0 or labels.max() >= len(CLASS_NAMES):
             raise DataError(
-                f"{self.where(block)}: 'label' must be in 0..{len(CLASS_NAMES) - 1}, it is in "
+                f"{self.where(block)}: 'label' must be in 0..{len(CLASS_NAMES) - 1}, but is in "
                 f"{stored.min()}..{stored.max()}",
                 fix=CHECK_IT,
             )
         return labels
 
     def index(self, block: int) -> np.ndarray:
-        """Numbers in the room of one block's points, (N,) int64."""
+        """Read the numbers in the room of one block's points, (N,) int64."""
         return self.read(block, "index").astype(np.int64)
 
     def read(self, block: int, name: str) -> np.ndarray:
-        """One block's row of an array, as stored, but of unpacked data the first ``channels`` columns only."""
+        """Read one block of an array as stored; unpacked ``data`` has only the first ``channels`` columns."""
         number, row = self.place(block)
         if self._slow[number]:
             return np.array(self._map(number, name)[row])
@@ -254,13 +254,13 @@ class _BlockFiles:
             return self._open(number)[name][row]
         except DataError:
             raise
-        except Exception as error:  # h5py raises many kinds on malformed files
+        except Exception as error:  # h5py raises many exception types on malformed files
             raise DataError(
                 f"{self.where(block)}: '{name}' cannot be read ({error})", fix=f"Get it: {self._get}"
             ) from error
 
     def unpack(self, blocks: Iterable[int]) -> None:
-        """Unpack the files of some blocks where that is needed and was not done, so that no worker has to."""
+        """Unpack the files of some blocks if necessary, so that no worker has to."""
         numbers = sorted({self.place(int(block))[0] for block in blocks})
         work = [(number, name) for number in numbers if self._slow[number] for name in self._arrays]
         text = f"unpacking {self.folder.name}, once"
@@ -273,7 +273,7 @@ class _BlockFiles:
         return self._unpacked[number, array]
 
     def _unpack(self, number: int, array: str) -> np.ndarray:
-        """Map one array of a file, which is unpacked first where that was not done."""
+        """Memory-map one array of a file, unpacking it first if necessary."""
         path = self.files[number]
         status = path.stat()
         what = f"{array}{self.channels}" if array == "data" else array
@@ -282,21 +282,21 @@ class _BlockFiles:
         user = os.getuid() if hasattr(os, "getuid") else "all"
         folders = (self.folder / ".unpacked", Path(tempfile.gettempdir()) / f"s3dis_unpacked_{user}_{key}")
         for folder in folders:
-            with contextlib.suppress(OSError, ValueError):  # missing or damaged: it is made again
+            with contextlib.suppress(OSError, ValueError):  # missing or damaged: unpack again
                 return np.load(folder / name, mmap_mode="r")
         try:
             with hdf5_file(path) as file:
-                # Whole file: its chunks hold many blocks, so reading by block would unpack each chunk many times.
+                # Read the whole file: block by block, each chunk would be decompressed once per block.
                 values = file[array][:, :, : self.channels] if array == "data" else file[array][()]
         except DataError:
             raise
-        except Exception as error:  # h5py raises many kinds on malformed files
+        except Exception as error:  # h5py raises many exception types on malformed files
             raise DataError(f"{path}: '{array}' cannot be read ({error})", fix=f"Get it: {self._get}") from error
         problems = []
         for folder in folders:
             temporary = folder / f"{name}.{os.getpid()}.tmp"
             try:
-                # The data folder's users may share it; in the temporary folder it is nobody else's.
+                # Several users may share the data folder; the temporary folder is private.
                 folder.mkdir(mode=0o777 if folder.parent == self.folder else 0o700, exist_ok=True)
                 with open(temporary, "wb") as out:
                     np.save(out, values)
@@ -306,17 +306,19 @@ class _BlockFiles:
                 problems.append(f"{folder}: {error}")
                 with contextlib.suppress(OSError):
                     temporary.unlink()
-        raise UserError(f"{path} must be unpacked to be read block by block, which failed ({'; '.join(problems)})")
+        raise UserError(
+            f"{path} must be unpacked to read single blocks, but no folder is writable ({'; '.join(problems)})"
+        )
 
 
 def _check_channels(in_channels: int) -> int:
     if in_channels not in (3, CHANNELS):
-        raise UserError(f"the blocks of S3DIS are read with 3 channels (xyz) or {CHANNELS}, not {in_channels}")
+        raise UserError(f"S3DIS blocks have 3 channels (xyz) or {CHANNELS}, got {in_channels}")
     return in_channels
 
 
 class S3DIS(Dataset):
-    """Training blocks of some areas, read when they are asked for; published files are unpacked the first time.
+    """Training blocks of some areas, read on access; published files are unpacked on first use.
 
     Attributes:
         areas: the areas.
@@ -340,16 +342,16 @@ class S3DIS(Dataset):
         """Find the blocks.
 
         Args:
-            root: the folder that holds ``indoor3d_sem_seg_hdf5_data``, or that folder itself.
+            root: the folder ``indoor3d_sem_seg_hdf5_data`` or its parent.
             areas: areas to read, of 1..6.
-            in_channels: 3 reads x, y and z from the block's middle, as the released code does; 9 reads all values.
+            in_channels: 3 reads x, y, z relative to the block's center, like the released code; 9 reads all values.
             num_points: keep the first points of every block, which are in random order; None keeps all.
-            rooms: read the blocks of these rooms only; None reads all rooms of the areas.
+            rooms: read only the blocks of these rooms; None reads all rooms of the areas.
 
         Raises:
-            DataError: a file is missing or not what was expected, or an area has no room.
-            UserError: another number of channels, more points than the blocks have, an unknown room, or no place to
-                unpack the published files.
+            DataError: a file is missing or not as expected, or an area has no room.
+            UserError: ``in_channels`` is unsupported, ``num_points`` too large, a room unknown, or no folder writable
+                to unpack the published files.
         """
         command = PREPARE_COMMAND.format(root=root)
         get = f"bash data/download_data.sh s3dis, or from the raw rooms: {command}"
@@ -363,12 +365,12 @@ class S3DIS(Dataset):
             raise UserError(f"the number of points must be at least 1, got {num_points}")
         if num_points is not None and num_points > self.block_points:
             raise UserError(
-                f"{num_points} points wanted (--num_points), but the blocks of {folder} have {self.block_points}"
+                f"--num_points {num_points} is too large: the blocks of {folder} have {self.block_points} points"
             )
         self.num_points = num_points or self.block_points
         self.areas = tuple(dict.fromkeys(int(area) for area in areas))
         if not self.areas:
-            raise UserError("no area was chosen; S3DIS has the areas 1 to 6")
+            raise UserError("no area was chosen; choose from 1 to 6")
         found = {room: area_of(room) for room in set(self._files.rooms)}
         for area in self.areas:
             if area not in found.values():
@@ -390,12 +392,12 @@ class S3DIS(Dataset):
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """Files that hold the blocks."""
+        """Files of the blocks."""
         return tuple(self._files.files[i] for i in sorted({self._files.place(int(b))[0] for b in self._blocks}))
 
     @property
     def labels(self) -> np.ndarray:
-        """Classes of all points, (n, num_points) uint8, read at each use."""
+        """Classes of all points, (n, num_points) uint8; read from disk on every access."""
         labels = np.empty((len(self), self.num_points), dtype=np.uint8)
         for i, block in enumerate(self._blocks):
             labels[i] = self._files.labels(int(block))[: self.num_points]
@@ -412,13 +414,13 @@ class S3DIS(Dataset):
         return torch.from_numpy(values), torch.from_numpy(self._files.labels(block)[: self.num_points])
 
     def __repr__(self) -> str:
-        """Say what was found."""
+        """Return a one-line summary."""
         areas = ", ".join(map(str, self.areas))
         return f"S3DIS(areas {areas}: {len(self)} blocks of {self.num_points} points in {len(self.rooms)} rooms)"
 
 
 class S3DISRooms(Dataset):
-    """Blocks that together hold every point of the rooms of one area, for the scores of whole rooms.
+    """Blocks that together contain every point of the rooms of one area, to score whole rooms.
 
     Attributes:
         area: the area.
@@ -434,13 +436,13 @@ class S3DISRooms(Dataset):
         """Find the blocks.
 
         Args:
-            root: the folder that holds ``indoor3d_sem_seg_hdf5_data_test``, or that folder itself.
+            root: the folder ``indoor3d_sem_seg_hdf5_data_test`` or its parent.
             area: the area, of 1..6.
-            in_channels: 3 or 9, see :class:`S3DIS`.
+            in_channels: 3 or 9, as for :class:`S3DIS`.
 
         Raises:
-            DataError: the folder is missing (the message says how to make it) or damaged, or the area has no room.
-            UserError: another number of channels.
+            DataError: the folder is missing or damaged, or the area has no room.
+            UserError: ``in_channels`` is unsupported.
         """
         get = PREPARE_COMMAND.format(root=root) + " --only test"
         folder = _find_folder(root, ROOM_FOLDER)
@@ -467,7 +469,7 @@ class S3DISRooms(Dataset):
         self._tables = [self._room_table(room) for room in range(len(self.rooms))]
 
     def _room_table(self, room: int) -> tuple[int, np.ndarray]:
-        """Points of a room, and the lower and upper corner of its box, (2, 3) float64 meters."""
+        """Return the number of points of a room and the corners of its bounding box, (2, 3) float64, in meters."""
         first = int(self._blocks[self._room_of == room][0])
         path = self._files.files[self._files.place(first)[0]]
         try:
@@ -476,7 +478,7 @@ class S3DISRooms(Dataset):
                 box = np.stack([file.attrs["room_low"], file.attrs["room_high"]]).astype(np.float64)
         except DataError:
             raise
-        except Exception as error:  # h5py raises many kinds on malformed files
+        except Exception as error:  # h5py raises many exception types on malformed files
             raise DataError(
                 f"{path} lacks the attributes room, room_points, room_low, room_high ({error}). "
                 f"Make it again: {self._get}"
@@ -485,21 +487,21 @@ class S3DISRooms(Dataset):
             raise DataError(f"{path} holds {name}, but {ROOM_LIST} says {self.rooms[room]}. Make it again: {self._get}")
         held, extent = self.block_points * len(self.blocks_of(room)), np.diff(box, axis=0)
         if not 0 < total <= held:
-            raise DataError(f"{path} promises {total} points, its blocks hold {held}. Make it again: {self._get}")
+            raise DataError(f"{path} promises {total} points, but its blocks hold {held}. Make it again: {self._get}")
         if box.shape != (2, 3) or not np.isfinite(box).all() or not ((extent >= 0) & (extent < _MAX_EXTENT)).all():
-            raise DataError(f"{path}: room_low and room_high are no corners of a room. Make it again: {self._get}")
+            raise DataError(f"{path}: room_low and room_high are not the corners of a room. Make it again: {self._get}")
         return total, box
 
     def blocks_of(self, room: int) -> np.ndarray:
-        """Items that belong to a room."""
+        """Return the items of a room."""
         return np.flatnonzero(self._room_of == room)
 
     def room_size(self, room: int) -> int:
-        """Number of points of a room."""
+        """Return the number of points of a room."""
         return self._tables[room][0]
 
     def room_cloud(self, room: int) -> tuple[np.ndarray, np.ndarray]:
-        """Put a room together from its blocks.
+        """Assemble a room from its blocks.
 
         Returns:
             points: (M, 6) float32, x, y, z in meters from the room's lower corner and red, green, blue in 0..1.
@@ -525,14 +527,14 @@ class S3DISRooms(Dataset):
                 f"{self._get}"
             )
         if not np.isfinite(points).all():
-            raise DataError(f"{self._files.where(block)}: its room has coordinates that are not finite")
+            raise DataError(f"{self._files.where(block)}: its room has non-finite coordinates")
         return points, labels
 
     def _index(self, block: int, total: int) -> np.ndarray:
         index = self._files.index(block)
         if index.min() < 0 or index.max() >= total:
             raise DataError(
-                f"{self._files.where(block)}: 'index' must be in 0..{total - 1}, it is in {index.min()}.."
+                f"{self._files.where(block)}: 'index' must be in 0..{total - 1}, but is in {index.min()}.."
                 f"{index.max()}. Make it again: {self._get}"
             )
         return index
@@ -549,6 +551,6 @@ class S3DISRooms(Dataset):
         return torch.from_numpy(values), torch.from_numpy(labels), torch.from_numpy(points), room
 
     def __repr__(self) -> str:
-        """Say what was found."""
+        """Return a one-line summary."""
         total = sum(self.room_size(i) for i in range(len(self.rooms)))
         return f"S3DISRooms(area {self.area}: {len(self.rooms)} rooms, {total} points in {len(self)} blocks)"

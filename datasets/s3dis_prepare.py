@@ -1,15 +1,15 @@
-"""Cut the raw rooms of S3DIS into blocks for training and for the scores of whole rooms.
+"""Cut the raw rooms of S3DIS into blocks for training and for scoring whole rooms.
 
 The raw rooms are the folder Stanford3dDataset_v1.2_Aligned_Version: Area_1/office_3/Annotations/chair_1.txt and so on,
-one file an object, "x y z red green blue" a line. Written are, with 4,096 points to a block:
+one file per object, "x y z red green blue" on each line. Output, with 4,096 points per block:
 
-  OUT/indoor3d_sem_seg_hdf5_data        training: blocks of 1 m every 0.5 m, points drawn at random; what
-                                        main_semseg.py trains on and scores by the released protocol
-  OUT/indoor3d_sem_seg_hdf5_data_test   whole rooms: blocks of 1 m side by side, every point of a room in at least one,
-                                        with its number; what main_semseg.py scores rooms on
+  OUT/indoor3d_sem_seg_hdf5_data        training: blocks of 1 m every 0.5 m with random points, used by
+                                        main_semseg.py for training and the released protocol
+  OUT/indoor3d_sem_seg_hdf5_data_test   whole rooms: adjacent blocks of 1 m that contain every point of a room at
+                                        least once, with its number, used by main_semseg.py to score rooms
 
-Every room is one file, which appears when it is complete: start the same command again after an interruption, and only
-the rooms that are missing are made. The lists all_files.txt and room_filelist.txt are written last.
+Every room is one file, which appears when it is complete: after an interruption, run the same command again to make
+only the missing rooms. The lists all_files.txt and room_filelist.txt are written last.
 
 commands:
   python -m datasets.s3dis_prepare --raw Stanford3dDataset_v1.2_Aligned_Version --out data --workers 8
@@ -49,8 +49,8 @@ from utils.progress import progress
 BLOCK_FORMAT, BLOCK_VERSION = "crossnet-s3dis", 1
 KINDS = {"train": BLOCK_FOLDER, "test": ROOM_FOLDER}
 RAW_NAME = "Stanford3dDataset_v1.2_Aligned_Version"
-MAX_DISTANCE = 500  # meters of a room's points from its middle
-_STRAY = re.compile(r"[^\x20-\x7e\t\r]+")  # what no text file of numbers holds: control and non-ASCII characters
+MAX_DISTANCE = 500  # a point farther from its room's center (in meters) would cut the room into millions of blocks
+_STRAY = re.compile(r"[^\x20-\x7e\t\r]+")  # control and non-ASCII characters, invalid in a text file of numbers
 _LINE = 'six numbers, "x y z red green blue", colors in 0..255'
 
 
@@ -63,7 +63,7 @@ class BlockSettings:
         block: side of a block in meters.
         stride: distance between training blocks in meters.
         min_points: a training block with fewer points is dropped.
-        seed: of the draws; what a room gives depends on it and the room's name alone.
+        seed: of the draws, which depend only on it and the room's name.
         dtype: of the stored values; float16 halves the files and keeps 3 digits.
     """
 
@@ -84,7 +84,7 @@ class Room:
         xyz: (M, 3) float64 meters, as in the raw files.
         rgb: (M, 3) float32 in 0..255.
         labels: (M,) uint8 classes.
-        notes: what was odd in the files but could be read.
+        notes: oddities in the files that could be repaired.
     """
 
     name: str
@@ -98,7 +98,7 @@ class Room:
 
 
 def _numbers(line: str) -> list[float] | None:
-    """Six finite numbers with colors in range, or None (``float`` would take ``1_0`` as well)."""
+    """Parse six finite numbers with colors in range, or return None (also for ``1_0``, which ``float`` accepts)."""
     try:
         values = [float(word) for word in line.split()]
     except ValueError:
@@ -113,7 +113,7 @@ def _numbers(line: str) -> list[float] | None:
 
 
 def _repair(line: str) -> tuple[list[float] | None, str]:
-    """Read a line with a stray character in the place of a space or between the digits of a number."""
+    """Read a line with a stray character instead of a space or between the digits of a number."""
     for replacement, reading in ((" ", "a space"), ("", "nothing")):
         if values := _numbers(_STRAY.sub(replacement, line)):
             return values, reading
@@ -123,14 +123,14 @@ def _repair(line: str) -> tuple[list[float] | None, str]:
 def read_annotation(path: Path) -> tuple[np.ndarray, list[str]]:
     """Read the points of one object.
 
-    A published file has a control character in one line. Such a character, or one that is not ASCII, is read as a space
-    or as nothing, whichever gives six numbers, and noted. Nothing else is forgiven.
+    One published file has a control character in a line. Such a character, or a non-ASCII one, is read as a space or
+    dropped, whichever gives six numbers, and noted. Any other deviation is an error.
 
     Returns:
         (M, 6) float64, x, y, z and red, green, blue in 0..255; and the notes.
 
     Raises:
-        DataError: the file cannot be read, or a line is not as expected; the message names the line.
+        DataError: the file cannot be read, or a line is malformed; the message names the line.
     """
     try:
         text = path.read_bytes().decode("latin-1")
@@ -142,7 +142,7 @@ def read_annotation(path: Path) -> tuple[np.ndarray, list[str]]:
             if values.shape[1] == 6 and np.isfinite(values).all() and _in_range(values[:, 3:]):
                 return values, []
     except ValueError:
-        pass  # the loop below finds the line
+        pass  # the loop below finds the malformed line
     rows, notes = [], []
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -164,21 +164,21 @@ def _in_range(colors: np.ndarray) -> bool:
 
 
 def annotation_files(folder: Path) -> list[Path]:
-    """Files of a room's objects, sorted.
+    """Return the files of a room's objects, sorted.
 
     Raises:
-        DataError: there is none.
+        DataError: the room has no objects.
     """
     files = data_files(folder / "Annotations", "*.txt")
     if not files:
         raise DataError(
-            f"{folder}/Annotations holds no object (expected chair_1.txt and so on). Unpack the raw data set again"
+            f"{folder}/Annotations has no objects (expected chair_1.txt and so on). Unpack the raw data set again"
         )
     return files
 
 
 def class_of(path: Path) -> int:
-    """Class of an object from its file's name, such as ``chair_1.txt``; what is no class is clutter."""
+    """Return the class of an object from its file name, such as ``chair_1.txt``; unknown names are clutter."""
     name = path.stem.split("_")[0].lower()
     return CLASS_NAMES.index(name if name in CLASS_NAMES else "clutter")
 
@@ -199,25 +199,25 @@ def read_room(folder: Path, name: str) -> Room:
     values = np.concatenate(parts)
     if not len(values):
         raise DataError(f"{folder} has no points. Unpack the raw data set again")
-    # One wild coordinate would cut the room into millions of blocks.
+    # One outlier would cut the room into millions of blocks.
     middle = np.median(values[:, :3], axis=0)
     for file, part in zip(files, parts, strict=True):
         if len(part) and (distance := np.abs(part[:, :3] - middle).max()) > MAX_DISTANCE:
             raise DataError(
-                f"{file} has a point {distance:g} m from the middle of its room. Unpack the raw data set again"
+                f"{file} has a point {distance:g} m from the center of its room. Unpack the raw data set again"
             )
     return Room(name, values[:, :3], values[:, 3:].astype(np.float32), np.concatenate(labels), tuple(notes))
 
 
 def find_rooms(raw: Path, areas: tuple[int, ...]) -> dict[str, Path]:
-    """Folder of every room by its name, such as ``Area_1_office_3``, sorted.
+    """Return the folder of every room by its name, such as ``Area_1_office_3``, sorted.
 
     Args:
-        raw: the folder that holds ``Area_1`` and so on, or the one above it.
-        areas: areas wanted.
+        raw: the folder with ``Area_1`` and so on, or its parent.
+        areas: the areas.
 
     Raises:
-        DataError: an area is not there or has no room.
+        DataError: an area is missing or has no rooms.
     """
     root = raw if data_files(raw, "Area_*") or not (raw / RAW_NAME).is_dir() else raw / RAW_NAME
     rooms: dict[str, Path] = {}
@@ -227,43 +227,41 @@ def find_rooms(raw: Path, areas: tuple[int, ...]) -> dict[str, Path]:
         if not found:
             _name_areas_found(root, area)
             raise DataError(
-                f"no room in {folder}; --raw must be the unpacked {RAW_NAME} (Area_{area}/office_1/Annotations/*.txt "
-                "and so on). The form for it: http://buildingparser.stanford.edu/dataset.html"
+                f"no rooms in {folder}; --raw must be the unpacked {RAW_NAME} (Area_{area}/office_1/Annotations/*.txt "
+                "and so on). Request it at http://buildingparser.stanford.edu/dataset.html"
             )
         rooms |= {f"Area_{area}_{f.name}": f for f in found}
     return rooms
 
 
 def _name_areas_found(root: Path, missing: int) -> None:
-    """Raise an error that says how to go on with the areas that are there; return where there are none."""
+    """Raise an error that names the areas that exist and the flags to use them; return if there are none."""
     there = [number for number in AREAS if has_data_files(root / f"Area_{number}", "*/Annotations/*.txt")]
     if there:
         names = ", ".join(f"Area_{number}" for number in there)
         flag = " ".join(map(str, there))
-        raise DataError(f"no room in {root / f'Area_{missing}'}; {root} holds {names}: cut these with --areas {flag}")
+        raise DataError(f"no rooms in {root / f'Area_{missing}'}; {root} holds {names}: cut these with --areas {flag}")
     if re.fullmatch(r"Area_\d", root.name) and has_data_files(root, "*/Annotations/*.txt"):
-        raise DataError(
-            f"{root} is one area; --raw names the folder that holds it: --raw {root.parent} --areas {root.name[5:]}"
-        )
+        raise DataError(f"{root} is one area; --raw takes its parent: --raw {root.parent} --areas {root.name[5:]}")
 
 
 # --- cutting ---
 
 
 def block_starts(extent: float, *, block: float, stride: float) -> list[float]:
-    """Lower ends of blocks that cover 0..extent, every ``stride``, as the published blocks lie; at least one."""
+    """Return the lower ends of blocks that cover 0..extent at every ``stride``, like the published blocks."""
     return [i * stride for i in range(max(1, math.ceil((extent - block) / stride) + 1))]
 
 
 def cut(xyz: np.ndarray, starts: tuple[list[float], list[float]], block: float) -> Iterator[np.ndarray]:
-    """Yield the numbers of the points of each block, x by x and then y by y; both ends of a block belong to it.
+    """Yield the indices of the points of each block, in order of x, then y; both ends of a block are inclusive.
 
     Args:
         xyz: (M, 3) meters from the room's lower corner.
         starts: lower ends of the blocks in x and in y.
         block: side of a block.
     """
-    side = block + 1e-9  # so that rounding leaves no point between the last block and the wall
+    side = block + 1e-9  # otherwise rounding can lose points between the last block and the wall
     order = np.argsort(xyz[:, 0], kind="stable")
     sorted_x = xyz[order, 0]
     for x in starts[0]:
@@ -277,31 +275,30 @@ def cut(xyz: np.ndarray, starts: tuple[list[float], list[float]], block: float) 
 
 
 def block_values(xyz: np.ndarray, rgb: np.ndarray, extent: np.ndarray, block: float) -> np.ndarray:
-    """Nine values of the points of a block.
+    """Return the nine values of the points of a block.
 
     Args:
         xyz: (N, 3) meters from the room's lower corner.
         rgb: (N, 3) in 0..255.
-        extent: (3,) meters, the room's.
+        extent: (3,) of the room, in meters.
         block: side of a block in meters.
 
     Returns:
-        (N, 9) float64: x and y from the block's middle and z; red, green, blue in 0..1; x, y, z over the extent. The
-        block's middle is half a side from the lowest x and y of these points, as in the published blocks.
+        (N, 9) float64: x and y relative to the block's center and z; red, green, blue in 0..1; x, y, z divided by the
+        extent. The center is half a side from the lowest x and y of these points, as in the published blocks.
     """
     local = xyz.copy()
     local[:, :2] -= local[:, :2].min(axis=0) + block / 2
-    # A flat room has extent 0 along an axis; its points are at 0 then, not at NaN.
+    # Without the maximum, a flat room (extent 0 along an axis) would give NaN.
     return np.concatenate([local, rgb / 255.0, xyz / np.maximum(extent, np.finfo(np.float32).tiny)], axis=1)
 
 
 def choose_points(room: Room, kind: str, settings: BlockSettings) -> tuple[np.ndarray, list[np.ndarray]]:
     """Choose the points of every block of a room.
 
-    Training blocks lie every ``stride`` and hold ``num_points`` drawn of their points, some repeatedly where they are
-    fewer. Test blocks lie side by side (the last of a row is moved back into the room, so that it is no thin strip);
-    the points of each are dealt at random to as many blocks as it takes, and the last of these is filled up with
-    repetitions.
+    Training blocks start at every ``stride`` and hold ``num_points`` random points, with repetitions if they have
+    fewer. Test blocks are adjacent (the last of a row is shifted back into the room, so that it is not a thin strip);
+    the points of each are dealt at random to as many blocks as necessary, the last one padded with repetitions.
 
     Args:
         room: the room.
@@ -309,7 +306,7 @@ def choose_points(room: Room, kind: str, settings: BlockSettings) -> tuple[np.nd
         settings: how to cut.
 
     Returns:
-        (M, 3) float64 points in meters from the room's lower corner, and for every block (num_points,) point numbers.
+        (M, 3) float64 points in meters from the room's lower corner, and for every block (num_points,) point indices.
     """
     generator = np.random.default_rng([settings.seed, zlib.crc32(f"{kind} {room.name}".encode())])
     xyz = room.xyz - room.xyz.min(axis=0)
@@ -338,12 +335,12 @@ def choose_points(room: Room, kind: str, settings: BlockSettings) -> tuple[np.nd
 
 
 def room_file(out: str | Path, kind: str, room: str) -> Path:
-    """File of a room's blocks."""
+    """Return the file of a room's blocks."""
     return Path(out) / KINDS[kind] / f"ply_data_all_{room}.h5"
 
 
 def _marks(kind: str, settings: BlockSettings, source: str) -> dict[str, Any]:
-    """What a finished file must say to be taken as the one wanted."""
+    """Return the attributes by which a finished file is recognized."""
     used = asdict(settings)
     if kind == "test":
         del used["stride"], used["min_points"]  # test blocks do not depend on them
@@ -354,15 +351,15 @@ def write_room(out: str | Path, room: Room, kind: str, settings: BlockSettings, 
     """Cut a room and write its blocks into one file, which appears when it is complete.
 
     The arrays are ``data`` (n, N, 9), ``label`` (n, N) uint8 and, for ``kind`` ``"test"``, ``index`` (n, N) int32, the
-    point's number in the room. Each block is a chunk of its own, so that it is read alone. Attributes: ``room``,
-    ``room_points``, ``room_low`` and ``room_high`` (corners of its box in meters), ``notes`` and the settings.
+    point's number in the room. Each block is a separate chunk, so that it can be read alone. Attributes: ``room``,
+    ``room_points``, ``room_low`` and ``room_high`` (corners of its bounding box in meters), ``notes`` and the settings.
 
     Args:
         out: the data root.
         room: the room.
         kind: ``"train"`` or ``"test"``.
         settings: how to cut.
-        source: describes what the room was read from; another source means that the file is made again.
+        source: description of the raw files; if it changes, the file is made again.
 
     Returns:
         The file.
@@ -379,7 +376,7 @@ def write_room(out: str | Path, room: Room, kind: str, settings: BlockSettings, 
         path.parent.mkdir(parents=True, exist_ok=True)
         with h5py.File(temporary, "w") as file:
             kept: dict[str, Any] = {"chunks": (1, size), "compression": "gzip", "compression_opts": 1}
-            # A sparse room can have no block at all; HDF5 takes chunks of one block then only if it may grow.
+            # A sparse room can have zero blocks; HDF5 accepts one-block chunks for that only if the array can grow.
             kept["maxshape"] = (None, size)
             data = file.create_dataset(
                 "data",
@@ -408,7 +405,7 @@ def write_room(out: str | Path, room: Room, kind: str, settings: BlockSettings, 
 
 
 def finished(path: Path, marks: dict[str, Any]) -> dict[str, Any] | None:
-    """What a room's file says of itself, or None where it is missing, damaged or made with other settings."""
+    """Return the counts of a finished room, or None if its file is missing, damaged or has other settings."""
     if not path.is_file():
         return None
     try:
@@ -426,7 +423,7 @@ def finished(path: Path, marks: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _foreign_files(folder: Path) -> list[Path]:
-    """Block files in a folder that this module did not write."""
+    """Return the block files in a folder that this module did not write."""
     foreign = []
     for path in data_files(folder, "ply_data_all_*.h5"):
         try:
@@ -435,7 +432,7 @@ def _foreign_files(folder: Path) -> list[Path]:
                     continue
         except OSError:
             if _is_room_file(path):
-                continue  # our own, damaged: it is made again
+                continue  # ours but damaged: it is made again
         foreign.append(path)
     return foreign
 
@@ -448,7 +445,7 @@ def write_lists(folder: str | Path) -> dict[str, int]:
     """Write ``all_files.txt`` and ``room_filelist.txt`` for all rooms in a folder, in the published form.
 
     Returns:
-        Blocks of every room that has any, in the order of the lists.
+        Number of blocks of every room with blocks, in the order of the lists.
 
     Raises:
         DataError: a room's file is damaged.
@@ -481,10 +478,10 @@ def write_lists(folder: str | Path) -> dict[str, int]:
 
 
 def prepare_room(name: str, folder: Path, out: Path, kinds: tuple[str, ...], settings: BlockSettings) -> dict[str, Any]:
-    """Make the files of one room that are missing.
+    """Make the missing files of one room.
 
     Returns:
-        ``name``, ``points``, ``notes``, ``made`` (whether anything had to be done) and the blocks of each kind.
+        ``name``, ``points``, ``notes``, ``made`` (whether a file was written) and the number of blocks of each kind.
     """
     files = annotation_files(folder)
     source = f"{len(files)} objects of {sum(f.stat().st_size for f in files)} bytes"
@@ -500,7 +497,7 @@ def prepare_room(name: str, folder: Path, out: Path, kinds: tuple[str, ...], set
             state = finished(path, marks)
             result["made"] = True
             if state is None:
-                raise UserError(f"{path} cannot be read back after it was written; is the disk sound?")
+                raise UserError(f"{path} cannot be read back after writing; check the disk")
         result |= {"points": state["points"], "notes": state["notes"], kind: state["blocks"]}
     return result
 
@@ -508,21 +505,21 @@ def prepare_room(name: str, folder: Path, out: Path, kinds: tuple[str, ...], set
 def prepare(
     raw: Path, out: Path, *, areas: tuple[int, ...], kinds: tuple[str, ...], settings: BlockSettings, workers: int
 ) -> dict[str, Any]:
-    """Make all files that are missing, then the lists.
+    """Make all missing files, then the lists.
 
     Returns:
         ``rooms``, ``points``, ``made``, the blocks of each kind, ``areas`` (the same by area) and ``notes``.
 
     Raises:
-        DataError: something in the raw rooms is missing or damaged.
-        UserError: a folder to write to holds blocks of another origin, or cannot be written.
+        DataError: a raw file is missing or damaged.
+        UserError: an output folder has blocks from elsewhere or cannot be written.
     """
     rooms = find_rooms(raw, areas)
     for kind in kinds:
         if foreign := _foreign_files(out / KINDS[kind]):
             raise UserError(
-                f"{foreign[0]} was not made by this command, and the two cannot be mixed; for the blocks of whole "
-                "rooms alone use --only test, or choose another --out"
+                f"{foreign[0]} was not made by this command, and its blocks cannot be mixed with ours; choose another "
+                "--out, or make only the blocks of whole rooms with --only test"
             )
     results: dict[str, dict[str, Any]] = {}
     with progress(total=len(rooms), text="cutting rooms", unit="room") as bar:
@@ -546,8 +543,8 @@ def prepare(
                         done(future.result())
                 except BrokenProcessPool as error:
                     raise UserError(
-                        "a process was ended from outside, most likely for want of memory: start again with fewer "
-                        "--workers; the rooms that are finished are kept"
+                        "a worker process was killed, most likely because memory ran out: start again with fewer "
+                        "--workers; finished rooms are kept"
                     ) from error
                 finally:
                     pool.shutdown(wait=True, cancel_futures=True)
@@ -557,7 +554,7 @@ def prepare(
 
 
 def summarize(results: list[dict[str, Any]], kinds: tuple[str, ...]) -> dict[str, Any]:
-    """Add up the rooms; see :func:`prepare`."""
+    """Sum over the rooms; return the result of :func:`prepare`."""
 
     def total(some: list[dict[str, Any]]) -> dict[str, int]:
         counts = {"rooms": len(some), "made": sum(r["made"] for r in some), "points": sum(r["points"] for r in some)}
@@ -569,7 +566,7 @@ def summarize(results: list[dict[str, Any]], kinds: tuple[str, ...]) -> dict[str
 
 
 def summary_table(summary: dict[str, Any]) -> str:
-    """The summary as people read it."""
+    """Format the summary as a table."""
     columns = [name for name in summary if name not in ("areas", "notes")]
     rows = [["area", *(name.replace("_", " ") for name in columns)]]
     rows += [[area, *(f"{counts[name]:,}" for name in columns)] for area, counts in summary["areas"].items()]
@@ -579,36 +576,38 @@ def summary_table(summary: dict[str, Any]) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Command line of this script."""
+    """Build the command line of this script."""
     parser = argparse.ArgumentParser(
         prog="python -m datasets.s3dis_prepare", description=__doc__, formatter_class=HelpFormatter
     )
     parser.add_argument("--raw", required=True, type=Path, metavar="DIR", help=f"the unpacked {RAW_NAME}")
     parser.add_argument(
-        "--out", type=Path, default=Path("data"), metavar="DIR", help="data root to write the folders into"
+        "--out", type=Path, default=Path("data"), metavar="DIR", help="data root for the output folders"
     )
     parser.add_argument(
         "--areas", type=int, nargs="+", choices=AREAS, default=list(AREAS), metavar="N", help="areas to cut, of 1 to 6"
     )
+    parser.add_argument("--only", choices=sorted(KINDS), help="make only the training blocks or only the whole rooms")
     parser.add_argument(
-        "--only", choices=sorted(KINDS), help="make only the blocks for training or only the whole rooms"
-    )
-    parser.add_argument(
-        "--workers", type=int, default=1, metavar="W", help="rooms cut at once; a large room takes about 2 GB of memory"
+        "--workers",
+        type=int,
+        default=1,
+        metavar="W",
+        help="rooms to cut in parallel; a large room takes about 2 GB of memory",
     )
     parser.add_argument("--json", metavar="FILE", help="also write the counts to FILE as one JSON object")
     group = parser.add_argument_group("blocks (the defaults are those of the published blocks)")
     default = BlockSettings()
     group.add_argument(
-        "--num_points", type=positive_int, default=default.num_points, metavar="N", help="points of a block"
+        "--num_points", type=positive_int, default=default.num_points, metavar="N", help="points per block"
     )
     group.add_argument(
-        "--stride", type=float, default=default.stride, metavar="M", help="meters between training blocks"
+        "--stride", type=float, default=default.stride, metavar="M", help="distance between training blocks in meters"
     )
     group.add_argument(
         "--min_points", type=int, default=default.min_points, metavar="N", help="drop training blocks with fewer points"
     )
-    group.add_argument("--seed", type=int, default=default.seed, metavar="S", help="seed of the draws")
+    group.add_argument("--seed", type=int, default=default.seed, metavar="S", help="random seed")
     return parser
 
 

@@ -1,11 +1,11 @@
 """ShapeNetPart (Yi et al., SIGGRAPH Asia 2016): objects of 16 categories whose points are labeled with 50 parts.
 
-Three layouts are read. The HDF5 release of PointNet (Qi et al., CVPR 2017), 2,048 points a shape: files such as
+Three layouts are supported. The HDF5 release of PointNet (Qi et al., CVPR 2017), 2,048 points per shape: files such as
 ``ply_data_train0.h5`` with the arrays ``data``, ``label`` (category) and ``pid`` (part, numbered over all categories).
 The HDF5 files of PointCloudDatasets (``shapenetpart_hdf5_2048/train0.h5`` and so on), whose parts are called ``seg``.
-And the text release ``shapenetcore_partanno_segmentation_benchmark_v0``, with or without normals. A data set of other
-categories is read as well where its folder holds ``all_object_categories.txt`` and
-``overallid_to_catid_partid.json``, as the HDF5 release does.
+The text release ``shapenetcore_partanno_segmentation_benchmark_v0``, with or without normals. Data sets of other
+categories work too if their folder has ``all_object_categories.txt`` and ``overallid_to_catid_partid.json``, like the
+HDF5 release.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ TEXT_FOLDERS = (
 )
 CATEGORY_FILE = "all_object_categories.txt"
 PART_FILE = "overallid_to_catid_partid.json"
-PART_NAME_FILE = "part_names.txt"  # not in the release: a name a line, for legends
+PART_NAME_FILE = "part_names.txt"  # not in the release: one part name per line, for legends
 TEXT_CATEGORY_FILE = "synsetoffset2category.txt"
-TEXT_POINTS = 2048  # points drawn from a cloud of the text release, whose clouds differ in size
-GET = f"bash data/download_data.sh shapenetpart (what is there: {CHECK_COMMAND})"
+TEXT_POINTS = 2048  # points drawn per shape of the text release, whose clouds differ in size
+GET = f"bash data/download_data.sh shapenetpart (to see what is present: {CHECK_COMMAND})"
 
-# name, synset, number of parts: the order is that of the category labels and of the parts' numbers.
+# Name, synset, number of parts. The order defines the category labels and part numbers: never change it.
 _OFFICIAL = (
     ("airplane", "02691156", 4),
     ("bag", "02773838", 2),
@@ -66,15 +66,15 @@ _OFFICIAL = (
     ("skateboard", "04225987", 3),
     ("table", "04379243", 3),
 )
-# What the released code calls a category, where that differs.
+# Category names of the released code that differ from ours.
 _OTHER_NAMES = {"motor": "motorbike"}
 _GOLDEN_RATIO = 0.618034
-_JSON_ERRORS = (ValueError, TypeError, RecursionError)  # of the parser, and of what is not of the form expected
-_LIMIT = 1e15  # squares of larger coordinates do not fit float32
+_JSON_ERRORS = (ValueError, TypeError, RecursionError)  # invalid JSON, or valid JSON of an unexpected form
+_LIMIT = 1e15  # squares of larger coordinates overflow float32
 
 
 def part_colors(part_counts: Sequence[int]) -> np.ndarray:
-    """Choose a color for every part: the hues of a category's parts are spread evenly, as far apart as can be.
+    """Choose a color for every part, with evenly spaced hues within each category.
 
     Args:
         part_counts: parts of each category; their sum is P.
@@ -86,21 +86,21 @@ def part_colors(part_counts: Sequence[int]) -> np.ndarray:
     for category, count in enumerate(part_counts):
         for part in range(count):
             hue = (part / count + _GOLDEN_RATIO * category) % 1.0
-            # Neighboring hues of a category with many parts also differ in brightness.
+            # With many parts, adjacent hues are hard to tell apart, so alternate the brightness.
             colors.append(colorsys.hsv_to_rgb(hue, 0.8, 0.95 if part % 2 == 0 else 0.7))
     return np.array(colors, dtype=np.float64).reshape(-1, 3)
 
 
 @dataclass(frozen=True)
 class PartTaxonomy:
-    """Categories of a part data set and the parts of each; parts are numbered over all categories, from 0.
+    """Categories of a part data set and their parts, which are numbered over all categories from 0.
 
     Attributes:
         category_names: lower-case names; a category's number is its position.
         part_counts: number of parts of each category.
-        part_starts: first part of each category; its parts follow one another.
+        part_starts: first part of each category; its parts are contiguous.
         colors: (P, 3) float64, red, green and blue of every part in 0..1.
-        synsets: folder or catalog number of each category; empty where none is known.
+        synsets: folder or catalog number of each category; empty if unknown.
         part_names: (P,) name of every part.
     """
 
@@ -120,10 +120,10 @@ class PartTaxonomy:
         synsets: Sequence[str] = (),
         part_names: Sequence[str] | None = None,
     ) -> PartTaxonomy:
-        """Number the parts of every category and give them colors; parts without a name are called by number.
+        """Number and color the parts of every category; without ``part_names``, name them by number.
 
         Raises:
-            ValueError: no category, a category without parts, a name twice, or lists of different length.
+            ValueError: there is no category, one has no parts, a name occurs twice, or the lists differ in length.
         """
         names = tuple(name.lower() for name in category_names)
         counts = tuple(int(count) for count in part_counts)
@@ -148,25 +148,25 @@ class PartTaxonomy:
         return sum(self.part_counts)
 
     def parts_of(self, category: int) -> range:
-        """Numbers of the parts of a category."""
+        """Return the part numbers of a category."""
         return range(self.part_starts[category], self.part_starts[category] + self.part_counts[category])
 
     def category_number(self, name: str) -> int:
-        """Number of the category of that name, whose case does not count.
+        """Return the number of a category, given its name in any case.
 
         Raises:
-            UserError: there is none; the message lists the names.
+            UserError: the name is unknown; the message lists the names.
         """
         wanted = name.strip().lower()
         if wanted not in self.category_names:
             wanted = _OTHER_NAMES.get(wanted, wanted)
         if wanted not in self.category_names:
-            raise UserError(f"there is no category {name!r}; the categories are: {', '.join(self.category_names)}")
+            raise UserError(f"unknown category {name!r}; the categories are: {', '.join(self.category_names)}")
         return self.category_names.index(wanted)
 
 
 def official_taxonomy() -> PartTaxonomy:
-    """The 16 categories and 50 parts of the published data set."""
+    """Return the 16 categories and 50 parts of the published data set."""
     names, synsets, counts = zip(*_OFFICIAL, strict=True)
     return PartTaxonomy.build(names, counts, synsets=synsets)
 
@@ -181,7 +181,7 @@ def _read_text(path: Path, what: str) -> str:
 
 
 def _read_categories(path: Path) -> dict[str, str]:
-    """Synset -> name, in the order of the lines."""
+    """Read a mapping from synset to name, in the order of the lines."""
     what = "a category name and its synset on every line"
     names: dict[str, str] = {}
     for number, line in enumerate(_read_text(path, what).split("\n"), start=1):
@@ -191,7 +191,7 @@ def _read_categories(path: Path) -> dict[str, str]:
         if len(words) < 2:
             raise DataError(f"{path}, line {number} is {line!r}; expected {what}")
         if words[-1] in names:
-            raise DataError(f"{path}, line {number}: synset {words[-1]} stands there twice")
+            raise DataError(f"{path}, line {number}: synset {words[-1]} occurs twice; remove one of its lines")
         names[words[-1]] = " ".join(words[:-1])
     if not names:
         raise DataError(f"{path} is empty; expected {what}")
@@ -199,7 +199,7 @@ def _read_categories(path: Path) -> dict[str, str]:
 
 
 def _read_part_counts(path: Path, synsets: Sequence[str]) -> list[int]:
-    """Parts of every category, from the list of (synset, part number) by global part number."""
+    """Read the number of parts of every category from the list of [synset, part number] of all parts."""
     what = 'a list of [synset, part number], one for every part in order, such as [["02691156", 1], ["02691156", 2]]'
     try:
         rows = json.loads(_read_text(path, what))
@@ -208,15 +208,15 @@ def _read_part_counts(path: Path, synsets: Sequence[str]) -> list[int]:
         raise DataError(f"{path} is not as expected: {what} ({error})") from error
     unknown = sorted(set(owners) - set(synsets))
     if unknown:
-        raise DataError(f"{path} has parts of {', '.join(unknown)}, which {CATEGORY_FILE} beside it does not name")
-    # Only synsets in the categories' order, each in one run, can be numbered by a first part and a count.
+        raise DataError(f"{path} has parts of {', '.join(unknown)}, which are not in {CATEGORY_FILE} next to it")
+    # part_starts and part_counts can only describe contiguous parts in the categories' order.
     number = Counter(owners)
     expected = [synset for synset in synsets for _ in range(number[synset])]
     for part, (found, wanted) in enumerate(zip(owners, expected, strict=True)):
         if found != wanted:
             raise DataError(
-                f"{path}: part {part} belongs to {found}, expected {wanted}: the parts of a category must follow one "
-                f"another, and the categories must have the order of {CATEGORY_FILE}"
+                f"{path}: part {part} belongs to {found}, expected {wanted}: the parts of a category must be "
+                f"contiguous, and the categories in the order of {CATEGORY_FILE}"
             )
     counts = [number[synset] for synset in synsets]
     if 0 in counts:
@@ -225,10 +225,10 @@ def _read_part_counts(path: Path, synsets: Sequence[str]) -> list[int]:
 
 
 def read_taxonomy(folder: str | Path) -> PartTaxonomy:
-    """Read the categories and parts that a folder describes; a folder that says nothing has the published ones.
+    """Read the categories and parts described in a folder; without a description, return the published ones.
 
     Raises:
-        DataError: one of the two tables is missing although the other one is not the published one, or they disagree.
+        DataError: one of the two tables is missing and the other is not the published one, or they disagree.
     """
     folder = Path(folder)
     official = official_taxonomy()
@@ -239,7 +239,7 @@ def read_taxonomy(folder: str | Path) -> PartTaxonomy:
     if not category_file.is_file():
         if part_file.is_file():
             raise DataError(
-                f"{category_file} is missing beside {PART_FILE}; expected a category name and synset a line"
+                f"{category_file} is missing next to {PART_FILE}; expected a category name and synset per line"
             )
         names, synsets, counts = official.category_names, official.synsets, official.part_counts
     else:
@@ -251,12 +251,12 @@ def read_taxonomy(folder: str | Path) -> PartTaxonomy:
             counts = official.part_counts
         else:
             raise DataError(
-                f"{part_file} is missing; {category_file.name} names other categories than the published ones, so "
-                "their parts must be listed: [synset, part number] for every part in order"
+                f"{part_file} is missing; {category_file.name} differs from the published categories, so the parts "
+                "must be listed: [synset, part number] for every part in order"
             )
     part_names = None
     if name_file.is_file():
-        lines = _read_text(name_file, "a part's name a line").split("\n")
+        lines = _read_text(name_file, "one part name per line").split("\n")
         part_names = [line.strip() for line in lines if line.strip()]
     try:
         return PartTaxonomy.build(names, counts, synsets=synsets, part_names=part_names)
@@ -265,10 +265,10 @@ def read_taxonomy(folder: str | Path) -> PartTaxonomy:
 
 
 def find_part_folder(root: str | Path) -> tuple[Path, str] | None:
-    """Find a part data set in ``root`` or its known sub-folders.
+    """Find a part data set in ``root`` or its known subfolders.
 
     Returns:
-        The folder and ``"hdf5"`` or ``"text"``; None where there is none.
+        The folder and ``"hdf5"`` or ``"text"``, or None.
     """
     root = Path(root)
     hdf5 = [root, *(root / name for name in HDF5_FOLDERS), *data_files(root, "shapenet*hdf5*")]
@@ -288,12 +288,12 @@ def find_part_folder(root: str | Path) -> tuple[Path, str] | None:
 
 
 def _prefix(folder: Path) -> str:
-    """What the names of the split's files begin with: other tools' files in a folder of PointCloudDatasets have any."""
+    """Return the prefix of the split's file names; files from PointCloudDatasets may have any."""
     return "ply_data_" if has_data_files(folder, "ply_data_*.h5") else "*"
 
 
 def part_files(folder: Path, split: str) -> list[Path]:
-    """HDF5 files of one split; see :func:`datasets.modelnet.listed_files`."""
+    """Return the HDF5 files of one split, found by :func:`datasets.modelnet.listed_files`."""
     index = f"{split}_hdf5_file_list.txt"
     return listed_files(folder, split, index=index, get=GET, prefix=_prefix(folder))
 
@@ -302,12 +302,12 @@ class ShapeNetPart(Dataset):
     """Labeled shapes of one split, held in memory.
 
     Attributes:
-        points: (n, N, 3) float32; as stored (HDF5), or normalized to the unit sphere (text release).
+        points: (n, N, 3) float32, as stored (HDF5) or normalized to the unit sphere (text release).
         parts: (n, N) int64 part numbers over all categories.
         categories: (n,) int64 category numbers.
         taxonomy: names categories and parts.
-        category: number of the category chosen by ``class_choice``, None where all were read.
-        files: files read, in order.
+        category: number of the category ``class_choice``, or None.
+        files: the files read, in order.
         split: the split's name.
 
     Shape:
@@ -328,16 +328,16 @@ class ShapeNetPart(Dataset):
         """Read one split.
 
         Args:
-            root: the folder that holds the set's folder, or that folder itself.
-            split: ``"train"``, ``"val"``, ``"trainval"`` (train, then val where there is one) or ``"test"``.
-            num_points: points of a shape. HDF5: the first rows, None keeps all. Text release: drawn at random, 2,048
-                where None; a smaller cloud gives every point once and some again.
-            class_choice: read the shapes of this category only; None or an empty text reads all.
-            seed: of the draw from the text release; what a shape gives depends on it and the shape's name alone.
+            root: the set's folder or its parent.
+            split: ``"train"``, ``"val"``, ``"trainval"`` (train, then val if present) or ``"test"``.
+            num_points: points per shape. HDF5: the first rows, None keeps all. Text release: drawn at random, None
+                means 2,048; a smaller cloud repeats points after using each once.
+            class_choice: read only this category; None or an empty string reads all.
+            seed: of the draw from the text release, which depends only on it and the shape's name.
 
         Raises:
-            DataError: a file is missing or not what was expected.
-            UserError: no such category, no shape of it, or ``num_points`` is larger than the clouds of the HDF5 files.
+            DataError: a file is missing or not as expected.
+            UserError: the category is unknown or empty, or ``num_points`` is larger than the clouds of the HDF5 files.
         """
         if split not in PART_SPLITS:
             raise ValueError(f"split must be one of {tuple(PART_SPLITS)}, got {split!r}")
@@ -363,11 +363,11 @@ class ShapeNetPart(Dataset):
             raise UserError(f"the {split} split in {self.folder} has no shape of category '{class_choice}'")
 
     def _keep(self, categories: np.ndarray) -> np.ndarray:
-        """Which shapes are of the chosen category."""
+        """Return a mask (n,) of the shapes in the chosen category."""
         return np.ones(len(categories), dtype=bool) if self.category is None else categories == self.category
 
     def _check_parts(self, path: Path, parts: np.ndarray, categories: np.ndarray) -> np.ndarray:
-        """Return the parts as int64 if every shape has parts of its own category only."""
+        """Return the parts (n, N) as int64 after checking that they fit the shapes' categories."""
         taxonomy = self.taxonomy
         is_number = parts.dtype.kind in "iuf" and np.isfinite(parts).all()
         numbers = parts.astype(np.int64) if is_number else None
@@ -376,9 +376,9 @@ class ShapeNetPart(Dataset):
         if numbers.size and (numbers.min() < 0 or numbers.max() >= taxonomy.num_parts):
             raise DataError(
                 f"{path}: 'pid' must be in 0..{taxonomy.num_parts - 1}, as {self.folder.name} has "
-                f"{len(taxonomy.category_names)} categories with {taxonomy.num_parts} parts; it is in "
+                f"{len(taxonomy.category_names)} categories with {taxonomy.num_parts} parts, but is in "
                 f"{numbers.min()}..{numbers.max()}. A set of other categories needs {CATEGORY_FILE} and {PART_FILE} "
-                f"beside its files",
+                f"next to its files",
                 fix=CHECK_IT,
             )
         first = np.asarray(taxonomy.part_starts)[categories][:, None]
@@ -396,7 +396,7 @@ class ShapeNetPart(Dataset):
         return numbers
 
     def _read_hdf5(self, num_points: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Read the split's files; see the class for the arrays."""
+        """Read the split's files and return ``points``, ``categories`` and ``parts``."""
         splits = PART_SPLITS[self.split]
         if self.split == "trainval" and not self._has_files("val"):
             splits = ("train",)
@@ -409,13 +409,13 @@ class ShapeNetPart(Dataset):
             parts = self._read_parts(file, categories)
             if parts.ndim != 2 or len(parts) != len(points) or parts.shape[1] < points.shape[1]:
                 raise DataError(
-                    f"{file}: 'pid' must be (n, N), a part for every point of 'data', it is {parts.shape} for "
+                    f"{file}: 'pid' must be (n, N), a part for every point of 'data', but is {parts.shape} for "
                     f"{points.shape}",
                     fix=CHECK_IT,
                 )
             if num_points is None and parts.shape[1] != points.shape[1]:
                 raise DataError(
-                    f"{file}: 'pid' has {parts.shape[1]} parts a shape for {points.shape[1]} points",
+                    f"{file}: 'pid' has {parts.shape[1]} parts per shape for {points.shape[1]} points",
                     fix=CHECK_IT,
                 )
             parts = self._check_parts(file, parts[:, : points.shape[1]], categories)
@@ -428,9 +428,9 @@ class ShapeNetPart(Dataset):
         return tuple(np.concatenate(arrays) for arrays in zip(*read, strict=True))
 
     def _read_parts(self, file: Path, categories: np.ndarray) -> np.ndarray:
-        """Read the parts of a file, which are called ``pid`` as released, ``seg`` by PointCloudDatasets.
+        """Read the parts of a file: ``pid`` in the release, ``seg`` in PointCloudDatasets.
 
-        Some copies number the parts of ``seg`` within each category, from 0; these come back numbered over all.
+        Some copies number ``seg`` within each category from 0; these are renumbered over all categories.
         """
         try:
             return read_hdf5(file, ("pid",), get=GET)["pid"]
@@ -442,7 +442,7 @@ class ShapeNetPart(Dataset):
 
     def _numbered_over_all(self, parts: np.ndarray, categories: np.ndarray) -> np.ndarray:
         if parts.ndim != 2 or len(parts) != len(categories) or parts.dtype.kind not in "iuf":
-            return parts  # refused by whoever checks it
+            return parts  # _check_parts rejects it
         first, counts = (
             np.asarray(table)[categories][:, None] for table in (self.taxonomy.part_starts, self.taxonomy.part_counts)
         )
@@ -457,7 +457,7 @@ class ShapeNetPart(Dataset):
     # --- the text release ---
 
     def _text_shapes(self, split: str) -> list[tuple[str, str]]:
-        """(synset, shape) of one split, in the order of the list."""
+        """Return (synset, shape) for the shapes of one split, in the order of the list."""
         path = self.folder / "train_test_split" / f"shuffled_{split}_file_list.json"
         what = 'a list of shapes such as "shape_data/02691156/1a04e3eab45ca15dd86060f189eb133"'
         try:
@@ -471,13 +471,13 @@ class ShapeNetPart(Dataset):
                 raise DataError(f"{path} lists {'/'.join(row)!r}; expected {what}")
             if row[-2] not in self.taxonomy.synsets:
                 raise DataError(
-                    f"{path} lists a shape of {row[-2]}, which is no category of {self.folder} "
-                    f"({TEXT_CATEGORY_FILE} or {CATEGORY_FILE} names them)"
+                    f"{path} lists a shape of {row[-2]}, which is not a category of {self.folder} "
+                    f"(listed in {TEXT_CATEGORY_FILE} or {CATEGORY_FILE})"
                 )
         return [(row[-2], row[-1]) for row in rows]
 
     def _read_text_shape(self, synset: str, shape: str) -> tuple[Path, np.ndarray, np.ndarray]:
-        """Read one shape: its file, points (M, 3) float64 and part numbers (M,) over all categories."""
+        """Return the file of one shape, its points (M, 3) float64 and part numbers (M,) over all categories."""
         folder = self.folder / synset
         together, points_file = folder / f"{shape}.txt", folder / "points" / f"{shape}.pts"
         category = self.taxonomy.synsets.index(synset)
@@ -492,13 +492,13 @@ class ShapeNetPart(Dataset):
         count = self.taxonomy.part_counts[category]
         if labels.min() < 1 or labels.max() > count:
             raise DataError(
-                f"{label_file}: parts of '{self.taxonomy.category_names[category]}' must be in 1..{count}, they are in "
+                f"{label_file}: parts of '{self.taxonomy.category_names[category]}' must be in 1..{count}, but are in "
                 f"{labels.min():g}..{labels.max():g}"
             )
         return label_file, points, labels[:, 0] - 1 + self.taxonomy.part_starts[category]
 
     def _read_text_release(self, num_points: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Read the split's shapes, normalize them and draw points; see the class for the arrays."""
+        """Read and normalize the split's shapes, draw points, and return ``points``, ``categories`` and ``parts``."""
         shapes = [shape for split in PART_SPLITS[self.split] for shape in self._text_shapes(split)]
         if self.category is not None:
             shapes = [shape for shape in shapes if shape[0] == self.taxonomy.synsets[self.category]]
@@ -510,7 +510,7 @@ class ShapeNetPart(Dataset):
             path, cloud, labels = self._read_text_shape(synset, name)
             files.append(path)
             labels = self._check_parts(path, labels[None], categories[i : i + 1])[0]
-            cloud = cloud - cloud.mean(axis=0)
+            cloud = cloud - cloud.mean(axis=0)  # (M, 3)
             cloud /= max(np.linalg.norm(cloud, axis=1).max(), np.finfo(np.float32).tiny)
             generator = np.random.default_rng([seed, zlib.crc32(f"{synset}/{name}".encode())])
             chosen = draw_rows(len(cloud), num_points, generator)
@@ -528,13 +528,13 @@ class ShapeNetPart(Dataset):
         return torch.from_numpy(points), int(self.categories[index]), torch.from_numpy(parts)
 
     def __repr__(self) -> str:
-        """Say what was read."""
+        """Return a one-line summary."""
         categories, size = len(np.unique(self.categories)), self.points.shape[1]
         return f"ShapeNetPart({self.split}: {len(self)} shapes of {size} points, {categories} categories)"
 
 
 def draw_rows(count: int, wanted: int, generator: np.random.Generator) -> np.ndarray:
-    """Draw ``wanted`` of ``count`` rows in random order: without repetition, or, if there are fewer, every row first.
+    """Draw ``wanted`` of ``count`` rows in random order, repeating rows only after every row was drawn.
 
     Returns:
         (wanted,) int64 row numbers.
@@ -545,9 +545,9 @@ def draw_rows(count: int, wanted: int, generator: np.random.Generator) -> np.nda
 
 
 def _read_table(path: Path, *, columns: tuple[int, ...], what: str) -> np.ndarray:
-    """Read a text file of numbers, (rows, one of ``columns``) float64, finite and not empty."""
+    """Read a text file of finite numbers, (rows, one of ``columns``) float64, not empty."""
     expected = f"expected on every line: {what}"
-    if not os.path.isfile(path):  # False also for a name that no file can have
+    if not os.path.isfile(path):  # also False for an invalid file name
         raise DataError(f"{path} is missing; {expected}", fix=f"Get it: {GET}")
     try:
         table = np.loadtxt(StringIO(read_text(path)), dtype=np.float64, ndmin=2)
@@ -559,7 +559,7 @@ def _read_table(path: Path, *, columns: tuple[int, ...], what: str) -> np.ndarra
     if not sound.all():
         row = int(np.flatnonzero(~sound)[0])
         raise DataError(
-            f"{path} has a number that is not finite in row {row + 1}, or beyond {_LIMIT:g}; {expected}",
+            f"{path} has a non-finite number, or one beyond {_LIMIT:g}, in row {row + 1}; {expected}",
             fix=CHECK_IT,
         )
     return table

@@ -64,7 +64,9 @@ def test_what_is_missing_is_said(tmp_path):
         OwnClouds(tmp_path, "train")
     write_shape(tmp_path / "chair" / "a.ply", cloud(1))
     write_shape(tmp_path / "table" / "a.ply", cloud(1))
-    with pytest.raises(DataError, match=f"not split into train and test; .*prepare_clouds --clouds {tmp_path} .*--test_fraction"):
+    with pytest.raises(
+        DataError, match=f"not split into train and test; .*prepare_clouds --clouds {tmp_path} .*--test_fraction"
+    ):
         OwnClouds(tmp_path, "train")
     (tmp_path / "train" / "chair").mkdir(parents=True)
     (tmp_path / "test" / "chair").mkdir(parents=True)

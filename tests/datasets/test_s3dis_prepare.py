@@ -201,10 +201,10 @@ def test_the_folder_above_the_areas_is_accepted(raw, tmp_path):
 
 def test_what_is_not_there_is_named(raw, tmp_path):
     root, _ = raw
-    with pytest.raises(DataError, match="no room in .*Area_2; .* holds Area_1, Area_3: cut these with --areas 1 3"):
+    with pytest.raises(DataError, match="no rooms in .*Area_2; .* holds Area_1, Area_3: cut these with --areas 1 3"):
         main(["--raw", str(root), "--out", str(tmp_path / "out"), "--areas", "2"])
     (root / "Area_1" / "empty_1").mkdir()
-    with pytest.raises(DataError, match="empty_1/Annotations holds no object"):
+    with pytest.raises(DataError, match="empty_1/Annotations has no objects"):
         prepare(root, tmp_path / "out")
     with pytest.raises(UserError, match="--stride must be above 0"):
         prepare(root, tmp_path / "out", "--stride", "0")
@@ -398,7 +398,7 @@ def test_one_area_alone_says_which_flag_cuts_it(raw, tmp_path):
         shutil.rmtree(path)
     (root / "Area_1" / ".DS_Store").touch()
     out = tmp_path / "out"
-    with pytest.raises(DataError, match=r"no room in .*Area_2; .* holds Area_1: cut these with --areas 1$"):
+    with pytest.raises(DataError, match=r"no rooms in .*Area_2; .* holds Area_1: cut these with --areas 1$"):
         main(["--raw", str(root), "--out", str(out)])
     with pytest.raises(DataError, match=rf"is one area; .* --raw {root} --areas 1$"):
         main(["--raw", str(root / "Area_1"), "--out", str(out)])

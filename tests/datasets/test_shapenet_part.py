@@ -161,18 +161,18 @@ def damaged_files():
     return {
         "no parts": ({"pid": None}, r"no array 'pid' \(it holds 'data', 'label'\)"),
         "no categories": ({"label": None}, "no array 'label'"),
-        "not finite": ({"data": nan}, "1 of 2 clouds .* not finite, the first is cloud 1"),
+        "not finite": ({"data": nan}, "1 of 2 clouds .* non-finite .* first is cloud 1"),
         "unknown category": ({"label": np.array([4, 16], "u1")}, "below 16, but goes up to 16"),
         "part of another category": (
             {"pid": swapped},
             r"1 of 2 shapes .* shape 1 \('mug', parts 36..37\), whose point 3 has part 11",
         ),
-        "unknown part": ({"pid": large}, r"in 0..49, as .* 16 categories with 50 parts; it is in 1\d?..50"),
-        "negative part": ({"pid": pid.astype("i2") - 40}, r"in 0..49, .* it is in -"),
+        "unknown part": ({"pid": large}, r"in 0..49, as .* 16 categories with 50 parts, but is in 1\d?..50"),
+        "negative part": ({"pid": pid.astype("i2") - 40}, r"in 0..49, .* but is in -"),
         "fractions": ({"pid": fraction}, "whole numbers"),
-        "fewer parts": ({"pid": pid[:, :7]}, r"'pid' must be \(n, N\), .* it is \(2, 7\) for \(2, 8, 3\)"),
-        "more parts": ({"pid": np.concatenate([pid, pid], 1)}, "16 parts a shape for 8 points"),
-        "fewer shapes": ({"pid": pid[:1]}, r"it is \(1, 8\)"),
+        "fewer parts": ({"pid": pid[:, :7]}, r"'pid' must be \(n, N\), .* but is \(2, 7\) for \(2, 8, 3\)"),
+        "more parts": ({"pid": np.concatenate([pid, pid], 1)}, "16 parts per shape for 8 points"),
+        "fewer shapes": ({"pid": pid[:1]}, r"but is \(1, 8\)"),
     }
 
 
@@ -271,7 +271,7 @@ def wrong_tables():
         "no pairs": ("chair 1\n", ["1"], "a list of .synset, part number."),
         "no list": ("chair 1\n", 3, "a list of .synset, part number."),
         "no synset": ("chair\n", [["1", 1]], "line 1 is 'chair'; expected a category name and its synset"),
-        "synset twice": ("chair 1\nmug 1\n", [["1", 1]], "line 2: synset 1 stands there twice"),
+        "synset twice": ("chair 1\nmug 1\n", [["1", 1]], "line 2: synset 1 occurs twice"),
         "name twice": ("chair 1\nChair 2\n", [["1", 1], ["2", 1]], "a category is named twice"),
         "empty": ("\n", [["1", 1]], "is empty"),
     }
@@ -387,7 +387,7 @@ def test_damage_in_the_text_release_is_named(tmp_path):
     labels, points = folder / "03797390/points_label/m2.seg", folder / "03797390/points/m2.pts"
     sound = labels.read_text()
     for text, message in (
-        ("3\n" + sound[2:], r"parts of 'mug' must be in 1\.\.2, they are in 1\.\.3"),
+        ("3\n" + sound[2:], r"parts of 'mug' must be in 1\.\.2, but are in 1\.\.3"),
         (sound[2:], r"has 29 parts for the 30 points of .*m2\.pts"),
         ("x\n" + sound[2:], r"m2\.seg cannot be read; expected on every line"),
         ("1.5\n" + sound[2:], "whole numbers"),
@@ -398,7 +398,7 @@ def test_damage_in_the_text_release_is_named(tmp_path):
         assert "m2.seg" in str(error.value)
     labels.write_text(sound)
     points.write_text("nan 0 0\n" + points.read_text().split("\n", 1)[1])
-    with pytest.raises(DataError, match=r"m2\.pts has a number that is not finite in row 1"):
+    with pytest.raises(DataError, match=r"m2\.pts has a non-finite number.* in row 1"):
         ShapeNetPart(tmp_path, "test")
     points.unlink()
     with pytest.raises(DataError, match=r"03797390/m2\.txt is missing"):

@@ -224,7 +224,7 @@ def test_bad_input_is_named_and_nothing_is_lost(root, tmp_path):
     save_checkpoint(tmp_path / "pre.pth", pretraining)
     with pytest.raises(CheckpointError, match=r"an encoder without a head \(--pretrain_path takes that\)"):
         evaluate(root, tmp_path / "pre.pth")
-    with pytest.raises(UserError, match="there is no category 'boat'; the categories are: brick, cone"):
+    with pytest.raises(UserError, match="unknown category 'boat'; the categories are: brick, cone"):
         run(root, "--class_choice", "boat")
     with pytest.raises(UserError, match="--class_choice is empty"):
         run(root, "--class_choice", "")

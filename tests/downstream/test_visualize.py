@@ -87,7 +87,7 @@ def test_rooms_are_drawn_whole_with_their_own_colors(tmp_path):
 
 
 def test_what_cannot_be_drawn_is_said(parts, tmp_path):
-    with pytest.raises(UserError, match="there is no category 'boat'"):
+    with pytest.raises(UserError, match="unknown category 'boat'"):
         run(tmp_path, "--class_test", "boat")
     model = PartSegmentation(build_encoder("dgcnn_partseg", emb_dims=16), num_categories=2, num_parts=6)
     torch.save(model.published_state_dict(), tmp_path / "m.pth")
