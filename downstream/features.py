@@ -1,4 +1,4 @@
-"""Frozen features of labeled clouds: running the encoder, and batch-norm calibration."""
+"""Extract frozen features of labeled clouds, and calibrate batch norm."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from utils.progress import progress as report
 
 
 def check_neighbors(encoder: nn.Module, points: int, *, name: str = "the encoder") -> None:
-    """Stop where an encoder looks for more neighbors than a cloud has points.
+    """Check that a cloud has at least as many points as the encoder has neighbors.
 
     Raises:
-        UserError: see above.
+        UserError: it has fewer.
     """
     k = getattr(encoder, "k", 0)
     if k > points:
@@ -28,7 +28,7 @@ def check_neighbors(encoder: nn.Module, points: int, *, name: str = "the encoder
 
 @contextmanager
 def evaluating(encoder: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's own mode comes back afterwards."""
+    """Switch to evaluation mode without gradients; restore the mode of every module on exit."""
     modes = {module: module.training for module in encoder.modules()}
     encoder.eval()
     try:
@@ -52,7 +52,7 @@ def _batches(
 def _place(
     encoder: nn.Module, points: np.ndarray, device: torch.device | str | None
 ) -> tuple[torch.device, torch.dtype]:
-    """Move the encoder, return where it is and in which precision."""
+    """Move the encoder and return its device and dtype."""
     if points.ndim != 3 or not len(points):
         raise ValueError(f"points must be (n, N, C) with n > 0, got {points.shape}")
     parameter = next(encoder.parameters())
@@ -63,7 +63,7 @@ def _place(
 
 
 def _bar(total: int, progress: bool, text: str) -> tqdm:
-    """Progress, unless it is not wanted."""
+    """Return a progress bar, hidden unless ``progress``."""
     return report(total=total, text=text, unit="clouds", leave=False, hidden=not progress)
 
 
@@ -76,38 +76,38 @@ def extract_features(
     progress: bool = True,
     text: str = "features",
 ) -> np.ndarray:
-    """Run a frozen encoder over clouds and return its pooled features, those before any projection head.
+    """Run a frozen encoder over clouds and return its pooled features, before any projection head.
 
-    Clouds enter as they are stored; whatever centring there is, the encoder does. Gradients are off, batch norm uses
-    its running statistics, and the encoder's training mode is as before afterwards.
+    Clouds are used as stored; only the encoder may center them. Gradients are off, batch norm uses its running
+    statistics, and the encoder's training mode is restored.
 
     Args:
         encoder: maps (B, 3, N) to something with ``pooled`` (B, D).
         points: (n, N, 3).
-        batch_size: clouds per forward pass; it changes speed and memory, not the features.
-        device: where to run, the encoder is moved there; None leaves it where it is.
-        progress: False hides the bar.
-        text: the bar's title.
+        batch_size: clouds per forward pass; affects speed and memory, not the features.
+        device: the encoder is moved there; None leaves it where it is.
+        progress: whether to show a bar.
+        text: title of the bar.
 
     Returns:
         (n, D) float32.
 
     Raises:
         UserError: a feature is not finite.
-        ValueError: no clouds, or a batch size below 1.
+        ValueError: there are no clouds, or the batch size is below 1.
     """
     device, dtype = _place(encoder, points, device)
     features = []
     with evaluating(encoder), _bar(len(points), progress, text) as bar:
         for batch in _batches(points, batch_size, device, dtype):
-            features.append(encoder(batch).pooled.float().cpu().numpy())
+            features.append(encoder(batch).pooled.float().cpu().numpy())  # (B, D)
             bar.update(len(batch))
     result = np.concatenate(features)
     bad = np.flatnonzero(~np.isfinite(result).all(axis=1))
     if len(bad):
         raise UserError(
             f"the encoder gives features that are not finite for {len(bad)} of {len(result)} clouds; "
-            "its weights or batch-norm statistics are damaged"
+            "its weights or batch-norm statistics are damaged: use another checkpoint"
         )
     return result
 
@@ -122,25 +122,25 @@ def calibrate_batch_norm(
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> int:
-    """Set an encoder's batch-norm statistics from unlabeled clouds, in one pass; no weight changes.
+    """Set an encoder's batch-norm statistics from unlabeled clouds in one pass, without changing weights.
 
-    A randomly initialized network still has mean 0 and variance 1 in every batch norm, which squashes its features: as
-    a baseline it is unfair. Each statistic becomes the plain average over the batches. Dropout stays off.
+    A randomly initialized network has mean 0 and variance 1 in every batch norm, which squashes its features and makes
+    it an unfair baseline. Each statistic becomes the plain average over the batches. Dropout stays off.
 
     Args:
-        encoder: changed in place: running statistics and the count of batches, nothing else.
+        encoder: modified in place: only running statistics and the number of batches.
         points: (n, N, 3) training clouds.
         max_clouds: use at most this many, drawn without replacement.
-        batch_size: clouds whose statistics are taken together; a batch of one is avoided.
+        batch_size: clouds per batch of statistics; a batch of one is avoided.
         seed: of the draw and order.
-        device: where to run; None leaves the encoder where it is.
-        progress: as in :func:`extract_features`.
+        device: the encoder is moved there; None leaves it where it is.
+        progress: whether to show a bar.
 
     Returns:
-        The number of clouds used; 0 when the encoder has no batch norm and is left alone.
+        The number of clouds used; 0 if the encoder has no batch norm.
 
     Raises:
-        ValueError: fewer than two clouds (a batch of one has no statistics).
+        ValueError: there are fewer than two clouds (a batch of one has no variance).
     """
     norms = [m for m in encoder.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not norms:

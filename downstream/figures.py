@@ -1,4 +1,4 @@
-"""Pictures of classification results: confusion matrix and retrieval sheet."""
+"""Draw classification results: confusion matrix and retrieval sheet."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ RIGHT, WRONG, NEUTRAL = "#2a7f3f", "#c23b22", "#444444"
 
 
 def check_output_path(path: str | os.PathLike[str], endings: Sequence[str] | None = None) -> None:
-    """Fail before any work if a file cannot be written there later; its folder is made.
+    """Create the folder of an output file, and fail early if the file could not be written later.
 
     Args:
         path: the file.
-        endings: endings that its name may have; None takes any.
+        endings: allowed suffixes; None allows any.
 
     Raises:
-        UserError: another ending, or a folder that cannot be made or written to.
+        UserError: the suffix is not allowed, or the folder cannot be created or written to.
     """
     path = Path(path)
     if endings is not None and path.suffix.lower() not in endings:
@@ -40,7 +40,7 @@ def check_output_path(path: str | os.PathLike[str], endings: Sequence[str] | Non
 def draw_confusion_matrix(
     truth: np.ndarray, predicted: np.ndarray, class_names: Sequence[str], path: str | os.PathLike[str], *, title: str
 ) -> None:
-    """Draw how often each true class (row) is taken for each class (column), in percent of the row.
+    """Draw how often each true class (row) is predicted as each class (column), in percent of the row.
 
     Args:
         truth: (n,) labels, indices into ``class_names``; only classes that occur are drawn.
@@ -62,10 +62,10 @@ def draw_confusion_counts(
     title: str,
     unit: str = "clouds",
 ) -> None:
-    """Draw a confusion matrix that is counted already.
+    """Draw a confusion matrix from its counts.
 
     Args:
-        counts: (C, C); entry [t, p] counts what is t and was taken for p. Only classes that occur are drawn.
+        counts: (C, C); entry [t, p] counts items of class t predicted as p. Only classes that occur are drawn.
         class_names: (C,) names.
         path: picture to write.
         title: heading.
@@ -109,14 +109,14 @@ def draw_cloud(
     """Draw a cloud from the front, 35 degrees to the side and from above, near points over far ones.
 
     Args:
-        axes: to draw on.
+        axes: axes to draw on.
         points: (N, 3).
-        title: above it.
+        title: title of the axes.
         color: of title and frame.
-        point_colors: (N, 3) in 0..1; None shows the distance, darker is farther.
+        point_colors: (N, 3) in 0..1; None colors by depth, darker is farther.
         up: the upward axis, ``"y"`` (objects) or ``"z"`` (rooms).
-        size: of a point, in square points of print.
-        above: height of the eye, in degrees.
+        size: of a point, in typographic points squared.
+        above: elevation of the camera, in degrees.
     """
     points = points - points.mean(0)
     if up == "z":
@@ -150,7 +150,7 @@ def draw_retrieval(
     rows: int = 10,
     top: int = 6,
 ) -> None:
-    """Draw a sheet of queries, one per class, each beside its nearest neighbors (cosine of centered features).
+    """Draw a sheet of queries, one per class, each with its nearest neighbors (cosine of centered features).
 
     Args:
         points: (n, N, 3) clouds.
@@ -158,7 +158,7 @@ def draw_retrieval(
         labels: (n,) classes, indices into ``class_names``.
         class_names: name of every label value.
         path: picture to write.
-        rows: queries at most; classes are taken at even distances, and of each its first cloud.
+        rows: maximum number of queries: the first cloud of evenly spaced classes.
         top: neighbors per query.
     """
     classes = np.unique(labels)

@@ -1,6 +1,6 @@
-"""Scores of segmentations, from histograms: every label is looked at once, whatever the number of shapes and classes.
+"""Score segmentations from histograms, in one pass over the labels.
 
-All scores are in percent. ``benchmarks/reference/literal_metrics.py`` holds the definitions as plain loops; both agree.
+All scores are in percent. ``benchmarks/reference/literal_metrics.py`` has the definitions as plain loops; both agree.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ import numpy as np
 
 from datasets.shapenet_part import PartTaxonomy
 
-_CHUNK_LABELS = 1 << 17  # labels counted at a time: the work of a chunk stays in the processor's cache
+_CHUNK_LABELS = 1 << 17  # larger chunks of labels fall out of the CPU's cache
 
 
 def _labels(values: np.ndarray, name: str, limit: int) -> np.ndarray:
-    """Return an integer array whose values are all in 0..limit-1."""
+    """Return the values as an integer array after checking that all are in 0..limit-1."""
     values = np.asarray(values)
     if values.dtype.kind not in "iu":
-        raise ValueError(f"{name} must be whole numbers, they are {values.dtype}")
-    # Seen as unsigned, a negative number is a large one, so that one pass checks both ends.
+        raise ValueError(f"{name} must be integers, but are {values.dtype}")
+    # Viewed as unsigned, a negative number is large, so one comparison checks both ends.
     if values.size and values.view(f"u{values.itemsize}").max() >= limit:
-        raise ValueError(f"{name} must be in 0..{limit - 1}, they are in {values.min()}..{values.max()}")
+        raise ValueError(f"{name} must be in 0..{limit - 1}, but are in {values.min()}..{values.max()}")
     return values
 
 
 def confusion_matrix(truth: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:
-    """Count every pair of true and predicted label; matrices of several batches may be added.
+    """Count the pairs of true and predicted labels; matrices of several batches may be added.
 
     Args:
-        truth: whole numbers in 0..num_classes-1, any shape.
+        truth: integers in 0..num_classes-1, any shape.
         predicted: the same shape.
         num_classes: number of classes C.
 
@@ -53,15 +53,15 @@ class SemanticScores:
     """Scores of a semantic segmentation, in percent.
 
     Attributes:
-        overall_accuracy: labels predicted right.
-        mean_accuracy: mean over the classes that occur in the truth of the part of their labels predicted right.
-        mean_iou: mean of ``class_iou`` over the classes that occur.
-        class_accuracy: (C,) float64, NaN where no label has the class.
-        class_iou: (C,) float64, intersection over union; NaN where the class occurs neither in truth nor in prediction.
+        overall_accuracy: correctly predicted labels.
+        mean_accuracy: mean of ``class_accuracy`` over the classes that occur in the truth.
+        mean_iou: mean of ``class_iou`` over the classes that occur in truth or prediction.
+        class_accuracy: (C,) float64, correctly predicted labels of each class; NaN if no label has the class.
+        class_iou: (C,) float64, intersection over union; NaN if the class occurs neither in truth nor in prediction.
         class_names: (C,) names.
-        absent: names of the classes left out of ``mean_iou``, because they occur neither in truth nor in prediction.
-        unlabeled: names of the classes left out of ``mean_accuracy``, because no true label has them. One that was
-            predicted all the same counts in ``mean_iou``, as 0.
+        absent: names of the classes that occur neither in truth nor in prediction, excluded from ``mean_iou``.
+        unlabeled: names of the classes that no true label has, excluded from ``mean_accuracy``. If such a class was
+            predicted, its IoU is 0 and counts in ``mean_iou``.
     """
 
     overall_accuracy: float
@@ -74,7 +74,7 @@ class SemanticScores:
     unlabeled: tuple[str, ...]
 
     def as_dict(self) -> dict[str, object]:
-        """Plain types for a JSON file; classes without a score are null."""
+        """Return plain types for a JSON file; classes without a score are null."""
         return {
             "overall_accuracy": self.overall_accuracy,
             "mean_accuracy": self.mean_accuracy,
@@ -91,36 +91,36 @@ def _by_name(names: Sequence[str], values: np.ndarray) -> dict[str, float | None
 
 
 def _percent(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """100 * part / whole, NaN where whole is 0."""
+    """Return 100 * part / whole, NaN where whole is 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(whole > 0, 100.0 * part / whole, np.nan)
 
 
 def _mean(values: np.ndarray) -> float:
-    """Mean of what is not NaN; NaN if nothing is."""
+    """Return the mean of the values that are not NaN, or NaN if all are."""
     known = values[np.isfinite(values)]
     return float(known.mean()) if len(known) else float("nan")
 
 
 def semantic_scores(confusion: np.ndarray, class_names: Sequence[str] | None = None) -> SemanticScores:
-    """Score a confusion matrix; labels of all blocks or rooms are pooled in it, as is the rule for S3DIS.
+    """Score a confusion matrix that pools the labels of all blocks or rooms, as is the rule for S3DIS.
 
     Args:
-        confusion: (C, C), see :func:`confusion_matrix`.
-        class_names: C names; None calls them by number.
+        confusion: (C, C), from :func:`confusion_matrix`.
+        class_names: C names; None names them by number.
 
     Raises:
         ValueError: the matrix is not square, is empty, or the names do not fit.
     """
     confusion = np.asarray(confusion)
     if confusion.ndim != 2 or confusion.shape[0] != confusion.shape[1]:
-        raise ValueError(f"a confusion matrix is square, this one is {confusion.shape}")
+        raise ValueError(f"a confusion matrix must be square, got {confusion.shape}")
     names = tuple(str(i) for i in range(len(confusion))) if class_names is None else tuple(class_names)
     if len(names) != len(confusion):
         raise ValueError(f"{len(names)} class names for a confusion matrix of {len(confusion)} classes")
     true, guessed, right = confusion.sum(1), confusion.sum(0), np.diagonal(confusion)
     if not true.sum():
-        raise ValueError("no label was counted")
+        raise ValueError("the confusion matrix is empty")
     union = true + guessed - right
     accuracy, iou = _percent(right, true), _percent(right, union)
     return SemanticScores(
@@ -142,13 +142,13 @@ class PartScores:
     Attributes:
         instance_miou: mean of ``shape_iou`` over all shapes.
         class_miou: mean of ``category_miou`` over the categories that occur.
-        accuracy: points predicted right.
-        mean_part_accuracy: mean over the parts that occur of the part of their points predicted right.
-        shape_iou: (n,) float64, of each shape the mean IoU over its category's parts, where a part that is neither in
-            the truth nor in the prediction counts as 100.
+        accuracy: correctly predicted points.
+        mean_part_accuracy: mean over the parts that occur of the share of their points predicted correctly.
+        shape_iou: (n,) float64, mean IoU of each shape over its category's parts; a part in neither truth nor
+            prediction counts as 100.
         category_miou: mean of ``shape_iou`` over the shapes of each category that occurs, by name.
         category_shapes: number of shapes of each category that occurs, by name.
-        absent: names of the categories without a shape; they are in no mean.
+        absent: names of the categories without a shape, excluded from all means.
     """
 
     instance_miou: float
@@ -161,7 +161,7 @@ class PartScores:
     absent: tuple[str, ...]
 
     def as_dict(self) -> dict[str, object]:
-        """Plain types for a JSON file, without the value of every shape."""
+        """Return plain types for a JSON file, without ``shape_iou``."""
         return {
             "instance_miou": self.instance_miou,
             "class_miou": self.class_miou,
@@ -174,27 +174,28 @@ class PartScores:
 
 
 def _part_histogram(truth: np.ndarray, predicted: np.ndarray, starts: np.ndarray, parts: int, limit: int) -> np.ndarray:
-    """Count the pairs of true and predicted part of every shape, parts being numbered from the category's first.
+    """Count the pairs of true and predicted parts of every shape, with parts numbered within the shape's category.
 
     Args:
         truth: (n, N) global part numbers.
         predicted: (n, N) global part numbers.
         starts: (n,) first part of each shape's category.
-        parts: largest number of parts K of a category.
-        limit: number of parts of all categories; labels are below it.
+        parts: largest number of parts of a category, K.
+        limit: number of parts of all categories.
 
     Returns:
-        (n, K + 1, K + 1) int64; the last row and column are for the parts of other categories.
+        (n, K + 1, K + 1) int64; the last row and column count parts of other categories.
     """
     count, size = truth.shape
     width = parts + 1
-    # Bytes hold a local part number and a pair of them for all data sets in use; what wraps below 0 becomes large.
+    # A byte is enough for a local part number and a pair of them in all usual data sets; negative numbers wrap around
+    # to large ones.
     small = np.uint8 if 2 * limit <= 256 and width**2 <= 256 else np.uint32
     first = starts.astype(small)[:, None]
     step = max(1, _CHUNK_LABELS // size)
     row = np.arange(step)[:, None] * width**2
     index = np.empty((step, size), dtype=np.int64)
-    other = np.full((step, size), parts, dtype=small)  # an array: NumPy's minimum with one number is far slower
+    other = np.full((step, size), parts, dtype=small)  # as an array, because np.minimum with a scalar is far slower
     histogram = np.empty((count, width**2), dtype=np.int64)
     for begin in range(0, count, step):
         chunk = slice(begin, min(begin + step, count))
@@ -218,12 +219,12 @@ def part_scores(truth: np.ndarray, predicted: np.ndarray, categories: np.ndarray
 
     Args:
         truth: (n, N) global part numbers, each of the shape's category.
-        predicted: (n, N) global part numbers; one of another category is wrong, and in no part's union.
+        predicted: (n, N) global part numbers; one of another category is wrong, but in no part's union.
         categories: (n,) category numbers.
-        taxonomy: names the categories and their parts.
+        taxonomy: the categories and their parts.
 
     Raises:
-        ValueError: shapes of the arrays do not fit, there is no shape, or a number is out of range.
+        ValueError: the arrays do not fit together, are empty, or a number is out of range.
     """
     truth, predicted, categories = np.asarray(truth), np.asarray(predicted), np.asarray(categories)
     if truth.ndim != 2 or truth.shape != predicted.shape or categories.shape != truth.shape[:1]:
@@ -232,14 +233,14 @@ def part_scores(truth: np.ndarray, predicted: np.ndarray, categories: np.ndarray
             f"{categories.shape}"
         )
     if truth.size == 0:
-        raise ValueError("there is no shape to score")
+        raise ValueError("no shapes to score")
     names = taxonomy.category_names
     categories = _labels(categories, "categories", len(names))
     counts, starts = np.asarray(taxonomy.part_counts), np.asarray(taxonomy.part_starts)
     parts = int(counts.max())
     histogram = _part_histogram(truth, predicted, starts[categories], parts, taxonomy.num_parts)
-    true, guessed = histogram.sum(2)[:, :parts], histogram.sum(1)[:, :parts]
-    right = np.diagonal(histogram, axis1=1, axis2=2)[:, :parts]
+    true, guessed = histogram.sum(2)[:, :parts], histogram.sum(1)[:, :parts]  # (n, K)
+    right = np.diagonal(histogram, axis1=1, axis2=2)[:, :parts]  # (n, K)
     own = np.arange(parts) < counts[categories][:, None]  # (n, K): the category has this part
     if histogram[:, parts].any() or true[~own].any():
         shape = int(np.flatnonzero(histogram[:, parts].any(1) | (true * ~own).any(1))[0])

@@ -1,4 +1,4 @@
-"""The linear-SVM probe of a pretraining run: is the encoder getting better?"""
+"""Linear-SVM probe of the encoder during pretraining."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from utils.errors import DataError
 
 
 class LinearProbe:
-    """Linear SVM on frozen features, with a held-out part of the training labels for choosing a checkpoint.
+    """Linear SVM on frozen features, with part of the training labels held out to choose a checkpoint.
 
     Args:
-        dataset: name as in ``datasets.registry.CLASSIFICATION_SETS``.
-        data_root: folder that holds it.
+        dataset: one of ``datasets.registry.CLASSIFICATION_SETS``.
+        data_root: folder of the data set.
         num_points: points per cloud.
-        c: SVM's C.
+        c: C of the SVM.
         batch_size: clouds per forward pass.
-        holdout: share of the training clouds that is held out for ``val_accuracy``.
+        holdout: share of the training clouds held out for ``val_accuracy``.
 
     Raises:
         DataError: the data set is missing or wrong.
-        UserError: its clouds have fewer points.
+        UserError: its clouds have fewer than ``num_points`` points.
     """
 
     def __init__(
@@ -53,15 +53,15 @@ class LinearProbe:
         rows, labels = np.arange(len(self.train)), self.train.labels
         classes, counts = np.unique(labels, return_counts=True)
         if len(classes) < 2:
-            raise DataError(f"{self.train.files[0]} holds clouds of one class only: there is nothing to tell apart")
-        # Every class in both parts, where there are enough clouds for that.
+            raise DataError(f"{self.train.files[0]} holds clouds of one class only; the SVM needs at least two")
+        # Keep every class in both parts if there are enough clouds.
         held = math.ceil(holdout * len(rows))
         stratify = labels if counts.min() > 1 and len(classes) <= min(held, len(rows) - held) else None
         # Fixed seed: every run and every epoch holds out the same clouds.
         self.fit, self.held_out = train_test_split(rows, test_size=holdout, random_state=0, stratify=stratify)
 
     def __call__(self, encoder: nn.Module, *, device: torch.device) -> dict[str, float]:
-        """Score the encoder. Each process takes its share of the clouds; the main one fits the SVM on all features.
+        """Score the encoder: each rank extracts features of its share of the clouds, rank 0 fits the SVM.
 
         Returns:
             ``<dataset>_val_accuracy`` (held-out training clouds) and ``<dataset>_test_accuracy`` in percent.
@@ -70,7 +70,7 @@ class LinearProbe:
         return broadcast_from_rank0(lambda: self.score(train, test))
 
     def features(self, encoder: nn.Module, points: np.ndarray, device: torch.device) -> np.ndarray:
-        """(n, D) features of clouds (n, N, 3), in the main process; nothing in the others."""
+        """Return features (n, D) of clouds (n, N, 3) on rank 0; empty on the other ranks."""
         own, rows = np.array_split(points, world_size())[rank()], np.empty((0, encoder.feature_dim), np.float32)
         if len(own):
             text = f"probe {self.dataset}"
@@ -78,7 +78,7 @@ class LinearProbe:
         return np.concatenate([*gather_to_rank0(rows), rows[:0]])
 
     def score(self, train: np.ndarray, test: np.ndarray) -> dict[str, float]:
-        """Accuracies in percent, from the features of both splits."""
+        """Return the accuracies in percent, given the features of both splits."""
         labels, fit, held_out = self.train.labels, self.fit, self.held_out
         val = linear_svm(train[fit], labels[fit], train[held_out], labels[held_out], c_values=(self.c,))
         full = linear_svm(train, labels, test, self.test.labels, c_values=(self.c,))

@@ -1,4 +1,4 @@
-"""Retrieval of objects of the same class by cosine similarity of frozen features; no label is used for training."""
+"""Retrieve objects of the same class by cosine similarity of frozen features, without training."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 def unit_features(features: np.ndarray) -> np.ndarray:
     """Center (n, D) features on their mean and scale every row to length 1, in double precision.
 
-    Rows that equal the mean become zero: they have no direction, and rounding must not give them one.
+    Rows equal to the mean become zero; otherwise rounding errors would give them a direction.
     """
     x = np.asarray(features, dtype=np.float64)
     rounding = 1e-12 * np.abs(x).max()
@@ -26,21 +26,21 @@ def nearest(features: np.ndarray, queries: np.ndarray, top: int) -> np.ndarray:
 
 
 def average_precisions(features: np.ndarray, labels: np.ndarray, *, block: int = 512) -> np.ndarray:
-    """Average precision of every item as a query against all others.
+    """Return the average precision of every item as a query against all others.
 
-    Items of equal similarity count as one step, as in ``sklearn.metrics.average_precision_score``: features that say
-    nothing score the share of the class, in whatever order the items are stored.
+    Items of equal similarity count as one step, as in ``sklearn.metrics.average_precision_score``, so that
+    uninformative features score the share of the class, regardless of the order of the items.
 
     Args:
-        features: (n, D), centered here on their mean.
+        features: (n, D); they are centered here.
         labels: (n,) classes.
-        block: queries handled at once; memory is about 40 x block x n bytes.
+        block: queries per pass; memory is about 40 x block x n bytes.
 
     Returns:
-        (n,) values in 0..1; NaN where no other item has the query's class.
+        (n,) values in 0..1; NaN if no other item has the query's class.
 
     Raises:
-        ValueError: shapes do not fit, fewer than two items, or features that are not finite.
+        ValueError: shapes do not fit, there are fewer than two items, or features are not finite.
     """
     labels = np.asarray(labels)
     if np.ndim(features) != 2 or labels.shape != (len(features),) or len(features) < 2:
@@ -54,12 +54,12 @@ def average_precisions(features: np.ndarray, labels: np.ndarray, *, block: int =
     result = np.full(count, np.nan)
     for start in range(0, count, block):
         rows = np.arange(start, min(start + block, count))
-        similarity = x[rows] @ x.T
-        similarity[np.arange(len(rows)), rows] = -np.inf  # the query itself sorts last and is cut off
-        order = np.argsort(-similarity, axis=1)[:, :-1]
+        similarity = x[rows] @ x.T  # (block, n)
+        similarity[np.arange(len(rows)), rows] = -np.inf  # the query itself sorts last and is dropped
+        order = np.argsort(-similarity, axis=1)[:, :-1]  # (block, n - 1)
         similarity = np.take_along_axis(similarity, order, axis=1)
         relevant = labels[order] == labels[rows][:, None]
-        # Position (0-based) of the last item that is as similar as this one.
+        # last: 0-based position of the last item with the same similarity, (block, n - 1)
         ends = np.empty(similarity.shape, dtype=bool)
         ends[:, -1] = True
         ends[:, :-1] = similarity[:, 1:] != similarity[:, :-1]
@@ -75,12 +75,12 @@ def average_precisions(features: np.ndarray, labels: np.ndarray, *, block: int =
 def retrieval_map(features: np.ndarray, labels: np.ndarray, *, block: int = 512) -> float:
     """Mean average precision in percent: every item queries all others of the given set.
 
-    Queries whose class has no other member are left out; :func:`average_precisions` tells which.
+    Queries without another item of their class are excluded (NaN in :func:`average_precisions`).
 
     Raises:
-        ValueError: as :func:`average_precisions`, or no class has two members.
+        ValueError: as for :func:`average_precisions`, or no class has two members.
     """
     values = average_precisions(features, labels, block=block)
     if np.isnan(values).all():
-        raise ValueError("no class has two members: there is nothing to retrieve")
+        raise ValueError("no class has two members, so nothing can be retrieved")
     return 100.0 * float(np.nanmean(values))

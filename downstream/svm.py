@@ -1,9 +1,8 @@
-"""Linear SVM on frozen features, by one Gram matrix.
+"""Linear SVM on frozen features, from one Gram matrix.
 
-A linear kernel needs the features only through their inner products. One matrix product gives them all; every fit
-(cross-validation folds, values of C) then works on blocks of that matrix. Test features meet one weight vector for each
-pair of classes, not every support vector. Predictions are those of ``sklearn.svm.SVC(kernel="linear")``, several times
-faster.
+A linear kernel needs only inner products of features. One matrix product computes them all, and every fit
+(cross-validation folds, values of C) uses blocks of that matrix. Prediction uses one weight vector per pair of classes
+instead of all support vectors. The results equal those of ``sklearn.svm.SVC(kernel="linear")``, several times faster.
 """
 
 from __future__ import annotations
@@ -22,49 +21,49 @@ RELEASED_C = 0.01
 
 
 class SVMResult(NamedTuple):
-    """Outcome of :func:`linear_svm`; accuracies in percent."""
+    """Result of :func:`linear_svm`; accuracies in percent."""
 
     accuracy: float  # on the test split, at the chosen C
     c: float  # the chosen C
     predictions: np.ndarray  # (n_test,) labels predicted at the chosen C
-    test_accuracy: Mapping[float, float]  # by C; for information, the choice does not look at it
-    cv_accuracy: Mapping[float, float]  # by C, on the training split; empty when there is only one C
+    test_accuracy: Mapping[float, float]  # by C; for information only, not used to choose C
+    cv_accuracy: Mapping[float, float]  # by C, on the training split; empty if there is only one C
 
 
 class FewLabelResult(NamedTuple):
-    """Outcome of :func:`few_label_svm`; accuracies in percent."""
+    """Result of :func:`few_label_svm`; accuracies in percent."""
 
     mean: float
     std: float  # sample standard deviation over the draws, 0 for one draw
     accuracies: tuple[float, ...]  # one per draw
-    short_classes: Mapping[int, int]  # label -> training samples, for classes with fewer than asked: all are taken
+    short_classes: Mapping[int, int]  # label -> training samples, for classes with fewer than ``shots``
 
 
 def _fit(gram: np.ndarray, labels: np.ndarray, c: float) -> SVC:
     """Fit on the inner products (n, n) of the training samples."""
     with warnings.catch_warnings():
-        # One label of every class is as many classes as samples; scikit-learn takes that for regression targets.
+        # With one sample per class, scikit-learn suspects regression targets.
         warnings.filterwarnings("ignore", message="The number of unique classes is greater than 50%")
         return SVC(kernel="precomputed", C=c).fit(gram, labels)
 
 
 def _predict(machine: SVC, train_x: np.ndarray, test_x: np.ndarray) -> np.ndarray:
-    """Labels of (m, D) samples: the votes of all pairs of classes, each with one weight vector.
+    """Predict labels of (m, D) samples by the votes of all pairs of classes, with one weight vector per pair.
 
-    ``machine.predict`` wants the inner products of all test and training samples for that.
+    ``machine.predict`` would need the inner products of all test and training samples.
     """
     classes = len(machine.classes_)
     ends = np.cumsum([0, *machine.n_support_])
     members = [slice(*ends[i : i + 2]) for i in range(classes)]
-    # Row r of a class's part is its share in the pair with the r-th of the other classes.
+    # shares[i]: (classes - 1, D); row r is the contribution of class i to its pair with the r-th other class.
     shares = [machine.dual_coef_[:, part] @ train_x[machine.support_[part]] for part in members]
     pairs = list(combinations(range(classes), 2))
-    weights = np.stack([shares[i][j - 1] + shares[j][i] for i, j in pairs])
-    decisions = test_x @ weights.T + machine.intercept_
-    if classes == 2:  # scikit-learn turns the sign then
+    weights = np.stack([shares[i][j - 1] + shares[j][i] for i, j in pairs])  # (pairs, D)
+    decisions = test_x @ weights.T + machine.intercept_  # (m, pairs)
+    if classes == 2:  # scikit-learn flips the sign of binary problems
         decisions = -decisions
     first, second = np.array(pairs).T
-    winners = np.where(decisions > 0, first, second) + classes * np.arange(len(test_x))[:, None]
+    winners = np.where(decisions > 0, first, second) + classes * np.arange(len(test_x))[:, None]  # (m, pairs)
     votes = np.bincount(winners.ravel(), minlength=classes * len(test_x)).reshape(-1, classes)
     return machine.classes_[votes.argmax(1)]
 
@@ -88,15 +87,15 @@ def _check(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, test_y:
 def cross_validate(
     x: np.ndarray, gram: np.ndarray, labels: np.ndarray, *, c_values: Sequence[float], folds: int = 5, seed: int = 0
 ) -> dict[float, float]:
-    """Accuracy of each C by stratified cross-validation on the training split.
+    """Return the accuracy of each C in stratified cross-validation on the training split.
 
     Args:
         x: (n, D) training features, float64.
         gram: (n, n) their inner products.
         labels: (n,) classes.
-        c_values: the values to compare; all see the same folds.
-        folds: number of folds, lowered to the size of the largest class where that is smaller.
-        seed: of the shuffle that makes the folds.
+        c_values: the values to compare, on the same folds.
+        folds: number of folds, at most the size of the largest class.
+        seed: of the shuffle before the split into folds.
 
     Returns:
         Accuracy in percent over all held-out samples, by C.
@@ -109,7 +108,7 @@ def cross_validate(
     if folds < 2:
         raise ValueError("cross-validation needs at least two folds and a class with two samples; give one value of C")
     correct = dict.fromkeys(c_values, 0)
-    # The splitter only needs positions: each fold is a block of the one Gram matrix, nothing is computed again.
+    # Each fold is a block of the Gram matrix, so the splitter only needs the number of samples.
     splitter = StratifiedKFold(folds, shuffle=True, random_state=seed)
     for fit, held in splitter.split(np.zeros(len(labels)), labels):
         fit_gram = gram[np.ix_(fit, fit)]
@@ -131,11 +130,11 @@ def linear_svm(
 ) -> SVMResult:
     """Fit a linear SVM (one against one) on frozen features and score it.
 
-    With several ``c_values`` the one with the best cross-validation accuracy on the *training* split is used, the
-    smallest of equals; the test split has no say.
+    Of several ``c_values``, use the one with the best cross-validation accuracy on the *training* split, the smallest
+    on ties. The test split does not affect the choice.
 
     Args:
-        train_x: (n, D) features, used as they are.
+        train_x: (n, D) features, used without scaling.
         train_y: (n,) labels.
         test_x: (m, D) features.
         test_y: (m,) labels.
@@ -150,9 +149,9 @@ def linear_svm(
     c_values = sorted(set(map(float, c_values)))
     if not c_values or c_values[0] <= 0:
         raise ValueError(f"C must be positive, got {c_values}")
-    # In double precision, as SVC computes its kernel; 9,840 x 9,840 takes 0.8 GB.
+    # Without double precision the results would differ from SVC's; 9,840 x 9,840 takes 0.8 GB.
     train_x, test_x = (np.ascontiguousarray(x, dtype=np.float64) for x in (train_x, test_x))
-    gram = train_x @ train_x.T
+    gram = train_x @ train_x.T  # (n, n)
     cv = cross_validate(train_x, gram, train_y, c_values=c_values, folds=folds, seed=seed) if len(c_values) > 1 else {}
     predictions = {c: _predict(_fit(gram, train_y, c), train_x, test_x) for c in c_values}
     chosen = max(c_values, key=lambda c: cv.get(c, 0.0))
@@ -161,7 +160,7 @@ def linear_svm(
 
 
 def draw_labels(labels: np.ndarray, shots: int, *, draw: int, seed: int) -> np.ndarray:
-    """Positions of ``shots`` samples of every class, all where there are fewer: a pure function of its arguments."""
+    """Draw positions of ``shots`` samples of every class (all if it has fewer), as a pure function of the arguments."""
     rng = np.random.default_rng([seed, shots, draw])
     drawn = [rng.permutation(np.flatnonzero(labels == label))[:shots] for label in np.unique(labels)]
     return np.concatenate(drawn)
@@ -177,17 +176,17 @@ def few_label_svm(
     draws: int = 20,
     seed: int = 0,
 ) -> FewLabelResult:
-    """Linear SVM from ``shots`` labels of every class, over several draws; tested on the whole test split.
+    """Fit linear SVMs on ``shots`` labels of every class, over several draws, and score them on the whole test split.
 
-    Features are standardized by the mean and deviation of the draw, then C = 1, as in the field's few-shot scripts.
-    Draw i depends on ``seed``, ``i`` and the labels only, so that every encoder is scored on the same labels.
+    Features are standardized by the mean and deviation of the draw and C is 1, as in common few-shot scripts. Draw i
+    depends only on ``seed``, ``i`` and the labels, so that every encoder is scored on the same labels.
 
     Args:
         train_x: (n, D) features to draw from.
         train_y: (n,) labels.
         test_x: (m, D) features.
         test_y: (m,) labels.
-        shots: samples of every class; a class with fewer gives all it has (see ``short_classes``).
+        shots: samples of every class; classes with fewer use all (listed in ``short_classes``).
         draws: number of draws.
         seed: of the draws.
 
@@ -204,7 +203,9 @@ def few_label_svm(
         scaler = StandardScaler()
         support = scaler.fit_transform(train_x[chosen].astype(np.float64))
         machine = _fit(support @ support.T, train_y[chosen], 1.0)
-        predicted = machine.predict(scaler.transform(test_x) @ support.T)  # fewer samples than pairs of classes
+        predicted = machine.predict(
+            scaler.transform(test_x) @ support.T
+        )  # cheaper than _predict: fewer samples than pairs of classes
         accuracies.append(_accuracy(predicted, test_y))
     classes, sizes = np.unique(train_y, return_counts=True)
     short = {int(label): int(size) for label, size in zip(classes, sizes, strict=True) if size < shots}
@@ -213,5 +214,5 @@ def few_label_svm(
 
 
 def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation (n - 1); a single value has deviation 0."""
+    """Return the mean and sample standard deviation (n - 1), 0 for a single value."""
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0

@@ -72,17 +72,17 @@ def test_confusions_of_batches_add_up():
 
 
 def test_wrong_input_to_the_confusion_matrix():
-    with pytest.raises(ValueError, match=r"true labels must be in 0\.\.2, they are in 0\.\.3"):
+    with pytest.raises(ValueError, match=r"true labels must be in 0\.\.2, but are in 0\.\.3"):
         confusion_matrix([0, 3], [0, 0], 3)
-    with pytest.raises(ValueError, match=r"predicted labels must be in 0\.\.2, they are in -1\.\.0"):
+    with pytest.raises(ValueError, match=r"predicted labels must be in 0\.\.2, but are in -1\.\.0"):
         confusion_matrix([0, 0], [0, -1], 3)
-    with pytest.raises(ValueError, match="whole numbers"):
+    with pytest.raises(ValueError, match="must be integers"):
         confusion_matrix([0.5], [0], 3)
     with pytest.raises(ValueError, match="do not match"):
         confusion_matrix([0, 1], [0], 3)
-    with pytest.raises(ValueError, match="no label was counted"):
+    with pytest.raises(ValueError, match="confusion matrix is empty"):
         semantic_scores(np.zeros((3, 3), int))
-    with pytest.raises(ValueError, match="is square"):
+    with pytest.raises(ValueError, match="must be square"):
         semantic_scores(np.ones((3, 2), int))
     with pytest.raises(ValueError, match="2 class names"):
         semantic_scores(np.ones((3, 3), int), ["a", "b"])
@@ -160,13 +160,13 @@ def test_wrong_input_to_the_part_scores():
     smaller_first = PartTaxonomy.build(["mug", "chair"], [2, 3])
     with pytest.raises(ValueError, match=r"shape 0 .* category 'mug' does not have"):
         part_scores(np.array([[0, 1, 2]]), np.array([[0, 1, 1]]), np.zeros(1, int), smaller_first)
-    with pytest.raises(ValueError, match=r"predicted parts must be in 0\.\.4, they are in 0\.\.5"):
+    with pytest.raises(ValueError, match=r"predicted parts must be in 0\.\.4, but are in 0\.\.5"):
         wrong(1, [[0, 1, 2, 5], [0, 0, 0, 0]])
     with pytest.raises(ValueError, match="categories must be in"):
         wrong(2, [0, 2])
     with pytest.raises(ValueError, match=r"expected \(n, N\)"):
         wrong(1, [0, 0])
-    with pytest.raises(ValueError, match="no shape to score"):
+    with pytest.raises(ValueError, match="no shapes to score"):
         part_scores(np.zeros((0, 4), int), np.zeros((0, 4), int), np.zeros(0, int), taxonomy)
 
 

@@ -52,7 +52,7 @@ def test_a_query_without_others_of_its_class_is_left_out():
     values = average_precisions(features, labels)
     assert np.flatnonzero(np.isnan(values)).tolist() == [4]
     assert retrieval_map(features, labels) == pytest.approx(100 * np.delete(values, 4).mean())
-    with pytest.raises(ValueError, match="nothing to retrieve"):
+    with pytest.raises(ValueError, match="nothing can be retrieved"):
         retrieval_map(features, np.arange(len(labels)))
 
 
