@@ -201,7 +201,7 @@ def test_it_is_refused_by_a_line_that_names_the_new_way(script, line, message, p
 
 def test_words_that_were_always_true_are_named(caplog, tmp_path):
     finetune.build_parser().parse_args(["--use_sgd", "False"])
-    assert "--use_sgd False is off here; the released scripts took any word as on" in caplog.text
+    assert "--use_sgd False means off here; the released scripts read any word as on" in caplog.text
 
 
 @pytest.mark.parametrize("line", ["--use_sgd maybe", "--no-use_sgd True", "--scheduler cosinus", "--model resnet"])

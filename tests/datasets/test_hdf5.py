@@ -59,7 +59,7 @@ CASES = {
     "external": (external, "stored in another file"),
     "linked": (linked, "stored in another file"),
     "outside": (outside, r"takes values from '\.\./b\.h5', outside"),
-    "empty": (lambda file: file.create_dataset("data", data=h5py.Empty("f4")), "no array"),
+    "empty": (lambda file: file.create_dataset("data", data=h5py.Empty("f4")), "not an array"),
 }
 
 

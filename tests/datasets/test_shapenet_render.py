@@ -57,7 +57,7 @@ def test_bare_model_ids_match_under_any_synset():
     ids = ["1/a", "1/b", "2/a", "2/c"]
     assert choose_shapes(ids, ["a", "2/c"], where="data") == [0, 2, 3]
     assert choose_shapes(ids, ["1/a"], where="data") == [0]
-    with pytest.raises(DataError, match="1 of the 2 listed shapes are not in data with a rendering, 3/a"):
+    with pytest.raises(DataError, match="1 of the 2 listed shapes are not in data with a rendering, such as 3/a"):
         choose_shapes(ids, ["1/a", "3/a"], where="data")
 
 
