@@ -1,8 +1,8 @@
-"""Fine-tuning: the only loop, for part segmentation, semantic segmentation and classification.
+"""Fine-tuning for part segmentation, semantic segmentation and classification.
 
-A run is a function of its seed: the order of samples follows from (seed, epoch), augmentation and dropout from (seed,
-epoch, sample). So a run that was stopped, within an epoch too, goes on to the same weights, and several processes train
-what one would. Validation and tests are shared out among them too.
+A run is a function of its seed: the order of samples depends on (seed, epoch), augmentation and dropout on (seed,
+epoch, sample). A run that was stopped, even within an epoch, therefore continues to the same weights, and several
+processes train the same model as one. They also share validation and tests.
 """
 
 from __future__ import annotations
@@ -76,14 +76,14 @@ logger = logging.getLogger("crossnet")
 SCHEDULERS = ("cosine", "step", "released")
 SMOOTHING = 0.2
 HEAD_SEED = 1_000_003
-# The released scripts drop an incomplete last batch only from this many samples on.
+# The released scripts drop an incomplete last batch only with at least this many samples.
 DROP_REST_FROM = 100
 Scores = dict[str, Any]
 
 
 @dataclass(kw_only=True)
 class FineTuneConfig(RunConfig):
-    """Settings that all fine-tuning runs share, see ``add_training_arguments``."""
+    """Settings that all fine-tuning runs share, from the flags of ``add_training_arguments``."""
 
     model: str | None
     pretrain_path: str | None
@@ -106,15 +106,15 @@ def add_training_arguments(
     use_sgd: bool = False,
     datasets: Sequence[str] = (),
 ) -> None:
-    """Add the flags that all fine-tuning scripts share; docs/fidelity.md says which defaults are not the released ones.
+    """Add the flags that all fine-tuning scripts share; docs/fidelity.md lists defaults that differ from the release.
 
     Args:
-        parser: to add to.
-        task: what is fine-tuned; says which encoders there are.
+        parser: parser to extend.
+        task: the task, which determines the encoders.
         exp_name: default name of the run folder.
         k: released number of neighbors, from scratch.
         use_sgd: whether SGD is the released optimizer.
-        datasets: see ``add_released_flags``.
+        datasets: as for ``add_released_flags``.
     """
     names = [name for name, kind in ENCODERS.items() if kind in task.heads]
     aliases = [alias for alias, name in ENCODER_ALIASES.items() if name in names]
@@ -130,42 +130,46 @@ def add_training_arguments(
     g.add_argument(
         "--pretrain_path",
         metavar="FILE",
-        help="start from this checkpoint's encoder, from pretraining or of the field's naming (default: from scratch)",
+        help="start from the encoder of this checkpoint, ours or a published one (default: from scratch)",
     )
     g.add_argument("--k", type=positive_int, help=f"neighbors per point (default: the checkpoint's; {k} from scratch)")
     g.add_argument(
         "--emb_dims", type=positive_int, metavar="E", help="width of the embedding (default: the checkpoint's; 1024)"
     )
-    g.add_argument("--dropout", type=float, metavar="P", help="of the head (default: as published)")
+    g.add_argument("--dropout", type=float, metavar="P", help="dropout of the head (default: as published)")
     g = parser.add_argument_group("optimization")
     g.add_argument("--epochs", type=positive_int, default=200, metavar="E", help="passes over the training samples")
     g.add_argument("--batch_size", type=positive_int, default=32, metavar="B", help="samples per process and step")
-    g.add_argument("--test_batch_size", type=positive_int, default=16, metavar="B", help="samples per pass of testing")
-    g.add_argument("--lr", type=float, default=1e-3, metavar="LR", help="highest rate of Adam; SGD takes 100 x this")
+    g.add_argument(
+        "--test_batch_size", type=positive_int, default=16, metavar="B", help="samples per forward pass in tests"
+    )
+    g.add_argument(
+        "--lr", type=float, default=1e-3, metavar="LR", help="peak learning rate of Adam; SGD uses 100 x this"
+    )
     g.add_argument("--use_sgd", action=Switch, default=use_sgd, help="SGD with momentum instead of Adam")
-    g.add_argument("--momentum", type=float, default=0.9, metavar="M", help="of SGD")
+    g.add_argument("--momentum", type=float, default=0.9, metavar="M", help="momentum of SGD")
     g.add_argument("--weight_decay", type=float, default=1e-4, metavar="WD", help="L2 penalty")
     g.add_argument(
         "--scheduler",
         type=scheduler_name,
         choices=SCHEDULERS,
         default="cosine",
-        help="cosine: from the highest rate to a hundredth of it, once; step: halved every 20 epochs, not below 1e-5; "
-        "released: what the released code does (see docs/fidelity.md): for classification the rate swings with every "
+        help="cosine: decay once from the peak rate to a hundredth of it; step: halve every 20 epochs, down to 1e-5; "
+        "released: like the released code (docs/fidelity.md): for classification the rate oscillates with every "
         "batch, for segmentation it is constant under Adam",
     )
     g.add_argument("--label_smoothing", type=float, default=SMOOTHING, metavar="EPS", help="0 turns it off")
     g.add_argument("--amp", choices=list(AMP_DTYPES), default="off", help="mixed precision of the training steps")
-    g = parser.add_argument_group("choice of the best epoch")
+    g = parser.add_argument_group("selection of the best epoch")
     g.add_argument("--eval_every", type=int, default=1, metavar="EPOCHS", help="epochs between validations; 0 = never")
     g.add_argument(
         "--select_on",
         choices=("val", "test"),
         default="val",
-        help="best.pth by held-out training data (val) or, as released, by the test data",
+        help="select best.pth on held-out training data (val) or, as released, on the test data",
     )
     g = parser.add_argument_group("evaluation only")
-    g.add_argument("--eval", action=Switch, help="score --model_path on the test data, train nothing")
+    g.add_argument("--eval", action=Switch, help="score --model_path on the test data without training")
     g.add_argument(
         "--model_path", metavar="FILE", help="with --eval: checkpoint of this script, or a published state dict"
     )
@@ -179,22 +183,22 @@ def add_training_arguments(
 
 
 def check_training_arguments(config: FineTuneConfig) -> None:
-    """Refuse settings that contradict each other.
+    """Check that the settings do not contradict each other.
 
     Raises:
-        UserError: see above.
+        UserError: they do.
     """
     if config.eval and not config.model_path:
         raise UserError("--eval needs --model_path: the checkpoint to score")
     if config.model_path and not config.eval:
-        raise UserError("--model_path is what --eval scores; to start from pretrained weights use --pretrain_path")
+        raise UserError("--model_path needs --eval; to start from pretrained weights use --pretrain_path")
     kept = config.save_predictions
     if kept and not config.eval:
         raise UserError("--save_predictions keeps what --eval predicts; score the run's checkpoint with --eval")
     if kept and Path(kept).exists():
         raise UserError(f"{kept} exists; move it away, or give --save_predictions another name")
     if config.eval and config.pretrain_path:
-        raise UserError("--eval scores a finished model (--model_path); --pretrain_path only starts a training")
+        raise UserError("--eval scores a finished model (--model_path) and cannot be used with --pretrain_path")
     if config.batch_size * (1 if config.no_sync_bn else world_size()) < 2:
         raise UserError("--batch_size 1 gives batch norm no statistics; use 2 or more")
     if not 0 <= config.label_smoothing < 1:
@@ -233,35 +237,35 @@ def write_arrays(path: str | Path, arrays: Mapping[str, Any]) -> None:
 
 
 def smoothed_cross_entropy(scores: Tensor, target: Tensor, eps: float = SMOOTHING) -> Tensor:
-    """Cross entropy with the released label smoothing: 1 - eps for the true class, eps / (K - 1) for each other one.
+    """Return the cross entropy with the released label smoothing: 1 - eps for the true class, eps / (K - 1) for others.
 
-    PyTorch's smoothing spreads its share over all K classes, the true one too, hence the factor.
+    PyTorch's label_smoothing spreads its share over all K classes including the true one, hence the factor.
 
     Shape:
         scores (B, K) or (B, K, N), target (B,) or (B, N) -> ()
     """
     classes = scores.shape[1]
     smoothing = eps * classes / (classes - 1) if classes > 1 else 0.0
-    if scores.is_cuda and scores.ndim == 3:  # rows of points: the loss of (B, K, N) adds in another order every time
-        scores, target = scores.mT.flatten(0, 1), target.flatten()
+    if scores.is_cuda and scores.ndim == 3:  # the CUDA loss of (B, K, N) is not deterministic
+        scores, target = scores.mT.flatten(0, 1), target.flatten()  # (B * N, K), (B * N,)
     return F.cross_entropy(scores.float(), target, label_smoothing=smoothing)
 
 
 def fine_tuning_rate(
     step: int, *, scheduler: str, epochs: int, steps_per_epoch: int, base: float, lr: float, per_batch: bool = False
 ) -> float:
-    """Learning rate of a step.
+    """Return the learning rate of a step.
 
     Args:
-        step: optimizer steps done, from 0.
+        step: number of optimizer steps done.
         scheduler: one of ``SCHEDULERS``.
         epochs: of the run.
         steps_per_epoch: of the run.
-        base: highest rate.
-        lr: the flag ``--lr``, which the released cosine of the segmentation scripts takes as its lowest rate, so that
-            Adam's never changes.
-        per_batch: the released classification script steps its cosine at every batch, not at every epoch, down to a
-            hundredth of the highest rate.
+        base: peak rate.
+        lr: the flag ``--lr``, which the released cosine of the segmentation scripts uses as its minimum, so that Adam's
+            rate is constant.
+        per_batch: whether the released cosine advances every batch instead of every epoch, down to a hundredth of the
+            peak rate, as in the released classification script.
     """
     epoch = step // steps_per_epoch
     if scheduler == "cosine":
@@ -274,7 +278,7 @@ def fine_tuning_rate(
 
 
 def choose_labeled(labels: np.ndarray, fraction: float, *, seed: int) -> np.ndarray:
-    """Samples whose labels a limited-label run may use: one of every class, then at random.
+    """Choose the samples whose labels a limited-label run may use: one of every class, the rest at random.
 
     Args:
         labels: (n,) classes.
@@ -282,7 +286,7 @@ def choose_labeled(labels: np.ndarray, fraction: float, *, seed: int) -> np.ndar
         seed: of the draw.
 
     Returns:
-        Sorted indices, round(n * fraction) of them, or one per class where that is more.
+        Sorted indices: round(n * fraction) of them, or one per class if that is more.
 
     Raises:
         UserError: the fraction is not in (0, 1].
@@ -297,15 +301,15 @@ def choose_labeled(labels: np.ndarray, fraction: float, *, seed: int) -> np.ndar
 
 
 def hold_out(labels: np.ndarray, share: float, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split samples into those to fit and those to choose the best epoch by; every class keeps one to fit.
+    """Split samples into those to train on and those to select the best epoch; every class keeps one for training.
 
     Args:
         labels: (n,) classes.
-        share: of the samples to hold out, as far as classes have more than one.
+        share: share of the samples to hold out, if classes have more than one.
         seed: of the draw.
 
     Returns:
-        Sorted indices to fit and to hold out; the latter may be empty.
+        Sorted indices to train on and to hold out; the latter may be empty.
     """
     keep = choose_labeled(labels, 1 / max(len(labels), 1), seed=seed)  # one of every class
     others = np.setdiff1d(np.arange(len(labels)), keep)
@@ -316,21 +320,21 @@ def hold_out(labels: np.ndarray, share: float, *, seed: int) -> tuple[np.ndarray
 def start_model(
     config: FineTuneConfig, task: type[FineTuned], *, k: int, sizes: Mapping[str, int], in_channels: int | None = None
 ) -> tuple[FineTuned, list[str]]:
-    """The model to train: encoder from ``--pretrain_path`` or from scratch, head from scratch.
+    """Build the model to train: encoder from ``--pretrain_path`` or from scratch, head from scratch.
 
     Args:
         config: settings of the run.
-        task: what is fine-tuned.
-        k: neighbors from scratch, where ``--k`` is not given.
+        task: the task.
+        k: neighbors from scratch, without ``--k``.
         sizes: of the head.
-        in_channels: values per point; None takes the checkpoint's, 3 from scratch.
+        in_channels: values per point; None uses the checkpoint's, or 3 from scratch.
 
     Returns:
-        The model, and what to tell about its origin.
+        The model, and lines about its origin for the log.
 
     Raises:
         CheckpointError: the checkpoint's encoder has no head for the task or takes other channels.
-        UserError: an argument that the encoder does not have.
+        UserError: the encoder does not have an argument.
     """
     seed_everything(config.seed)
     default = next(name for name, kind in ENCODERS.items() if kind in task.heads)
@@ -347,14 +351,14 @@ def start_model(
             )
         if in_channels not in (None, encoder.in_channels):
             raise CheckpointError(
-                f"{config.pretrain_path} holds an encoder of {encoder.in_channels} values per point, "
-                f"--in_channels {in_channels} was asked for"
+                f"{config.pretrain_path} holds an encoder of {encoder.in_channels} values per point; "
+                f"--in_channels {in_channels} does not fit it"
             )
     else:
         name = resolve_encoder_name(config.model or default)
         neighbors = config.k or (k if "k" in encoder_arguments(name) else None)
         encoder = encoder_from_flags(name, k=neighbors, emb_dims=config.emb_dims, in_channels=in_channels)
-    # What the encoder came from must not change the head that it gets.
+    # Otherwise the head's initial weights would depend on the encoder's origin.
     seed_everything(config.seed + HEAD_SEED)
     model = task(encoder, **sizes, **({} if config.dropout is None else {"dropout": config.dropout}))
     kwargs = ", ".join(f"{key} {value}" for key, value in describe_encoder(encoder)["kwargs"].items())
@@ -371,7 +375,7 @@ def start_model(
 
 
 class _Keyed(Dataset):
-    """Chosen samples of a data set, taken by the sampler's keys; a sample's own index goes with it."""
+    """Chosen samples of a data set, indexed by the sampler's keys; each item starts with the sample's index."""
 
     def __init__(self, dataset: Dataset, chosen: np.ndarray) -> None:
         self.dataset, self.chosen = dataset, chosen
@@ -395,20 +399,20 @@ def scores_of(
     copies: Sequence[Callable[[Tensor, Tensor], Tensor]] = (),
     inputs: int = 1,
 ) -> Iterator[tuple[Tensor, list[Tensor]]]:
-    """Run a model over samples in evaluation mode; its training mode comes back afterwards.
+    """Run a model over samples in evaluation mode, and restore its training mode.
 
-    Several processes take turns at the batches and exchange the scores, so that each yields everything.
+    Several processes take turns at the batches and exchange the scores, so that each yields all of them.
 
     Args:
         model: called with points (B, C, N) and ``inputs - 1`` further tensors.
-        dataset: its items are points (N, C), the further inputs, then whatever else.
-        batch_size: samples per pass.
-        device: where the model is.
-        workers: processes that read.
-        chosen: indices of the samples, in order; None takes all.
-        copies: what makes changed copies of a batch's points (B, N, C), given the samples' numbers (B,); with some, the
-            scores are probabilities, averaged over the points as they are and all copies.
-        inputs: how many of an item's tensors the model takes.
+        dataset: its items are points (N, C), the further inputs, then anything else.
+        batch_size: samples per forward pass.
+        device: device of the model.
+        workers: data-loading processes.
+        chosen: indices of the samples, in order; None means all.
+        copies: functions of a batch's points (B, N, C) and sample numbers (B,) that return modified points; the scores
+            are then probabilities, averaged over the original points and all copies.
+        inputs: number of tensors of an item that the model takes.
 
     Yields:
         The scores, on the device, and the batch as read.
@@ -422,7 +426,7 @@ def scores_of(
     ):
         while group := list(itertools.islice(numbered, world_size())):
             bar.update(len(group))
-            # Where the last batches do not suffice for all, the rest repeat the first one; nobody looks at that.
+            # Pad the last round so that every rank has a batch; the padded results are discarded.
             turns = [*group, *[group[0]] * (world_size() - len(group))]
             turn, batch = turns[rank()]
             points, *others = (tensor.to(device, non_blocking=True) for tensor in batch[:inputs])
@@ -438,26 +442,26 @@ def scores_of(
 
 
 class FineTuning(Task):
-    """Fine-tuning of one model on chosen samples.
+    """Fine-tune one model on chosen samples.
 
     Args:
         config: settings of the run.
-        device: where to train.
+        device: device to train on.
         model: encoder and head.
         dataset: items are points (N, C), further inputs of the model, and last the target.
         chosen: samples to train on.
-        validate: scores of the model on held-out data; None where nothing is held out.
-        score: the score that chooses the best epoch.
-        table: names of classes or parts, kept in the checkpoint.
-        identity: text that tells the training data apart from others.
+        validate: returns scores of the model on held-out data; None if nothing is held out.
+        score: name of the score that selects the best epoch.
+        table: names of classes or parts, stored in the checkpoint.
+        identity: text that identifies the training data.
         augmentation: of the training clouds.
-        per_batch: see ``fine_tuning_rate``.
+        per_batch: as for ``fine_tuning_rate``.
 
     Raises:
-        UserError: fewer than two samples, or more neighbors than points.
+        UserError: there are fewer than two samples, or fewer samples than processes.
     """
 
-    # Which of several runs there are changes none of them: the samples of each are compared by themselves.
+    # These flags list the runs of a call and may change on resume; fingerprint() compares each run's samples.
     free_on_resume = FREE_ON_RESUME | {"label_fraction", "test_area", "train_area"}
 
     def __init__(
@@ -477,22 +481,22 @@ class FineTuning(Task):
     ) -> None:
         super().__init__(config, device)
         if len(chosen) < 2:
-            raise UserError(f"{len(chosen)} training sample: batch norm needs at least two")
+            raise UserError(f"{len(chosen)} training sample(s): batch norm needs at least two")
         if len(chosen) < world_size():
-            raise UserError(f"{len(chosen)} training samples for {world_size()} processes: start fewer")
+            raise UserError(f"{len(chosen)} training samples for {world_size()} processes: start fewer processes")
         self.kind = model.kind
         self.model = model.to(device)
         self.network = self.wrap_distributed(self.model)
         self.dropouts = SampleDropout.convert(self.model)
         self.dataset = _Keyed(dataset, chosen)
-        # Fewer samples than a batch are one batch.
+        # A data set smaller than a batch is one batch.
         batch = min(config.batch_size, len(chosen) // world_size())
         self.sampler = self.sampler_of(len(chosen), batch, keep_rest=len(chosen) < DROP_REST_FROM)
         self.validate, self.score, self.table = validate, score, dict(table)
         self.identity, self.augmentation, self.per_batch = identity, augmentation, per_batch
 
     def learning_rate(self, step: int) -> float:
-        """Rate of a step, see ``fine_tuning_rate``."""
+        """Return the learning rate of a step."""
         config = self.config
         return fine_tuning_rate(
             step,
@@ -505,14 +509,14 @@ class FineTuning(Task):
         )
 
     def forward_backward(self, part: list[Tensor], progress: Progress, *, scale: Callable[[Tensor], Tensor]) -> Tensor:
-        """Add a batch's gradients; returns (1,) the loss."""
+        """Accumulate the gradients of a batch and return the loss, (1,)."""
         config = self.config
         index, points, *others, target = (tensor.to(self.device, non_blocking=True) for tensor in part)
         if self.augmentation is not None:
             streams = SampleStreams(seed=config.seed, epoch=progress.epoch, index=index, purpose=Stream.FINE_TUNING)
             points = self.augmentation(points, streams)
         for number, dropout in enumerate(self.dropouts, Stream.DROPOUT):
-            # From the numbers as read: those on a GPU would have to be waited for.
+            # Use the indices in host memory; reading them from the GPU would wait for it.
             streams = SampleStreams(seed=config.seed, epoch=progress.epoch, index=part[0], purpose=number)
             dropout.reseed(streams.seeds())
         with autocast(self.device, config.amp):
@@ -523,23 +527,23 @@ class FineTuning(Task):
         return loss.detach()[None]
 
     def evaluate(self) -> tuple[dict[str, float], float | None]:
-        """Validate; returns the scores and the one that chooses the best epoch."""
+        """Validate; return the scores and the one that selects the best epoch."""
         if self.validate is None:
             return {}, None
         scores = {key: value for key, value in self.validate(self.model).items() if isinstance(value, float)}
         return {f"{self.config.select_on}_{key}": value for key, value in scores.items()}, scores[self.score]
 
     def weights(self) -> dict[str, Any]:
-        """Encoder and head, and what the classes are."""
+        """Return encoder, head and the table of classes, for a checkpoint."""
         return {**describe_fine_tuned(self.model), "table": self.table}
 
     def load_weights(self, payload: Mapping[str, Any], path: Path) -> None:
-        """Load what ``weights`` gave."""
+        """Load the result of ``weights``."""
         load_strictly(self.model.encoder, payload["point_encoder"], path=path, what="these settings")
         load_strictly(self.model.head, payload["head"], path=path, what="these settings")
 
     def fingerprint(self) -> str:
-        """Which samples are trained on, in which order."""
+        """Return a hash of the training samples and their order."""
         text = f"{self.identity} {json.dumps(self.table, sort_keys=True)} {self.dataset.chosen.tolist()}"
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -548,7 +552,7 @@ def score_best_and_last(run: Run, test: Callable[[nn.Module], Scores]) -> dict[s
     """Score the best and the last weights on the test data.
 
     Returns:
-        ``best`` (None where nothing was validated) and ``last``: each with epoch, validation and test scores.
+        ``best`` (None without validation) and ``last``, each with epoch, validation and test scores.
     """
     task, progress, select_on = run.task, run.progress, run.config.select_on
     records = {record["epoch"]: record for record in broadcast_from_rank0(lambda: list(run.folder.metrics()))}
@@ -569,11 +573,11 @@ def score_best_and_last(run: Run, test: Callable[[nn.Module], Scores]) -> dict[s
 
 
 def fine_tune(run: Run, test: Callable[[nn.Module], Scores], report: Iterable[str]) -> dict[str, Any]:
-    """Train, or go on where the run stands, and test; a finished run returns its result.
+    """Train or resume a run and test it; return the stored result of a finished run.
 
     Args:
         run: of a ``FineTuning``.
-        test: scores of a model on the test data.
+        test: returns the scores of a model on the test data.
         report: lines for the log.
     """
     task, config, folder = run.task, run.config, run.folder
@@ -581,7 +585,7 @@ def fine_tune(run: Run, test: Callable[[nn.Module], Scores], report: Iterable[st
     if resume(run):
         result = broadcast_from_rank0(lambda: earlier_result(folder)) if run.progress.epoch >= config.epochs else None
         if result is not None:
-            logger.info("%s is finished", folder.path)
+            logger.info("%s is already finished", folder.path)
             return result
     folder.write_config(provenance(config))
     for line in report:
@@ -591,9 +595,9 @@ def fine_tune(run: Run, test: Callable[[nn.Module], Scores], report: Iterable[st
         *(len(task.dataset), task.total_steps, task.sampler.global_batch, world_size(), task.device),
     )
     if task.sampler.global_batch < config.batch_size * world_size():
-        logger.info("fewer samples than --batch_size %d asks for: each step takes them all", config.batch_size)
+        logger.info("fewer samples than --batch_size %d: each step uses all of them", config.batch_size)
     if task.validate is None:
-        logger.info("nothing is held out: there is no best epoch, the last one is reported")
+        logger.info("nothing is held out, so the last epoch is reported instead of the best")
     start = time.perf_counter()
     train(run)
     seconds = time.perf_counter() - start
@@ -608,28 +612,28 @@ def fine_tune(run: Run, test: Callable[[nn.Module], Scores], report: Iterable[st
 
 
 def earlier_result(folder: RunFolder) -> dict[str, Any] | None:
-    """What a finished run in the folder has found."""
+    """Return the result of a finished run in the folder, or None."""
     path = folder / "result.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def run_folders(config: FineTuneConfig, names: Sequence[str]) -> list[RunFolder]:
-    """Folders of the runs of one call: the run folder itself for one run, sub-folders of it for several.
+    """Return the folders of the runs of one call: the run folder for one run, subfolders of it for several.
 
-    All are looked at before the first run starts, so that an earlier run in one of them stops the call at once.
+    All are checked before the first run starts, so that an existing run in any of them stops the call at once.
 
     Raises:
         UserError: one holds a run and neither ``--resume`` nor ``--overwrite`` is given.
     """
     base = Path(config.output_dir) / config.exp_name
     if len(names) > 1 and config.resume not in (None, "auto"):
-        raise UserError(f"--resume {config.resume} goes on with one run, this call has {len(names)}: use --resume")
+        raise UserError(f"--resume {config.resume} continues one run, but this call has {len(names)}: use --resume")
     paths = [base] if len(names) == 1 else [base / name for name in names]
     return [RunFolder(path, overwrite=config.overwrite, resume=config.resume) for path in paths]
 
 
 def reported_entry(result: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-    """The entry of a result that is reported, and how it was chosen: best on held-out data, or else the last."""
+    """Return how the reported entry of a result was selected, and the entry: the best on held-out data, or the last."""
     if result["best"] is None:
         return "last", result["last"]
     return f"best on {result['selected_on']}", result["best"]

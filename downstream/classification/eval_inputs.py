@@ -1,4 +1,4 @@
-"""Which encoders a script scores and on which labeled clouds: the flags and what they open."""
+"""Flags that choose the encoders and labeled clouds of an evaluation, and the functions that open them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DEFAULT_MODEL = "dgcnn_cls"
 
 
 class Candidate(NamedTuple):
-    """An encoder to score, and where it comes from."""
+    """An encoder to score, and its origin."""
 
     name: str  # shown in the table
     encoder: nn.Module
@@ -31,10 +31,10 @@ class Candidate(NamedTuple):
 
 
 def add_encoder_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that choose encoders; see ``candidates``."""
+    """Add the flags that choose encoders, read by ``candidates``."""
     group = parser.add_argument_group("encoder", "give either --model_path or --random_init")
     source = group.add_mutually_exclusive_group(required=True)
-    source.add_argument("--model_path", nargs="+", metavar="FILE", help="checkpoints of ours, or published state dicts")
+    source.add_argument("--model_path", nargs="+", metavar="FILE", help="our checkpoints, or published state dicts")
     source.add_argument(
         "--random_init", action="store_true", help="score an untrained encoder; use --calibrate_bn with it"
     )
@@ -49,7 +49,7 @@ def add_encoder_arguments(parser: argparse.ArgumentParser) -> None:
         "--calibrate_bn",
         action="store_true",
         help="set batch-norm statistics from unlabeled training clouds in one pass; without them an untrained encoder "
-        "is no fair baseline: its features hardly differ between clouds",
+        "is not a fair baseline: its features hardly differ between clouds",
     )
     group.add_argument(
         "--calibration_clouds", type=positive_int, default=512, metavar="N", help="clouds used by --calibrate_bn"
@@ -58,13 +58,13 @@ def add_encoder_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         type=model_name([*ENCODERS, *ENCODER_ALIASES]),
         choices=[*ENCODERS, *ENCODER_ALIASES],
-        help="encoder (default: the checkpoint's, of published state dicts by their tensors; "
+        help="encoder (default: the checkpoint's; for published state dicts recognized by the tensors; "
         f"{DEFAULT_MODEL} with --random_init)",
     )
     group.add_argument(
         "--k",
         type=positive_int,
-        help="neighbors per point, itself included (default: the checkpoint's; 20 where there is none)",
+        help="neighbors per point, itself included (default: the checkpoint's; otherwise 20)",
     )
     group.add_argument(
         "--emb_dims",
@@ -76,27 +76,27 @@ def add_encoder_arguments(parser: argparse.ArgumentParser) -> None:
         "--dropout",
         type=float,
         metavar="P",
-        help="taken for the sake of released command lines; frozen encoders have no dropout",
+        help="accepted for released command lines and ignored; frozen encoders have no dropout",
     )
 
 
 def check_encoder_arguments(args: argparse.Namespace) -> None:
-    """Refuse flags of encoders that do not go together, before any data are read.
+    """Check that the encoder flags fit together, before any data is read.
 
     Raises:
-        UserError: see above.
+        UserError: they do not.
     """
     if args.seeds and not args.random_init:
-        raise UserError("--seeds chooses the weights of --random_init; a checkpoint has its own (draws follow --seed)")
+        raise UserError("--seeds needs --random_init, whose weights it draws; for random draws use --seed")
 
 
 def add_data_arguments(parser: argparse.ArgumentParser, *, num_points: int | None = 1024, batch: bool = True) -> None:
-    """Add the flags that choose labeled clouds; see ``open_splits``.
+    """Add the flags that choose labeled clouds, read by ``open_splits``.
 
     Args:
-        parser: to add to.
-        num_points: default of ``--num_points``; None takes all.
-        batch: also add ``--batch_size``, of forward passes.
+        parser: parser to extend.
+        num_points: default of ``--num_points``; None means all.
+        batch: also add ``--batch_size`` for forward passes.
     """
     group = parser.add_argument_group("data")
     group.add_argument(
@@ -104,14 +104,14 @@ def add_data_arguments(parser: argparse.ArgumentParser, *, num_points: int | Non
         type=str.lower,
         choices=CLASSIFICATION_SETS,
         default="modelnet40",
-        help="labeled clouds to score on; folder: your own, --data_root DIR with train/<class>/* and test/<class>/* "
+        help="labeled clouds to score on; folder: your files, --data_root DIR with train/<class>/* and test/<class>/* "
         "(docs/datasets.md)",
     )
     group.add_argument(
         "--variant",
         default="OBJ_BG",
         metavar="V",
-        help=f"of ScanObjectNN, one of {', '.join(VARIANTS)}; always say which one a number is of",
+        help=f"variant of ScanObjectNN, one of {', '.join(VARIANTS)}; always report it with the number",
     )
     group.add_argument(
         "--num_points",
@@ -134,7 +134,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, *, num_points: int | Non
 
 
 def sha256(path: str | Path) -> str:
-    """Checksum of a file, as hexadecimal text."""
+    """Return the SHA-256 of a file in hexadecimal."""
     with open(path, "rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):
@@ -143,11 +143,11 @@ def sha256(path: str | Path) -> str:
 
 
 def candidates(args: argparse.Namespace) -> list[Candidate]:
-    """Build every encoder, so that a wrong file is found before the first one is scored.
+    """Build all encoders, so that a wrong file is found before the first one is scored.
 
     Raises:
-        UserError: a flag that the encoder does not have, or a wrong value.
-        CheckpointError: a file that cannot be read or does not fit.
+        UserError: an encoder does not have a flag, or its value is wrong.
+        CheckpointError: a file cannot be read or does not fit.
     """
     found = []
     if args.model_path:
@@ -166,10 +166,10 @@ def candidates(args: argparse.Namespace) -> list[Candidate]:
 
 
 def open_splits(args: argparse.Namespace) -> tuple[LabeledClouds, LabeledClouds]:
-    """Open both splits and say what they are.
+    """Open both splits and print what they are.
 
     Raises:
-        DataError: a file is missing or wrong; where the whole set is, the message names those that are there.
+        DataError: a file is missing or wrong; the message names the sets that exist.
     """
     if args.dataset == "scanobjectnn":
         args.variant = resolve_variant(args.variant)
@@ -188,8 +188,10 @@ def open_splits(args: argparse.Namespace) -> tuple[LabeledClouds, LabeledClouds]
         print(f"{part!r} from {', '.join(map(str, part.files))} ({part.layout})")
         if part.repeated:
             points = part.points.shape[1]
-            print(f"note: {part.repeated} {part.split} clouds have fewer than {points} points, and their points repeat")
+            print(
+                f"note: {part.repeated} {part.split} clouds have fewer than {points} points, so some of their points repeat"
+            )
         official = part.official_sizes.get(part.split)
         if official not in (None, len(part)):
-            print(f"note: {len(part)} {part.split} clouds, the published set has {official}")
+            print(f"note: {len(part)} {part.split} clouds, but the published set has {official}")
     return train, test

@@ -1,10 +1,10 @@
 r"""Few-shot classification with frozen features: n-way, m-shot, a linear SVM per episode, mean and deviation over runs.
 
-An episode takes n classes, m labeled clouds of each (the support) and other clouds of the same classes to classify
-(the queries). Features are standardized by the support, then a linear SVM with C = 1 is fitted. Two protocols:
-  released  support and queries from the training split, 20 queries of every class, as in the field's script
-  test      support from the training split, queries from the test split: nothing that is scored was in training
-Run i depends on --seed and i alone, so that every encoder sees the same episodes.
+An episode has n classes, m labeled clouds of each (the support) and other clouds of the same classes to classify (the
+queries). Features are standardized by the support, then a linear SVM with C = 1 is fitted. Two protocols:
+  released  support and queries from the training split, 20 queries per class, as in the usual scripts
+  test      support from the training split, queries from the test split, so that no scored cloud was in training
+Run i depends only on --seed and i, so that every encoder gets the same episodes.
 
 Examples:
   python downstream/classification/few_shot.py --dataset modelnet40 --model_path checkpoints/crossnet/last.pth
@@ -54,7 +54,7 @@ PROTOCOLS = ("released", "test")
 
 
 class Episode(NamedTuple):
-    """Rows of one episode; the protocol says which split the queries are rows of."""
+    """Rows of one episode; the protocol determines the split of the queries."""
 
     support: np.ndarray  # (ways * shots,) of the training split
     queries: np.ndarray  # (ways * queries,)
@@ -74,13 +74,13 @@ def draw_episode(
 
     Args:
         train_labels: (n,) classes of the training split.
-        query_labels: (m,) classes of the split that the queries come from; None draws them from the training split,
-            apart from the support.
-        ways: classes.
-        shots: labeled clouds of every class.
-        queries: clouds of every class to classify.
+        query_labels: (m,) classes of the queries' split; None draws the queries from the training split, disjoint from
+            the support.
+        ways: number of classes.
+        shots: labeled clouds per class.
+        queries: clouds to classify per class.
         seed: of all episodes.
-        number: of this one.
+        number: of this episode.
 
     Raises:
         UserError: fewer than ``ways`` classes have enough clouds.
@@ -119,7 +119,7 @@ def few_shot_accuracies(
     runs: int = 10,
     seed: int = 1,
 ) -> list[float]:
-    """Accuracy of every run in percent; see the module for the protocols.
+    """Return the accuracy of every run in percent.
 
     Args:
         train_x: (n, D) features.
@@ -127,10 +127,10 @@ def few_shot_accuracies(
         test_x: (m, D) features.
         test_y: (m,) classes.
         protocol: one of ``PROTOCOLS``.
-        ways: classes of an episode.
-        shots: labeled clouds of every class.
-        queries: clouds of every class to classify.
-        runs: episodes.
+        ways: classes per episode.
+        shots: labeled clouds per class.
+        queries: clouds to classify per class.
+        runs: number of episodes.
         seed: of the episodes.
 
     Raises:
@@ -155,22 +155,28 @@ def few_shot_accuracies(
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Command line of this script."""
+    """Build the command line of this script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add_encoder_arguments(parser)
     add_data_arguments(parser, num_points=None)
     g = parser.add_argument_group("episodes")
-    g.add_argument("--protocol", nargs="+", choices=PROTOCOLS, default=list(PROTOCOLS), help="see above")
-    g.add_argument("--ways", type=positive_int, nargs="+", default=[5, 10], metavar="N", help="classes of an episode")
-    g.add_argument("--shots", type=positive_int, nargs="+", default=[10, 20], metavar="M", help="labels of every class")
-    g.add_argument("--queries", type=positive_int, default=20, metavar="Q", help="clouds of every class to classify")
+    g.add_argument(
+        "--protocol",
+        nargs="+",
+        choices=PROTOCOLS,
+        default=list(PROTOCOLS),
+        help="protocols to score, described at the top",
+    )
+    g.add_argument("--ways", type=positive_int, nargs="+", default=[5, 10], metavar="N", help="classes per episode")
+    g.add_argument("--shots", type=positive_int, nargs="+", default=[10, 20], metavar="M", help="labels per class")
+    g.add_argument("--queries", type=positive_int, default=20, metavar="Q", help="clouds to classify per class")
     g.add_argument("--runs", type=positive_int, default=10, metavar="R", help="episodes per setting")
     add_common_arguments(parser, workers=False)
     return parser
 
 
 def score(args: argparse.Namespace, encoder: Any, train: LabeledClouds, test: LabeledClouds) -> dict[str, Any]:
-    """Results of one encoder: protocol -> setting, such as ``5w10s`` -> mean, std and accuracies."""
+    """Return the results of one encoder: protocol -> setting, such as ``5w10s`` -> mean, std and accuracies."""
     device = resolve_device(args.device)
     if args.calibrate_bn:
         calibrate_batch_norm(
@@ -206,10 +212,10 @@ def score(args: argparse.Namespace, encoder: Any, train: LabeledClouds, test: La
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Score every encoder; returns what ``--json`` writes.
+    """Score every encoder and return the metrics that ``--json`` writes.
 
     Raises:
-        UserError: a wrong setting, file or checkpoint.
+        UserError: a setting, file or checkpoint is wrong.
     """
     args = build_parser().parse_args(argv)
     log_to_screen()
@@ -217,7 +223,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if min(args.ways) < 2:
         raise UserError("--ways 1: one class needs no classifier; use 2 or more")
     train, test = open_splits(args)
-    for protocol in args.protocol:  # before any feature is computed
+    for protocol in args.protocol:  # fail before computing any features
         for ways in args.ways:
             for shots in args.shots:
                 labels = None if protocol == "released" else test.labels

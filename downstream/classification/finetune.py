@@ -1,8 +1,8 @@
-"""Fine-tune an encoder with a classifier on labeled clouds: supervised, with all labels or a few per cent of them.
+"""Fine-tune an encoder with a classifier on labeled clouds, with all labels or a few percent of them.
 
-The encoder comes from pretraining (--pretrain_path) or starts from scratch; the head starts fresh. A part of the
-*labeled training* clouds is held out to choose the best epoch; it and the last epoch are scored on the test split.
-With --label_fraction both parts come out of that share of the labels, at least one cloud of every class to train on.
+The encoder comes from pretraining (--pretrain_path) or starts from scratch; the head is always new. Part of the
+*labeled training* clouds is held out to select the best epoch; the best and the last epoch are scored on the test
+split. With --label_fraction both parts come from that share of the labels, with at least one training cloud per class.
 
 Examples:
   python downstream/classification/finetune.py --dataset modelnet40 --pretrain_path pre.pth --exp_name mn40
@@ -62,7 +62,7 @@ RELEASED_K = Classification.released_k
 
 @dataclass(kw_only=True)
 class ClassificationConfig(FineTuneConfig):
-    """Settings of this script; see ``build_parser``."""
+    """Settings of this script, from the flags of ``build_parser``."""
 
     dataset: str
     variant: str
@@ -72,7 +72,7 @@ class ClassificationConfig(FineTuneConfig):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Command line of this script; docs/fidelity.md says which defaults are not the released ones."""
+    """Build the command line of this script; docs/fidelity.md lists defaults that differ from the release."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add_training_arguments(parser, task=Classification, exp_name="finetune", k=RELEASED_K, use_sgd=True)
     add_data_arguments(parser, batch=False)
@@ -84,28 +84,29 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[1.0],
         metavar="F",
-        help="share of the training labels to use, at least one per class; several values are one run each, in "
-        "sub-folders of the run folder",
+        help="share of the training labels to use, at least one per class; several values give one run each, in "
+        "subfolders of the run folder",
     )
     g.add_argument(
         "--holdout",
         type=float,
         default=0.1,
         metavar="F",
-        help="share of the labels in use that choose the best epoch; no class gives its last one; 0 holds out none",
+        help="share of the labels in use that is held out to select the best epoch; every class keeps at least one for "
+        "training; 0 holds out none",
     )
     return parser
 
 
 class Clouds(Dataset):
-    """Clouds whose classes are numbered from 0 among those that the training split has.
+    """Clouds with classes numbered from 0 over the classes of the training split.
 
     Args:
         clouds: one split.
-        labels: the training split's labels, sorted, each once.
+        labels: the training split's distinct labels, sorted.
 
     Raises:
-        DataError: a cloud of a class that the training split does not have.
+        DataError: a cloud has a class that the training split lacks.
     """
 
     def __init__(self, clouds: LabeledClouds, labels: np.ndarray) -> None:
@@ -124,7 +125,7 @@ class Clouds(Dataset):
 
 
 def score(config: ClassificationConfig, model: nn.Module, clouds: Clouds, chosen: np.ndarray | None = None) -> Scores:
-    """Overall accuracy and mean accuracy of the classes, in percent."""
+    """Return the overall accuracy, mean class accuracy and accuracy of every class, in percent."""
     predicted = [
         scores.argmax(1).cpu().numpy()
         for scores, _ in scores_of(
@@ -147,7 +148,7 @@ def score(config: ClassificationConfig, model: nn.Module, clouds: Clouds, chosen
 
 
 def train(config: ClassificationConfig, train_clouds: Clouds, test_clouds: Clouds) -> list[dict[str, Any]]:
-    """Run the trainings of one call; returns a record for each."""
+    """Run the trainings of one call and return a record for each."""
     sizes = {"num_classes": len(train_clouds.class_names)}
     points = train_clouds.clouds.points.shape[1]
     check_neighbors(start_model(config, Classification, k=RELEASED_K, sizes=sizes)[0].encoder, points)
@@ -199,10 +200,10 @@ def train(config: ClassificationConfig, train_clouds: Clouds, test_clouds: Cloud
 
 
 def score_checkpoint(config: ClassificationConfig, test_clouds: Clouds) -> dict[str, Any]:
-    """Score a finished model; returns its record.
+    """Score a finished model and return its record.
 
     Raises:
-        CheckpointError: the model knows other classes than the data.
+        CheckpointError: the model has other classes than the data.
     """
     model, payload = fine_tuned_from_checkpoint(config.model_path, Classification, model=config.model, k=config.k)
     names = payload.get("table", {}).get("class_names")
@@ -220,15 +221,15 @@ def score_checkpoint(config: ClassificationConfig, test_clouds: Clouds) -> dict[
 
 
 def result_line(scores: Scores) -> str:
-    """The scores as text."""
+    """Format the scores as one line."""
     return f"overall accuracy {scores['overall_accuracy']:.2f}, mean of classes {scores['mean_class_accuracy']:.2f}"
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Train and score, or only score; returns what ``--json`` writes.
+    """Train and score, or only score, and return the metrics that ``--json`` writes.
 
     Raises:
-        UserError: a wrong setting, file or checkpoint.
+        UserError: a setting, file or checkpoint is wrong.
     """
     config = ClassificationConfig.from_flags(build_parser().parse_args(argv))
     log_to_screen()

@@ -1,11 +1,11 @@
-"""Score pretrained point encoders by a linear SVM on their frozen features.
+"""Score pretrained point encoders with a linear SVM on their frozen features.
 
-Each encoder runs once over the training and the test clouds. Its features, those before any projection head, are then
-scored in three ways:
-  linear SVM     fitted on all training labels, accuracy on the test split; narrow range, the field's headline number
-  few labels     the same from 1, 5, 10, ... labels of every class; shows far more of an encoder's quality
-  retrieval mAP  no training: every test cloud looks for others of its class by cosine similarity
-Several checkpoints, or several seeds of a random encoder, are one run each; mean and deviation are taken over runs.
+Each encoder runs once over the training and test clouds. Its features, before any projection head, are then scored in
+three ways:
+  linear SVM     fitted on all training labels, accuracy on the test split; the usual headline number, in a narrow range
+  few labels     the same from 1, 5, 10, ... labels per class; separates encoders much better
+  retrieval mAP  no training: every test cloud retrieves others of its class by cosine similarity
+Several checkpoints, or several seeds of a random encoder, are one run each; mean and deviation are over runs.
 
 Examples:
   python downstream/classification/main.py --dataset modelnet40 --model_path checkpoints/crossnet/last.pth
@@ -58,7 +58,7 @@ from utils.reproducible import git_commit, versions
 
 
 class Scores(NamedTuple):
-    """What :func:`evaluate` returns."""
+    """Result of :func:`evaluate`."""
 
     record: dict[str, Any]  # goes into the JSON
     predictions: np.ndarray  # (n_test,) labels at the chosen C
@@ -66,7 +66,7 @@ class Scores(NamedTuple):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the command line."""
+    """Build the command line of this script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
 
     add_encoder_arguments(parser)
@@ -78,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[RELEASED_C],
         metavar="C",
-        help="penalty; of several values the best in cross-validation on the training split is used",
+        help="C of the SVM; several values: use the best in cross-validation on the training split",
     )
     group.add_argument("--cv_folds", type=int, default=5, metavar="F", help="folds of that cross-validation, 2 or more")
     group.add_argument(
@@ -87,18 +87,18 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="*",
         default=[1, 5, 10, 20],
         metavar="S",
-        help="few-label SVM from S labels of every class (features standardized, C = 1); no value turns it off",
+        help="few-label SVM from S labels per class (features standardized, C = 1); no value turns it off",
     )
     group.add_argument("--shot_draws", type=positive_int, default=20, metavar="D", help="draws per number of labels")
 
     group = parser.add_argument_group("pictures")
     group.add_argument(
-        "--confusion_matrix", metavar="FILE", help="draw true against predicted classes, all runs together (.png, .pdf)"
+        "--confusion_matrix", metavar="FILE", help="draw the confusion matrix over all runs (.png, .pdf)"
     )
     group.add_argument(
         "--retrieval_sheet",
         metavar="FILE",
-        help="draw test clouds beside their nearest neighbors, first run (.png, .pdf)",
+        help="draw test clouds of the first run with their nearest neighbors (.png, .pdf)",
     )
     add_common_arguments(parser, workers=False)
     add_released_flags(parser, IN_LINEAR_SVM)
@@ -106,10 +106,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse what cannot work before anything is computed.
+    """Check the arguments before anything is computed.
 
     Raises:
-        UserError: too few folds, or an output that cannot be written.
+        UserError: there are too few folds, or an output cannot be written.
     """
     check_encoder_arguments(args)
     if args.cv_folds < 2:
@@ -122,7 +122,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def evaluate(encoder: nn.Module, train: LabeledClouds, test: LabeledClouds, args: argparse.Namespace) -> Scores:
-    """Score one encoder in all ways; percentages throughout.
+    """Score one encoder in all three ways, in percent.
 
     Raises:
         UserError: the encoder gives features that are not finite.
@@ -178,10 +178,10 @@ def evaluate(encoder: nn.Module, train: LabeledClouds, test: LabeledClouds, args
 
 
 def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and sample standard deviation over runs (0 for a single run).
+    """Return the mean and sample standard deviation over runs (0 for a single run).
 
-    ``shots`` holds [mean, deviation]: over runs of each run's mean; with a single run, over its draws, as the field
-    reports it. ``shots_std_over`` says which.
+    ``shots`` holds [mean, deviation] of the runs' means or, for a single run, over its draws, as is usually reported.
+    ``shots_std_over`` says which.
     """
     accuracy, accuracy_std = mean_and_std([record["test_accuracy"] for record in records])
     c_values = [record["svm_c"] for record in records]
@@ -213,7 +213,7 @@ def _one_decimal(value: float | None) -> str:
 
 
 def result_table(metrics: dict[str, Any]) -> str:
-    """Return the metrics as a table, a line per run and, for several runs, their mean and deviation."""
+    """Format the metrics as a table: one line per run and, for several runs, their mean and deviation."""
     runs, shots = metrics["runs"], list(metrics["shots"])
     rows = [["run", "SVM", "C", *(f"{s} label{'s' if s != '1' else ''}" for s in shots), "mAP"]]
     for record in runs:
@@ -235,13 +235,13 @@ def result_table(metrics: dict[str, Any]) -> str:
 
 
 def notes(metrics: dict[str, Any]) -> list[str]:
-    """Return what a reader of the table has to know."""
+    """Return explanations of the table."""
     lines = ["percent of the test split; mAP: cosine retrieval within the test split"]
     if metrics["shots"]:
         draws = metrics["shot_draws"]
         lines.append(f"+- in a run's few-label columns: standard deviation over {draws} draws of the labels")
     if metrics["number_of_runs"] == 1:
-        lines.append("one run: no deviation over runs can be given (test_accuracy_std is 0)")
+        lines.append("one run, so there is no deviation over runs (test_accuracy_std is 0)")
     else:
         lines.append("+- in the last line: standard deviation over runs")
     for record in metrics["runs"]:
@@ -254,22 +254,22 @@ def notes(metrics: dict[str, Any]) -> list[str]:
     first = metrics["runs"][0]
     for s, classes in first["short_classes"].items():
         names = ", ".join(f"{name} ({size})" for name, size in classes.items())
-        lines.append(f"{s} labels: classes with fewer training clouds give all they have: {names}")
+        lines.append(f"{s} labels: classes with fewer training clouds use all of them: {names}")
     if first["retrieval_queries_left_out"]:
         count = first["retrieval_queries_left_out"]
-        lines.append(f"retrieval: {count} queries are left out, no other test cloud has their class")
+        lines.append(f"retrieval: {count} queries are excluded because no other test cloud has their class")
     return lines
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Run the command line and return the metrics that ``--json`` writes.
+    """Score every encoder and return the metrics that ``--json`` writes.
 
     Raises:
-        UserError: a wrong setting, file or checkpoint.
+        UserError: a setting, file or checkpoint is wrong.
     """
     args = build_parser().parse_args(argv)
     log_to_screen()
-    commit = git_commit()  # of the code that runs, not of one made meanwhile
+    commit = git_commit()  # now, because the repository may change during the run
     check_arguments(args)
     train, test = open_splits(args)
     found = candidates(args)
@@ -277,7 +277,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         check_neighbors(candidate.encoder, args.num_points, name=candidate.name)
     if args.random_init and not args.calibrate_bn:
         print(
-            "note: an untrained encoder without --calibrate_bn is no fair baseline, its batch norms hold no statistics"
+            "note: an untrained encoder without --calibrate_bn is not a fair baseline: its batch norms lack statistics"
         )
     if args.model_path and args.calibrate_bn:
         print("warning: --calibrate_bn replaces the batch-norm statistics that the checkpoints were trained with")

@@ -1,7 +1,7 @@
-"""Map frozen features to the plane by t-SNE: a picture colored by class, and the numbers behind it.
+"""Map frozen features to the plane with t-SNE: a picture colored by class, and its data.
 
-Writes --output (.png, .pdf) and, beside it, an .npz file with features (n, D), embedding (n, 2), labels (n,) and
-class_names. Distances between clusters mean little in such a map: it shows which classes mix.
+Writes --output (.png, .pdf) and next to it an .npz file with features (n, D), embedding (n, 2), labels (n,) and
+class_names. The map shows which classes mix; distances between clusters mean little.
 
 Examples:
   python downstream/classification/tsne.py --dataset modelnet10 --model_path checkpoints/crossnet/last.pth
@@ -49,26 +49,30 @@ MARKERS = "osD^vP"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Command line of this script."""
+    """Build the command line of this script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add_encoder_arguments(parser)
     add_data_arguments(parser)
     g = parser.add_argument_group("map")
     g.add_argument("--split", choices=("train", "test"), default="test", help="clouds to map")
-    g.add_argument("--max_clouds", type=positive_int, default=2000, metavar="N", help="at most, drawn at random")
-    g.add_argument("--perplexity", type=positive_float, default=30.0, metavar="P", help="neighbors that t-SNE looks at")
-    g.add_argument("--output", default="runs/tsne.png", metavar="FILE", help="picture; the .npz file lies beside it")
-    g.add_argument("--overwrite", action="store_true", help="replace an .npz file that is there")
+    g.add_argument("--max_clouds", type=positive_int, default=2000, metavar="N", help="maximum number, drawn at random")
+    g.add_argument(
+        "--perplexity", type=positive_float, default=30.0, metavar="P", help="t-SNE's effective number of neighbors"
+    )
+    g.add_argument(
+        "--output", default="runs/tsne.png", metavar="FILE", help="picture; the .npz file is written next to it"
+    )
+    g.add_argument("--overwrite", action="store_true", help="replace an existing .npz file")
     add_common_arguments(parser, workers=False)
     return parser
 
 
 def embed(features: np.ndarray, *, perplexity: float, seed: int) -> np.ndarray:
-    """t-SNE (van der Maaten and Hinton, 2008) from a PCA start.
+    """Compute t-SNE (van der Maaten and Hinton, 2008) with PCA initialization.
 
     Args:
         features: (n, D).
-        perplexity: lowered where there are too few clouds for it.
+        perplexity: lowered if there are too few clouds.
         seed: of the optimization.
 
     Returns:
@@ -86,7 +90,7 @@ def embed(features: np.ndarray, *, perplexity: float, seed: int) -> np.ndarray:
 
 
 def class_styles(count: int) -> list[tuple[tuple[float, ...], str]]:
-    """A color and a marker for every class; with more than ten classes the marker changes with every ten."""
+    """Return a color and a marker for every class; the marker changes every ten classes."""
     colors = colormaps["tab10"].colors
     return [(colors[i % 10], MARKERS[i // 10 % len(MARKERS)]) for i in range(count)]
 
@@ -115,7 +119,7 @@ def draw_map(embedding: np.ndarray, labels: np.ndarray, class_names: Sequence[st
 
 
 def save_numbers(path: Path, **arrays: np.ndarray) -> None:
-    """Write arrays as an .npz file in one step.
+    """Write arrays to an .npz file atomically.
 
     Raises:
         UserError: the file cannot be written.
@@ -130,10 +134,10 @@ def save_numbers(path: Path, **arrays: np.ndarray) -> None:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Map and draw; returns the files written.
+    """Draw the map and return the files written.
 
     Raises:
-        UserError: a wrong setting, file or checkpoint.
+        UserError: a setting, file or checkpoint is wrong.
     """
     args = build_parser().parse_args(argv)
     log_to_screen()
@@ -141,15 +145,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     picture = Path(args.output)
     numbers = picture.with_suffix(".npz")
     if numbers.exists() and not args.overwrite:
-        raise UserError(f"{numbers} exists: --overwrite replaces it, another --output keeps it")
+        raise UserError(f"{numbers} exists: replace it with --overwrite, or choose another --output")
     check_output_path(picture, PICTURE_TYPES)
     train, test = open_splits(args)
     part = test if args.split == "test" else train
     found = candidates(args)
     if len(found) > 1:
-        raise UserError(
-            f"one map shows one encoder, {len(found)} were given; call once for each, with its own --output"
-        )
+        raise UserError(f"a map shows one encoder, got {len(found)}; run once per encoder with a separate --output")
     encoder, device = found[0].encoder, resolve_device(args.device)
     check_neighbors(encoder, part.points.shape[1])
     if args.calibrate_bn:

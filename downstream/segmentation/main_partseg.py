@@ -1,10 +1,10 @@
-"""Fine-tune and score part segmentation on ShapeNetPart, or on a part data set of your own in its layout.
+"""Fine-tune and score part segmentation on ShapeNetPart, or on your data set in its layout.
 
-The encoder comes from pretraining (--pretrain_path) or starts from scratch; the head starts fresh. The best epoch is
-chosen on the validation split, and it and the last one are scored on the test split:
+The encoder comes from pretraining (--pretrain_path) or starts from scratch; the head is always new. The best epoch is
+selected on the validation split; the best and the last epoch are scored on the test split:
   instance mIoU  mean over shapes of the mean IoU over the parts of the shape's category
-  class mIoU     mean over categories of that
-  accuracy       points predicted right
+  class mIoU     mean over categories of their shapes' mean
+  accuracy       correctly predicted points
 
 Examples:
   python downstream/segmentation/main_partseg.py --pretrain_path checkpoints/crossnet_part/last.pth --exp_name part
@@ -76,7 +76,7 @@ VOTE_SCALES = (0.8, 1.25)
 
 @dataclass(kw_only=True)
 class PartConfig(FineTuneConfig):
-    """Settings of this script; see ``build_parser``."""
+    """Settings of this script, from the flags of ``build_parser``."""
 
     num_points: int | None
     class_choice: str | None
@@ -87,14 +87,14 @@ class PartConfig(FineTuneConfig):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Command line of this script; docs/fidelity.md says which defaults are not the released ones."""
+    """Build the command line of this script; docs/fidelity.md lists defaults that differ from the release."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add_training_arguments(parser, task=PartSegmentation, exp_name="partseg", k=RELEASED_K, datasets=DATASET_NAMES)
     g = parser.add_argument_group("data")
     g.add_argument(
         "--num_points", type=positive_int, metavar="N", help="points per shape, the first N rows (default: all; 2,048)"
     )
-    g.add_argument("--class_choice", metavar="NAME", help="train and test a model of this category alone")
+    g.add_argument("--class_choice", metavar="NAME", help="train and test a model of this category only")
     g.add_argument("--class_test", nargs="+", metavar="NAME", help="score the test shapes of these categories only")
     add_percent_train(g)
     g.add_argument(
@@ -103,8 +103,8 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[1.0],
         metavar="F",
-        help="share of the labeled shapes, at least one per category, of training and of validation; several values "
-        "are one run each, in sub-folders of the run folder",
+        help="share of the labeled training and validation shapes to use, at least one per category; several values "
+        "give one run each, in subfolders of the run folder",
     )
     g = parser.add_argument_group("testing")
     g.add_argument(
@@ -118,13 +118,13 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument(
         "--within_category",
         action="store_true",
-        help="choose among the parts of the shape's own category only (default: among all parts, as released)",
+        help="predict only parts of the shape's category (default: of all categories, as released)",
     )
     return parser
 
 
 class Parts(Dataset):
-    """Shapes with parts numbered as the model numbers them: from 0 within a chosen category, over all otherwise."""
+    """Shapes with parts numbered like the model's: from 0 within a chosen category, otherwise over all categories."""
 
     def __init__(self, shapes: ShapeNetPart) -> None:
         self.shapes = shapes
@@ -140,7 +140,7 @@ class Parts(Dataset):
         return points, category, parts - self.numbers.start
 
     def table(self) -> dict[str, Any]:
-        """Categories and parts, in plain types for a checkpoint."""
+        """Return categories and parts in plain types, for a checkpoint."""
         taxonomy = self.shapes.taxonomy
         return {
             "category_names": list(taxonomy.category_names),
@@ -150,7 +150,7 @@ class Parts(Dataset):
         }
 
     def sizes(self) -> dict[str, int]:
-        """Sizes of the head."""
+        """Return the sizes of the head."""
         return {"num_categories": len(self.shapes.taxonomy.category_names), "num_parts": len(self.numbers)}
 
 
@@ -171,12 +171,12 @@ def predict_parts(
     Args:
         model: a part segmentation model.
         parts: the shapes.
-        device: where the model is.
-        batch_size: shapes per pass.
-        chosen: shapes to predict; None takes all.
-        workers: processes that read.
-        votes: see ``--votes``.
-        within_category: see ``--within_category``.
+        device: device of the model.
+        batch_size: shapes per forward pass.
+        chosen: shapes to predict; None means all.
+        workers: data-loading processes.
+        votes: predictions averaged per shape, V - 1 of them from scaled copies.
+        within_category: predict only parts of the shape's category.
         seed: of the scaled copies.
 
     Returns:
@@ -201,14 +201,14 @@ def predict_parts(
         inputs=2,
     ):
         if within_category:
-            foreign = owner[None] != batch[1].to(device)[:, None]
+            foreign = owner[None] != batch[1].to(device)[:, None]  # (B, P)
             scores = scores.masked_fill(foreign[:, :, None], float("-inf"))
         predicted.append(scores.argmax(1).cpu())
     return parts.numbers.start + torch.cat(predicted).numpy()
 
 
 class PartTask:
-    """The data of one call and what is scored on it.
+    """The data of one call, and how it is scored.
 
     Args:
         config: the parsed command line.
@@ -218,7 +218,7 @@ class PartTask:
     def __init__(self, config: PartConfig, class_choice: str | None) -> None:
         self.config, self.device = config, resolve_device(config.device)
         if class_choice is not None and not class_choice.strip():
-            raise UserError("--class_choice is empty: name a category, or leave the flag out for all of them")
+            raise UserError("--class_choice is empty: name a category, or leave the flag out for all")
         self.class_choice = class_choice
         self.test = self.open("test")
         names = config.class_test or []
@@ -261,7 +261,7 @@ class PartTask:
         return part_scores(shapes.parts[chosen], predicted, shapes.categories[chosen], shapes.taxonomy).as_dict()
 
     def score_test(self, model: nn.Module) -> Scores:
-        """Scores on the test shapes, by the settings of the command line."""
+        """Return the scores on the test shapes, with the settings of the command line."""
         predicted = self.predict(model, self.test, self.tested, votes=self.config.votes)
         if self.config.save_predictions:
             self.save(predicted)
@@ -285,7 +285,7 @@ class PartTask:
         )
 
     def splits(self) -> tuple[Parts, np.ndarray, Parts | None, np.ndarray]:
-        """Training shapes, which of them to use, shapes to choose the best epoch by, and which of those."""
+        """Return the training shapes, which of them to use, the shapes to select the best epoch, and which of those."""
         if self.config.select_on == "test":
             train = self.open("trainval")
             return train, np.arange(len(train)), self.test, np.arange(len(self.test))
@@ -299,14 +299,14 @@ class PartTask:
 
 
 def limited(parts: Parts, chosen: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """The chosen shapes whose labels a run may use."""
+    """Return the chosen shapes whose labels a run may use."""
     if fraction == 1:
         return chosen
     return chosen[choose_labeled(parts.shapes.categories[chosen], fraction, seed=seed)]
 
 
 def train(config: PartConfig) -> list[dict[str, Any]]:
-    """Run the trainings of one call; returns a record for each."""
+    """Run the trainings of one call and return a record for each."""
     task = PartTask(config, config.class_choice)
     parts, fit, held_parts, held = task.splits()
     fractions = list(dict.fromkeys(config.label_fraction))
@@ -351,12 +351,12 @@ def train(config: PartConfig) -> list[dict[str, Any]]:
 
 
 def points_of(parts: Parts) -> int:
-    """Points per shape."""
+    """Return the number of points per shape."""
     return parts.shapes.points.shape[1]
 
 
 def check_fits(path: str, model: nn.Module, payload: Mapping[str, Any], parts: Parts) -> None:
-    """Stop where a model is of other categories or parts than the data.
+    """Check that a model has the categories and parts of the data.
 
     Args:
         path: of the checkpoint, for the message.
@@ -365,10 +365,10 @@ def check_fits(path: str, model: nn.Module, payload: Mapping[str, Any], parts: P
         parts: the data.
 
     Raises:
-        CheckpointError: see above.
+        CheckpointError: the model has others.
     """
     own, sizes = parts.sizes(), {key: model.sizes[key] for key in ("num_categories", "num_parts")}
-    # How parts are called may change; which there are may not.
+    # Parts may be renamed, but their number and categories must be the same.
     here, there = ({**table, "part_names": None} for table in (parts.table(), payload.get("table", parts.table())))
     if own != sizes or here != there:
         raise CheckpointError(
@@ -379,18 +379,18 @@ def check_fits(path: str, model: nn.Module, payload: Mapping[str, Any], parts: P
 
 
 def score_checkpoint(config: PartConfig) -> dict[str, Any]:
-    """Score a finished model; returns its record.
+    """Score a finished model and return its record.
 
     Raises:
-        CheckpointError: the model is of other categories or parts than the data.
+        CheckpointError: the model has other categories or parts than the data.
     """
     model, payload = fine_tuned_from_checkpoint(config.model_path, PartSegmentation, model=config.model, k=config.k)
     table = payload.get("table", {})
     choice = config.class_choice or table.get("class_choice")
     if "class_choice" in table and table["class_choice"] != choice:
         raise CheckpointError(
-            f"{config.model_path} is a model of all categories; --class_choice {choice} needs one of its own "
-            f"(--class_test {choice} scores this one on that category)"
+            f"{config.model_path} is a model of all categories; --class_choice {choice} needs one trained on it alone "
+            f"(--class_test {choice} scores this model on that category)"
             if table["class_choice"] is None
             else f"{config.model_path} is a model of the category {table['class_choice']}, not of {choice}"
         )
@@ -405,14 +405,14 @@ def score_checkpoint(config: PartConfig) -> dict[str, Any]:
 
 
 def result_table(scores: Scores) -> str:
-    """The scores as text, a line per category."""
+    """Format the scores, one line per category."""
     rows = [("", "shapes", "mIoU")]
     for name, value in scores["category_miou"].items():
         rows.append((name, str(scores["category_shapes"][name]), f"{value:.1f}"))
     width = max(len(row[0]) for row in rows)
     lines = [f"  {name.ljust(width)}  {shapes.rjust(6)}  {value.rjust(5)}" for name, shapes, value in rows]
     if scores["absent_categories"]:
-        lines.append(f"  without test shape, in no mean: {', '.join(scores['absent_categories'])}")
+        lines.append(f"  without test shapes, in no mean: {', '.join(scores['absent_categories'])}")
     means = ", ".join(
         f"{text} {scores[key]:.2f}"
         for key, text in (
@@ -426,15 +426,15 @@ def result_table(scores: Scores) -> str:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Train and score, or only score; returns what ``--json`` writes.
+    """Train and score, or only score, and return the metrics that ``--json`` writes.
 
     Raises:
-        UserError: a wrong setting, file or checkpoint.
+        UserError: a setting, file or checkpoint is wrong.
     """
     config = PartConfig.from_flags(build_parser().parse_args(argv))
     log_to_screen()
     check_training_arguments(config)
-    rule = "parts of the shape's own category" if config.within_category else "all parts of the model"
+    rule = "parts of the shape's category" if config.within_category else "all parts of the model"
     protocol = f"test split; the prediction is among {rule}; {config.votes} vote{'s' if config.votes > 1 else ''}"
     if config.eval:
         records = [score_checkpoint(config)]

@@ -1,11 +1,12 @@
 """Fine-tune and score semantic segmentation on S3DIS.
 
-The encoder comes from pretraining (--pretrain_path) or starts from scratch; the head starts fresh. One area is tested,
-the others train; some of their rooms are held out to choose the best epoch. Two protocols, named in every number:
-  blocks  the training-style blocks of the tested area, overlapping and drawn at random, as the released code scores
-  rooms   every point of every room, each predicted at least once: what other methods report. It needs the room-wise
-          test blocks that python -m datasets.s3dis_prepare makes.
---test_area all is the six-fold cross-validation in one call; with --resume it goes on where it stopped.
+The encoder comes from pretraining (--pretrain_path) or starts from scratch; the head is always new. One area is for
+testing, the others for training; some of their rooms are held out to select the best epoch. Two protocols, named with
+every number:
+  blocks  the training-style blocks of the tested area, overlapping and with random points, as in the released code
+  rooms   every point of every room, each predicted at least once, as other methods report. It needs the room-wise test
+          blocks made by python -m datasets.s3dis_prepare.
+--test_area all is the six-fold cross-validation in one call; with --resume it continues where it stopped.
 
 Examples:
   python downstream/segmentation/main_semseg.py --pretrain_path pre.pth --test_area 5 --exp_name area5
@@ -73,16 +74,16 @@ HOLD_OUT = {"fraction": 0.1, "seed": 1}
 
 
 def area_list(text: str) -> list[int]:
-    """Argparse type: areas such as ``1`` or ``1,2,3``."""
+    """Parse areas such as ``1`` or ``1,2,3`` (argparse type)."""
     areas = [int(part) for part in text.split(",") if part.strip()]
     for area in areas:
         if area not in AREAS:
-            raise argparse.ArgumentTypeError(f"{area} is no area of S3DIS; it has the areas 1 to 6")
+            raise argparse.ArgumentTypeError(f"{area} is not an area of S3DIS; choose from 1 to 6")
     return areas
 
 
 def test_areas(text: str) -> list[int]:
-    """Argparse type: one area, or ``all``."""
+    """Parse one area, or ``all`` (argparse type)."""
     areas = list(AREAS) if text == ALL else area_list(text)
     if len(areas) not in (1, len(AREAS)):
         raise argparse.ArgumentTypeError(f"{text!r}: expected one area, 1 to 6, or all")
@@ -91,7 +92,7 @@ def test_areas(text: str) -> list[int]:
 
 @dataclass(kw_only=True)
 class SemanticConfig(FineTuneConfig):
-    """Settings of this script; see ``build_parser``."""
+    """Settings of this script, from the flags of ``build_parser``."""
 
     test_area: list[int]
     train_area: list[list[int]] | None
@@ -102,7 +103,7 @@ class SemanticConfig(FineTuneConfig):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Command line of this script; docs/fidelity.md says which defaults are not the released ones."""
+    """Build the command line of this script; docs/fidelity.md lists defaults that differ from the release."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add_training_arguments(parser, task=SemanticSegmentation, exp_name="semseg", k=RELEASED_K, datasets=("s3dis",))
     g = parser.add_argument_group("data")
@@ -120,7 +121,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--in_channels",
         type=int,
         choices=(3, 9),
-        help="3: xyz, as released; 9: also color and the place in the room, where the first graph is of the latter "
+        help="3: xyz, as released; 9: also color and the position in the room, from which the first graph is built "
         "(default: the checkpoint's; 3 from scratch)",
     )
     g.add_argument(
@@ -135,7 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="with --eval: folder of released model_1.t7 to model_6.t7, or of a six-fold run; same as --model_path DIR",
     )
     g.add_argument(
-        "--protocol", choices=(*PROTOCOLS, "both"), default="blocks", help="what is scored, see above; both: each"
+        "--protocol", choices=(*PROTOCOLS, "both"), default="blocks", help="protocol to score, described at the top"
     )
     g.add_argument(
         "--confusion_matrix",
@@ -147,20 +148,20 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def protocols_of(config: SemanticConfig) -> list[str]:
-    """The protocols that ``--protocol`` asks for."""
+    """Return the protocols selected by ``--protocol``."""
     return list(PROTOCOLS) if config.protocol == "both" else [config.protocol]
 
 
 class AreaTest:
-    """One tested area.
+    """Test models on one area.
 
     Args:
         config: the parsed command line.
-        area: to test on.
+        area: the area.
         in_channels: values per point that the model takes.
 
     Raises:
-        DataError: a protocol's blocks are missing or wrong, or the area has no room.
+        DataError: a protocol's blocks are missing or wrong, or the area has no rooms.
     """
 
     def __init__(self, config: SemanticConfig, area: int, in_channels: int) -> None:
@@ -174,14 +175,14 @@ class AreaTest:
             self.rooms = S3DISRooms(config.data_root, area, in_channels=in_channels)
 
     def __call__(self, model: nn.Module) -> dict[str, Scores]:
-        """Scores by protocol, each with its confusion matrix."""
+        """Return the scores by protocol, each with its confusion matrix."""
         counts = {}
         for protocol in protocols_of(self.config):
             counts[protocol] = self.count_blocks(model) if protocol == "blocks" else self.count_rooms(model)
         return {protocol: scores_from(matrix) for protocol, matrix in counts.items()}
 
     def count_blocks(self, model: nn.Module, blocks: S3DIS | None = None) -> np.ndarray:
-        """Confusion matrix over blocks; ``None`` takes those of the tested area."""
+        """Return the confusion matrix over blocks; None means those of the tested area."""
         total = np.zeros((len(CLASS_NAMES), len(CLASS_NAMES)), dtype=np.int64)
         both: list[list[np.ndarray]] = [[], []]
         for scores, (_, truth) in self.passes(model, self.blocks if blocks is None else blocks):
@@ -201,7 +202,7 @@ class AreaTest:
             self.kept |= {f"{name}/truth": truth.astype(np.uint8), f"{name}/predicted": predicted.astype(np.uint8)}
 
     def count_rooms(self, model: nn.Module) -> np.ndarray:
-        """Confusion matrix over all points of all rooms; what is predicted in several blocks is averaged."""
+        """Return the confusion matrix over all points of all rooms, averaging predictions of several blocks."""
         rooms = self.rooms
         total = np.zeros((len(CLASS_NAMES), len(CLASS_NAMES)), dtype=np.int64)
         for room, name in enumerate(rooms.rooms):
@@ -213,7 +214,7 @@ class AreaTest:
         return total
 
     def passes(self, model: nn.Module, dataset: Any, chosen: np.ndarray | None = None) -> Iterable[Any]:
-        """See ``engine.scores_of``."""
+        """Run the model over a data set with :func:`downstream.finetuning.scores_of`."""
         config = self.config
         return scores_of(
             model, dataset, batch_size=config.test_batch_size, device=self.device, workers=config.workers, chosen=chosen
@@ -221,7 +222,7 @@ class AreaTest:
 
 
 def predict_room(passes: Iterable[Any], size: int, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Put a room's predictions together: the mean of each point's class probabilities over its blocks.
+    """Merge a room's predictions: average each point's class probabilities over its blocks.
 
     Args:
         passes: scores and batches of the room's blocks.
@@ -237,7 +238,7 @@ def predict_room(passes: Iterable[Any], size: int, name: str) -> tuple[np.ndarra
     shares = torch.zeros(size, len(CLASS_NAMES))
     truth = torch.full((size,), -1)
     for scores, (_, labels, index, _) in passes:
-        shares.index_add_(0, index.flatten(), scores.softmax(1).mT.flatten(0, 1).cpu())
+        shares.index_add_(0, index.flatten(), scores.softmax(1).mT.flatten(0, 1).cpu())  # (B, K, N) -> (B * N, K)
         truth[index.flatten()] = labels.flatten()
     if (truth < 0).any():
         raise DataError(
@@ -247,12 +248,12 @@ def predict_room(passes: Iterable[Any], size: int, name: str) -> tuple[np.ndarra
 
 
 def scores_from(confusion: np.ndarray) -> Scores:
-    """Scores of a confusion matrix, with the matrix."""
+    """Return the scores of a confusion matrix, with the matrix."""
     return {**semantic_scores(confusion, CLASS_NAMES).as_dict(), "confusion": confusion.tolist()}
 
 
 def pooled(entries: Sequence[dict[str, Scores]]) -> dict[str, Scores]:
-    """Scores of several areas together, by protocol: their confusion matrices are added up."""
+    """Sum the confusion matrices of several areas and return the scores by protocol."""
     return {
         protocol: scores_from(np.sum([np.array(entry[protocol]["confusion"]) for entry in entries], axis=0))
         for protocol in entries[0]
@@ -260,30 +261,30 @@ def pooled(entries: Sequence[dict[str, Scores]]) -> dict[str, Scores]:
 
 
 def training_areas(config: SemanticConfig, test_area: int) -> list[int]:
-    """Areas to train on: those of ``--train_area``, or all, always without the tested one, as released.
+    """Return the areas to train on: ``--train_area`` or all, always without the tested one, as released.
 
     Raises:
         UserError: no area is left.
     """
     given = sorted({area for part in config.train_area or [] for area in part})
     if config.train_area is not None and not given:
-        raise UserError("--train_area names no area; S3DIS has the areas 1 to 6")
+        raise UserError("--train_area names no area; choose from 1 to 6")
     areas = [area for area in given or AREAS if area != test_area]
     if not areas:
         raise UserError(
-            f"--train_area names only area {test_area}, which is tested (--test_area) and so never trained on; name "
-            "another one, or leave --train_area out for all the others"
+            f"--train_area names only area {test_area}, which is the tested one (--test_area); name another area, or "
+            "leave --train_area out for all others"
         )
     return areas
 
 
 def train(config: SemanticConfig) -> list[dict[str, Any]]:
-    """Train the folds of one call; returns a record for each."""
+    """Train the folds of one call and return a record for each."""
     device = resolve_device(config.device)
     probe, _ = start_model(config, SemanticSegmentation, k=RELEASED_K, sizes=SIZES, in_channels=config.in_channels)
     channels = probe.encoder.in_channels
     plans = []
-    for area in config.test_area:  # all data are looked at before the first run starts
+    for area in config.test_area:  # check all data before the first run starts
         areas = training_areas(config, area)
         test = AreaTest(config, area, channels)
         rooms = S3DIS(config.data_root, areas, in_channels=channels).rooms
@@ -329,7 +330,7 @@ def train(config: SemanticConfig) -> list[dict[str, Any]]:
 
 
 def fold_checkpoint(folder: Path, area: int) -> Path:
-    """The checkpoint of one fold in the folder of a six-fold run, or of released models.
+    """Return the checkpoint of one fold in the folder of a six-fold run or of released models.
 
     Raises:
         UserError: it is missing, or its run is not finished.
@@ -343,13 +344,13 @@ def fold_checkpoint(folder: Path, area: int) -> Path:
     if not (fold / "result.json").is_file():
         raise UserError(
             f"{fold} is not finished ({'it was started' if (fold / 'last.pth').is_file() else 'it was not started'}); "
-            "the six-fold score needs all areas: go on with the command that trained it and --resume"
+            "the six-fold score needs all areas: repeat the training command with --resume"
         )
     return fold / ("best.pth" if (fold / "best.pth").is_file() else "last.pth")
 
 
 def score_checkpoints(config: SemanticConfig) -> list[dict[str, Any]]:
-    """Score finished models, one per tested area; returns a record for each."""
+    """Score finished models, one per tested area, and return a record for each."""
     path = Path(config.model_path)
     if len(config.test_area) > 1 and not path.is_dir():
         raise UserError(f"--test_area all scores one model per area: --model_path must be the run folder, not {path}")
@@ -361,9 +362,11 @@ def score_checkpoints(config: SemanticConfig) -> list[dict[str, Any]]:
         model, payload = fine_tuned_from_checkpoint(path, SemanticSegmentation, model=config.model, k=config.k)
         channels = model.encoder.in_channels
         if config.in_channels not in (None, channels):
-            raise CheckpointError(f"{path} takes {channels} values per point, not --in_channels {config.in_channels}")
+            raise CheckpointError(
+                f"{path} takes {channels} values per point; --in_channels {config.in_channels} does not fit"
+            )
         if model.sizes["num_classes"] != len(CLASS_NAMES):
-            raise CheckpointError(f"{path} knows {model.sizes['num_classes']} classes, S3DIS has {len(CLASS_NAMES)}")
+            raise CheckpointError(f"{path} has {model.sizes['num_classes']} classes, but S3DIS has {len(CLASS_NAMES)}")
         trained = payload.get("table", {}).get("train_areas")
         if trained and area in trained:
             print(f"warning: {path} was trained on area {area}; its score there says nothing about new rooms")
@@ -395,7 +398,7 @@ def draw(config: SemanticConfig, scores: dict[str, Scores], what: str, folder: P
 
 
 def result_table(scores: dict[str, Scores]) -> str:
-    """The scores as text, one block of lines per protocol."""
+    """Format the scores, one block of lines per protocol."""
     width = max(map(len, CLASS_NAMES))
     lines = []
     for protocol, values in scores.items():
@@ -406,15 +409,15 @@ def result_table(scores: dict[str, Scores]) -> str:
         for name, iou in values["class_iou"].items():
             lines.append(f"    {name.ljust(width)}  IoU {'-' if iou is None else f'{iou:.1f}':>5}")
         if values["absent_classes"]:
-            lines.append(f"    neither there nor predicted, not in mIoU: {', '.join(values['absent_classes'])}")
+            lines.append(f"    neither present nor predicted, not in mIoU: {', '.join(values['absent_classes'])}")
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Train and score, or only score; returns what ``--json`` writes.
+    """Train and score, or only score, and return the metrics that ``--json`` writes.
 
     Raises:
-        UserError: a wrong setting, file or checkpoint.
+        UserError: a setting, file or checkpoint is wrong.
     """
     config = SemanticConfig.from_flags(build_parser().parse_args(argv))
     log_to_screen()

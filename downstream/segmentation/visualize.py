@@ -1,7 +1,7 @@
-"""Pictures of segmentations: a sheet (input, truth, prediction, errors) and colored PLY files, for parts or rooms.
+"""Draw segmentations: a sheet (input, truth, prediction, errors) and colored PLY files, for parts or rooms.
 
-The task follows from the checkpoint. For parts, test shapes of different categories are drawn; for rooms, whole rooms
-of an area, without their ceilings on the sheet (the PLY files keep them).
+The task follows from the checkpoint. For parts, draw test shapes of different categories; for rooms, whole rooms of an
+area, without their ceilings on the sheet (the PLY files keep them).
 
 Examples:
   python downstream/segmentation/visualize.py --model_path checkpoints/part/best.pth --output_dir runs/parts
@@ -49,7 +49,7 @@ COLUMNS = ("input", "truth", "prediction", "errors")
 GRAY, RIGHT_GRAY, WRONG_RED = (0.45, 0.5, 0.55), (0.82, 0.82, 0.82), (0.85, 0.1, 0.1)
 DARK = (0.12, 0.13, 0.16)
 FOREIGN_COLOR, FOREIGN_NAME = (0.0, 0.0, 0.0), "part of another category"
-SHEET_POINTS = 40_000  # of a cloud on the sheet; more would only cover each other
+SHEET_POINTS = 40_000  # per cloud on the sheet; more points would only hide each other
 
 
 class Item(NamedTuple):
@@ -57,42 +57,40 @@ class Item(NamedTuple):
 
     name: str
     points: np.ndarray  # (N, 3)
-    colors: np.ndarray | None  # (N, 3) of the scan, 0..1; None where there is none
+    colors: np.ndarray | None  # (N, 3) of the scan, 0..1; None if it has none
     truth: np.ndarray  # (N,)
     predicted: np.ndarray  # (N,)
     hidden: np.ndarray  # (N,) bool, not drawn on the sheet
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Command line of this script."""
+    """Build the command line of this script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     g = parser.add_argument_group("model")
-    g.add_argument(
-        "--model_path", required=True, metavar="FILE", help="checkpoint of fine-tuning, or published weights"
-    )
-    g.add_argument(
-        "--task", choices=("parts", "rooms"), help="what published weights are for (default: the checkpoint's task)"
-    )
+    g.add_argument("--model_path", required=True, metavar="FILE", help="fine-tuned checkpoint, or published weights")
+    g.add_argument("--task", choices=("parts", "rooms"), help="task of published weights (default: the checkpoint's)")
     g.add_argument(
         "--model",
         choices=[*ENCODERS, *ENCODER_ALIASES],
-        help="encoder of published weights (default: by their tensors)",
+        help="encoder of published weights (default: recognized by the tensors)",
     )
     g.add_argument("--k", type=positive_int, help="neighbors per point (default: the checkpoint's)")
     g.add_argument("--test_batch_size", type=positive_int, default=8, metavar="B", help="samples per forward pass")
     g = parser.add_argument_group("what to draw")
     g.add_argument("--items", type=positive_int, default=6, metavar="N", help="shapes or rooms")
-    g.add_argument("--class_test", nargs="+", metavar="NAME", help="parts: of these categories (default: of all)")
+    g.add_argument("--class_test", nargs="+", metavar="NAME", help="parts: categories to draw (default: all)")
     g.add_argument("--num_points", type=positive_int, metavar="N", help="parts: points per shape (default: all)")
-    g.add_argument("--test_area", type=int, choices=AREAS, default=5, help="rooms: of this area")
-    g.add_argument("--rooms", nargs="+", metavar="ROOM", help="rooms: these, such as Area_5_office_1")
-    g.add_argument("--output_dir", default="runs/pictures", metavar="DIR", help="gets sheet.png and the PLY files")
+    g.add_argument("--test_area", type=int, choices=AREAS, default=5, help="rooms: area to draw")
+    g.add_argument("--rooms", nargs="+", metavar="ROOM", help="rooms: names, such as Area_5_office_1")
+    g.add_argument(
+        "--output_dir", default="runs/pictures", metavar="DIR", help="folder for sheet.png and the PLY files"
+    )
     add_common_arguments(parser)
     return parser
 
 
 def write_colored_ply(path: Path, points: np.ndarray, colors: np.ndarray) -> None:
-    """Write a binary PLY file that viewers show in color.
+    """Write a binary PLY file with colors.
 
     Args:
         path: file to write.
@@ -112,7 +110,7 @@ def write_colored_ply(path: Path, points: np.ndarray, colors: np.ndarray) -> Non
 
 
 def colored(item: Item, table: np.ndarray) -> dict[str, np.ndarray]:
-    """Colors of every column, (N, 3) each.
+    """Return the colors of every column, (N, 3) each.
 
     Args:
         item: the cloud.
@@ -126,7 +124,7 @@ def colored(item: Item, table: np.ndarray) -> dict[str, np.ndarray]:
 def draw_sheet(
     items: Sequence[Item], table: np.ndarray, names: Sequence[str], path: Path, *, up: str, title: str
 ) -> None:
-    """Draw a row of four pictures per cloud, with the colors that occur in it explained beside them.
+    """Draw a row of four pictures per cloud, with a legend of its colors.
 
     Args:
         items: the clouds.
@@ -146,7 +144,7 @@ def draw_sheet(
         wrong = np.mean(item.truth != item.predicted)
         for axes, (column, colors) in zip(row, colored(item, table).items(), strict=False):
             heading = {"input": item.name, "errors": f"errors: {wrong:.1%} of the points"}.get(column, column)
-            size = np.clip(160 / np.sqrt(len(seen)), 0.8, 10)  # large enough to make out a sparse cloud
+            size = np.clip(160 / np.sqrt(len(seen)), 0.8, 10)  # smaller points would make a sparse cloud hard to see
             draw_cloud(
                 axes,
                 item.points[seen],
@@ -158,7 +156,7 @@ def draw_sheet(
                 above=20 if up == "y" else 50,
             )
             if up == "z":
-                axes.set_facecolor(DARK)  # walls are pale
+                axes.set_facecolor(DARK)  # pale walls would vanish on white
         labels = np.union1d(item.truth[seen], item.predicted[seen])
         handles = [Patch(color=table[label], label=names[label]) for label in labels]
         row[4].axis("off")
@@ -167,11 +165,11 @@ def draw_sheet(
 
 
 def part_items(args: argparse.Namespace, model: FineTuned, payload: dict[str, Any]) -> tuple[list[Item], ShapeNetPart]:
-    """Shapes of the test split with their predicted parts, one category after another.
+    """Return shapes of the test split with their predicted parts, sorted by category.
 
     Raises:
-        CheckpointError: the model is of other categories or parts than the data.
-        UserError: no such category.
+        CheckpointError: the model has other categories or parts than the data.
+        UserError: the category is unknown.
     """
     choice = payload.get("table", {}).get("class_choice")
     shapes = ShapeNetPart(args.data_root, "test", num_points=args.num_points, class_choice=choice)
@@ -201,7 +199,7 @@ def part_items(args: argparse.Namespace, model: FineTuned, payload: dict[str, An
     for row, guess in zip(chosen, predicted, strict=True):
         name = f"{taxonomy.category_names[shapes.categories[row]]} {row}"
         hidden = np.zeros(len(guess), dtype=bool)
-        # Fifty colors look alike, a category's own do not: parts of others get one of their own.
+        # Only colors within a category are distinct, so all parts of other categories share one extra color.
         own = taxonomy.parts_of(int(shapes.categories[row]))
         guess = np.where((guess >= own.start) & (guess < own.stop), guess, taxonomy.num_parts)
         items.append(Item(name, shapes.points[row], None, shapes.parts[row], guess, hidden))
@@ -209,11 +207,11 @@ def part_items(args: argparse.Namespace, model: FineTuned, payload: dict[str, An
 
 
 def room_items(args: argparse.Namespace, model: FineTuned) -> list[Item]:
-    """Whole rooms with the predicted class of every point.
+    """Return whole rooms with the predicted class of every point.
 
     Raises:
-        DataError: the room-wise blocks are missing or wrong, or the area has no room.
-        UserError: no such room.
+        DataError: the room-wise blocks are missing or wrong, or the area has no rooms.
+        UserError: the room is unknown.
     """
     rooms = S3DISRooms(args.data_root, args.test_area, in_channels=model.encoder.in_channels)
     for name in args.rooms or []:
@@ -238,10 +236,10 @@ def room_items(args: argparse.Namespace, model: FineTuned) -> list[Item]:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Draw; returns the files written and the share of points predicted right.
+    """Draw, and return the files written and the share of correctly predicted points.
 
     Raises:
-        UserError: a wrong setting, file or checkpoint.
+        UserError: a setting, file or checkpoint is wrong.
     """
     args = build_parser().parse_args(argv)
     log_to_screen()
@@ -252,8 +250,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     name = args.task or next((n for n, task in tasks.items() if task.kind == kind), None)
     if name is None:
         raise CheckpointError(
-            f"{args.model_path} does not say that it segments parts or rooms"
-            + (f": it is of {kind}" if kind else "; for published weights give --task parts or --task rooms")
+            f"{args.model_path} is not marked as a model of parts or rooms"
+            + (f": it is a model of {kind}" if kind else "; for published weights give --task parts or --task rooms")
         )
     model, payload = fine_tuned_from_checkpoint(args.model_path, tasks[name], model=args.model, k=args.k)
     model.to(resolve_device(args.device))

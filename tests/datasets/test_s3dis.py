@@ -67,7 +67,7 @@ def test_blocks_of_chosen_areas_in_order(root):
 def test_three_channels_are_the_first_three(root):
     path, data, _ = root
     np.testing.assert_array_equal(blocks_of(S3DIS(path, [1, 2]))[0], data[:, :, :3])
-    with pytest.raises(UserError, match="3 channels .* or 9, not 6"):
+    with pytest.raises(UserError, match="3 channels .* or 9, got 6"):
         S3DIS(path, [1], in_channels=6)
 
 
@@ -78,7 +78,7 @@ def test_num_points_takes_the_first_rows(root):
     np.testing.assert_array_equal(blocks, data[:, :5])
     np.testing.assert_array_equal(labels, label[:, :5])
     np.testing.assert_array_equal(dataset.labels, label[:, :5])
-    with pytest.raises(UserError, match=r"17 points .*num_points.* have 16"):
+    with pytest.raises(UserError, match=r"--num_points 17 is too large.* have 16"):
         S3DIS(path, [1], num_points=17)
     with pytest.raises(UserError, match="at least 1"):
         S3DIS(path, [1], num_points=0)
@@ -301,7 +301,7 @@ def test_nine_channels_of_rooms(whole):
     block, _, index, room = S3DISRooms(path, 1, in_channels=9)[0]
     xyz = rooms["Area_1_a_1"].xyz
     np.testing.assert_allclose(block[:, 6:], ((xyz - xyz.min(0)) / np.ptp(xyz, axis=0))[index], atol=1e-6)
-    with pytest.raises(UserError, match="or 9, not 4"):
+    with pytest.raises(UserError, match="or 9, got 4"):
         S3DISRooms(path, 1, in_channels=4)
 
 

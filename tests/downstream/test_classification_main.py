@@ -72,9 +72,9 @@ def test_random_encoder_end_to_end(root, tmp_path, capsys):
     assert (record["encoder"], record["k"], record["emb_dims"], record["feature_dim"]) == ("dgcnn_cls", 3, 8, 16)
     assert "torch" in metrics["versions"] and "scikit-learn" in metrics["versions"]
     output = capsys.readouterr().out
-    assert "one run: no deviation over runs" in output
-    assert "8 labels: classes with fewer training clouds give all they have: table (7)" in output
-    assert "24 train clouds, the published set has 3991" in output
+    assert "one run, so there is no deviation over runs" in output
+    assert "8 labels: classes with fewer training clouds use all of them: table (7)" in output
+    assert "24 train clouds, but the published set has 3991" in output
 
 
 def test_several_seeds_give_mean_and_deviation_over_runs(root, capsys):
@@ -92,7 +92,7 @@ def test_several_seeds_give_mean_and_deviation_over_runs(root, capsys):
     assert metrics["shots"]["2"] == pytest.approx([np.mean(means), np.std(means, ddof=1)])
     assert metrics["shots_std_over"] == "runs"
     output = capsys.readouterr().out
-    assert "mean over 3 runs" in output and "no fair baseline" in output
+    assert "mean over 3 runs" in output and "not a fair baseline" in output
 
 
 def test_a_seed_repeats_its_run(root):

@@ -206,7 +206,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 
 
 def test_one_sample_is_too_few_and_few_are_one_batch(tmp_path):
-    with pytest.raises(UserError, match="1 training sample: batch norm needs at least two"):
+    with pytest.raises(UserError, match="1 training sample.s.: batch norm needs at least two"):
         tuning(tmp_path, chosen=np.array([2]))
     assert tuning(tmp_path, "--batch_size", 32, name="b").task.total_steps == 2
 
@@ -233,7 +233,7 @@ def test_settings_that_contradict_each_other(tmp_path):
     for arguments, message in (
         (("--eval",), "--eval needs --model_path"),
         (("--model_path", "x"), "to start from pretrained weights use --pretrain_path"),
-        (("--eval", "--model_path", "x", "--pretrain_path", "y"), "--pretrain_path only starts a training"),
+        (("--eval", "--model_path", "x", "--pretrain_path", "y"), "cannot be used with --pretrain_path"),
         (("--batch_size", 1), "--batch_size 1"),
         (("--label_smoothing", 1), "--label_smoothing"),
         (("--dropout", 1), "--dropout"),
@@ -247,7 +247,7 @@ def test_several_runs_are_looked_at_before_one_is_overwritten_or_started(tmp_pat
     (tmp_path / "a" / "two" / "last.pth").write_bytes(b"precious")
     with pytest.raises(UserError, match="two holds an earlier run"):
         finetuning.run_folders(parse(tmp_path), ["one", "two"])
-    with pytest.raises(UserError, match="goes on with one run, this call has 2"):
+    with pytest.raises(UserError, match="continues one run, but this call has 2"):
         finetuning.run_folders(parse(tmp_path, "--resume", "x.pth"), ["one", "two"])
     assert [f.path.name for f in finetuning.run_folders(parse(tmp_path, "--overwrite"), ["one", "two"])] == [
         "one",

@@ -128,7 +128,7 @@ def test_published_weights_of_nine_channels_are_scored(root, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(loaded(block.T[None]), model.eval()(block.T[None]), rtol=0, atol=0)
     assert np.sum(metrics["runs"][0]["test"]["blocks"]["confusion"]) == 2 * 64
-    with pytest.raises(CheckpointError, match="takes 9 values per point, not --in_channels 3"):
+    with pytest.raises(CheckpointError, match="takes 9 values per point; --in_channels 3"):
         evaluate(root, path, "--in_channels", 3)
     del state["module.conv8.0.weight"]
     torch.save(state, path)
@@ -153,7 +153,7 @@ def test_a_pretrained_encoder_of_three_channels_starts_the_run_and_nine_are_refu
     few = ["--batch_size", 4, "--epochs", 1]
     record = run(root, "--pretrain_path", tmp_path / "pre.pth", small=few)["runs"][0]
     assert record["pretrain_path"] == str(tmp_path / "pre.pth")
-    with pytest.raises(CheckpointError, match="an encoder of 3 values per point, --in_channels 9 was asked for"):
+    with pytest.raises(CheckpointError, match="an encoder of 3 values per point; --in_channels 9"):
         run(root, "--pretrain_path", tmp_path / "pre.pth", "--in_channels", 9, "--overwrite", small=few)
     assert (tmp_path / "runs/a/last.pth").exists()
 
@@ -167,7 +167,7 @@ def test_whole_rooms_need_their_blocks_and_the_command_is_named_before_training(
 
 def test_bad_input_is_named(root, tmp_path):
     save_model(tmp_path / "m.pth", classes=7)
-    with pytest.raises(CheckpointError, match="knows 7 classes, S3DIS has 13"):
+    with pytest.raises(CheckpointError, match="has 7 classes, but S3DIS has 13"):
         evaluate(root, tmp_path / "m.pth")
     parts = PartSegmentation(build_encoder("dgcnn_partseg", k=4, emb_dims=16), num_categories=2, num_parts=5)
     save_checkpoint(tmp_path / "parts.pth", describe_fine_tuned(parts))

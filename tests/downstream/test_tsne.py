@@ -47,7 +47,7 @@ def test_what_cannot_be_mapped_is_said(tmp_path):
     write_demo_set(tmp_path, test=1)
     with pytest.raises(UserError, match="at least 4 clouds, there are 3"):
         run(tmp_path)
-    with pytest.raises(UserError, match="one map shows one encoder, 2 were given"):
+    with pytest.raises(UserError, match="a map shows one encoder, got 2"):
         run(tmp_path, "--seeds", 1, 2)
     with pytest.raises(UserError, match="must end in one of"):
         run(tmp_path, "--output", tmp_path / "map.txt")
@@ -58,7 +58,7 @@ def test_numbers_of_an_earlier_map_are_not_overwritten_silently(tmp_path):
     numbers = tmp_path / "out" / "map.npz"
     numbers.parent.mkdir()
     numbers.write_bytes(b"mine")
-    with pytest.raises(UserError, match=r"map.npz exists: --overwrite replaces it, another --output keeps it"):
+    with pytest.raises(UserError, match=r"map.npz exists: replace it with --overwrite"):
         run(tmp_path)
     assert numbers.read_bytes() == b"mine"
     run(tmp_path, "--overwrite")

@@ -96,5 +96,7 @@ def test_what_cannot_be_drawn_is_said(parts, tmp_path):
     with pytest.raises(CheckpointError, match="knows 6 parts of 2 categories"):
         run(tmp_path, "--task", "parts")
     save(tmp_path / "m.pth", Classification, build_encoder("dgcnn_cls", emb_dims=8), num_classes=3)
-    with pytest.raises(CheckpointError, match="does not say that it segments parts or rooms: it is of classification"):
+    with pytest.raises(
+        CheckpointError, match="is not marked as a model of parts or rooms: it is a model of classification"
+    ):
         run(tmp_path)
