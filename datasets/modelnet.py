@@ -73,7 +73,7 @@ def listed_files(
         prefix: of the files' names; may contain ``*``.
 
     Raises:
-        DataError: there is no file, the list is empty, or a listed file is missing or listed twice.
+        DataError: no file exists, the list is empty, or a listed file is missing or listed twice.
     """
     index = folder / (index or f"{split}_files.txt")
     if not index.is_file():

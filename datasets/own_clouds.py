@@ -102,7 +102,7 @@ def class_folder_clouds(
         read: reads one file.
 
     Raises:
-        DataError: there is no file, or one cannot be read.
+        DataError: a file is missing or cannot be read.
         UserError: ``num_points`` is below 1.
     """
     files, labels = found.files(split)

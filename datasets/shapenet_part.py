@@ -123,7 +123,7 @@ class PartTaxonomy:
         """Number and color the parts of every category; without ``part_names``, name them by number.
 
         Raises:
-            ValueError: there is no category, one has no parts, a name occurs twice, or the lists differ in length.
+            ValueError: categories are missing, one has no parts, a name occurs twice, or the lists differ in length.
         """
         names = tuple(name.lower() for name in category_names)
         counts = tuple(int(count) for count in part_counts)

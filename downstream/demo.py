@@ -58,7 +58,7 @@ class Score(NamedTuple):
 class Segmentation(NamedTuple):
     """A fine-tuning task: settings of its two steps, and what of its result is shown.
 
-    The settings were chosen on the validation part, with a seed of their own.
+    The settings were chosen on the validation part, with a separate seed.
     """
 
     script: Callable[[list[str]], dict[str, Any]]

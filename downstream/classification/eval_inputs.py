@@ -188,9 +188,7 @@ def open_splits(args: argparse.Namespace) -> tuple[LabeledClouds, LabeledClouds]
         print(f"{part!r} from {', '.join(map(str, part.files))} ({part.layout})")
         if part.repeated:
             points = part.points.shape[1]
-            print(
-                f"note: {part.repeated} {part.split} clouds have fewer than {points} points, so some of their points repeat"
-            )
+            print(f"note: {part.repeated} {part.split} clouds have fewer than {points} points, so points repeat")
         official = part.official_sizes.get(part.split)
         if official not in (None, len(part)):
             print(f"note: {len(part)} {part.split} clouds, but the published set has {official}")

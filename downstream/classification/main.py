@@ -241,7 +241,7 @@ def notes(metrics: dict[str, Any]) -> list[str]:
         draws = metrics["shot_draws"]
         lines.append(f"+- in a run's few-label columns: standard deviation over {draws} draws of the labels")
     if metrics["number_of_runs"] == 1:
-        lines.append("one run, so there is no deviation over runs (test_accuracy_std is 0)")
+        lines.append("one run, so no deviation over runs (test_accuracy_std is 0)")
     else:
         lines.append("+- in the last line: standard deviation over runs")
     for record in metrics["runs"]:

@@ -72,7 +72,7 @@ def test_random_encoder_end_to_end(root, tmp_path, capsys):
     assert (record["encoder"], record["k"], record["emb_dims"], record["feature_dim"]) == ("dgcnn_cls", 3, 8, 16)
     assert "torch" in metrics["versions"] and "scikit-learn" in metrics["versions"]
     output = capsys.readouterr().out
-    assert "one run, so there is no deviation over runs" in output
+    assert "one run, so no deviation over runs" in output
     assert "8 labels: classes with fewer training clouds use all of them: table (7)" in output
     assert "24 train clouds, but the published set has 3991" in output
 

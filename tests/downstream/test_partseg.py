@@ -162,7 +162,9 @@ def test_class_test_scores_some_categories_of_a_model_of_all(root, tmp_path):
     cones = evaluate(root, tmp_path / "m.pth", "--class_test", "cone")["runs"][0]["test"]
     assert cones["category_shapes"] == {"cone": 3}
     assert cones["instance_miou"] == pytest.approx(everything["category_miou"]["cone"])
-    with pytest.raises(CheckpointError, match="model of all categories; --class_choice cone needs one of its own"):
+    with pytest.raises(
+        CheckpointError, match="model of all categories; --class_choice cone needs one trained on it alone"
+    ):
         evaluate(root, tmp_path / "m.pth", "--class_choice", "cone")
 
 
