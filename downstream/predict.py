@@ -32,7 +32,6 @@ if __package__ in (None, ""):
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from plyfile import PlyData, PlyElement
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -44,7 +43,7 @@ from datasets.s3dis import CLASS_COLORS, CLASS_NAMES
 from datasets.s3dis_prepare import MAX_DISTANCE, BlockSettings, Room, block_values, choose_points
 from datasets.shapenet_part import PartTaxonomy, draw_rows, official_taxonomy
 from downstream.features import check_neighbors, evaluating
-from downstream.figures import NEUTRAL, check_output_path, draw_cloud, save_figure
+from downstream.figures import NEUTRAL, check_output_path, draw_cloud
 from downstream.finetuning import scores_of
 from downstream.retrieval import nearest
 from downstream.segmentation.main_semseg import predict_room
@@ -56,6 +55,7 @@ from models.task_heads import Classification, FineTuned, PartSegmentation, Seman
 from utils.cli import HelpFormatter, log_to_screen, positive_int, run, seed_number, write_json
 from utils.errors import CheckpointError, DataError, UserError
 from utils.files import data_files
+from utils.pictures import Figure, save_figure
 from utils.progress import progress
 
 TASKS: dict[str, type[FineTuned] | None] = {

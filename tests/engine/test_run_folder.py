@@ -48,10 +48,28 @@ def test_an_earlier_run_is_removed_when_the_new_one_begins(tmp_path):
     assert set(contents(tmp_path)) == set(names) and (folder / "run.log").read_text() == "old"
     folder.write_config({"arguments": {"lr": 1}})
     logging.getLogger("crossnet").info("after")
+    folder.keep_start()
     assert set(contents(tmp_path)) == {"config.json", "run.log", "notes.txt"}
     assert json.loads((folder / "config.json").read_text()) == {"arguments": {"lr": 1}}
     lines = (folder / "run.log").read_text().splitlines()
     assert [line.split(" ", 2)[2] for line in lines] == ["before it begins", "after"]
+
+
+def test_an_earlier_run_comes_back_when_the_start_of_the_new_one_fails(tmp_path):
+    for name in RUN_FILES:
+        (tmp_path / name).write_text("old")
+    before = contents(tmp_path)
+    folder = RunFolder(tmp_path, overwrite=True)
+    folder.start_log()
+    folder.write_config({})
+    assert {"best.pth.replaced", "run.log", "config.json"} <= set(contents(tmp_path))
+    folder.discard_start()
+    assert contents(tmp_path) == before
+    resumed = RunFolder(tmp_path, resume="auto")  # a run that is continued is never undone
+    resumed.start_log()
+    resumed.write_config({})
+    resumed.discard_start()
+    assert set(contents(tmp_path)) == set(before)
 
 
 def test_a_continued_run_keeps_its_files_and_log(tmp_path):
