@@ -105,7 +105,7 @@ def test_six_folds_in_one_call_go_on_where_they_stopped(root, tmp_path, monkeypa
 def test_train_area_trains_on_those_alone_and_never_on_the_tested_one(root):
     record = run(root, "--test_area", 6, "--train_area", "1,2", 4)["runs"][0]
     assert record["train_areas"] == [1, 2, 4] and record["training_samples"] == 3
-    with pytest.raises(UserError, match="names only area 5, which is tested"):
+    with pytest.raises(UserError, match="names only area 5, which is the tested one"):
         run(root, "--test_area", 5, "--train_area", "5", "--overwrite")
 
 
