@@ -1,6 +1,6 @@
 """One EdgeConv layer, ours against torch_geometric's, forward and backward with the search for neighbours.
 
-torch_geometric is no requirement of this project; install it for the comparison (``pip install torch_geometric``).
+torch_geometric is not a requirement of this project; install it for the comparison (``pip install torch_geometric``).
 Its ``DynamicEdgeConv`` searches neighbours by torch_cluster up to version 2.6, by pyg-lib from 2.7 on. Without them its
 ``EdgeConv`` is called on the neighbours of benchmarks/reference/textbook.py, and the result says so. torch_cluster is
 compiled on the spot, a quarter of an hour:
@@ -93,7 +93,7 @@ def geometric_layer(block: nn.Sequential, k: int) -> tuple[nn.Module, str]:
         layer = DynamicEdgeConv(parts, k=k, aggr="max")
     except ImportError:  # its search of neighbours is in torch_cluster, from torch_geometric 2.7 on in pyg-lib
         layer = EdgeConv(parts, aggr="max")
-        linear.weight.data = weight  # only now: the constructor draws weights of its own
+        linear.weight.data = weight  # only now: the constructor draws its own weights
         layer.run = lambda x: layer(x.flatten(0, 1), edges(textbook_knn(x.mT, k)))
         return layer, "EdgeConv, neighbours by the textbook (the library that DynamicEdgeConv needs is missing)"
     linear.weight.data = weight

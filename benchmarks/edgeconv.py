@@ -9,7 +9,7 @@ distant points is the k-th neighbour; in float64 both agree to 1e-9 (tests/model
 Time: both in this process, in turn, after one step each that is not counted; the ratio is the median of the ratios of
 neighbouring steps, so that a machine that slows down meanwhile does not favour either side.
 Profile: one step each under PyTorch's profiler; what each kind of operation takes, in per cent of the step.
-Memory: one step each in a fresh process of its own. On a CPU that is the largest resident size of the whole process,
+Memory: one step each in a fresh process. On a CPU that is the largest resident size of the whole process,
 Python and libraries included, and what the step added to it; on a GPU what PyTorch allocated at most.
 
   python -m benchmarks.edgeconv                                  # the released size: about 3 minutes on two cores

@@ -1,6 +1,6 @@
 """How long will a pretraining run take here, and how much memory? Measured in about a minute on this machine.
 
-The real training step runs at the settings given, in a process of its own: a warm-up step, then steps until the time is
+The real training step runs at the settings given, in a separate process: a warm-up step, then steps until the time is
 up, two at least. Then the loader alone. A second process repeats this with half the batch; from both follow the memory
 per object and the largest batch that fits into --memory_gb. Of processes that train together only one is measured: what
 they lose by talking to each other, or by sharing a machine, is not in the estimate; --check trains with all of them.
@@ -64,7 +64,7 @@ from utils.errors import UserError
 from utils.reproducible import deterministic
 
 RELEASED_POINTS = 2048
-# A stand-in has so many batches: enough to see the loader at work.
+# Batches of a stand-in: fewer would not show the loader at work.
 BATCHES = 6
 
 
@@ -257,7 +257,7 @@ def check(
         Predicted and measured seconds per step and the error in per cent.
 
     Raises:
-        UserError: so many processes cannot train here.
+        UserError: this number of processes cannot train here.
     """
     training = [*training, "--epochs", "1", "--save_every", "0"]
     record = train_alone(training, threads) if processes == 1 else train_together(training, threads, processes)

@@ -2,7 +2,7 @@
 
 Ours: clouds and encoded renderings lie in one packed file, a process that reads data (a worker) reads and decodes a
 rendering once, and everything random happens to whole batches on the training device. Textbook
-(benchmarks/reference/textbook_pairs.py): every view reads a file of its own, and clouds and images are augmented one by
+(benchmarks/reference/textbook_pairs.py): every view reads its own file, and clouds and images are augmented one by
 one, by NumPy, Pillow and torchvision.
 
 Three numbers, all of one thread: what a worker of ours does, what a worker of the textbook's does, and ours with the
@@ -11,7 +11,7 @@ same sizes. Then the milliseconds of every stage. Files are in the page cache: t
 
   python -m benchmarks.loader --data_root data/shapenet2k               # real pairs, at the released sizes: a minute
   python -m benchmarks.loader                                           # without them: the demo's, written out as files
-  python -m benchmarks.loader --workers 2                               # also counts what so many workers deliver
+  python -m benchmarks.loader --workers 2                               # also counts what the workers deliver
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     g = parser.add_argument_group("what is measured")
     g.add_argument("--data_root", default=str(DEMO), metavar="DIR", help="pairs: folders or a packed file")
-    g.add_argument("--shapes", type=positive_int, default=256, metavar="N", help="use so many of them")
+    g.add_argument("--shapes", type=positive_int, default=256, metavar="N", help="use the first N of them")
     g.add_argument("--batch", type=positive_int, default=32, metavar="B", help="samples per batch")
     g.add_argument("--image_size", type=positive_int, default=224, metavar="PX", help="size of the images")
     g.add_argument(
@@ -162,7 +162,7 @@ def stages(dataset: ShapeNetRender, textbook: TextbookPairs, args: argparse.Name
     augmentation, pixels = pretraining_augmentation(), dataset.transform
     factors, order = streams.uniform(3, low=0.6, high=1.4), streams.uniform(3).argsort(1)
     flips = streams.uniform(1)[:, 0] < 0.5
-    pieces = []  # of one size, and so many at a time as the augmentation takes on a CPU
+    pieces = []  # of one size, as many at a time as the augmentation takes on a CPU
     for pixels_size in batch["sizes"].unique(dim=0):
         for rows in (batch["sizes"] == pixels_size).all(1).nonzero()[:, 0].split(RenderAugmentation.CPU_CHUNK):
             height, width = pixels_size.tolist()
@@ -204,7 +204,7 @@ def stages(dataset: ShapeNetRender, textbook: TextbookPairs, args: argparse.Name
 
 
 def with_workers(dataset: Any, workers: int, **kwargs: Any) -> float:
-    """Samples per second of PyTorch's loader with so many processes, over an epoch after one that is not counted."""
+    """Return samples per second of PyTorch's loader over an epoch, after one that is not counted."""
     loader = DataLoader(dataset, num_workers=workers, persistent_workers=True, prefetch_factor=4, **kwargs)
     count = 0
 

@@ -122,7 +122,7 @@ def draw(samples: list[dict[str, float]], path: Path) -> None:
     figure = Figure(figsize=(12, 3.4), layout="constrained")
     steps = [sample["step"] for sample in samples]
     panels = (
-        ("memory of its own (MB)", ("memory", "workers_memory"), 1),
+        ("private memory (MB)", ("memory", "workers_memory"), 1),
         ("open files", ("open_files", "workers_open_files"), 1),
         ("run.log (kB)", ("run_log_bytes",), 1000),
     )
@@ -142,7 +142,7 @@ def watch(data_root: str, *, steps: int, every: int, workers: int, save_every: i
 
     Args:
         data_root: pairs, and a labelled set for the probes.
-        steps: at least so many; whole epochs are trained.
+        steps: train at least this many; whole epochs are trained.
         every: steps between looks.
         workers: data workers.
         save_every: steps between checkpoints.
@@ -190,7 +190,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         prog="python -m benchmarks.long_run", description=__doc__, formatter_class=HelpFormatter
     )
     parser.add_argument("--data_root", default="data/demo", metavar="DIR", help="pairs to train on")
-    parser.add_argument("--steps", type=positive_int, default=2000, metavar="N", help="at least so many steps")
+    parser.add_argument("--steps", type=positive_int, default=2000, metavar="N", help="train at least N steps")
     parser.add_argument("--every", type=positive_int, default=20, metavar="N", help="steps between looks")
     parser.add_argument("--workers", type=positive_int, default=2, metavar="W", help="data workers")
     parser.add_argument("--save_every", type=positive_int, default=50, metavar="N", help="steps between checkpoints")

@@ -157,7 +157,7 @@ def memory_of(action: Callable[[], Any], device: torch.device | None = None) -> 
 
 
 def in_fresh_process(module: str, argv: Sequence[str]) -> dict[str, Any]:
-    """Run a benchmark's module in a process of its own; its last line of output is one JSON object.
+    """Run a benchmark's module in a separate process; its last line of output is one JSON object.
 
     Raises:
         UserError: that process failed, for instance because memory ran out.

@@ -364,7 +364,7 @@ def write_tables(plan: Plan, results: Path, page: Path) -> None:
 
 
 def check_row(row: Row, seed: int, *, recorded: Runner, again: Runner, tolerance: float) -> bool:
-    """Run a recorded seed again in a folder of its own and compare the table's columns; True where they agree."""
+    """Run a recorded seed again in a separate folder and compare the table's columns; True where they agree."""
     before = json.loads((recorded.results / row.name / f"seed_{seed}" / "scores.json").read_text(encoding="utf-8"))
     shutil.rmtree(again.work, ignore_errors=True)
     after = again.run_seed(row, seed)

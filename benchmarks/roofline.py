@@ -133,7 +133,7 @@ class Stages(Recorder):
         self.current = "other" if "AccumulateGrad" in node.name() else self.marks[i - 1][1]
 
     def note(self, operation: str, *, moved: float = 0.0, flops: float = 0.0, launches: int = 1, busy: float) -> None:
-        """Count an operation that keeps the GPU busy for so many seconds."""
+        """Count an operation that keeps the GPU busy for the given seconds."""
         if self.counting:
             cost = Cost(moved, flops, launches, busy + launches * self.gpu.launch)
             self.costs.setdefault((self.current, operation), Cost()).add(cost)

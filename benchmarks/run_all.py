@@ -1,6 +1,6 @@
 """Run every benchmark, collect the results, and write a page about them with its pictures, benchmarks.md.
 
-Each benchmark runs in a process of its own. One that cannot run here, for want of a package or a GPU, gets the row "not
+Each benchmark runs in a separate process. One that cannot run here, for lack of a package or a GPU, gets the row "not
 run" with the reason. --quick takes sizes that say nothing, to see that everything works. The page of this repository,
 docs/benchmarks.md, was written with --output_dir docs.
 

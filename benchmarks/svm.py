@@ -2,7 +2,7 @@
 
 - The SVM by one Gram matrix (downstream/svm.py) against ``sklearn.svm.SVC(kernel="linear")``, fit and
   predict, C as released; how many predictions agree. Features are synthetic: classes are Gaussian clouds in a few
-  dimensions of their own, mixed at random into all of them, so close together that the SVM makes mistakes, as on real
+  dimensions each, mixed at random into all of them, so close together that the SVM makes mistakes, as on real
   features.
 - Feature extraction in evaluation mode, ours (no edge tensors, batches of 32) against the textbook encoder
   (benchmarks/reference/textbook.py) in batches of 16, the released test batch.

@@ -24,7 +24,7 @@ from utils.collectives import any_rank, rank
 
 # A collective that some process does not join for so long has failed: that process hangs.
 TIMEOUT = timedelta(minutes=10)
-# A process that is silent for so many beats of its neighbour's is lost: 35 seconds, so that all end within a minute.
+# A rank that misses this many heartbeats (35 s) is considered dead; all ranks then exit within a minute.
 BEAT_SECONDS = 5.0
 BEATS_UNTIL_LOST = 7
 EXIT_LOST_PROCESS = 3
@@ -119,7 +119,7 @@ class _Peers:
     """
 
     def __init__(self, own: int, size: int) -> None:
-        # A connection of its own: the main thread may wait in the other one. A restart by torchrun starts afresh.
+        # A separate connection: the main thread may block in the other one. A restart by torchrun starts afresh.
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         own_connection = dist.TCPStore(*address, is_master=False, timeout=TIMEOUT)

@@ -43,7 +43,7 @@ class TransformNet(nn.Module):
             self.transform.bias.copy_(torch.eye(3).flatten())
 
     def forward(self, points: Tensor, neighbors: Tensor) -> Tensor:
-        """See the class for shapes."""
+        """Return a matrix (B, 3, 3) for each cloud (B, N, 3), given its neighbors (B * N, k)."""
         rows = edge_conv_two_layers(points.flatten(0, 1), neighbors, self.conv1, self.conv2)
         x, _ = pool_pointwise([rows], len(points), self.conv3)
         x = F.leaky_relu(self.bn3(self.linear1(x)), LEAKY_SLOPE)

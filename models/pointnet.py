@@ -64,7 +64,7 @@ class AlignmentNet(nn.Module):
         self.fc3 = nn.Linear(256, channels * channels)
 
     def forward(self, rows: Tensor, shape: torch.Size) -> Tensor:
-        """See the class for shapes."""
+        """Return a matrix (B, C, C) for each cloud, given its rows (B * N, C)."""
         rows = F.relu(apply_to_rows(rows, self.conv1, self.bn1))
         rows = F.relu(apply_to_rows(rows, self.conv2, self.bn2))
         rows = F.relu(apply_to_rows(rows, self.conv3, self.bn3))

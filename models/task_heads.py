@@ -76,7 +76,7 @@ class DGCNNPartHead(nn.Module):
         self.dropout8, self.dropout9 = nn.Dropout(dropout), nn.Dropout(dropout)
 
     def forward(self, features: PointFeatures, category: Tensor) -> Tensor:
-        """See the class for shapes."""
+        """Return scores (B, num_parts, N), given the category (B,)."""
         category = apply_to_rows(one_hot(category, self.num_categories, features.pooled), *self.conv7)
         rows = cloud_and_points(torch.cat([features.pooled, category], dim=1), features.local, *self.conv8)
         rows = self.dropout8(rows)
@@ -113,7 +113,7 @@ class PointNetPartHead(nn.Module):
             setattr(self, f"bns{i + 1}", nn.BatchNorm1d(widths[i + 1]))
 
     def forward(self, features: PointFeatures, category: Tensor) -> Tensor:
-        """See the class for shapes."""
+        """Return scores (B, num_parts, N), given the category (B,)."""
         cloud = torch.cat([features.pooled, one_hot(category, self.num_categories, features.pooled)], dim=1)
         rows = F.relu(cloud_and_points(cloud, features.local, self.convs1, self.bns1))
         rows = F.relu(apply_to_rows(rows, self.convs2, self.bns2))
@@ -150,7 +150,7 @@ class DGCNNSemanticHead(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, features: PointFeatures) -> Tensor:
-        """See the class for shapes."""
+        """Return scores (B, num_classes, N)."""
         rows = cloud_and_points(features.pooled, features.local, *self.conv7)
         rows = self.dropout(apply_to_rows(rows, *self.conv8))
         return to_scores(apply_to_rows(rows, self.conv9), features.local)
@@ -183,7 +183,7 @@ class DGCNNClassHead(nn.Module):
         self.dropout1, self.dropout2 = nn.Dropout(dropout), nn.Dropout(dropout)
 
     def forward(self, features: PointFeatures) -> Tensor:
-        """See the class for shapes."""
+        """Return scores (B, num_classes)."""
         x = self.dropout1(F.leaky_relu(self.bn6(self.linear1(features.pooled)), LEAKY_SLOPE))
         x = self.dropout2(F.leaky_relu(self.bn7(self.linear2(x)), LEAKY_SLOPE))
         return self.linear3(x)
@@ -214,7 +214,7 @@ class PointNetClassHead(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, features: PointFeatures) -> Tensor:
-        """See the class for shapes."""
+        """Return scores (B, num_classes)."""
         return self.linear2(self.dropout(F.relu(self.bn6(self.linear1(features.pooled)))))
 
     @staticmethod
@@ -267,7 +267,7 @@ class PartSegmentation(FineTuned):
     heads = {DGCNNPartSeg: DGCNNPartHead, PointNetPartSeg: PointNetPartHead}
 
     def forward(self, points: Tensor, category: Tensor) -> Tensor:
-        """See the class for shapes."""
+        """Return scores (B, num_parts, N) of points (B, 3, N), given the category (B,)."""
         return self.head(self.encoder(points), category)
 
 
@@ -282,7 +282,7 @@ class SemanticSegmentation(FineTuned):
     heads = {DGCNNSemSeg: DGCNNSemanticHead}
 
     def forward(self, points: Tensor) -> Tensor:
-        """See the class for shapes."""
+        """Return scores (B, num_classes, N) of points (B, in_channels, N)."""
         return self.head(self.encoder(points))
 
 
@@ -298,7 +298,7 @@ class Classification(FineTuned):
     heads = {DGCNNCls: DGCNNClassHead, PointNetCls: PointNetClassHead}
 
     def forward(self, points: Tensor) -> Tensor:
-        """See the class for shapes."""
+        """Return scores (B, num_classes) of points (B, 3, N)."""
         return self.head(self.encoder(points))
 
 

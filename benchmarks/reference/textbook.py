@@ -55,7 +55,7 @@ class TextbookDGCNNCls(nn.Module):
         self.conv5 = conv_bn_act(512, emb_dims, 1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """See the class for shapes."""
+        """Return pooled (B, 2 E) and local (B, 512, N) features of clouds (B, 3, N)."""
         x1 = textbook_edge_conv(x, textbook_knn(x, self.k), self.conv1)
         x2 = textbook_edge_conv(x1, textbook_knn(x1, self.k), self.conv2)
         x3 = textbook_edge_conv(x2, textbook_knn(x2, self.k), self.conv3)
@@ -81,7 +81,7 @@ class TextbookTransformNet(nn.Module):
         self.transform = nn.Linear(256, 9)
 
     def forward(self, x: Tensor) -> Tensor:
-        """See the class for shapes."""
+        """Return a matrix (B, 3, 3) for each cloud (B, 3, N)."""
         features = self.conv3(textbook_edge_conv(x, textbook_knn(x, self.k), self.conv1, self.conv2))
         features = features.max(dim=2).values
         features = F.leaky_relu(self.bn3(self.linear1(features)), 0.2)
@@ -103,7 +103,7 @@ class TextbookDGCNNSemSeg(nn.Module):
         self.conv6 = conv_bn_act(192, emb_dims, 1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """See the class for shapes."""
+        """Return pooled (B, E) and local (B, 192, N) features of clouds (B, 3 or 9, N)."""
         graph = x[:, 6:9] if x.shape[1] == 9 else x  # the room-normalised coordinates of an S3DIS block
         x1 = textbook_edge_conv(x, textbook_knn(graph, self.k), self.conv1, self.conv2)
         x2 = textbook_edge_conv(x1, textbook_knn(x1, self.k), self.conv3, self.conv4)
@@ -120,7 +120,7 @@ class TextbookDGCNNPartSeg(TextbookDGCNNSemSeg):
         self.transform_net = TextbookTransformNet(k)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """See the class for shapes."""
+        """Return pooled (B, E) and local (B, 192, N) features of clouds (B, 3, N)."""
         aligned = (x.transpose(1, 2) @ self.transform_net(x)).transpose(1, 2)
         return super().forward(aligned)
 

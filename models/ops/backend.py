@@ -48,7 +48,7 @@ def check_choice(device: torch.device) -> None:
     """Refuse a choice in the environment that cannot be had on a device; to be called before a run begins.
 
     Raises:
-        UserError: CROSSNET_KERNELS is no choice, or asks for kernels that cannot run here.
+        UserError: CROSSNET_KERNELS is not a known choice, or asks for kernels that cannot run here.
     """
     if wanted() != "triton":
         return
@@ -69,7 +69,7 @@ def backend_for(x: Tensor) -> ModuleType | None:
     The kernels take float32 only, and are not recorded by torch.compile and torch.export.
 
     Raises:
-        UserError: CROSSNET_KERNELS is no choice, or asks for kernels that cannot run here.
+        UserError: CROSSNET_KERNELS is not a known choice, or asks for kernels that cannot run here.
     """
     if x.dtype != torch.float32 or not runs_eagerly():
         return None

@@ -321,7 +321,7 @@ def edge_conv(x: Tensor, neighbors: Tensor, block: nn.Sequential, *, clouds: int
         (P, C_out), at least float32: a_j + c_i is a small difference of large numbers, which half precision would lose.
 
     Raises:
-        ValueError: the rows are not so many clouds of one size.
+        ValueError: the rows are not a whole number of clouds of one size.
     """
     if len(x) % clouds:
         raise ValueError(f"{len(x)} rows are not {clouds} clouds of one size")

@@ -313,7 +313,7 @@ def largest(values: Tensor, k: int) -> Tensor:
 
 
 def _holds(x: Tensor, numbers: int) -> bool:
-    """Whether so many numbers lie in memory from where ``x`` begins."""
+    """Return whether the storage holds that many numbers from where ``x`` begins."""
     return x.untyped_storage().nbytes() >= (x.storage_offset() + numbers) * x.element_size()
 
 

@@ -1,0 +1,68 @@
+"""What the pages show works: their Python, and the files and links that they name."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.checkpoint import save_checkpoint
+from engine.load_model import describe_encoder, encoder_from_checkpoint
+from models import ENCODERS, CrossNet, build_encoder
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "data/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BY_NAME = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def python_blocks(page):
+    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def save_encoder(path, encoder):
+    path.parent.mkdir(parents=True)
+    save_checkpoint(path, {"encoder": describe_encoder(encoder), "point_encoder": encoder.state_dict()})
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/evaluation.md"])
+def test_an_encoder_loads_as_the_page_says(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_encoder(tmp_path / "checkpoints/crossnet/last.pth", build_encoder("dgcnn_cls", k=4, emb_dims=16))
+    names = {"clouds": torch.randn(2, 3, 32)}
+    (block,) = python_blocks(ROOT / page)
+    exec(block, names)
+    assert names["features"].pooled.shape == (2, 32) and names["features"].local.shape == (2, 512, 32)
+
+
+def test_the_encoder_of_the_page_trains_saves_and_loads(tmp_path):
+    (block,) = python_blocks(ROOT / "docs/extending.md")
+    try:
+        exec(block, {})
+        encoder = build_encoder("mean_net", emb_dims=8, width=4)
+        model = CrossNet(encoder, image_model="resnet18")
+        views, pictures = torch.randn(2, 2, 3, 16), torch.rand(2, 3, 32, 32)
+        assert encoder(views[0]).local.shape == (2, 4, 16)
+        model(*views, rgb=pictures, gray=pictures[:, :1]).total.backward()
+        assert encoder.embed.weight.grad.abs().sum() > 0
+        save_encoder(tmp_path / "run/last.pth", encoder)
+        again = encoder_from_checkpoint(tmp_path / "run/last.pth")
+        assert again.config() == {"emb_dims": 8, "width": 4}
+        assert torch.equal(again.hidden.weight, encoder.hidden.weight)
+    finally:
+        ENCODERS.pop("mean_net", None)
+
+
+@BY_NAME
+def test_links_lead_to_files(page):
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
+        if not target.startswith(("http:", "https:", "mailto:")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
+
+
+@BY_NAME
+def test_modules_and_scripts_that_are_named_exist(page):
+    text = page.read_text(encoding="utf-8")
+    for name in re.findall(r"python -m ((?:benchmarks|data|datasets|downstream|engine|tests)(?:\.\w+)+)", text):
+        assert (ROOT / (name.replace(".", "/") + ".py")).exists(), f"{page.name} names python -m {name}"
+    for name in re.findall(r"\b((?:benchmarks|data|datasets|downstream|engine|models|tests|utils)/[\w/]+\.py)\b", text):
+        assert (ROOT / name).exists(), f"{page.name} names {name}"
