@@ -215,7 +215,10 @@ def read_labeled_clouds(
         if num_points < 1:
             raise UserError(f"the number of points must be at least 1, got {num_points}")
         if num_points > size:
-            raise UserError(f"--num_points {num_points} is too large: the clouds of {path} have {size} points")
+            raise UserError(
+                f"{num_points} points requested (--num_points, in pretraining --eval_points), but the clouds of {path} "
+                f"have {size} points"
+            )
         points = points[:, :num_points]
     points = np.ascontiguousarray(points, dtype=np.float32)
     bad = np.flatnonzero(~np.isfinite(points).all(axis=(1, 2)))

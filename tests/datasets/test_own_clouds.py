@@ -55,7 +55,7 @@ def test_hdf5_files_of_any_classes(tmp_path, names):
     assert dataset.class_names == ("Bär", "Ameise", "Wal") and dataset.points.shape == (6, 5, 3)
     np.testing.assert_array_equal(dataset.points[4], cloud(4, 12)[:5])
     assert find_datasets(tmp_path)[-1] in ("folder", "modelnet10", "modelnet40")
-    with pytest.raises(UserError, match="--num_points 13 is too large"):
+    with pytest.raises(UserError, match="13 points requested"):
         OwnClouds(tmp_path, "train", num_points=13)
 
 

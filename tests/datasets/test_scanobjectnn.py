@@ -74,7 +74,7 @@ def test_points_are_not_normalized_and_cut_from_the_front(tmp_path):
         file["data"][...] = points
     np.testing.assert_array_equal(ScanObjectNN(tmp_path, "test").points, points)
     np.testing.assert_array_equal(ScanObjectNN(tmp_path, "test", num_points=4)[1][0].numpy(), points[1, :4])
-    with pytest.raises(UserError, match=r"7 is too large.* have 6"):
+    with pytest.raises(UserError, match=r"7 points .* have 6"):
         ScanObjectNN(tmp_path, "test", num_points=7)
 
 

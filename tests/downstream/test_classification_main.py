@@ -208,7 +208,7 @@ def test_confusion_matrix_shows_shares_of_the_true_class(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--num_points", "21"], r"21 is too large.*have 20"),
+        (["--num_points", "21"], r"21 points .*have 20"),
         (["--num_points", "2"], "k = 3 neighbors in clouds of 2 points"),
         (["--cv_folds", "1"], "at least 2 folds"),
         (["--confusion_matrix", "result.docx"], "must end in"),
