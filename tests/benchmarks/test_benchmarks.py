@@ -315,7 +315,7 @@ def test_the_page_draws_every_result_there_may_be(tmp_path):
     pictures = {path.name for path in (tmp_path / "benchmarks").glob("*.png")}
     assert pictures == {"cost.png", "profile.png", "loader.png", "speed.png", "memory_step.png"}
     assert all(f"(benchmarks/{name})" in page for name in pictures)
-    assert "Sixteen would deliver 1,600: that is a multiplication" in page
+    assert "Sixteen would deliver 1,600: extrapolated, not measured" in page
     assert "not run: torch_geometric cannot be imported" in page and "99.90% of the predictions agree" in page
     assert "| decode | 0.400 | 0.800 |" in page and "1 / 1.1 (-9 %)" in page
     assert "| 4 x 1,024 points, cpu | 3 | tree | 250 | 2.5 | 1e-05 |" in page
