@@ -31,10 +31,11 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import train_crossnet_con as pretraining
 from benchmarks.emulated_gpu import EmulatedGpu, emulated_gpu
+from benchmarks.reference.tiny_image_net import TinyImageNet
 from datasets.shapenet_render import ShapeNetRender
 from datasets.transforms import RenderPixels
 from downstream.classification import finetune
@@ -69,20 +70,6 @@ TASKS: dict[str, tuple[Callable[[list[str]], Any], Sequence[str], str]] = {
     "classification": (finetune.main, ("dgcnn_cls", "pointnet_cls"), "--dataset demo --num_points 24"),
 }
 RANKS = 4
-
-
-class SmallImageNet(nn.Module):
-    """One convolution with the parts of a ResNet that ``models.image`` replaces."""
-
-    def __init__(self, weights: None = None) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
-        self.fc = nn.Linear(64, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, 10), or (B, 64) without the classifier."""
-        return self.fc(self.bn1(self.conv1(x)).relu().mean((2, 3)))
 
 
 @dataclass(frozen=True)
@@ -156,7 +143,7 @@ def small_networks(case: Case) -> Iterator[None]:
         stack.enter_context(mock.patch.object(torch.amp.GradScaler, "__init__", scaler))
         stack.enter_context(mock.patch.object(RunFolder, "draw_curves", lambda self: None))
         if not case.resnet:
-            stack.enter_context(mock.patch.dict(IMAGE_ENCODERS, {"resnet18": SmallImageNet}))
+            stack.enter_context(mock.patch.dict(IMAGE_ENCODERS, {"resnet18": TinyImageNet}))
         if case.variant == "mixed image sizes":
             stack.enter_context(mock.patch.object(RenderPixels, "__call__", uneven))
         yield

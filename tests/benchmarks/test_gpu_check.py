@@ -44,7 +44,7 @@ def test_the_kernels_check_passes_and_notices_a_wrong_form(report, monkeypatch):
 
 @pytest.mark.parametrize(("amp", "variant"), [("off", "plain"), ("off", "chunks"), ("bf16", "channels_last")])
 def test_a_step_agrees_with_float64_and_a_wrong_one_does_not(monkeypatch, amp, variant):
-    monkeypatch.setitem(IMAGE_ENCODERS, "resnet18", dry_run.SmallImageNet)
+    monkeypatch.setitem(IMAGE_ENCODERS, "resnet18", dry_run.TinyImageNet)
     sizes = {"device": CPU, "sizes": SMALL}
     exact = gpu_check.one_step(
         "dgcnn_cls", amp="off", variant=variant if variant == "chunks" else "plain", dtype=torch.float64, **sizes
@@ -65,7 +65,7 @@ def test_every_training_row_is_there(report, monkeypatch):
 
 
 def test_speed_is_measured_by_stage(monkeypatch):
-    monkeypatch.setitem(IMAGE_ENCODERS, "resnet18", dry_run.SmallImageNet)
+    monkeypatch.setitem(IMAGE_ENCODERS, "resnet18", dry_run.TinyImageNet)
     found = gpu_check.measure_speed(CPU, SMALL, "off", repeats=1)
     assert found["shapes_per_s"] > 0 and found["hours"] > 0
     stages = ("augmentation", "point encoder", "image encoders", "loss", "backward pass", "optimizer")

@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
+from benchmarks.reference.tiny_image_net import TinyImageNet
 from engine.launch import launch
 from models.image import IMAGE_ENCODERS
 from train_crossnet_con import main
@@ -20,20 +20,6 @@ SETTINGS = (
     "--device cpu --num_points 24 --k 4 --emb_dims 16 --image_model resnet18 --image_size 16 --batch_size 4 "
     "--workers 0 --eval_points 24 --log_every 1"
 )
-
-
-class TinyImageNet(nn.Module):
-    """One convolution with the parts of a ResNet that ``models.image`` replaces."""
-
-    def __init__(self, weights: None = None) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
-        self.fc = nn.Linear(64, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, 10), or (B, 64) without the classifier."""
-        return self.fc(self.bn1(self.conv1(x)).relu().mean((2, 3)))
 
 
 def arguments(root: Path, out: Path, *more: str) -> list[str]:
