@@ -308,6 +308,25 @@ def _imagenet_constants(channels: int, device: torch.device) -> tuple[Tensor, Te
     return 1 / (255 * std), -mean / std
 
 
+def plain_images(pixels: Tensor, size: int) -> dict[str, Tensor]:
+    """Return the images of :class:`RenderAugmentation` without what is random: no jitter, no flips. For evaluation.
+
+    Args:
+        pixels: (B, H, W, 3) uint8, without padding.
+        size: S in pixels.
+
+    Returns:
+        ``rgb`` (B, 3, S, S) and ``gray`` (B, 1, S, S) float32.
+    """
+    images = pixels.permute(0, 3, 1, 2)  # (B, 3, H, W)
+    keep = torch.zeros(len(pixels), dtype=torch.bool, device=pixels.device)
+    gray = luminance(images.float()).byte()  # (B, 1, H, W)
+    return {
+        name: normalize_images(resize_and_flip(part, size, keep).float())
+        for name, part in (("rgb", images), ("gray", gray))
+    }
+
+
 class RenderAugmentation:
     """Augment the pixels of a batch into color images (B, 3, S, S) and gray images (B, 1, S, S).
 

@@ -28,7 +28,7 @@ from torch.utils.data import Dataset, Subset
 from datasets.sampler import SampleKey
 from datasets.streams import SampleStreams, Stream
 from datasets.transforms import PointAugmentation
-from downstream.features import evaluating
+from downstream.features import calibrate_batch_norm, evaluating
 from engine.checkpoint import load_checkpoint
 from engine.config import RunConfig
 from engine.data_workers import data_loader
@@ -50,9 +50,9 @@ from engine.optim import (
 from engine.resume import provenance, resume
 from engine.run_folder import RunFolder
 from engine.task import FREE_ON_RESUME, Progress, Run, Task
-from models import ENCODER_ALIASES, ENCODERS, encoder_arguments, resolve_encoder_name
+from models import ENCODER_ALIASES, ENCODERS, build_encoder, encoder_arguments, resolve_encoder_name
 from models.ops.dropout import SampleDropout
-from models.task_heads import Classification, FineTuned
+from models.task_heads import HEADS, Classification, FineTuned
 from utils.cli import (
     add_common_arguments,
     add_run_arguments,
@@ -76,6 +76,8 @@ logger = logging.getLogger("crossnet")
 SCHEDULERS = ("cosine", "step", "released")
 SMOOTHING = 0.2
 HEAD_SEED = 1_000_003
+IGNORED = -100  # target of points whose label is not used
+CALIBRATION_SAMPLES = 512
 # The released scripts drop an incomplete last batch only with at least this many samples.
 DROP_REST_FROM = 100
 Scores = dict[str, Any]
@@ -90,11 +92,16 @@ class FineTuneConfig(RunConfig):
     k: int | None
     emb_dims: int | None
     dropout: float | None
+    head: str
+    freeze_encoder: bool
+    calibrate_bn: bool
     scheduler: str
     label_smoothing: float
     eval: bool
     model_path: str | None
-    save_predictions: str | None = None  # classification has none
+    # Classification has neither.
+    save_predictions: str | None = None
+    point_label_fraction: float = 1.0
 
 
 def add_training_arguments(
@@ -137,6 +144,23 @@ def add_training_arguments(
         "--emb_dims", type=positive_int, metavar="E", help="width of the embedding (default: the checkpoint's; 1024)"
     )
     g.add_argument("--dropout", type=float, metavar="P", help="dropout of the head (default: as published)")
+    g.add_argument(
+        "--head",
+        choices=HEADS,
+        default="published",
+        help="layers on top of the encoder; linear: one layer, to judge the features (--eval takes the checkpoint's)",
+    )
+    g.add_argument(
+        "--freeze_encoder",
+        action="store_true",
+        help="train the head alone; the encoder's weights and batch-norm statistics stay as they are",
+    )
+    g.add_argument(
+        "--calibrate_bn",
+        action="store_true",
+        help=f"before the first step set the encoder's batch-norm statistics from up to {CALIBRATION_SAMPLES} training "
+        "samples, without labels; the fair baseline for --freeze_encoder is an untrained encoder with this",
+    )
     g = parser.add_argument_group("optimization")
     g.add_argument("--epochs", type=positive_int, default=200, metavar="E", help="passes over the training samples")
     g.add_argument("--batch_size", type=positive_int, default=32, metavar="B", help="samples per process and step")
@@ -179,6 +203,15 @@ def add_training_arguments(
             metavar="F.h5",
             help="with --eval: keep what was predicted and what is true for every point",
         )
+        g = parser.add_argument_group("few labels")
+        g.add_argument(
+            "--point_label_fraction",
+            type=float,
+            default=1.0,
+            metavar="F",
+            help="share of the points of each training and validation sample whose labels are used, at least one of "
+            "every label in it; the loss ignores the others, the test uses all",
+        )
     add_released_flags(parser, IN_FINE_TUNING, datasets=datasets)
 
 
@@ -205,6 +238,14 @@ def check_training_arguments(config: FineTuneConfig) -> None:
         raise UserError(f"--label_smoothing {config.label_smoothing}: expected 0 or more and less than 1")
     if config.dropout is not None and not 0 <= config.dropout < 1:
         raise UserError(f"--dropout {config.dropout}: expected 0 or more and less than 1")
+    if config.dropout is not None and config.head == "linear":
+        raise UserError("--dropout belongs to --head published; --head linear has none")
+    check_fraction(config.point_label_fraction, flag="--point_label_fraction")
+    if config.freeze_encoder and not (config.eval or config.pretrain_path or config.calibrate_bn):
+        logger.warning(
+            "--freeze_encoder without --pretrain_path: an untrained encoder whose batch norms have seen no data; "
+            "--calibrate_bn makes it a fair baseline"
+        )
     if config.json and is_main():
         check_writable(Path(config.json).absolute().parent)
 
@@ -236,19 +277,34 @@ def write_arrays(path: str | Path, arrays: Mapping[str, Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def smoothed_cross_entropy(scores: Tensor, target: Tensor, eps: float = SMOOTHING) -> Tensor:
+def smoothed_cross_entropy(
+    scores: Tensor, target: Tensor, eps: float = SMOOTHING, *, reduction: str = "mean"
+) -> Tensor:
     """Return the cross entropy with the released label smoothing: 1 - eps for the true class, eps / (K - 1) for others.
 
     PyTorch's label_smoothing spreads its share over all K classes including the true one, hence the factor.
 
     Shape:
-        scores (B, K) or (B, K, N), target (B,) or (B, N) -> ()
+        scores (B, K) or (B, K, N), target (B,) or (B, N) -> (); with ``reduction="none"`` as the target, flat
     """
     classes = scores.shape[1]
     smoothing = eps * classes / (classes - 1) if classes > 1 else 0.0
-    if scores.is_cuda and scores.ndim == 3:  # the CUDA loss of (B, K, N) is not deterministic
+    if scores.ndim == 3 and (scores.is_cuda or reduction == "none"):
+        # The CUDA loss of (B, K, N) is not deterministic.
         scores, target = scores.mT.flatten(0, 1), target.flatten()  # (B * N, K), (B * N,)
-    return F.cross_entropy(scores.float(), target, label_smoothing=smoothing)
+    return F.cross_entropy(scores.float(), target, label_smoothing=smoothing, reduction=reduction, ignore_index=IGNORED)
+
+
+def cross_entropy_of_labeled(scores: Tensor, target: Tensor, eps: float = SMOOTHING) -> Tensor:
+    """Return the mean over samples of the mean :func:`smoothed_cross_entropy` over their labeled points.
+
+    A mean over the labeled points of the whole batch would depend on how samples are spread over processes.
+
+    Shape:
+        scores (B, K, N), target (B, N), ``IGNORED`` at points without a label -> ()
+    """
+    losses = smoothed_cross_entropy(scores, target, eps, reduction="none").view_as(target)  # (B, N)
+    return (losses.sum(1) / (target != IGNORED).sum(1)).mean()
 
 
 def fine_tuning_rate(
@@ -277,8 +333,18 @@ def fine_tuning_rate(
     return cosine_lr(epoch, total=epochs, base=base, floor=lr)
 
 
-def choose_labeled(labels: np.ndarray, fraction: float, *, seed: int) -> np.ndarray:
-    """Choose the samples whose labels a limited-label run may use: one of every class, the rest at random.
+def check_fraction(fraction: float, *, flag: str = "--label_fraction") -> None:
+    """Check a share of labels.
+
+    Raises:
+        UserError: it is not in (0, 1].
+    """
+    if not 0 < fraction <= 1:
+        raise UserError(f"{flag} {fraction:g}: expected more than 0 and at most 1")
+
+
+def choose_labeled(labels: np.ndarray, fraction: float, *, seed: int | Sequence[int]) -> np.ndarray:
+    """Choose the samples (or points) whose labels a limited-label run may use: one of every class, the rest at random.
 
     Args:
         labels: (n,) classes.
@@ -291,8 +357,7 @@ def choose_labeled(labels: np.ndarray, fraction: float, *, seed: int) -> np.ndar
     Raises:
         UserError: the fraction is not in (0, 1].
     """
-    if not 0 < fraction <= 1:
-        raise UserError(f"--label_fraction {fraction:g}: expected more than 0 and at most 1")
+    check_fraction(fraction)
     order = np.random.default_rng(seed).permutation(len(labels))
     first = order[np.unique(labels[order], return_index=True)[1]]
     rest = order[~np.isin(order, first)]
@@ -315,6 +380,47 @@ def hold_out(labels: np.ndarray, share: float, *, seed: int) -> tuple[np.ndarray
     others = np.setdiff1d(np.arange(len(labels)), keep)
     held = np.random.default_rng([seed, 1]).permutation(others)[: round(share * len(labels))]
     return np.setdiff1d(np.arange(len(labels)), held), np.sort(held)
+
+
+def labels_text(config: FineTuneConfig, fraction: float) -> str:
+    """Return how many labels a run uses: the share of the samples, and of their points where that is limited."""
+    points = config.point_label_fraction
+    return f"{fraction:.0%}" + (f" of the samples, {points:.2%} of their points" if points < 1 else "")
+
+
+def labeled_points(labels: np.ndarray, fraction: float, *, seed: int, index: int) -> np.ndarray:
+    """Return which points (N,) of a sample have a label that a run may use; see :func:`choose_labeled`.
+
+    Args:
+        labels: (N,) labels of the sample's points.
+        fraction: share of the points, in (0, 1].
+        seed: of the run.
+        index: of the sample in its data set; each one has a separate draw.
+    """
+    known = np.zeros(len(labels), dtype=bool)
+    known[choose_labeled(labels, fraction, seed=[seed, index])] = True
+    return known
+
+
+class FewPointLabels(Dataset):
+    """A data set of which only a share of each sample's points is labeled; the others' target is ``IGNORED``.
+
+    Args:
+        dataset: its items end with the target (N,).
+        fraction: as for :func:`labeled_points`.
+        seed: of the run.
+    """
+
+    def __init__(self, dataset: Dataset, fraction: float, *, seed: int) -> None:
+        self.dataset, self.fraction, self.seed = dataset, fraction, seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        *inputs, target = self.dataset[index]
+        known = labeled_points(target.numpy(), self.fraction, seed=self.seed, index=index)
+        return (*inputs, target.where(torch.from_numpy(known), IGNORED))
 
 
 def start_model(
@@ -360,13 +466,18 @@ def start_model(
         encoder = encoder_from_flags(name, k=neighbors, emb_dims=config.emb_dims, in_channels=in_channels)
     # Otherwise the head's initial weights would depend on the encoder's origin.
     seed_everything(config.seed + HEAD_SEED)
-    model = task(encoder, **sizes, **({} if config.dropout is None else {"dropout": config.dropout}))
+    dropout = {} if config.dropout is None else {"dropout": config.dropout}
+    model = task(encoder, head=config.head, **sizes, **dropout)
+    if config.freeze_encoder:
+        model.freeze_encoder()
     kwargs = ", ".join(f"{key} {value}" for key, value in describe_encoder(encoder)["kwargs"].items())
     encoder_text, head_text = (
         f"{len(part.state_dict())} tensors, {sum(p.numel() for p in part.parameters()):,} parameters"
         for part in (encoder, model.head)
     )
     origin = f"loaded from {config.pretrain_path}, all of it" if config.pretrain_path else "starts fresh"
+    if config.freeze_encoder:
+        origin += "; frozen"
     layers = ", ".join(dict.fromkeys(key.split(".")[0] for key in model.head.state_dict()))
     return model, [
         f"encoder {name} ({kwargs}): {encoder_text}: {origin}",
@@ -488,6 +599,9 @@ class FineTuning(Task):
         self.model = model.to(device)
         self.network = self.wrap_distributed(self.model)
         self.dropouts = SampleDropout.convert(self.model)
+        self.limited = config.point_label_fraction < 1
+        if self.limited:
+            dataset = FewPointLabels(dataset, config.point_label_fraction, seed=config.seed)
         self.dataset = _Keyed(dataset, chosen)
         # A data set smaller than a batch is one batch.
         batch = min(config.batch_size, len(chosen) // world_size())
@@ -521,10 +635,32 @@ class FineTuning(Task):
             dropout.reseed(streams.seeds())
         with autocast(self.device, config.amp):
             scores = self.network(points.mT, *others)
-        loss = smoothed_cross_entropy(scores, target, config.label_smoothing)
+        loss_of = cross_entropy_of_labeled if self.limited else smoothed_cross_entropy
+        loss = loss_of(scores, target, config.label_smoothing)
         loss = loss * self.sampler.loss_weight(progress.samples // self.sampler.global_batch)
         scale(loss).backward()
         return loss.detach()[None]
+
+    def calibrate(self) -> int:
+        """Set the encoder's batch-norm statistics from samples of the data set, without labels; return how many."""
+        dataset, seed = self.dataset.dataset, self.config.seed
+        rows = np.random.default_rng(seed).permutation(len(dataset))[:CALIBRATION_SAMPLES]
+        points = torch.stack([dataset[int(row)][0] for row in rows]).numpy()  # (n, N, C)
+        # A copy, whose batch norms are not synchronized: every process sees the same samples.
+        described = describe_encoder(self.model.encoder)
+        encoder = build_encoder(described["name"], **described["kwargs"])
+        encoder.load_state_dict(self.model.encoder.state_dict())
+        used = calibrate_batch_norm(
+            encoder,
+            points,
+            max_clouds=len(rows),
+            batch_size=self.config.test_batch_size,
+            seed=seed,
+            device=self.device,
+            progress=is_main(),
+        )
+        self.model.encoder.load_state_dict(encoder.state_dict())
+        return used
 
     def evaluate(self) -> tuple[dict[str, float], float | None]:
         """Validate; return the scores and the one that selects the best epoch."""
@@ -582,11 +718,14 @@ def fine_tune(run: Run, test: Callable[[nn.Module], Scores], report: Iterable[st
     """
     task, config, folder = run.task, run.config, run.folder
     folder.start_log()
+    calibrated = 0
     if resume(run):
         result = broadcast_from_rank0(lambda: earlier_result(folder)) if run.progress.epoch >= config.epochs else None
         if result is not None:
             logger.info("%s is already finished", folder.path)
             return result
+    elif config.calibrate_bn:
+        calibrated = task.calibrate()
     folder.write_config(provenance(config))
     for line in report:
         logger.info(line)
@@ -596,6 +735,8 @@ def fine_tune(run: Run, test: Callable[[nn.Module], Scores], report: Iterable[st
     )
     if task.sampler.global_batch < config.batch_size * world_size():
         logger.info("fewer samples than --batch_size %d: each step uses all of them", config.batch_size)
+    if calibrated:
+        logger.info("the encoder's batch-norm statistics are those of %d samples", calibrated)
     if task.validate is None:
         logger.info("nothing is held out, so the last epoch is reported instead of the best")
     start = time.perf_counter()

@@ -173,7 +173,9 @@ class PartScores:
         }
 
 
-def _part_histogram(truth: np.ndarray, predicted: np.ndarray, starts: np.ndarray, parts: int, limit: int) -> np.ndarray:
+def _part_histogram(
+    truth: np.ndarray, predicted: np.ndarray, starts: np.ndarray, parts: int, limit: int, known: np.ndarray | None
+) -> np.ndarray:
     """Count the pairs of true and predicted parts of every shape, with parts numbered within the shape's category.
 
     Args:
@@ -182,6 +184,7 @@ def _part_histogram(truth: np.ndarray, predicted: np.ndarray, starts: np.ndarray
         starts: (n,) first part of each shape's category.
         parts: largest number of parts of a category, K.
         limit: number of parts of all categories.
+        known: (n, N) bool, the points to count; None counts all.
 
     Returns:
         (n, K + 1, K + 1) int64; the last row and column count parts of other categories.
@@ -209,12 +212,20 @@ def _part_histogram(truth: np.ndarray, predicted: np.ndarray, starts: np.ndarray
         pair *= small(width)
         pair += local[1]
         np.add(pair, row[:rows], out=index[:rows])
-        bins = np.bincount(index[:rows].ravel(), minlength=rows * width**2)
+        counted = index[:rows].ravel() if known is None else index[:rows][known[chunk]]
+        bins = np.bincount(counted, minlength=rows * width**2)
         histogram[chunk] = bins.reshape(rows, width**2)
     return histogram.reshape(count, width, width)
 
 
-def part_scores(truth: np.ndarray, predicted: np.ndarray, categories: np.ndarray, taxonomy: PartTaxonomy) -> PartScores:
+def part_scores(
+    truth: np.ndarray,
+    predicted: np.ndarray,
+    categories: np.ndarray,
+    taxonomy: PartTaxonomy,
+    *,
+    known: np.ndarray | None = None,
+) -> PartScores:
     """Score a part segmentation by the rules of ShapeNetPart (Yi et al., SIGGRAPH Asia 2016).
 
     Args:
@@ -222,6 +233,7 @@ def part_scores(truth: np.ndarray, predicted: np.ndarray, categories: np.ndarray
         predicted: (n, N) global part numbers; one of another category is wrong, but in no part's union.
         categories: (n,) category numbers.
         taxonomy: the categories and their parts.
+        known: (n, N) bool, the points whose true part is known, which alone are scored; None scores all.
 
     Raises:
         ValueError: the arrays do not fit together, are empty, or a number is out of range.
@@ -232,13 +244,15 @@ def part_scores(truth: np.ndarray, predicted: np.ndarray, categories: np.ndarray
             f"expected (n, N) true and predicted parts and (n,) categories, got {truth.shape}, {predicted.shape} and "
             f"{categories.shape}"
         )
-    if truth.size == 0:
+    if known is not None and known.shape != truth.shape:
+        raise ValueError(f"{known.shape} known points do not fit {truth.shape} true parts")
+    if truth.size == 0 or (known is not None and not known.any()):
         raise ValueError("no shapes to score")
     names = taxonomy.category_names
     categories = _labels(categories, "categories", len(names))
     counts, starts = np.asarray(taxonomy.part_counts), np.asarray(taxonomy.part_starts)
     parts = int(counts.max())
-    histogram = _part_histogram(truth, predicted, starts[categories], parts, taxonomy.num_parts)
+    histogram = _part_histogram(truth, predicted, starts[categories], parts, taxonomy.num_parts, known)
     true, guessed = histogram.sum(2)[:, :parts], histogram.sum(1)[:, :parts]  # (n, K)
     right = np.diagonal(histogram, axis1=1, axis2=2)[:, :parts]  # (n, K)
     own = np.arange(parts) < counts[categories][:, None]  # (n, K): the category has this part
@@ -257,7 +271,7 @@ def part_scores(truth: np.ndarray, predicted: np.ndarray, categories: np.ndarray
     return PartScores(
         instance_miou=float(shape_iou.mean()),
         class_miou=float(miou[present].mean()),
-        accuracy=float(100.0 * (right * own).sum() / truth.size),
+        accuracy=float(100.0 * (right * own).sum() / histogram.sum()),
         mean_part_accuracy=_mean(_percent(right_of_part, true_of_part)),
         shape_iou=shape_iou,
         category_miou={names[i]: float(miou[i]) for i in present},

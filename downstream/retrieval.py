@@ -1,6 +1,8 @@
-"""Retrieve objects of the same class by cosine similarity of frozen features, without training."""
+"""Retrieval by cosine similarity, without training: objects of the same class, and the partner of a pair."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -11,10 +13,14 @@ def unit_features(features: np.ndarray) -> np.ndarray:
     Rows equal to the mean become zero; otherwise rounding errors would give them a direction.
     """
     x = np.asarray(features, dtype=np.float64)
-    rounding = 1e-12 * np.abs(x).max()
-    x = x - x.mean(axis=0)
+    return unit_rows(x - x.mean(axis=0), zero=1e-12 * np.abs(x).max())
+
+
+def unit_rows(x: np.ndarray, *, zero: float = 0.0) -> np.ndarray:
+    """Scale every row of (n, D) to length 1, in double precision; rows no longer than ``zero`` become zero."""
+    x = np.asarray(x, dtype=np.float64)
     length = np.linalg.norm(x, axis=1, keepdims=True)
-    return np.divide(x, length, out=np.zeros_like(x), where=length > rounding)
+    return np.divide(x, length, out=np.zeros_like(x), where=length > zero)
 
 
 def nearest(features: np.ndarray, queries: np.ndarray, top: int) -> np.ndarray:
@@ -84,3 +90,52 @@ def retrieval_map(features: np.ndarray, labels: np.ndarray, *, block: int = 512)
     if np.isnan(values).all():
         raise ValueError("no class has two members, so nothing can be retrieved")
     return 100.0 * float(np.nanmean(values))
+
+
+def match_ranks(queries: np.ndarray, gallery: np.ndarray, *, block: int = 512) -> np.ndarray:
+    """Return the rank of each query's partner among the whole gallery, by cosine similarity; 1 is the best.
+
+    Of items as similar as the partner, half count as better, so that embeddings that say nothing give the mean rank of
+    chance, (n + 1) / 2, regardless of the order of the items.
+
+    Args:
+        queries: (n, D); they are not centered.
+        gallery: (n, D); item i is the partner of query i.
+        block: queries per pass; memory is about 8 x block x n bytes.
+
+    Returns:
+        (n,) float64.
+
+    Raises:
+        ValueError: the shapes differ, or a value is not finite.
+    """
+    if np.ndim(queries) != 2 or np.shape(queries) != np.shape(gallery):
+        raise ValueError(f"expected two arrays (n, D), got {np.shape(queries)} and {np.shape(gallery)}")
+    if not (np.isfinite(queries).all() and np.isfinite(gallery).all()):
+        raise ValueError("embeddings are not finite")
+    queries, gallery = unit_rows(queries), unit_rows(gallery)
+    ranks = np.empty(len(queries))
+    for start in range(0, len(queries), block):
+        rows = np.arange(start, min(start + block, len(queries)))
+        similarity = queries[rows] @ gallery.T  # (block, n)
+        ahead = similarity - similarity[np.arange(len(rows)), rows][:, None]
+        # Without a tolerance, rounding errors would give equal embeddings an order.
+        ranks[rows] = 1 + (ahead > 1e-12).sum(1) + ((np.abs(ahead) <= 1e-12).sum(1) - 1) / 2
+    return ranks
+
+
+def recall_scores(ranks: np.ndarray, *, top: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
+    """Return R@k, the share of queries in percent whose partner is among the first k, and the median rank.
+
+    Args:
+        ranks: (n,) from :func:`match_ranks`.
+        top: the values of k.
+    """
+    scores = {f"recall_at_{k}": 100.0 * float(np.mean(ranks <= k)) for k in top}
+    return {**scores, "median_rank": float(np.median(ranks))}
+
+
+def chance_scores(count: int, *, top: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
+    """Return what :func:`recall_scores` gives on average for a gallery of ``count`` items in random order."""
+    scores = {f"recall_at_{k}": 100.0 * min(k / count, 1.0) for k in top}
+    return {**scores, "median_rank": (count + 1) / 2}

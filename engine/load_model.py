@@ -18,7 +18,7 @@ from engine.published_weights import (
     published_head_state,
     published_state,
 )
-from models import ENCODERS, build_encoder, encoder_arguments, resolve_encoder_name
+from models import ENCODERS, CrossNet, build_encoder, encoder_arguments, resolve_encoder_name
 from models.task_heads import TASKS, FineTuned
 from utils.errors import CheckpointError, UserError
 
@@ -186,12 +186,42 @@ def _encoder_from_payload(
     return encoder
 
 
+def crossnet_from_checkpoint(path: str | os.PathLike[str]) -> tuple[CrossNet, dict[str, Any]]:
+    """Rebuild the whole pretraining model, with projection heads and image encoders, and load it strictly.
+
+    Args:
+        path: checkpoint of ``train_crossnet_con.py``.
+
+    Returns:
+        The model, in train mode, on the CPU; and the checkpoint's content.
+
+    Raises:
+        CheckpointError: unreadable, not of pretraining, or tensors that do not fit.
+    """
+    payload = load_checkpoint(path)
+    if "heads_and_image_encoders" not in payload:
+        raise CheckpointError(
+            f"{path} holds no projection heads and image encoders; give a last.pth of train_crossnet_con.py"
+        )
+    with checkpoint_errors(path):
+        encoder, flags = _encoder_from_payload(payload, path), payload["arguments"]
+        model = CrossNet(
+            encoder,
+            **{name: flags[name] for name in ("image_model", "image_modality", "objective", "alpha", "temperature")},
+            mask_same_object=flags.get("mask_same_object", False),
+        )
+        state = {f"point_encoder.{key}": value for key, value in payload["point_encoder"].items()}
+        load_strictly(model, {**state, **payload["heads_and_image_encoders"]}, path=path, what="the pretraining model")
+    return model, payload
+
+
 def describe_fine_tuned(model: FineTuned) -> dict[str, Any]:
     """What a checkpoint of a fine-tuned model holds, so that ``fine_tuned_from_checkpoint`` can rebuild it."""
     return {
         "kind": model.kind,
         "encoder": describe_encoder(model.encoder),
         "point_encoder": model.encoder.state_dict(),
+        "head_name": model.head_name,
         "head_sizes": dict(model.sizes),
         "head": model.head.state_dict(),
     }
@@ -231,9 +261,10 @@ def _fine_tuned_from_payload(
         holds = f"a model for {kind}" if kind in TASKS else "an encoder without a head (--pretrain_path takes that)"
         raise CheckpointError(f"{path} holds {holds}; expected a model for {task.kind}")
     encoder = _encoder_from_payload(payload, path, model=model, k=k, released_k=task.released_k)
-    head_kind = task.heads.get(type(encoder))
-    if head_kind is None:
+    name = payload.get("head_name", "published")  # earlier versions had no other
+    if type(encoder) not in task.heads:
         raise CheckpointError(f"{path} holds a {describe_encoder(encoder)['name']}, which has no head for {task.kind}")
+    head_kind = task.head_class(type(encoder), name)
     if kind is not None:
         sizes, state = dict(payload["head_sizes"]), payload["head"]
     else:
@@ -251,6 +282,6 @@ def _fine_tuned_from_payload(
         state = {key: tensor for key, tensor in state.items() if key in known or not aliases.match(key)}
     what = f"the head for {task.kind}"
     _check_fit(shapes, state, path=path, what=what)
-    fine_tuned = task(encoder, **sizes)
+    fine_tuned = task(encoder, head=name, **sizes)
     load_strictly(fine_tuned.head, state, path=path, what=what)
     return fine_tuned, payload

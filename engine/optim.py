@@ -61,17 +61,18 @@ def base_rate(config: RunConfig) -> float:
 
 
 def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
-    """Adam, or SGD with momentum, over all parameters of the model.
+    """Adam, or SGD with momentum, over all parameters of the model that are not frozen.
 
     On a GPU Adam is PyTorch's fused one: one pass over the parameters, and no wait for the host in fp16.
     """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if config.use_sgd:
         return torch.optim.SGD(
-            model.parameters(), lr=base_rate(config), momentum=config.momentum, weight_decay=config.weight_decay
+            parameters, lr=base_rate(config), momentum=config.momentum, weight_decay=config.weight_decay
         )
-    fused = all(parameter.is_cuda for parameter in model.parameters())
+    fused = all(parameter.is_cuda for parameter in parameters)
     return torch.optim.Adam(
-        model.parameters(), lr=base_rate(config), weight_decay=config.weight_decay, fused=True if fused else None
+        parameters, lr=base_rate(config), weight_decay=config.weight_decay, fused=True if fused else None
     )
 
 

@@ -223,17 +223,86 @@ class PointNetClassHead(nn.Module):
         return {"num_classes": len(state["linear2.weight"])}
 
 
+class LinearPartHead(nn.Module):
+    """Linear probe of parts: one 1x1 convolution over [pooled, one-hot category, local], with bias.
+
+    Args:
+        encoder: gives the widths of its features.
+        num_categories: length of the one-hot vector.
+        num_parts: parts of all categories together.
+
+    Shape:
+        features and category (B,) -> (B, num_parts, N)
+    """
+
+    def __init__(self, encoder: nn.Module, *, num_categories: int, num_parts: int) -> None:
+        super().__init__()
+        self.num_categories = num_categories
+        self.linear = nn.Conv1d(encoder.feature_dim + num_categories + encoder.local_dim, num_parts, kernel_size=1)
+
+    def forward(self, features: PointFeatures, category: Tensor) -> Tensor:
+        """Return scores (B, num_parts, N), given the category (B,)."""
+        cloud = torch.cat([features.pooled, one_hot(category, self.num_categories, features.pooled)], dim=1)
+        return to_scores(cloud_and_points(cloud, features.local, self.linear), features.local)
+
+
+class LinearSemanticHead(nn.Module):
+    """Linear probe of classes of points: one 1x1 convolution over [pooled, local], with bias.
+
+    Args:
+        encoder: gives the widths of its features.
+        num_classes: number of classes.
+
+    Shape:
+        features -> (B, num_classes, N)
+    """
+
+    def __init__(self, encoder: nn.Module, *, num_classes: int) -> None:
+        super().__init__()
+        self.linear = nn.Conv1d(encoder.feature_dim + encoder.local_dim, num_classes, kernel_size=1)
+
+    def forward(self, features: PointFeatures) -> Tensor:
+        """Return scores (B, num_classes, N)."""
+        return to_scores(cloud_and_points(features.pooled, features.local, self.linear), features.local)
+
+
+class LinearClassHead(nn.Module):
+    """Linear probe of classes of clouds: one layer over the pooled features, with bias.
+
+    Args:
+        encoder: gives the width of its features.
+        num_classes: number of classes.
+
+    Shape:
+        features -> (B, num_classes)
+    """
+
+    def __init__(self, encoder: nn.Module, *, num_classes: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(encoder.feature_dim, num_classes)
+
+    def forward(self, features: PointFeatures) -> Tensor:
+        """Return scores (B, num_classes)."""
+        return self.linear(features.pooled)
+
+
+HEADS = ("published", "linear")
+
+
 class FineTuned(nn.Module):
     """An encoder and the head of one task.
 
     Args:
         encoder: one of those in ``heads``.
+        head: one of ``HEADS``.
         sizes: arguments of the head; what is left out takes the head's default.
 
     Attributes:
         kind: name of the task, as written into checkpoints.
         released_k: neighbours of the released script; its weights do not hold them.
-        heads: the head for each encoder that the task has one for.
+        heads: the published head for each encoder that the task has one for.
+        linear_head: the linear one, for the same encoders.
+        frozen: whether the encoder stays as it is, see ``freeze_encoder``.
 
     Raises:
         ValueError: the task has no head for this encoder.
@@ -242,14 +311,47 @@ class FineTuned(nn.Module):
     kind: str
     released_k: int = 20
     heads: Mapping[type[nn.Module], type[nn.Module]]
+    linear_head: type[nn.Module]
+    frozen = False
 
-    def __init__(self, encoder: nn.Module, **sizes: Any) -> None:
+    def __init__(self, encoder: nn.Module, *, head: str = "published", **sizes: Any) -> None:
         super().__init__()
-        if type(encoder) not in self.heads:
-            fitting = ", ".join(kind.__name__ for kind in self.heads)
-            raise ValueError(f"{self.kind} has no head for {type(encoder).__name__}; expected one of {fitting}")
-        self.encoder, self.sizes = encoder, sizes
-        self.head = self.heads[type(encoder)](encoder, **sizes)
+        self.encoder, self.head_name, self.sizes = encoder, head, sizes
+        self.head = self.head_class(type(encoder), head)(encoder, **sizes)
+
+    @classmethod
+    def head_class(cls, encoder: type[nn.Module], head: str = "published") -> type[nn.Module]:
+        """Return the class of a head for a class of encoders.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if encoder not in cls.heads:
+            fitting = ", ".join(kind.__name__ for kind in cls.heads)
+            raise ValueError(f"{cls.kind} has no head for {encoder.__name__}; expected one of {fitting}")
+        if head not in HEADS:
+            raise ValueError(f"unknown head {head!r}; expected one of {', '.join(HEADS)}")
+        return cls.linear_head if head == "linear" else cls.heads[encoder]
+
+    def freeze_encoder(self) -> None:
+        """Keep the encoder as it is: no gradients, and evaluation mode even while the head trains."""
+        self.frozen = True
+        self.encoder.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> FineTuned:
+        """Switch to training or evaluation mode; a frozen encoder stays in the latter."""
+        super().train(mode)
+        if self.frozen:
+            self.encoder.eval()
+        return self
+
+    def features(self, points: Tensor) -> PointFeatures:
+        """Return the encoder's features of clouds (B, C, N), without a graph if it is frozen."""
+        if not self.frozen:
+            return self.encoder(points)
+        with torch.no_grad():
+            return self.encoder(points)
 
     def published_state_dict(self) -> dict[str, Tensor]:
         """Tensors of encoder and head under the field's names, without prefixes."""
@@ -265,10 +367,11 @@ class PartSegmentation(FineTuned):
 
     kind = "part segmentation"
     heads = {DGCNNPartSeg: DGCNNPartHead, PointNetPartSeg: PointNetPartHead}
+    linear_head = LinearPartHead
 
     def forward(self, points: Tensor, category: Tensor) -> Tensor:
         """Return scores (B, num_parts, N) of points (B, 3, N), given the category (B,)."""
-        return self.head(self.encoder(points), category)
+        return self.head(self.features(points), category)
 
 
 class SemanticSegmentation(FineTuned):
@@ -280,10 +383,11 @@ class SemanticSegmentation(FineTuned):
 
     kind = "semantic segmentation"
     heads = {DGCNNSemSeg: DGCNNSemanticHead}
+    linear_head = LinearSemanticHead
 
     def forward(self, points: Tensor) -> Tensor:
         """Return scores (B, num_classes, N) of points (B, in_channels, N)."""
-        return self.head(self.encoder(points))
+        return self.head(self.features(points))
 
 
 class Classification(FineTuned):
@@ -296,10 +400,11 @@ class Classification(FineTuned):
     kind = "classification"
     released_k = 16
     heads = {DGCNNCls: DGCNNClassHead, PointNetCls: PointNetClassHead}
+    linear_head = LinearClassHead
 
     def forward(self, points: Tensor) -> Tensor:
         """Return scores (B, num_classes) of points (B, 3, N)."""
-        return self.head(self.encoder(points))
+        return self.head(self.features(points))
 
 
 TASKS: dict[str, type[FineTuned]] = {

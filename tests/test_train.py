@@ -15,7 +15,7 @@ from datasets.shapenet_render import ShapeNetRender
 from datasets.transforms import RandomSubset
 from engine import faults, loop
 from engine.checkpoint import load_checkpoint, save_checkpoint
-from engine.load_model import encoder_from_checkpoint
+from engine.load_model import crossnet_from_checkpoint, encoder_from_checkpoint
 from engine.run_folder import CHECKPOINTS, RunFolder
 from engine.task import Progress, Run
 from models.image import IMAGE_ENCODERS
@@ -89,6 +89,28 @@ def test_checkpoint_rebuilds_the_encoder_alone(reference):
     encoder = encoder_from_checkpoint(folder / "last.pth")
     assert (encoder.k, encoder.emb_dims) == (4, 16)
     assert equal(dict(encoder.state_dict()), dict(payload["point_encoder"]))
+
+
+def test_checkpoint_rebuilds_the_whole_model(reference, tmp_path):
+    path = reference[0] / "last.pth"
+    model, payload = crossnet_from_checkpoint(path)
+    assert payload["arguments"]["image_size"] == 16 and list(model.image_encoders) == ["rgb", "gray"]
+    kept = {f"point_encoder.{key}": value for key, value in payload["point_encoder"].items()}
+    kept |= payload["heads_and_image_encoders"]
+    assert kept.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, kept[key]) for key, value in model.state_dict().items())
+    for change, message in (
+        ({"heads_and_image_encoders": None}, "does not hold what this version writes"),
+        ({"arguments": {}}, "does not hold what this version writes .KeyError"),
+        ({"arguments": {**payload["arguments"], "image_modality": "rgb"}}, "does not fit the pretraining model"),
+    ):
+        save_checkpoint(tmp_path / "a.pth", {**payload, **change})
+        with pytest.raises(CheckpointError, match=message):
+            crossnet_from_checkpoint(tmp_path / "a.pth")
+    del payload["heads_and_image_encoders"]
+    save_checkpoint(tmp_path / "a.pth", payload)
+    with pytest.raises(CheckpointError, match="holds no projection heads"):
+        crossnet_from_checkpoint(tmp_path / "a.pth")
 
 
 def test_the_loss_falls_far_below_chance(root, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ Examples:
   python downstream/segmentation/main_partseg.py --pretrain_path checkpoints/crossnet_part/last.pth --exp_name part
   python downstream/segmentation/main_partseg.py --exp_name part_scratch --model pointnet_partseg
   python downstream/segmentation/main_partseg.py --pretrain_path pre.pth --exp_name few --label_fraction 0.01 0.05
+  python downstream/segmentation/main_partseg.py --pretrain_path pre.pth --exp_name probe --freeze_encoder --head linear
   python downstream/segmentation/main_partseg.py --eval --model_path checkpoints/part/best.pth --votes 10
   python downstream/segmentation/main_partseg.py --class_choice airplane --exp_name airplane
 """
@@ -45,6 +46,8 @@ from downstream.finetuning import (
     choose_labeled,
     fine_tune,
     hold_out,
+    labeled_points,
+    labels_text,
     reported_entry,
     run_folders,
     scores_of,
@@ -250,15 +253,19 @@ class PartTask:
             **test_settings,
         )
 
-    def score(self, model: nn.Module, parts: Parts, chosen: np.ndarray) -> Scores:
-        """Score a model on some shapes."""
-        return self.scores(parts, chosen, self.predict(model, parts, chosen))
+    def validate(self, model: nn.Module, parts: Parts, chosen: np.ndarray) -> Scores:
+        """Score a model on some shapes by the labels that the run may use."""
+        config, known = self.config, None
+        if config.select_on == "val" and config.point_label_fraction < 1:
+            share = {"fraction": config.point_label_fraction, "seed": config.seed}
+            known = np.stack([labeled_points(parts.shapes.parts[i], **share, index=int(i)) for i in chosen])
+        return self.scores(parts, chosen, self.predict(model, parts, chosen), known=known)
 
     @staticmethod
-    def scores(parts: Parts, chosen: np.ndarray, predicted: np.ndarray) -> Scores:
-        """Score the predicted parts (n, N) of some shapes."""
-        shapes = parts.shapes
-        return part_scores(shapes.parts[chosen], predicted, shapes.categories[chosen], shapes.taxonomy).as_dict()
+    def scores(parts: Parts, chosen: np.ndarray, predicted: np.ndarray, *, known: np.ndarray | None = None) -> Scores:
+        """Score the predicted parts (n, N) of some shapes; ``known`` as for :func:`downstream.metrics.part_scores`."""
+        shapes, numbers = parts.shapes, parts.shapes.categories[chosen]
+        return part_scores(shapes.parts[chosen], predicted, numbers, shapes.taxonomy, known=known).as_dict()
 
     def score_test(self, model: nn.Module) -> Scores:
         """Return the scores on the test shapes, with the settings of the command line."""
@@ -324,7 +331,7 @@ def train(config: PartConfig) -> list[dict[str, Any]]:
         model, report = start_model(config, PartSegmentation, k=RELEASED_K, sizes=parts.sizes())
 
         def validate(net: nn.Module, rows: np.ndarray = val_rows) -> Scores:
-            return task.score(net, held_parts, rows)
+            return task.validate(net, held_parts, rows)
 
         tuning = FineTuning(
             config,
@@ -341,6 +348,7 @@ def train(config: PartConfig) -> list[dict[str, Any]]:
         records.append(
             {
                 "label_fraction": fraction,
+                "point_label_fraction": config.point_label_fraction,
                 "folder": str(folder.path),
                 "validation_samples": len(val_rows),
                 "pretrain_path": config.pretrain_path,
@@ -443,10 +451,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         records = train(config)
         for record in records:
             how, entry = reported_entry(record)
-            print(
-                f"\nlabels {record['label_fraction']:.0%}: {how} (epoch {entry['epoch']}; {protocol})\n"
-                f"{result_table(entry['test'])}"
-            )
+            labels = labels_text(config, record["label_fraction"])
+            print(f"\nlabels {labels}: {how} (epoch {entry['epoch']}; {protocol})\n{result_table(entry['test'])}")
             last = record["last"]
             print(f"  last (epoch {last['epoch']}): instance mIoU {last['test']['instance_miou']:.2f}")
     metrics = {

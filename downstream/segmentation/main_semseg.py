@@ -12,6 +12,8 @@ Examples:
   python downstream/segmentation/main_semseg.py --pretrain_path pre.pth --test_area 5 --exp_name area5
   python downstream/segmentation/main_semseg.py --pretrain_path pre.pth --test_area all --exp_name six --protocol both
   python downstream/segmentation/main_semseg.py --pretrain_path pre.pth --test_area 5 --train_area 1 --exp_name one_area
+  python downstream/segmentation/main_semseg.py --pretrain_path pre.pth --exp_name probe --freeze_encoder --head linear
+  python downstream/segmentation/main_semseg.py --pretrain_path pre.pth --exp_name few --label_fraction 0.05 0.2
   python downstream/segmentation/main_semseg.py --eval --model_path checkpoints/area5/best.pth --protocol rooms
   python downstream/segmentation/main_semseg.py --eval --in_channels 9 --model_path published.pth --test_area 6
   python downstream/segmentation/main_semseg.py --eval --test_area all --model_path checkpoints/six
@@ -32,17 +34,22 @@ if __package__ in (None, ""):
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 
 from datasets.s3dis import AREAS, CLASS_NAMES, S3DIS, S3DISRooms, split_rooms
 from downstream.features import check_neighbors
 from downstream.figures import PICTURE_TYPES, check_output_path, draw_confusion_counts
 from downstream.finetuning import (
+    IGNORED,
+    FewPointLabels,
     FineTuneConfig,
     FineTuning,
     Scores,
     add_training_arguments,
     check_training_arguments,
+    choose_labeled,
     fine_tune,
+    labels_text,
     reported_entry,
     run_folders,
     scores_of,
@@ -96,6 +103,7 @@ class SemanticConfig(FineTuneConfig):
 
     test_area: list[int]
     train_area: list[list[int]] | None
+    label_fraction: list[float]
     in_channels: int | None
     num_points: int | None
     protocol: str
@@ -126,6 +134,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     g.add_argument(
         "--num_points", type=positive_int, metavar="N", help="points per block, the first N rows (default: all; 4,096)"
+    )
+    g.add_argument(
+        "--label_fraction",
+        type=float,
+        nargs="+",
+        default=[1.0],
+        metavar="F",
+        help="share of the labeled training and validation rooms to use, at least one of each; several values give one "
+        "run each, in subfolders of the run folder",
     )
     g = parser.add_argument_group("testing")
     g.add_argument(
@@ -181,13 +198,13 @@ class AreaTest:
             counts[protocol] = self.count_blocks(model) if protocol == "blocks" else self.count_rooms(model)
         return {protocol: scores_from(matrix) for protocol, matrix in counts.items()}
 
-    def count_blocks(self, model: nn.Module, blocks: S3DIS | None = None) -> np.ndarray:
-        """Return the confusion matrix over blocks; None means those of the tested area."""
+    def count_blocks(self, model: nn.Module, blocks: Dataset | None = None) -> np.ndarray:
+        """Return the confusion matrix over the labeled points of blocks; None means those of the tested area."""
         total = np.zeros((len(CLASS_NAMES), len(CLASS_NAMES)), dtype=np.int64)
         both: list[list[np.ndarray]] = [[], []]
         for scores, (_, truth) in self.passes(model, self.blocks if blocks is None else blocks):
-            predicted = scores.argmax(1).cpu().numpy()
-            total += confusion_matrix(truth.numpy(), predicted, len(CLASS_NAMES))
+            predicted, known = scores.argmax(1).cpu().numpy(), truth.numpy() != IGNORED
+            total += confusion_matrix(truth.numpy()[known], predicted[known], len(CLASS_NAMES))
             if self.kept is not None:
                 both[0].append(truth.numpy().astype(np.uint8))
                 both[1].append(predicted.astype(np.uint8))
@@ -278,8 +295,21 @@ def training_areas(config: SemanticConfig, test_area: int) -> list[int]:
     return areas
 
 
+def labeled_rooms(rooms: Sequence[str], fraction: float, seed: int) -> list[str]:
+    """Return the rooms whose labels a run may use: a share of them, at least one."""
+    chosen = choose_labeled(np.zeros(len(rooms)), fraction, seed=seed)
+    return [rooms[i] for i in chosen]
+
+
 def train(config: SemanticConfig) -> list[dict[str, Any]]:
-    """Train the folds of one call and return a record for each."""
+    """Train the folds of one call, with each share of the labels, and return a record for each.
+
+    Raises:
+        UserError: there are several folds and several shares, whose scores would not belong together.
+    """
+    fractions = list(dict.fromkeys(config.label_fraction))
+    if len(fractions) > 1 and len(config.test_area) > 1:
+        raise UserError("--test_area all takes one --label_fraction; start one call for each, with its own --exp_name")
     device = resolve_device(config.device)
     probe, _ = start_model(config, SemanticSegmentation, k=RELEASED_K, sizes=SIZES, in_channels=config.in_channels)
     channels = probe.encoder.in_channels
@@ -291,22 +321,32 @@ def train(config: SemanticConfig) -> list[dict[str, Any]]:
         held: list[str] = []
         if config.select_on == "val" and config.eval_every:
             rooms, held = split_rooms(rooms, **HOLD_OUT)
-        sets = [
-            S3DIS(config.data_root, areas, in_channels=channels, num_points=config.num_points, rooms=names)
-            for names in (rooms, held)
-            if names
-        ]
-        check_neighbors(probe.encoder, sets[0].num_points)
-        plans.append((area, areas, test, sets))
+        for fraction in fractions:
+            sets = [
+                S3DIS(
+                    config.data_root,
+                    areas,
+                    in_channels=channels,
+                    num_points=config.num_points,
+                    rooms=labeled_rooms(names, fraction, config.seed),
+                )
+                for names in (rooms, held)
+                if names
+            ]
+            check_neighbors(probe.encoder, sets[0].num_points)
+            plans.append((area, areas, fraction, test, sets))
     records = []
-    folders = run_folders(config, [f"area_{area}" for area in config.test_area])
-    for (area, areas, test, sets), folder in zip(plans, folders, strict=True):
+    one = len(fractions) == 1
+    folders = run_folders(config, [f"area_{area}" if one else f"label_{f:g}" for area, _, f, _, _ in plans])
+    for (area, areas, fraction, test, sets), folder in zip(plans, folders, strict=True):
         model, report = start_model(
             config, SemanticSegmentation, k=RELEASED_K, sizes=SIZES, in_channels=config.in_channels
         )
-        blocks = test.blocks if config.select_on == "test" else sets[-1]
+        blocks: Dataset = test.blocks if config.select_on == "test" else sets[-1]
+        if config.select_on == "val" and config.point_label_fraction < 1:
+            blocks = FewPointLabels(blocks, config.point_label_fraction, seed=config.seed)
 
-        def validate(net: nn.Module, test: AreaTest = test, blocks: S3DIS = blocks) -> Scores:
+        def validate(net: nn.Module, test: AreaTest = test, blocks: Dataset = blocks) -> Scores:
             return semantic_scores(test.count_blocks(net, blocks), CLASS_NAMES).as_dict()
 
         task = FineTuning(
@@ -324,6 +364,7 @@ def train(config: SemanticConfig) -> list[dict[str, Any]]:
         lines = [f"test area {area}; {sets[0]!r}; {held} rooms held out", *report]
         result = fine_tune(Run(task, folder), test, lines)
         records.append({"test_area": area, "train_areas": areas, "folder": str(folder.path), "held_out_rooms": held})
+        records[-1] |= {"label_fraction": fraction, "point_label_fraction": config.point_label_fraction}
         records[-1] |= {"pretrain_path": config.pretrain_path, **result}
         draw(config, reported_entry(result)[1]["test"], f"test area {area}", folder.path)
     return records
@@ -438,13 +479,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         found = [reported_entry(record) for record in records]
         entries = [entry["test"] for _, entry in found]
         how = [f"{name}, epoch {entry['epoch']}" for name, entry in found]
+        if config.label_fraction != [1.0] or config.point_label_fraction < 1:
+            texts = [labels_text(config, record["label_fraction"]) for record in records]
+            how = [f"labels {text}; {rest}" for text, rest in zip(texts, how, strict=True)]
     for record, entry, text in zip(records, entries, how, strict=True):
         print(f"\ntest area {record['test_area']} ({text})\n{result_table(entry)}")
         if "last" in record:
             last = ", ".join(f"{name} mIoU {s['mean_iou']:.2f}" for name, s in record["last"]["test"].items())
             print(f"  last, epoch {record['last']['epoch']}: {last}")
     metrics["runs"] = records
-    if len(records) > 1:
+    if len(config.test_area) > 1:
         metrics["six_fold"] = pooled(entries)
         print(f"\nsix-fold: the confusion matrices of all areas added up\n{result_table(metrics['six_fold'])}")
         folder = None if config.eval else Path(config.output_dir) / config.exp_name

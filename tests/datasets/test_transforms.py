@@ -33,6 +33,7 @@ from datasets.transforms import (
     RenderPixels,
     jitter_colors,
     luminance,
+    plain_images,
     pretraining_augmentation,
 )
 from tests.support.pairs import MODES, cloud, png
@@ -286,6 +287,19 @@ def test_renders_equal_the_plain_form_up_to_the_rounding_of_the_resizing(size, l
             assert difference.max() < most + 1e-3 and difference.mean() <= 0.3 * levels + 1e-3, (name, row)
     orders, flips = (list(x) for x in list(zip(*drawn(count), strict=True))[1:])
     assert len({tuple(x) for x in orders}) == 6 and len({tuple(x) for x in flips}) == 4
+
+
+def test_images_for_evaluation_are_resized_and_normalized_alone():
+    pictures = [photo(seed, (24, 24)) for seed in range(3)]
+    out = plain_images(batch(*pictures, size=24)["pixels"], 24)
+    for row, picture in enumerate(pictures):
+        rgb, gray = plain_form(picture, 24, (), (), (False, False))
+        torch.testing.assert_close(out["rgb"][row], rgb, atol=1e-5, rtol=0)
+        torch.testing.assert_close(out["gray"][row], gray, atol=1e-5, rtol=0)
+    assert {name: part.shape[1:] for name, part in plain_images(batch(*pictures)["pixels"], 8).items()} == {
+        "rgb": (3, 8, 8),
+        "gray": (1, 8, 8),
+    }
 
 
 def test_luminance_and_jitter_equal_pillow_to_the_last_bit():

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 
 from datasets.transforms import fine_tuning_augmentation
 from downstream import finetuning
+from downstream.features import calibrate_batch_norm
 from engine.run_folder import RunFolder
 from engine.task import Run
 from models import build_encoder
@@ -69,6 +70,37 @@ def test_label_smoothing_is_the_released_formula(shape):
     expected = -(share * F.log_softmax(scores, 1)).sum(1).mean()
     assert finetuning.smoothed_cross_entropy(scores, target).item() == pytest.approx(expected.item(), rel=1e-6)
     assert finetuning.smoothed_cross_entropy(torch.randn(3, 1), torch.zeros(3, dtype=torch.int64)).item() == 0
+
+
+def test_points_without_a_label_are_ignored_and_every_sample_counts_alike():
+    scores, target = torch.randn(3, 5, 8, dtype=torch.float64), torch.randint(5, (3, 8))
+    target[0, 1:], target[1, :5] = finetuning.IGNORED, finetuning.IGNORED
+    expected = 0.0
+    for sample, labels in zip(scores, target, strict=True):
+        known = [n for n in range(8) if labels[n] >= 0]
+        for n in known:
+            share = torch.full((5,), 0.2 / 4, dtype=torch.float64)
+            share[labels[n]] = 0.8
+            expected -= (share * F.log_softmax(sample[:, n], 0)).sum() / len(known) / 3
+    assert finetuning.cross_entropy_of_labeled(scores, target).item() == pytest.approx(expected.item(), rel=1e-6)
+    full = torch.randint(5, (3, 8))
+    whole, mean = finetuning.cross_entropy_of_labeled(scores, full), finetuning.smoothed_cross_entropy(scores, full)
+    assert whole.item() == pytest.approx(mean.item(), rel=1e-6)
+
+
+def test_labeled_points_are_one_of_every_label_then_random_ones_up_to_the_share():
+    labels = np.repeat([2, 5, 9], [30, 9, 1])
+    for fraction in (0.01, 0.1, 0.5, 1):
+        for index in range(4):
+            order = np.random.default_rng([7, index]).permutation(40).tolist()
+            chosen = {next(n for n in order if labels[n] == label) for label in (2, 5, 9)}
+            for n in order:
+                if len(chosen) < round(fraction * 40):
+                    chosen.add(n)
+            known = finetuning.labeled_points(labels, fraction, seed=7, index=index)
+            assert set(np.flatnonzero(known)) == chosen
+    first, second = (finetuning.labeled_points(labels, 0.1, seed=7, index=i) for i in (0, 1))
+    assert (first != second).any()
 
 
 def rates(scheduler, *, epochs=40, steps=5, base=0.1, lr=1e-3, **more):
@@ -153,7 +185,10 @@ def test_the_best_epoch_is_kept_beside_the_last(tmp_path):
     assert torch.equal(best["head"]["linear3.weight"], tested[1]) and best["table"]["class_names"] == ["small", "large"]
 
 
-@pytest.mark.parametrize("arguments", [(), ("--use_sgd", "--amp", "bf16", "--scheduler", "step")])
+@pytest.mark.parametrize(
+    "arguments",
+    [(), ("--use_sgd", "--amp", "bf16", "--scheduler", "step"), ("--freeze_encoder", "--calibrate_bn")],
+)
 def test_resuming_within_an_epoch_is_exact(tmp_path, arguments):
     few = (*arguments, "--epochs", 2, "--save_every", 1)
     whole = tuning(tmp_path, *few, name="whole")
@@ -171,6 +206,32 @@ def test_resuming_within_an_epoch_is_exact(tmp_path, arguments):
     assert again.progress.step == whole.progress.step == 6
     for key, value in whole.task.model.state_dict().items():
         assert torch.equal(value, again.task.model.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("arguments", [(), ("--head", "linear", "--use_sgd")])
+def test_a_frozen_encoder_stays_bit_for_bit_while_the_head_trains(tmp_path, arguments):
+    run = tuning(tmp_path, "--freeze_encoder", *arguments)
+    before = {key: value.clone() for key, value in run.task.model.state_dict().items()}
+    trained = {id(parameter) for group in run.optimizer.param_groups for parameter in group["params"]}
+    assert trained == {id(parameter) for parameter in run.task.model.head.parameters()}
+    finetuning.fine_tune(run, lambda model: {}, [])
+    for key, value in run.task.model.state_dict().items():
+        assert torch.equal(value, before[key]) == key.startswith("encoder."), key
+
+
+def test_statistics_of_an_untrained_encoder_are_set_from_the_samples_alone(tmp_path):
+    run = tuning(tmp_path, "--freeze_encoder", "--calibrate_bn", "--test_batch_size", 2)
+    encoder = run.task.model.encoder
+    weights = {name: parameter.clone() for name, parameter in encoder.named_parameters()}
+    finetuning.fine_tune(run, lambda model: {}, [])
+    assert all(torch.equal(parameter, weights[name]) for name, parameter in encoder.named_parameters())
+    expected = build_encoder("dgcnn_cls", k=4, emb_dims=8)
+    expected.load_state_dict(encoder.state_dict())
+    rows = np.random.default_rng(1).permutation(6)
+    calibrate_batch_norm(expected, Balls().points[rows].numpy(), batch_size=2, progress=False)
+    assert all(torch.equal(value, encoder.state_dict()[key]) for key, value in expected.state_dict().items())
+    assert encoder.conv1[1].num_batches_tracked == 3
+    assert "statistics are those of 6 samples" in (tmp_path / "a/run.log").read_text()
 
 
 def test_a_finished_run_is_extended_exactly_where_its_rate_does_not_follow_from_the_epochs(tmp_path):
@@ -237,6 +298,7 @@ def test_settings_that_contradict_each_other(tmp_path):
         (("--batch_size", 1), "--batch_size 1"),
         (("--label_smoothing", 1), "--label_smoothing"),
         (("--dropout", 1), "--dropout"),
+        (("--dropout", 0.5, "--head", "linear"), "--dropout belongs to --head published"),
     ):
         with pytest.raises(UserError, match=message):
             finetuning.check_training_arguments(parse(tmp_path, *arguments))

@@ -188,3 +188,19 @@ def test_the_benchmark_compares_with_the_loops_before_it_reports(tmp_path, monke
     monkeypatch.setattr(benchmark, "shape_ious_by_mask", lambda truth, *_: np.zeros(len(truth)))
     with pytest.raises(AssertionError):
         benchmark.main(small)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=SEEDS)
+def test_part_scores_of_the_known_points_alone_equal_the_literal_loop(seed):
+    taxonomy = official_taxonomy()
+    truth, predicted, categories = random_shapes(taxonomy, count=5, size=12, seed=seed)
+    known = np.random.default_rng(seed).random(truth.shape) < 0.4
+    known[0, 0] = True
+    scores = part_scores(truth, predicted, categories, taxonomy, known=known)
+    expected = [
+        literal_metrics.shape_ious_by_point(t[k][None], p[k][None], [category], taxonomy)[0]
+        for t, p, k, category in zip(truth, predicted, known, categories, strict=True)
+    ]
+    np.testing.assert_allclose(scores.shape_iou, expected)
+    assert scores.accuracy == pytest.approx(100 * np.mean(truth[known] == predicted[known]))

@@ -8,9 +8,10 @@ import torch
 
 from datasets.shapenet_part import ShapeNetPart
 from downstream import finetuning
+from downstream.predict import predict
 from downstream.segmentation import main_partseg as script
 from engine.checkpoint import save_checkpoint
-from engine.load_model import describe_encoder, describe_fine_tuned
+from engine.load_model import describe_encoder, describe_fine_tuned, fine_tuned_from_checkpoint
 from engine.task import Run
 from models import build_encoder
 from models.task_heads import PartSegmentation, SemanticSegmentation
@@ -101,9 +102,7 @@ def test_a_run_that_was_stopped_within_an_epoch_ends_with_the_same_weights(root,
 
 
 def test_pretrained_encoder_is_loaded_whole_and_told(root, tmp_path):
-    torch.manual_seed(5)
-    encoder = build_encoder("dgcnn_partseg", k=4, emb_dims=16)
-    save_checkpoint(tmp_path / "pre.pth", {"encoder": describe_encoder(encoder), "point_encoder": encoder.state_dict()})
+    encoder = save_encoder(tmp_path / "pre.pth")
     few = ["--workers", "0", "--device", "cpu", "--batch_size", "4", "--epochs", "1", "--lr", "0"]
     run(root, "--pretrain_path", tmp_path / "pre.pth", "--momentum", 0, small=few)
     trained = torch.load(tmp_path / "runs/a/last.pth", weights_only=True)
@@ -136,6 +135,56 @@ def test_limited_labels_are_one_run_each_and_keep_every_category(root, tmp_path)
     assert (tmp_path / "runs/a/label_0.01/last.pth").exists() and (tmp_path / "runs/a/label_0.5/last.pth").exists()
     again = run(root, "--label_fraction", 0.01, 0.5, 1, "--epochs", 1, "--resume")
     assert again["runs"][:2] == metrics["runs"] and again["runs"][2]["training_samples"] == 8
+
+
+def save_encoder(path):
+    torch.manual_seed(5)
+    encoder = build_encoder("dgcnn_partseg", k=4, emb_dims=16)
+    save_checkpoint(path, {"encoder": describe_encoder(encoder), "point_encoder": encoder.state_dict()})
+    return encoder
+
+
+def test_a_linear_probe_trains_resumes_and_loads_everywhere(root, tmp_path):
+    encoder = save_encoder(tmp_path / "pre.pth")
+    few = ["--workers", 0, "--device", "cpu", "--batch_size", 4, "--lr", 0.1]
+    probe = ["--pretrain_path", tmp_path / "pre.pth", "--freeze_encoder", "--head", "linear", "--epochs", 2]
+    record = run(root, *probe, small=few)["runs"][0]
+    folder = tmp_path / "runs" / "a"
+    saved = torch.load(folder / "last.pth", weights_only=True)
+    assert all(torch.equal(value, saved["point_encoder"][key]) for key, value in encoder.state_dict().items())
+    # Pooled features, one-hot category, features per point.
+    assert {key: tuple(value.shape) for key, value in saved["head"].items()} == {
+        "linear.weight": (5, 16 + 2 + encoder.local_dim, 1),
+        "linear.bias": (5,),
+    }
+    flags = json.loads((folder / "config.json").read_text())["arguments"]
+    assert flags["freeze_encoder"] is True and flags["head"] == "linear"
+    assert evaluate(root, folder / "last.pth")["runs"][0]["test"] == record["last"]["test"]
+    assert run(root, *probe, "--resume", small=few)["runs"][0]["last"] == record["last"]
+    np.save(tmp_path / "shape.npy", np.random.default_rng(0).normal(size=(64, 3)))
+    report = predict(folder / "last.pth", [tmp_path / "shape.npy"], num_points=64, device="cpu")
+    assert report.predictions[0].labels.shape == (64,)
+    with pytest.raises(CheckpointError, match="--head linear there, published here"):
+        run(root, *probe, "--head", "published", "--resume", small=few)
+
+
+def test_few_labels_of_points_train_and_select_the_best(root, tmp_path):
+    metrics = run(root, "--point_label_fraction", 0.1, "--label_fraction", 0.5, "--lr", 0.01)
+    (record,) = metrics["runs"]
+    assert (record["training_samples"], record["label_fraction"], record["point_label_fraction"]) == (4, 0.5, 0.1)
+    # Only these 6 labels of a shape are known, in the validation too.
+    parts = script.Parts(ShapeNetPart(root, "val"))
+    rows = script.limited(parts, np.arange(4), 0.5, 1)
+    model, _ = fine_tuned_from_checkpoint(tmp_path / "runs/a/last.pth", PartSegmentation)
+    predicted = script.predict_parts(model, parts, device=torch.device("cpu"), batch_size=4, chosen=rows)
+    right = [
+        predicted[row][n] == parts.shapes.parts[i][n]
+        for row, i in enumerate(rows)
+        for n in np.flatnonzero(finetuning.labeled_points(parts.shapes.parts[i], 0.1, seed=1, index=int(i)))
+    ]
+    assert len(right) == 12 and record["last"]["val_accuracy"] == pytest.approx(100 * np.mean(right))
+    with pytest.raises(UserError, match="--point_label_fraction 0: expected more than 0"):
+        run(root, "--point_label_fraction", 0, "--overwrite")
 
 
 def test_class_choice_trains_a_model_of_its_parts_alone(root, tmp_path):

@@ -2,7 +2,15 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score
 
-from downstream.retrieval import average_precisions, nearest, retrieval_map, unit_features
+from downstream.retrieval import (
+    average_precisions,
+    chance_scores,
+    match_ranks,
+    nearest,
+    recall_scores,
+    retrieval_map,
+    unit_features,
+)
 
 
 def clouds_of_features(seed=0, count=40, width=6, classes=3):
@@ -92,3 +100,34 @@ def test_bad_input_is_refused():
     features[0, 0] = np.inf
     with pytest.raises(ValueError, match="not finite"):
         retrieval_map(features, labels)
+
+
+@pytest.mark.parametrize("block", [1, 7, 512])
+def test_recall_of_pairs_equals_a_literal_loop(block):
+    rng = np.random.default_rng(3)
+    gallery = rng.normal(size=(30, 5))
+    queries = 3 * (gallery + rng.normal(size=(30, 5)))
+    ranks = match_ranks(queries, gallery, block=block)
+    found = {1: 0, 5: 0, 10: 0}
+    for i, query in enumerate(queries):
+        cosines = [query @ item / np.linalg.norm(query) / np.linalg.norm(item) for item in gallery]
+        order = sorted(range(30), key=lambda j: -cosines[j])
+        assert ranks[i] == 1 + order.index(i)
+        for k in found:
+            found[k] += i in order[:k]
+    scores = recall_scores(ranks)
+    assert scores == pytest.approx(
+        {**{f"recall_at_{k}": 100 * n / 30 for k, n in found.items()}, "median_rank": np.median(ranks)}
+    )
+    assert scores["recall_at_1"] > chance_scores(30)["recall_at_1"] == 100 / 30
+    assert recall_scores(match_ranks(gallery, gallery))["median_rank"] == 1
+
+
+def test_embeddings_that_say_nothing_give_the_mean_rank_of_chance():
+    same = np.full((20, 3), 0.1)
+    assert (match_ranks(same, same) == 10.5).all() and chance_scores(20)["median_rank"] == 10.5
+    assert recall_scores(match_ranks(same, same))["recall_at_10"] == 0 and chance_scores(4)["recall_at_5"] == 100
+    with pytest.raises(ValueError, match="two arrays"):
+        match_ranks(same, same[:5])
+    with pytest.raises(ValueError, match="not finite"):
+        match_ranks(same, same * np.nan)

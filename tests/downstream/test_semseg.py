@@ -115,6 +115,38 @@ def test_the_released_train_area_leaves_the_tested_area_out(root):
         assert record["train_areas"] == areas and record["test_area"] == number
 
 
+def test_few_labels_by_room_and_by_point_on_a_frozen_encoder(root, tmp_path, capsys):
+    encoder = build().encoder
+    save_checkpoint(tmp_path / "pre.pth", {"encoder": describe_encoder(encoder), "point_encoder": encoder.state_dict()})
+    few = ["--batch_size", 4, "--epochs", 1, "--pretrain_path", tmp_path / "pre.pth"]
+    probe = ["--freeze_encoder", "--head", "linear", "--point_label_fraction", 0.05]
+    metrics = run(root, *probe, "--label_fraction", 0.4, 0.7, small=few)
+    assert [(r["label_fraction"], r["training_samples"], r["held_out_rooms"]) for r in metrics["runs"]] == [
+        (0.4, 2, 2),
+        (0.7, 4, 4),
+    ]
+    assert "six_fold" not in metrics and "40% of the samples, 5.00% of their points" in capsys.readouterr().out
+    path = tmp_path / "runs/a/label_0.4/last.pth"
+    saved = torch.load(path, weights_only=True)
+    assert all(torch.equal(value, saved["point_encoder"][key]) for key, value in encoder.state_dict().items())
+    assert list(saved["head"]) == ["linear.weight", "linear.bias"]
+    assert evaluate(root, path)["runs"][0]["test"] == metrics["runs"][0]["last"]["test"]
+    with pytest.raises(UserError, match="--test_area all takes one --label_fraction"):
+        run(root, "--test_area", "all", "--label_fraction", 0.4, 0.7)
+    with pytest.raises(UserError, match="--label_fraction 0: expected more than 0"):
+        run(root, "--label_fraction", 0, "--overwrite")
+
+
+def test_labeled_rooms_are_a_share_and_follow_from_the_seed():
+    rooms = [f"Area_1_office_{i}" for i in range(20)]
+    for fraction, count in ((0.01, 1), (0.1, 2), (1, 20)):
+        chosen = script.labeled_rooms(rooms, fraction, 3)
+        expected = sorted(np.random.default_rng(3).permutation(20)[:count])
+        assert chosen == [rooms[i] for i in expected]
+        assert chosen == script.labeled_rooms(rooms, fraction, 3)
+    assert script.labeled_rooms(rooms, 0.1, 4) != script.labeled_rooms(rooms, 0.1, 3)
+
+
 def test_published_weights_of_nine_channels_are_scored(root, tmp_path):
     model = build(in_channels=9, k=20)
     state = published_names(model.published_state_dict())

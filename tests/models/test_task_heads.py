@@ -50,6 +50,36 @@ def test_a_cloud_is_segmented_alike_alone_and_in_another_order(task, name, sizes
     torch.testing.assert_close(shuffled, scores if task is Classification else scores[..., order])
 
 
+@pytest.mark.parametrize(("task", "name", "sizes"), CASES)
+def test_the_linear_head_is_one_layer_over_the_features(task, name, sizes):
+    model = build(task, name, {**sizes, "head": "linear"}).eval()
+    x, *category = inputs(model)
+    cloud, local = model.encoder(x)
+    if category:
+        cloud = torch.cat([cloud, F.one_hot(category[0], 3)], dim=1)
+    if task is Classification:
+        expected = F.linear(cloud, model.head.linear.weight, model.head.linear.bias)
+    else:
+        repeated = torch.cat([cloud[:, :, None].expand(-1, -1, x.shape[2]), local], dim=1)
+        expected = model.head.linear(repeated)
+    torch.testing.assert_close(model(x, *category), expected, atol=1e-5, rtol=1e-5)
+    assert sum(1 for _ in model.head.parameters()) == 2
+    with pytest.raises(ValueError, match="unknown head 'deep'; expected one of published, linear"):
+        task(model.encoder, head="deep", **sizes)
+
+
+def test_a_frozen_encoder_has_no_graph_and_stays_in_evaluation_mode():
+    model = build(SemanticSegmentation, "dgcnn_semseg", {"num_classes": 7})
+    model.freeze_encoder()
+    before = {key: value.clone() for key, value in model.encoder.state_dict().items()}
+    assert model.train().head.training and not any(part.training for part in model.encoder.modules())
+    assert not model.features(*inputs(model)).local.requires_grad
+    model(*inputs(model)).square().sum().backward()
+    assert all(p.grad is None for p in model.encoder.parameters()) and model.head.conv9.weight.grad.any()
+    assert all(torch.equal(value, before[key]) for key, value in model.encoder.state_dict().items())
+    assert not model.eval().head.training
+
+
 def test_the_category_changes_the_scores():
     for name in ("dgcnn_partseg", "pointnet_partseg"):
         model = build(PartSegmentation, name, {"num_categories": 3, "num_parts": 7}).eval()
