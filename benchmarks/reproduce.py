@@ -1,7 +1,7 @@
 """Fill the tables of docs/results.md: run what is missing, record it, write the page.
 
-A plan (benchmarks/reproduce.toml) holds roots (where data lies), pretrainings, tables and rows. A row is one way of
-scoring, of a pretrained encoder or of none, for every seed. Each seed gets a folder results/<row>/seed_<s>/ with
+A plan (benchmarks/reproduce.toml) holds roots (where data lies), data that can be made, pretrainings, tables and rows. A
+row is one way of scoring, of a pretrained encoder or of none, for every seed. Each seed gets a folder results/<row>/seed_<s>/ with
   row.json       commands, commit, machine, versions, minutes, SHA-256 of the checkpoint
   scores.json    what the scoring script reported
   config.json, metrics.jsonl  of the run that trained the weights that were scored
@@ -67,6 +67,14 @@ class Pretraining:
 
 
 @dataclass(frozen=True)
+class Made:
+    """Data that a command makes where it is not there: a script and its flags."""
+
+    script: str
+    flags: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Table:
     """A table of the page: heading, explanation, and columns as paths into ``scores.json``."""
 
@@ -104,6 +112,7 @@ class Plan:
     pretrainings: Mapping[str, Pretraining]
     tables: Mapping[str, Table]
     rows: Sequence[Row]
+    made: Mapping[str, Made] = field(default_factory=dict)
     quick: Mapping[str, Any] = field(default_factory=dict)
     navigation: str = ""
 
@@ -120,6 +129,7 @@ class Plan:
                 },
                 tables={name: Table(**entry) for name, entry in content["tables"].items()},
                 rows=[Row(**entry) for entry in content["rows"]],
+                made={path: Made(**entry) for path, entry in content.get("made", {}).items()},
                 quick=content.get("quick", {}),
                 navigation=content.get("navigation", ""),
             )
@@ -144,12 +154,17 @@ class Plan:
             text = text.replace(f"{{{name}}}", folder)
         return text
 
+    def path(self, need: str) -> Path:
+        """Where a needed file lies: ``root/rest`` below the folder of that root."""
+        root, _, rest = need.partition("/")
+        return Path(self.roots[root]) / rest
+
     def missing(self, needs: Iterable[str]) -> list[str]:
-        """Those of the needed files that are not there; ``root/a|root/b`` needs one of the two."""
+        """Return the needed files that are neither there nor can be made; ``root/a|root/b`` needs one of the two."""
         absent = []
         for need in needs:
-            choices = [Path(self.roots[root]) / rest for root, _, rest in (c.partition("/") for c in need.split("|"))]
-            if not any(choice.exists() for choice in choices):
+            choices = [self.path(choice) for choice in need.split("|")]
+            if need not in self.made and not any(choice.exists() for choice in choices):
                 absent.append(" or ".join(map(str, choices)))
         return absent
 
@@ -203,8 +218,23 @@ class Runner:
         placed = {"output_dir": folder.parent, "exp_name": folder.name, "seed": seed, "resume": True}
         return command_line(script, {**self.flags(script, flags), **placed})
 
+    def needs(self, row: Row) -> list[str]:
+        """The data of a row and of its pretraining."""
+        pretraining = self.plan.pretrainings[row.pretraining].needs if row.pretraining else ()
+        return list(dict.fromkeys([*pretraining, *row.needs]))
+
+    def making(self, row: Row) -> dict[Path, list[str]]:
+        """The commands that make a row's data, by the path that each writes."""
+        made = {need: self.plan.made[need] for need in self.needs(row) if need in self.plan.made}
+        return {
+            self.plan.path(need): command_line(
+                entry.script, {**self.flags(entry.script, entry.flags), "out": self.plan.path(need)}
+            )
+            for need, entry in made.items()
+        }
+
     def commands(self, row: Row, seed: int) -> list[list[str]]:
-        """All commands of one seed of a row, in order."""
+        """All commands of one seed of a row, in order, apart from those that make data."""
         commands, pretrained = [], ""
         if row.pretraining:
             pretraining = self.plan.pretrainings[row.pretraining]
@@ -242,14 +272,12 @@ class Runner:
         """The settings that a record belongs to, apart from where data lies."""
         pretraining = self.plan.pretrainings[row.pretraining] if row.pretraining else None
         given = {row.script: row.flags, **({PRETRAINING_SCRIPT: pretraining.flags} if pretraining else {})}
+        given |= {made.script: made.flags for need, made in self.plan.made.items() if need in self.needs(row)}
         return {script: {**flags, **self.quick.get(script, {})} for script, flags in given.items()}
 
     def missing(self, row: Row) -> list[str]:
         """Data that a row needs and that is not there; a try-out needs none but the demo set."""
-        if self.quick:
-            return []
-        pretraining = self.plan.pretrainings[row.pretraining].needs if row.pretraining else ()
-        return self.plan.missing(dict.fromkeys([*pretraining, *row.needs]))
+        return [] if self.quick else self.plan.missing(self.needs(row))
 
     def run_seed(self, row: Row, seed: int) -> dict[str, Any]:
         """Run one seed of a row and record it; returns its scores.
@@ -257,12 +285,12 @@ class Runner:
         Raises:
             UserError: a command failed; its output is in the row's log.
         """
-        start, commands = time.time(), self.commands(row, seed)
+        start, commands, making = time.time(), self.commands(row, seed), self.making(row)
         log = self.work / row.name / f"seed_{seed}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         commit = git_commit()  # of the code that runs, not of one made meanwhile
         with log.open("a", encoding="utf-8") as output:
-            for command in commands:
+            for command in [*(command for path, command in making.items() if not path.exists()), *commands]:
                 print(f"{row.name}, seed {seed}: {shlex.join(command)}", flush=True)
                 done = subprocess.run(
                     [sys.executable, *command[1:]], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, check=False
@@ -276,7 +304,7 @@ class Runner:
             "name": row.name,
             "seed": seed,
             "flags": self.identity(row),
-            "commands": [shlex.join(command) for command in commands],
+            "commands": [shlex.join(command) for command in (*making.values(), *commands)],
             "minutes": round((time.time() - start) / 60, 1),
             "date": time.strftime("%Y-%m-%d", time.gmtime(start)),
             "commit": commit,

@@ -8,6 +8,7 @@ import pytest
 import train_crossnet_con
 from benchmarks import reproduce
 from benchmarks.reproduce import PLAN, Plan, Runner, command_line, mean_and_deviation, value_at
+from data import make_shapes
 from downstream.classification import few_shot, finetune
 from downstream.classification import main as classification
 from downstream.segmentation import main_partseg, main_semseg
@@ -15,6 +16,7 @@ from utils.errors import UserError
 
 PARSERS = {
     "train_crossnet_con.py": train_crossnet_con.build_parser,
+    "data/make_shapes.py": make_shapes.build_parser,
     "downstream/classification/main.py": classification.build_parser,
     "downstream/classification/few_shot.py": few_shot.build_parser,
     "downstream/classification/finetune.py": finetune.build_parser,
@@ -80,12 +82,15 @@ def test_every_command_of_the_plan_is_one_that_its_script_takes(quick, tmp_path)
     if quick:
         plan = Plan.read(PLAN, plan.quick["roots"])
     runner = Runner(plan, work=tmp_path, results=tmp_path, quick=plan.quick["flags"] if quick else {})
-    assert {row.script for row in plan.rows} | {"train_crossnet_con.py"} == set(PARSERS)
+    scripts = {row.script for row in plan.rows} | {made.script for made in plan.made.values()}
+    assert scripts | {"train_crossnet_con.py"} == set(PARSERS)
     for row in plan.rows:
+        for path, (_, script, *words) in runner.making(row).items():
+            assert PARSERS[script]().parse_args(words).out == str(path)
         for _, script, *words in runner.commands(row, 2):
             args = PARSERS[script]().parse_args(words)
             assert args.seed == 2
-            assert (args.data_root == "data/demo") == (quick or "demo" in row.name) or not quick
+            assert not quick or args.data_root == "data/demo" or args.data_root.startswith(plan.roots["generated"])
 
 
 def test_a_row_runs_once_a_seed_is_recorded_and_fills_the_page(project, tmp_path, capsys):
@@ -121,6 +126,16 @@ def test_check_runs_again_and_compares_with_what_is_recorded(project, tmp_path, 
         reproduce._script()
     assert stop.value.code == 1 and "all labels: recorded 91.0, now" in capsys.readouterr().out
     assert (tmp_path / "results/runs/seed_1/scores.json").read_bytes() == before
+
+
+def test_data_that_can_be_made_is_made_once(project, tmp_path):
+    (tmp_path / "make.py").write_text("import sys; open(sys.argv[2], 'x').close()")  # fails if the file is there
+    plan = (tmp_path / "plan.toml").read_text().replace("data/absent|data/gone", "data/absent")
+    made = f'[made."data/absent"]\nscript = "{tmp_path / "make.py"}"\nflags = {{}}\n'
+    (tmp_path / "plan.toml").write_text(plan + made)
+    assert reproduce.main([*project, "--seeds", "1", "2"])["lacks"] == {"recorded": [1, 2], "missing_data": []}
+    record = json.loads((tmp_path / "results/lacks/seed_2/row.json").read_text())
+    assert record["commands"][0] == f"python {tmp_path}/make.py --out {tmp_path}/here/absent"
 
 
 def test_a_command_that_fails_is_named_with_its_log_and_nothing_is_recorded(project, tmp_path):
