@@ -57,7 +57,7 @@ from engine.optim import (
     base_rate,
     learning_rate,
 )
-from engine.resume import provenance, resume
+from engine.resume import resume
 from engine.run_folder import RunFolder
 from engine.task import FREE_ON_RESUME, Progress, Run, Task
 from models import ENCODER_ALIASES, ENCODERS, CrossNet
@@ -510,7 +510,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     task = Pretraining(config)
     run = Run(task, folder)
     resume(run)
-    folder.write_config(provenance(config))
+    folder.write_config(config.provenance())
     task.log_start()
     record = train(run)
     if is_main():

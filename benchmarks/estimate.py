@@ -50,7 +50,6 @@ from datasets.pair_sources import PairSource, open_source
 from engine.device import resolve_device
 from engine.faults import data_workers
 from engine.loop import train
-from engine.resume import provenance as provenance_of_run
 from engine.run_folder import RunFolder
 from engine.task import Run
 from utils.cli import (
@@ -224,7 +223,7 @@ def predict(
 def train_alone(training: list[str], threads: int | None) -> dict[str, Any]:
     """Train in this process; the epoch's record."""
     with started(training, threads) as run_:
-        run_.folder.write_config(provenance_of_run(run_.config))
+        run_.folder.write_config(run_.config.provenance())
         train(run_)
         return next(iter(run_.folder.metrics()))
 

@@ -5,7 +5,7 @@ Every benchmark's ``main(argv)`` returns one JSON object. Where two forms are co
 - ``ours``, ``textbook``: ``seconds`` (one per repetition), ``seconds_median`` and, where memory was looked at,
   ``peak_mb`` and ``before_mb``;
 - ``time_ratio``: median over the repetitions of textbook / ours, ``time_ratios``: each of them; ``memory_ratio``;
-- ``settings``, ``machine``, ``versions``, ``commit``.
+- ``settings``, ``machine``, ``versions``, ``git_commit``.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def machine(device: torch.device | None = None) -> dict[str, Any]:
 
 def provenance(device: torch.device | None = None) -> dict[str, Any]:
     """What a measurement depends on besides its settings; to be called before it."""
-    return {"machine": machine(device), **reproducible.provenance()}
+    return reproducible.provenance(machine=machine(device))
 
 
 def seconds_of(action: Callable[[], Any], device: torch.device | None = None, *, cpu: bool = False) -> float:

@@ -35,10 +35,10 @@ from typing import Any
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.measure import ROOT, machine
+from benchmarks.measure import ROOT, provenance
 from utils.cli import HelpFormatter, run, seed_number, write_json
 from utils.errors import UserError
-from utils.reproducible import git_commit, versions
+from utils.reproducible import commit_of
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -288,7 +288,7 @@ class Runner:
         start, commands, making = time.time(), self.commands(row, seed), self.making(row)
         log = self.work / row.name / f"seed_{seed}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        commit = git_commit()  # of the code that runs, not of one made meanwhile
+        about = provenance()  # of the code that runs, not of one made meanwhile
         with log.open("a", encoding="utf-8") as output:
             for command in [*(command for path, command in making.items() if not path.exists()), *commands]:
                 print(f"{row.name}, seed {seed}: {shlex.join(command)}", flush=True)
@@ -307,9 +307,7 @@ class Runner:
             "commands": [shlex.join(command) for command in (*making.values(), *commands)],
             "minutes": round((time.time() - start) / 60, 1),
             "date": time.strftime("%Y-%m-%d", time.gmtime(start)),
-            "commit": commit,
-            "machine": machine(),
-            "versions": versions(),
+            **about,
             "checkpoint_sha256": sha256(checkpoint) if checkpoint.exists() else None,
         }
         target = self.results / row.name / f"seed_{seed}"
@@ -376,7 +374,7 @@ def write_tables(plan: Plan, results: Path, page: Path) -> None:
                 values = [value for value in (value_at(entry, path) for entry in scores) if value is not None]
                 cells.append(mean_and_deviation(values) if values else "not run")
             if records:
-                commits = sorted({record["commit"][:7] for record in records})
+                commits = sorted({commit_of(record)[:7] for record in records})
                 cpu = sorted({record["machine"]["gpu"] or record["machine"]["cpu"] for record in records})
                 where = f"[{row.name}](../results/{row.name}), {', '.join(commits)}, {', '.join(cpu)}"
                 commands[row.name] = records[0]["commands"]

@@ -43,7 +43,7 @@ from models.image import IMAGE_ENCODERS
 from models.ops.batch_norm import SyncBatchNorm
 from utils.cli import HelpFormatter, positive_int, run, write_json
 from utils.collectives import world_size
-from utils.reproducible import git_commit, versions
+from utils.reproducible import provenance
 
 QUICK = {"batch_size": 2, "num_points": 1024, "image_size": 32, "image_model": "resnet18"}
 RENDER_PIXELS = 137  # side of a rendering as it is read, before it is resized
@@ -394,8 +394,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "operations": [(stage, name, asdict(cost)) for (stage, name), cost in longest],
         "assumptions": asdict(stages.gpu),
         "settings": {name: getattr(args, name) for name in names},
-        "versions": versions(),
-        "commit": git_commit(),
+        **provenance(),
     }
     print(table(result))
     write_json(args.json, result)

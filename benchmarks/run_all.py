@@ -32,6 +32,7 @@ from benchmarks.measure import FORMULATIONS, ROOT
 from utils.cli import HelpFormatter, run, write_json
 from utils.errors import UserError
 from utils.pictures import Figure, LogLocator, save_figure
+from utils.reproducible import commit_of
 
 RESULTS = "results.json"
 NAVIGATION = (
@@ -485,13 +486,16 @@ def roofline_section(results: dict[str, Any]) -> list[str]:
     rows.append(["all-reduces besides gradients", *(str(part["collectives"]) for _, part in columns)])
     rows.append(["**shapes/s a card, at most**", *(f"**{part['shapes_per_s']:.0f}**" for _, part in columns)])
     s, gpu = columns[-1][1]["settings"], columns[-1][1]["assumptions"]
-    commits = {kind: {part["commit"][:12] for title, part in columns if ("before" in title) == kind} for kind in (0, 1)}
-    before = f"; before: commit {', '.join(sorted(commits[1]))}" if commits[1] else ""
+    now, before = (
+        ", ".join(sorted({commit_of(part)[:12] for title, part in columns if ("before" in title) == earlier}))
+        for earlier in (False, True)
+    )
+    before = before and f"; before: commit {before}"
     return [
         "## Roofline of a pretraining step on a GPU",
         f"**Counted, not measured; GPU rows of measurements: not run.** `python -m benchmarks.roofline`, "
         f"{s['batch_size']} objects x {s['num_points']:,} points a card, {s['model']}, two {s['image_model']} at "
-        f"{s['image_size']} px, channels_last; commit {', '.join(sorted(commits[0]))}{before}. Assumed: "
+        f"{s['image_size']} px, channels_last; commit {now}{before}. Assumed: "
         f"{gpu['memory'] / 1e12:.1f} TB/s of memory, {gpu['float32'] / 1e12:.0f} TFLOP/s in exact float32, "
         f"{gpu['half'] / 1e12:.0f} in half precision, {gpu['half_convolution'] / 1e12:.0f} in its convolutions and "
         f"{gpu['tf32_convolution'] / 1e12:.0f} in float32's (TF32, cuDNN's default), {1e6 * gpu['launch']:.0f} us a "
@@ -508,7 +512,7 @@ def write_page(results: dict[str, Any], out: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     runs = [result for result in results["benchmarks"].values() if "machine" in result]
     about = runs[0] if runs else {"machine": {"cpu": "?", "cores": 0}, "versions": {"torch": "?", "python": "?"}}
-    commits = sorted({result["commit"][:12] for result in runs})
+    commits = sorted({commit_of(result)[:12] for result in runs})
     load = max((result["machine"]["load_average_before"] for result in runs), default=0)
     gpu = next((result["machine"]["gpu"] for result in runs if result["machine"]["gpu"]), None)
     minutes = sum(result["wall_seconds"] for result in results["benchmarks"].values()) / 60

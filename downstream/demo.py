@@ -37,7 +37,7 @@ from downstream.segmentation import main_partseg, main_semseg, visualize
 from downstream.svm import mean_and_std
 from utils.cli import HelpFormatter, check_writable, positive_int, run, seed_number, write_json
 from utils.errors import UserError
-from utils.reproducible import git_commit, versions
+from utils.reproducible import provenance
 
 # Small enough for two CPU cores; everything else has the released value.
 PRETRAINING = {"batch_size": 32, "image_model": "resnet18", "workers": 1, "eval_every": 0, "log_every": 5}
@@ -306,7 +306,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     folder = Path(args.output_dir)
     check_writable(folder)
     settings = {name: value for name, value in vars(args).items() if name not in ("resume", "overwrite")}
-    settings = {**json.loads(json.dumps(settings)), "versions": versions(), "git_commit": git_commit()}
+    settings = provenance(**json.loads(json.dumps(settings)))
     args.keep = stopped_demo(args, settings)
     write_json(folder / UNFINISHED, settings)
     try:
@@ -330,7 +330,7 @@ def make_report(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         report["minutes"][task] = round((time.perf_counter() - begin) / 60, 1)
     report["pairs"] = len(ShapeNetRender(args.data_root))
     report["seconds"] = round(time.perf_counter() - start, 1)
-    report.update({"seeds": args.seeds, "versions": versions(), "git_commit": git_commit()})
+    report.update(provenance(seeds=args.seeds))
     write_json(folder / "report.json", report)
     path = write_page(folder, report, data_root=args.data_root, headings=headings())
     (folder / UNFINISHED).unlink()

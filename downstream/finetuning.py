@@ -47,7 +47,7 @@ from engine.optim import (
     base_rate,
     cosine_lr,
 )
-from engine.resume import provenance, resume
+from engine.resume import resume
 from engine.run_folder import RunFolder
 from engine.task import FREE_ON_RESUME, Progress, Run, Task
 from models import ENCODER_ALIASES, ENCODERS, build_encoder, encoder_arguments, resolve_encoder_name
@@ -726,7 +726,7 @@ def fine_tune(run: Run, test: Callable[[nn.Module], Scores], report: Iterable[st
             return result
     elif config.calibrate_bn:
         calibrated = task.calibrate()
-    folder.write_config(provenance(config))
+    folder.write_config(config.provenance())
     for line in report:
         logger.info(line)
     logger.info(

@@ -6,6 +6,9 @@ import argparse
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
+from utils.collectives import world_size
+from utils.reproducible import provenance
+
 Config = TypeVar("Config", bound="RunConfig")
 
 
@@ -50,6 +53,10 @@ class RunConfig:
         """Take the settings from a parsed command line; a field has the name of its flag."""
         values = vars(args)
         return cls(flags=dict(values), **{f.name: values[f.name] for f in fields(cls) if f.name in values})
+
+    def provenance(self) -> dict[str, Any]:
+        """Return what the run's results depend on besides its data."""
+        return provenance(arguments=self.flags, processes=world_size())
 
     def resolve(self, **values: Any) -> None:
         """Put what is in use in the place of what was asked for, in checkpoints too."""

@@ -12,25 +12,14 @@ from typing import Any
 import torch
 
 from engine.checkpoint import checkpoint_errors, save_checkpoint
-from engine.config import RunConfig
 from engine.faults import postponed
 from engine.optim import load_optimizer
 from engine.task import Progress, Run
 from utils.collectives import broadcast_from_rank0, main_only, world_size
 from utils.errors import CheckpointError
-from utils.reproducible import git_commit, random_states, restore_random_states, versions
+from utils.reproducible import random_states, restore_random_states
 
 logger = logging.getLogger("crossnet")
-
-
-def provenance(config: RunConfig) -> dict[str, Any]:
-    """What a result depends on besides the data."""
-    return {
-        "arguments": config.flags,
-        "processes": world_size(),
-        "versions": versions(),
-        "git_commit": git_commit(),
-    }
 
 
 @main_only
@@ -53,7 +42,7 @@ def save(run: Run, name: str) -> None:
         "global_batch": task.sampler.global_batch,
         "shapes": task.fingerprint(),
         "random": random_states(),
-        **provenance(run.config),
+        **run.config.provenance(),
     }
     with postponed(signal.SIGCHLD):
         save_checkpoint(run.folder / name, payload, keep=run.folder / "previous.pth" if name == "last.pth" else None)

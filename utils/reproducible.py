@@ -9,13 +9,13 @@ import platform
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torchvision
 
 
 def seed_everything(seed: int) -> None:
@@ -73,8 +73,7 @@ def versions() -> dict[str, str]:
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "torchvision": torchvision.__version__,
-        "numpy": np.__version__,
+        **{name: metadata.version(name) for name in ("torchvision", "numpy", "scikit-learn")},
         "platform": f"{sys.platform}-{platform.machine()}",
     }
 
@@ -96,6 +95,11 @@ def git_commit() -> str:
     return commit.stdout.strip()
 
 
-def provenance() -> dict[str, Any]:
-    """What every result depends on besides data and settings, under the names that all result files have."""
-    return {"versions": versions(), "commit": git_commit()}
+def provenance(**settings: Any) -> dict[str, Any]:
+    """Return what a result depends on besides its data: settings, versions and commit, for a file or a checkpoint."""
+    return {**settings, "versions": versions(), "git_commit": git_commit()}
+
+
+def commit_of(record: Mapping[str, Any]) -> str:
+    """Return the commit in a file that holds ``provenance``; earlier files have it as ``commit``."""
+    return record["git_commit"] if "git_commit" in record else record["commit"]

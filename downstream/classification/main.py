@@ -26,7 +26,6 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
-import sklearn
 from torch import nn
 
 from datasets.hdf5 import LabeledClouds
@@ -54,7 +53,7 @@ from utils.cli import (
 )
 from utils.errors import DataError, UserError, warn_on_failure
 from utils.released_flags import IN_LINEAR_SVM, add_released_flags
-from utils.reproducible import git_commit, versions
+from utils.reproducible import provenance
 
 
 class Scores(NamedTuple):
@@ -269,7 +268,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """
     args = build_parser().parse_args(argv)
     log_to_screen()
-    commit = git_commit()  # now, because the repository may change during the run
+    about = provenance()  # now, because the repository may change during the run
     check_arguments(args)
     train, test = open_splits(args)
     found = candidates(args)
@@ -320,8 +319,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "calibration_clouds": min(args.calibration_clouds, len(train)) if args.calibrate_bn else None,
         "files": {part.split: [str(file) for file in part.files] for part in (train, test)},
         "runs": records,
-        "versions": {**versions(), "scikit-learn": sklearn.__version__},
-        "commit": commit,
+        **about,
     }
     print("\n" + result_table(metrics) + "\n")
     print("\n".join(notes(metrics)))

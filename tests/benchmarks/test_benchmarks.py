@@ -24,7 +24,7 @@ def is_comparison(result):
 
 def is_documented(result, path):
     assert json.loads(path.read_text()) == result
-    return {"settings", "machine", "versions", "commit"} <= result.keys()
+    return {"settings", "machine", "versions", "git_commit"} <= result.keys()
 
 
 def test_times_are_taken_in_turn_and_compared_pair_by_pair():
@@ -229,7 +229,7 @@ def test_the_page_shows_what_was_run_and_what_was_not(tmp_path, monkeypatch):
             "settings": {"batch": 4, "device": "cpu"},
             "machine": {"cpu": "a processor", "cores": 2, "gpu": None, "load_average_before": 0.5},
             "versions": {"python": "3", "torch": "2"},
-            "commit": "c" * 40,
+            "git_commit": "c" * 40,
         }
     )
 

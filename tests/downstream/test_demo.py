@@ -12,6 +12,7 @@ from models.image import IMAGE_ENCODERS
 from tests.support.pairs import write_demo_set, write_pairs
 from tests.support.segmentation_sets import write_parts, write_rooms
 from tests.support.small_run import TinyImageNet
+from utils import reproducible
 from utils.errors import UserError
 
 ROOMS = [f"Area_{area}_{kind}_1" for area in range(1, 7) for kind in ("hall", "office")]
@@ -137,7 +138,7 @@ def test_a_stopped_demo_continues_and_keeps_its_finished_parts(root, tmp_path, m
 def test_a_stopped_demo_of_other_settings_or_code_starts_over(arguments, message, root, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "make_report", lambda args, folder: (_ for _ in ()).throw(KeyboardInterrupt))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(demo, "git_commit", lambda: "another")
+        patch.setattr(reproducible, "git_commit", lambda: "another")
         run(root, "--tasks", "parts")
     monkeypatch.setattr(demo, "make_report", lambda args, folder: {"kept": args.keep})
     if "rooms" in arguments:
