@@ -19,8 +19,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also run by path
 from data.unpack import KNOWN_MD5, file_md5
 from datasets.hdf5 import SPLITS, hdf5_file, read_labeled_clouds
 from datasets.modelnet import (

@@ -30,8 +30,7 @@ import h5py
 import numpy as np
 from PIL import Image
 
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also run by path
 from data.procedural import KINDS, LEVELS, compose, sample_visible
 from data.procedural.compose import SurfaceSamples, generator
 from data.procedural.pictures import LIGHT, mesh_of, splat_count, splat_views

@@ -22,8 +22,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also run by path
 from datasets.hdf5 import SPLITS
 from datasets.own_clouds import find_class_folders, shape_files
 from datasets.shape_reader import DEFAULT_POINTS, SHAPE_SUFFIXES, read_shape, read_shapes

@@ -29,8 +29,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also run by path
 from data.pair_folder import LABELED_NAME, PairFolder, PairPaths, Settings, make_pair, read_source, write_labeled
 from data.rendering.renderer import Renderer, create_context
 from data.shape_files import ShapeFile, find_shapes, split_shapes

@@ -18,8 +18,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also run by path
 from datasets.pair_sources import (
     PACKED_FORMAT,
     PACKED_VERSION,

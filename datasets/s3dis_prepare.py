@@ -36,8 +36,7 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also run by path
 from datasets.hdf5 import hdf5_file
 from datasets.s3dis import AREAS, BLOCK_FOLDER, CHANNELS, CLASS_NAMES, FILE_LIST, ROOM_FOLDER, ROOM_LIST, area_of
 from datasets.shapenet_part import draw_rows

@@ -17,8 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also run by path
 from datasets.pair_sources import open_source
 from datasets.streams import SampleStreams
 from datasets.transforms import pretraining_augmentation

@@ -26,8 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also run by path
 import train_crossnet_con
 from datasets.shapenet_render import ShapeNetRender
 from downstream.classification import main as linear_svm

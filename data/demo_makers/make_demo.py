@@ -39,8 +39,7 @@ import h5py
 import numpy as np
 from PIL import Image
 
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also run by path
 
 from data.rendering import Camera, Mesh, Renderer, sample_surface, to_unit_sphere
 from data.rendering.obj import read_obj

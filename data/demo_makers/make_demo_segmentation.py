@@ -24,8 +24,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also run by path
 
 from data.demo_makers.demo_parts import CATEGORIES, build_object
 from data.demo_makers.demo_rooms import AREA_ROOMS, build_rooms

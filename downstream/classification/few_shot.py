@@ -21,8 +21,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also run by path
 
 import numpy as np
 from sklearn.preprocessing import StandardScaler
