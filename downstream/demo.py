@@ -20,7 +20,8 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ from downstream.demo_report import write_page
 from downstream.finetuning import reported_entry
 from downstream.segmentation import main_partseg, main_semseg, visualize
 from downstream.svm import mean_and_std
-from utils.cli import HelpFormatter, check_writable, positive_int, run, seed_number, write_json
+from utils.cli import HelpFormatter, Settings, check_writable, positive_int, run, seed_number, write_json
 from utils.errors import UserError
 from utils.reproducible import provenance
 
@@ -45,6 +46,22 @@ SVM_C = ("0.01", "0.1", "1", "10")
 TASKS = ("classification", "parts", "rooms")
 STARTS = ("scratch", "pretrained")
 UNFINISHED = "unfinished.json"  # settings of a demo that has not written its report
+
+
+@dataclass(kw_only=True)
+class DemoConfig(Settings):
+    """Settings of the demo, from the flags of ``build_parser``; ``keep`` is whether it continues a stopped one."""
+
+    data_root: str
+    output_dir: str
+    resume: bool
+    overwrite: bool
+    tasks: Sequence[str]
+    seeds: list[int]
+    epochs: int | None
+    num_points: int | None
+    device: str
+    keep: bool = False
 
 
 class Score(NamedTuple):
@@ -137,116 +154,116 @@ def flags(**settings: Any) -> list[str]:
     return [word for name, value in given.items() for word in (f"--{name}", *map(str, np.atleast_1d(value)))]
 
 
-def asked(args: argparse.Namespace) -> dict[str, int]:
+def asked(config: DemoConfig) -> dict[str, int]:
     """Settings of pretraining that the command line gives in the place of the tasks' own."""
-    return {name: value for name in ("epochs", "num_points") if (value := getattr(args, name)) is not None}
+    return {name: value for name in ("epochs", "num_points") if (value := getattr(config, name)) is not None}
 
 
 def finished(
-    args: argparse.Namespace, script: Callable[[list[str]], dict[str, Any]], words: list[str], result: Path
+    config: DemoConfig, script: Callable[[list[str]], dict[str, Any]], words: list[str], result: Path
 ) -> dict[str, Any]:
     """Run a script, or take its result from a stopped demo that is continued.
 
     Args:
-        args: of the demo.
+        config: of the demo.
         script: its ``main``.
         words: its command line.
         result: the JSON file of its metrics, which it writes at its end.
     """
-    if args.keep and result.exists():
+    if config.keep and result.exists():
         print(f"kept: {result}", flush=True)
         return json.loads(result.read_text(encoding="utf-8"))
     result.unlink(missing_ok=True)
     return script([*words, *flags(json=result)])
 
 
-def stopped_demo(args: argparse.Namespace, settings: Mapping[str, Any]) -> bool:
+def stopped_demo(config: DemoConfig, settings: Mapping[str, Any]) -> bool:
     """Return whether the folder holds a stopped demo that this call continues.
 
     Args:
-        args: of this call.
+        config: of this call.
         settings: of this call, as the stopped one has written them.
 
     Raises:
         UserError: ``--resume`` and other settings than those of the stopped demo.
     """
-    path = Path(args.output_dir) / UNFINISHED
-    if args.overwrite or not path.exists():
+    path = Path(config.output_dir) / UNFINISHED
+    if config.overwrite or not path.exists():
         return False
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
         changed = sorted(key for key in settings if before.get(key) != settings[key])
     except (ValueError, AttributeError):  # cut off, or not ours
         changed = [UNFINISHED]
-    changed = [key for key in changed if not (args.resume and key in ("git_commit", "versions"))]
-    if changed and args.resume:
+    changed = [key for key in changed if not (config.resume and key in ("git_commit", "versions"))]
+    if changed and config.resume:
         raise UserError(f"{path.parent} holds a stopped demo with other {', '.join(changed)}: --overwrite starts over")
     if changed:
         print(f"{path.parent} holds a stopped demo with other {', '.join(changed)}: starting over")
     return not changed
 
 
-def pretrain(args: argparse.Namespace, task: str, seed: int, **settings: Any) -> Path:
+def pretrain(config: DemoConfig, task: str, seed: int, **settings: Any) -> Path:
     """Pretrain on the demo pairs; returns the checkpoint."""
     print(f"\n{task}: pretraining, seed {seed}", flush=True)
-    folder, name = Path(args.output_dir) / task, f"pretraining_{seed}"
+    folder, name = Path(config.output_dir) / task, f"pretraining_{seed}"
     train_crossnet_con.main(
         [
-            *flags(data_root=args.data_root, output_dir=folder, exp_name=name, seed=seed, device=args.device),
-            *flags(**{**PRETRAINING, **settings, **asked(args)}),
-            "--resume" if args.keep else "--overwrite",
+            *flags(data_root=config.data_root, output_dir=folder, exp_name=name, seed=seed, device=config.device),
+            *flags(**{**PRETRAINING, **settings, **asked(config)}),
+            "--resume" if config.keep else "--overwrite",
             "--channels_last",
         ]
     )
     return folder / name / "last.pth"
 
 
-def classify(args: argparse.Namespace) -> dict[str, Any]:
+def classify(config: DemoConfig) -> dict[str, Any]:
     """Linear SVM, few-label SVM and retrieval on the demo classes, of the untrained and the pretrained encoder."""
-    folder, scores = Path(args.output_dir) / "classification", {}
-    points = args.num_points or CLASSIFICATION["num_points"]
+    folder, scores = Path(config.output_dir) / "classification", {}
+    points = config.num_points or CLASSIFICATION["num_points"]
 
     def score(name: str, *encoder: str) -> None:
         print(f"\nclassification: linear SVM on frozen features, {name} encoder", flush=True)
         words = [
             *encoder,
-            *flags(dataset="demo", data_root=args.data_root, num_points=points, svm_c=SVM_C, shots=(1, 5)),
-            *flags(seed=args.seeds[0], device=args.device, retrieval_sheet=folder / f"retrieval_{name}.png"),
+            *flags(dataset="demo", data_root=config.data_root, num_points=points, svm_c=SVM_C, shots=(1, 5)),
+            *flags(seed=config.seeds[0], device=config.device, retrieval_sheet=folder / f"retrieval_{name}.png"),
             *flags(confusion_matrix=folder / f"confusion_{name}.png"),
         ]
-        scores[name] = finished(args, linear_svm.main, words, folder / f"svm_{name}.json")
+        scores[name] = finished(config, linear_svm.main, words, folder / f"svm_{name}.json")
 
-    score("untrained", "--random_init", "--calibrate_bn", *flags(seeds=args.seeds))
-    checkpoints = [pretrain(args, "classification", seed, **CLASSIFICATION) for seed in args.seeds]
+    score("untrained", "--random_init", "--calibrate_bn", *flags(seeds=config.seeds))
+    checkpoints = [pretrain(config, "classification", seed, **CLASSIFICATION) for seed in config.seeds]
     score("pretrained", *flags(model_path=checkpoints))
     return scores
 
 
-def segment(args: argparse.Namespace, name: str) -> dict[str, Any]:
+def segment(config: DemoConfig, name: str) -> dict[str, Any]:
     """Fine-tune from scratch and pretrained, and draw what the pretrained model of the first seed predicts.
 
     Returns:
         By start, the scores with their mean and deviation over seeds; the runs; settings.
     """
-    task, folder = SEGMENTATION[name], Path(args.output_dir) / name
-    points = args.num_points or task.fine_tuning["num_points"]
+    task, folder = SEGMENTATION[name], Path(config.output_dir) / name
+    points = config.num_points or task.fine_tuning["num_points"]
     tuning = {**task.fine_tuning, "num_points": points}
     runs: dict[str, list[dict[str, Any]]] = {start: [] for start in STARTS}
-    for seed in args.seeds:
-        checkpoint = pretrain(args, name, seed, **task.encoder, **task.pretraining)
+    for seed in config.seeds:
+        checkpoint = pretrain(config, name, seed, **task.encoder, **task.pretraining)
         for start, found in runs.items():
             print(f"\n{name}: fine-tuning, {start}, seed {seed}", flush=True)
             origin = task.encoder if start == "scratch" else {"pretrain_path": checkpoint}
             words = [
-                *flags(data_root=args.data_root, output_dir=folder, exp_name=f"{start}_{seed}", seed=seed),
-                *flags(device=args.device, workers=0, **origin, **tuning),
-                "--resume" if args.keep else "--overwrite",
+                *flags(data_root=config.data_root, output_dir=folder, exp_name=f"{start}_{seed}", seed=seed),
+                *flags(device=config.device, workers=0, **origin, **tuning),
+                "--resume" if config.keep else "--overwrite",
             ]
-            found.extend(finished(args, task.script, words, folder / f"{start}_{seed}.json")["runs"])
+            found.extend(finished(config, task.script, words, folder / f"{start}_{seed}.json")["runs"])
     visualize.main(
         [
-            *flags(data_root=args.data_root, model_path=reported_checkpoint(runs["pretrained"][0])),
-            *flags(output_dir=folder / "pictures", device=args.device, workers=0, **task.pictures),
+            *flags(data_root=config.data_root, model_path=reported_checkpoint(runs["pretrained"][0])),
+            *flags(output_dir=folder / "pictures", device=config.device, workers=0, **task.pictures),
             *(flags(num_points=points) if name == "parts" else ()),
         ]
     )
@@ -258,7 +275,7 @@ def segment(args: argparse.Namespace, name: str) -> dict[str, Any]:
         "validation": {"key": task.validation.path[0], "heading": task.validation.heading},
         "reported": reported_entry(runs["pretrained"][0])[0],
         "encoder": dict(task.encoder),
-        "pretraining": {**task.pretraining, **asked(args)},
+        "pretraining": {**task.pretraining, **asked(config)},
         "fine_tuning": tuning,
         "runs": runs,
     }
@@ -301,37 +318,37 @@ def summary(report: Mapping[str, Any]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the demo; returns what report.json holds."""
-    args = build_parser().parse_args(argv)
-    folder = Path(args.output_dir)
+    config = DemoConfig.from_flags(build_parser().parse_args(argv))
+    folder = Path(config.output_dir)
     check_writable(folder)
-    settings = {name: value for name, value in vars(args).items() if name not in ("resume", "overwrite")}
+    settings = {name: value for name, value in asdict(config).items() if name not in ("resume", "overwrite", "keep")}
     settings = provenance(**json.loads(json.dumps(settings)))
-    args.keep = stopped_demo(args, settings)
+    config.keep = stopped_demo(config, settings)
     write_json(folder / UNFINISHED, settings)
     try:
-        return make_report(args, folder)
+        return make_report(config, folder)
     except (KeyboardInterrupt, SystemExit, UserError):
         print(f"\nthe demo in {folder} is not finished: the same command continues it and keeps its finished parts")
         raise
 
 
-def make_report(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def make_report(config: DemoConfig, folder: Path) -> dict[str, Any]:
     """Do the tasks and write the report; returns what report.json holds."""
     start = time.perf_counter()
-    report: dict[str, Any] = {"tasks": [task for task in TASKS if task in args.tasks], "minutes": {}}
-    report["continued"] = args.keep  # then minutes and seconds are those since it was continued
+    report: dict[str, Any] = {"tasks": [task for task in TASKS if task in config.tasks], "minutes": {}}
+    report["continued"] = config.keep  # then minutes and seconds are those since it was continued
     for task in report["tasks"]:
         begin = time.perf_counter()
         if task == "classification":
-            report.update(classify(args))
+            report.update(classify(config))
         else:
-            report[task] = segment(args, task)
+            report[task] = segment(config, task)
         report["minutes"][task] = round((time.perf_counter() - begin) / 60, 1)
-    report["pairs"] = len(ShapeNetRender(args.data_root))
+    report["pairs"] = len(ShapeNetRender(config.data_root))
     report["seconds"] = round(time.perf_counter() - start, 1)
-    report.update(provenance(seeds=args.seeds))
+    report.update(provenance(seeds=config.seeds))
     write_json(folder / "report.json", report)
-    path = write_page(folder, report, data_root=args.data_root, headings=headings())
+    path = write_page(folder, report, data_root=config.data_root, headings=headings())
     (folder / UNFINISHED).unlink()
     print("\n" + "\n".join(summary(report)))
     print(f"report: {path} ({report['seconds'] / 60:.1f} minutes)")

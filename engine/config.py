@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
-from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
+from utils.cli import Settings
 from utils.collectives import world_size
 from utils.reproducible import provenance
 
-Config = TypeVar("Config", bound="RunConfig")
-
 
 @dataclass(kw_only=True)
-class RunConfig:
+class RunConfig(Settings):
     """What the loop, its checkpoints and its optimizer read; scripts add their own settings.
 
     Attributes:
@@ -47,12 +45,6 @@ class RunConfig:
     eval_every: int
     select_on: str
     accumulate: int = 1
-
-    @classmethod
-    def from_flags(cls: type[Config], args: argparse.Namespace) -> Config:
-        """Take the settings from a parsed command line; a field has the name of its flag."""
-        values = vars(args)
-        return cls(flags=dict(values), **{f.name: values[f.name] for f in fields(cls) if f.name in values})
 
     def provenance(self) -> dict[str, Any]:
         """Return what the run's results depend on besides its data."""

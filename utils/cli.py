@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import logging
 import math
@@ -13,10 +14,11 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePath
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from utils.errors import UserError, plain_message
 
+Config = TypeVar("Config", bound="Settings")
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
@@ -31,6 +33,16 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         if action.default is None or action.default is False or action.nargs == 0:
             return action.help
         return super()._get_help_string(action)
+
+
+class Settings:
+    """Base of the dataclasses that hold a script's settings; a field has the name of its flag."""
+
+    @classmethod
+    def from_flags(cls: type[Config], args: argparse.Namespace) -> Config:
+        """Take the settings from a parsed command line; a field ``flags`` takes all of it."""
+        values = {"flags": dict(vars(args)), **vars(args)}
+        return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values})
 
 
 def explain(error: BaseException) -> tuple[str, int] | None:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from torch import nn
 
 from datasets.hdf5 import LabeledClouds
 from datasets.registry import CLASSIFICATION_SETS, find_datasets, open_classification_set
-from datasets.scanobjectnn import VARIANTS, resolve_variant
-from engine.load_model import encoder_from_checkpoint, encoder_from_flags
+from datasets.scanobjectnn import VARIANTS
+from downstream.features import calibrate_batch_norm, extract_features
+from engine.device import resolve_device
+from engine.load_model import describe_encoder, encoder_from_checkpoint, encoder_from_flags
 from models import ENCODER_ALIASES, ENCODERS
-from utils.cli import positive_int, seed_number
+from utils.cli import Settings, positive_int, seed_number
 from utils.errors import DataError, UserError
 from utils.released_flags import model_name
 from utils.reproducible import seed_everything
@@ -22,12 +27,47 @@ from utils.reproducible import seed_everything
 DEFAULT_MODEL = "dgcnn_cls"
 
 
+@dataclass(kw_only=True)
+class EvaluationConfig(Settings):
+    """Settings that scripts for frozen encoders share, from the flags of this module and the common ones.
+
+    Raises:
+        UserError: they do not fit together.
+    """
+
+    data_root: str
+    device: str
+    seed: int
+    json: str | None
+    model_path: list[str] | None
+    random_init: bool
+    seeds: list[int] | None
+    calibrate_bn: bool
+    calibration_clouds: int
+    model: str | None
+    k: int | None
+    emb_dims: int | None
+    dataset: str
+    variant: str
+    num_points: int | None
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        if self.seeds and not self.random_init:
+            raise UserError("--seeds needs --random_init, whose weights it draws; for random draws use --seed")
+
+
 class Candidate(NamedTuple):
     """An encoder to score, and its origin."""
 
     name: str  # shown in the table
     encoder: nn.Module
-    origin: dict[str, Any]  # goes into the JSON
+    origin: dict[str, Any]
+
+    def record(self) -> dict[str, Any]:
+        """Return what was scored, for the JSON."""
+        encoder = describe_encoder(self.encoder)
+        return {"name": self.name, **self.origin, "encoder": encoder["name"], **encoder["kwargs"]}
 
 
 def add_encoder_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,16 +118,6 @@ def add_encoder_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="P",
         help="accepted for released command lines and ignored; frozen encoders have no dropout",
     )
-
-
-def check_encoder_arguments(args: argparse.Namespace) -> None:
-    """Check that the encoder flags fit together, before any data is read.
-
-    Raises:
-        UserError: they do not.
-    """
-    if args.seeds and not args.random_init:
-        raise UserError("--seeds needs --random_init, whose weights it draws; for random draws use --seed")
 
 
 def add_data_arguments(parser: argparse.ArgumentParser, *, num_points: int | None = 1024, batch: bool = True) -> None:
@@ -142,7 +172,7 @@ def sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def candidates(args: argparse.Namespace) -> list[Candidate]:
+def candidates(config: EvaluationConfig) -> list[Candidate]:
     """Build all encoders, so that a wrong file is found before the first one is scored.
 
     Raises:
@@ -150,39 +180,37 @@ def candidates(args: argparse.Namespace) -> list[Candidate]:
         CheckpointError: a file cannot be read or does not fit.
     """
     found = []
-    if args.model_path:
-        names = [Path(path).name for path in args.model_path]
-        for path, name in zip(args.model_path, names, strict=True):
-            encoder = encoder_from_checkpoint(path, model=args.model, k=args.k, emb_dims=args.emb_dims)
+    if config.model_path:
+        names = [Path(path).name for path in config.model_path]
+        for path, name in zip(config.model_path, names, strict=True):
+            encoder = encoder_from_checkpoint(path, model=config.model, k=config.k, emb_dims=config.emb_dims)
             # Runs usually differ by folder: checkpoints/a/last.pth, checkpoints/b/last.pth.
             shown = name if names.count(name) == 1 else path
             found.append(Candidate(shown, encoder, {"model_path": str(path), "sha256": sha256(path)}))
         return found
-    for seed in args.seeds or [args.seed]:
+    for seed in config.seeds or [config.seed]:
         seed_everything(seed)
-        encoder = encoder_from_flags(args.model or DEFAULT_MODEL, k=args.k, emb_dims=args.emb_dims)
+        encoder = encoder_from_flags(config.model or DEFAULT_MODEL, k=config.k, emb_dims=config.emb_dims)
         found.append(Candidate(f"random init, seed {seed}", encoder, {"random_init_seed": seed}))
     return found
 
 
-def open_splits(args: argparse.Namespace) -> tuple[LabeledClouds, LabeledClouds]:
-    """Open both splits and print what they are.
+def open_splits(
+    dataset: str, data_root: str, *, variant: str, num_points: int | None
+) -> tuple[LabeledClouds, LabeledClouds]:
+    """Open both splits and print what they are; arguments as for :func:`datasets.registry.open_classification_set`.
 
     Raises:
         DataError: a file is missing or wrong; the message names the sets that exist.
     """
-    if args.dataset == "scanobjectnn":
-        args.variant = resolve_variant(args.variant)
     try:
         train, test = (
-            open_classification_set(
-                args.dataset, args.data_root, split, variant=args.variant, num_points=args.num_points
-            )
+            open_classification_set(dataset, data_root, split, variant=variant, num_points=num_points)
             for split in ("train", "test")
         )
     except DataError as error:
-        found = find_datasets(args.data_root)
-        hint = f" (found there: --dataset {', '.join(found)})" if found and args.dataset not in found else ""
+        found = find_datasets(data_root)
+        hint = f" (found there: --dataset {', '.join(found)})" if found and dataset not in found else ""
         raise DataError(f"{error}{hint}") from error
     for part in (train, test):
         print(f"{part!r} from {', '.join(map(str, part.files))} ({part.layout})")
@@ -193,3 +221,40 @@ def open_splits(args: argparse.Namespace) -> tuple[LabeledClouds, LabeledClouds]
         if official not in (None, len(part)):
             print(f"note: {len(part)} {part.split} clouds, but the published set has {official}")
     return train, test
+
+
+def data_record(dataset: str, splits: Sequence[LabeledClouds]) -> dict[str, Any]:
+    """Return what was read, for the JSON."""
+    return {
+        "dataset": dataset,
+        "variant": getattr(splits[0], "variant", None),
+        "data": {part.split: part.origin() for part in splits},
+    }
+
+
+def data_title(dataset: str, split: LabeledClouds) -> str:
+    """Return the name of a set with its variant, for headings."""
+    return " ".join([dataset, getattr(split, "variant", "")]).rstrip()
+
+
+def features_of(
+    encoder: nn.Module, config: EvaluationConfig, clouds: Mapping[str, np.ndarray], *, train: LabeledClouds
+) -> list[np.ndarray]:
+    """Extract frozen features, after ``--calibrate_bn`` on training clouds.
+
+    Args:
+        encoder: moved to the device; its batch-norm statistics change with ``--calibrate_bn``.
+        config: settings of the script.
+        clouds: (n, N, 3) by the title of their progress bar.
+        train: the training split.
+
+    Returns:
+        (n, D) float32 for each of ``clouds``.
+
+    Raises:
+        UserError: a feature is not finite.
+    """
+    common: Any = {"batch_size": config.batch_size, "device": resolve_device(config.device)}
+    if config.calibrate_bn:
+        calibrate_batch_norm(encoder, train.points, max_clouds=config.calibration_clouds, seed=config.seed, **common)
+    return [extract_features(encoder, points, text=text, **common) for text, points in clouds.items()]

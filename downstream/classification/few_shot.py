@@ -17,7 +17,9 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,19 +27,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also run by path
 
 import numpy as np
 from sklearn.preprocessing import StandardScaler
+from torch import nn
 
 from datasets.hdf5 import LabeledClouds
 from downstream.classification.eval_inputs import (
+    EvaluationConfig,
     add_data_arguments,
     add_encoder_arguments,
     candidates,
-    check_encoder_arguments,
+    data_record,
+    features_of,
     open_splits,
 )
-from downstream.features import calibrate_batch_norm, check_neighbors, extract_features
+from downstream.features import check_neighbors
 from downstream.svm import linear_svm, mean_and_std
-from engine.device import resolve_device
-from engine.load_model import describe_encoder
 from utils.cli import (
     HelpFormatter,
     add_common_arguments,
@@ -50,6 +53,30 @@ from utils.errors import UserError
 from utils.reproducible import provenance
 
 PROTOCOLS = ("released", "test")
+
+
+@dataclass(kw_only=True)
+class FewShotConfig(EvaluationConfig):
+    """Settings of this script, from the flags of ``build_parser``.
+
+    Raises:
+        UserError: they do not fit together.
+    """
+
+    protocol: list[str]
+    ways: list[int]
+    shots: list[int]
+    queries: int
+    runs: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.ways) < 2:
+            raise UserError("--ways 1: one class needs no classifier; use 2 or more")
+
+    def episodes(self) -> list[tuple[str, int, int]]:
+        """Return every combination of protocol, classes and labels per class."""
+        return list(itertools.product(self.protocol, self.ways, self.shots))
 
 
 class Episode(NamedTuple):
@@ -174,39 +201,23 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def score(args: argparse.Namespace, encoder: Any, train: LabeledClouds, test: LabeledClouds) -> dict[str, Any]:
+def score(config: FewShotConfig, encoder: nn.Module, train: LabeledClouds, test: LabeledClouds) -> dict[str, Any]:
     """Return the results of one encoder: protocol -> setting, such as ``5w10s`` -> mean, std and accuracies."""
-    device = resolve_device(args.device)
-    if args.calibrate_bn:
-        calibrate_batch_norm(
-            encoder,
-            train.points,
-            max_clouds=args.calibration_clouds,
-            batch_size=args.batch_size,
-            seed=args.seed,
-            device=device,
+    parts = [train] if config.protocol == ["released"] else [train, test]
+    features = features_of(encoder, config, {f"{part.split} features": part.points for part in parts}, train=train)
+    results: dict[str, Any] = {protocol: {} for protocol in config.protocol}
+    for protocol, ways, shots in config.episodes():
+        accuracies = few_shot_accuracies(
+            *(features[0], train.labels, features[-1], parts[-1].labels),
+            protocol=protocol,
+            ways=ways,
+            shots=shots,
+            queries=config.queries,
+            runs=config.runs,
+            seed=config.seed,
         )
-    parts = [train] if args.protocol == ["released"] else [train, test]
-    features = [
-        extract_features(encoder, part.points, batch_size=args.batch_size, device=device, text=f"{part.split} features")
-        for part in parts
-    ]
-    results: dict[str, Any] = {}
-    for protocol in args.protocol:
-        results[protocol] = {}
-        for ways in args.ways:
-            for shots in args.shots:
-                accuracies = few_shot_accuracies(
-                    *(features[0], train.labels, features[-1], parts[-1].labels),
-                    protocol=protocol,
-                    ways=ways,
-                    shots=shots,
-                    queries=args.queries,
-                    runs=args.runs,
-                    seed=args.seed,
-                )
-                mean, std = mean_and_std(accuracies)
-                results[protocol][f"{ways}w{shots}s"] = {"mean": mean, "std": std, "accuracies": accuracies}
+        mean, std = mean_and_std(accuracies)
+        results[protocol][f"{ways}w{shots}s"] = {"mean": mean, "std": std, "accuracies": accuracies}
     return results
 
 
@@ -216,51 +227,40 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     Raises:
         UserError: a setting, file or checkpoint is wrong.
     """
-    args = build_parser().parse_args(argv)
+    config = FewShotConfig.from_flags(build_parser().parse_args(argv))
     log_to_screen()
-    check_encoder_arguments(args)
-    if min(args.ways) < 2:
-        raise UserError("--ways 1: one class needs no classifier; use 2 or more")
-    train, test = open_splits(args)
-    for protocol in args.protocol:  # fail before computing any features
-        for ways in args.ways:
-            for shots in args.shots:
-                labels = None if protocol == "released" else test.labels
-                draw_episode(
-                    train.labels, labels, ways=ways, shots=shots, queries=args.queries, seed=args.seed, number=0
-                )
-    found = candidates(args)
+    train, test = open_splits(config.dataset, config.data_root, variant=config.variant, num_points=config.num_points)
+    for protocol, ways, shots in config.episodes():  # fail before computing any features
+        labels = None if protocol == "released" else test.labels
+        draw_episode(train.labels, labels, ways=ways, shots=shots, queries=config.queries, seed=config.seed, number=0)
+    found = candidates(config)
     for candidate in found:
         check_neighbors(candidate.encoder, train.points.shape[1], name=candidate.name)
     records = []
     for candidate in found:
-        results = score(args, candidate.encoder, train, test)
-        encoder = describe_encoder(candidate.encoder)
-        records.append({"name": candidate.name, **candidate.origin, "encoder": encoder["name"], **encoder["kwargs"]})
-        records[-1]["results"] = results
+        results = score(config, candidate.encoder, train, test)
+        records.append({**candidate.record(), "results": results})
         for protocol, settings in results.items():
             shown = ", ".join(f"{name} {value['mean']:.1f} +- {value['std']:.1f}" for name, value in settings.items())
             print(f"{candidate.name}, protocol {protocol}: {shown}", flush=True)
     where = {"released": "training", "test": "test"}
-    for protocol in args.protocol:
+    for protocol in config.protocol:
         print(
-            f"protocol {protocol}: percent of {args.queries} queries a class of the {where[protocol]} split; mean and "
-            f"standard deviation over {args.runs} runs"
+            f"protocol {protocol}: percent of {config.queries} queries a class of the {where[protocol]} split; "
+            f"mean and standard deviation over {config.runs} runs"
         )
     metrics = {
         "task": "few-shot classification",
-        "dataset": args.dataset,
-        "variant": args.variant if args.dataset == "scanobjectnn" else None,
-        "data": {part.split: part.origin() for part in (train, test)},
+        **data_record(config.dataset, (train, test)),
         "num_points": train.points.shape[1],
-        "queries": args.queries,
-        "number_of_runs": args.runs,
-        "seed": args.seed,
-        "calibrate_bn": args.calibrate_bn,
+        "queries": config.queries,
+        "number_of_runs": config.runs,
+        "seed": config.seed,
+        "calibrate_bn": config.calibrate_bn,
         "encoders": records,
         **provenance(),
     }
-    write_json(args.json, metrics)
+    write_json(config.json, metrics)
     return metrics
 
 

@@ -28,7 +28,7 @@ from torch.utils.data import Dataset
 from datasets.hdf5 import LabeledClouds
 from datasets.scanobjectnn import resolve_variant
 from datasets.transforms import fine_tuning_augmentation
-from downstream.classification.eval_inputs import add_data_arguments, open_splits
+from downstream.classification.eval_inputs import add_data_arguments, data_record, data_title, open_splits
 from downstream.features import check_neighbors
 from downstream.finetuning import (
     FineTuneConfig,
@@ -237,9 +237,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         raise UserError(f"--holdout {config.holdout:g}: expected 0 or more and less than 1")
     if config.dataset == "scanobjectnn":
         config.resolve(variant=resolve_variant(config.variant))
-    splits = open_splits(config)
+    splits = open_splits(config.dataset, config.data_root, variant=config.variant, num_points=config.num_points)
     train_clouds, test_clouds = (Clouds(split, np.unique(splits[0].labels)) for split in splits)
-    name = config.dataset + (f" {config.variant}" if config.dataset == "scanobjectnn" else "")
+    name = data_title(config.dataset, splits[1])
     if config.eval:
         records = [score_checkpoint(config, test_clouds)]
         print(f"\n{name}, test split, {config.model_path}: {result_line(records[0]['test'])}")
@@ -255,9 +255,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             )
     metrics = {
         "task": Classification.kind,
-        "dataset": config.dataset,
-        "variant": config.variant if config.dataset == "scanobjectnn" else None,
-        "data": {part.split: part.origin() for part in splits},
+        **data_record(config.dataset, splits),
         "num_points": train_clouds.clouds.points.shape[1],
         "seed": config.seed,
         "runs": records,

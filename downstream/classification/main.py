@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,18 +30,19 @@ from torch import nn
 
 from datasets.hdf5 import LabeledClouds
 from downstream.classification.eval_inputs import (
+    EvaluationConfig,
     add_data_arguments,
     add_encoder_arguments,
     candidates,
-    check_encoder_arguments,
+    data_record,
+    data_title,
+    features_of,
     open_splits,
 )
-from downstream.features import calibrate_batch_norm, check_neighbors, extract_features
+from downstream.features import check_neighbors
 from downstream.figures import PICTURE_TYPES, check_output_path, draw_confusion_matrix, draw_retrieval
 from downstream.retrieval import average_precisions
 from downstream.svm import RELEASED_C, few_label_svm, linear_svm, mean_and_std
-from engine.device import resolve_device
-from engine.load_model import describe_encoder
 from utils.cli import (
     HelpFormatter,
     add_common_arguments,
@@ -53,6 +55,31 @@ from utils.cli import (
 from utils.errors import DataError, UserError, warn_on_failure
 from utils.released_flags import IN_LINEAR_SVM, add_released_flags
 from utils.reproducible import provenance
+
+
+@dataclass(kw_only=True)
+class SVMConfig(EvaluationConfig):
+    """Settings of this script, from the flags of ``build_parser``.
+
+    Raises:
+        UserError: they do not fit together, or an output cannot be written.
+    """
+
+    svm_c: list[float]
+    cv_folds: int
+    shots: list[int]
+    shot_draws: int
+    confusion_matrix: str | None
+    retrieval_sheet: str | None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.cv_folds < 2:
+            raise UserError(f"--cv_folds {self.cv_folds}: cross-validation needs at least 2 folds")
+        for path in filter(None, (self.confusion_matrix, self.retrieval_sheet)):
+            check_output_path(path, PICTURE_TYPES)
+        if self.json is not None:
+            check_output_path(self.json)
 
 
 class Scores(NamedTuple):
@@ -103,54 +130,27 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_arguments(args: argparse.Namespace) -> None:
-    """Check the arguments before anything is computed.
-
-    Raises:
-        UserError: there are too few folds, or an output cannot be written.
-    """
-    check_encoder_arguments(args)
-    if args.cv_folds < 2:
-        raise UserError(f"--cv_folds {args.cv_folds}: cross-validation needs at least 2 folds")
-    for path in (args.confusion_matrix, args.retrieval_sheet):
-        if path is not None:
-            check_output_path(path, PICTURE_TYPES)
-    if args.json is not None:
-        check_output_path(args.json)
-
-
-def evaluate(encoder: nn.Module, train: LabeledClouds, test: LabeledClouds, args: argparse.Namespace) -> Scores:
+def evaluate(encoder: nn.Module, train: LabeledClouds, test: LabeledClouds, config: SVMConfig) -> Scores:
     """Score one encoder in all three ways, in percent.
 
     Raises:
         UserError: the encoder gives features that are not finite.
         DataError: the labels do not allow an SVM or retrieval.
     """
-    device = resolve_device(args.device)
     start = time.perf_counter()
-    if args.calibrate_bn:
-        calibrate_batch_norm(
-            encoder,
-            train.points,
-            max_clouds=args.calibration_clouds,
-            batch_size=args.batch_size,
-            seed=args.seed,
-            device=device,
-        )
-    train_x, test_x = (
-        extract_features(encoder, part.points, batch_size=args.batch_size, device=device, text=f"{part.split} features")
-        for part in (train, test)
-    )
+    clouds = {f"{part.split} features": part.points for part in (train, test)}
+    train_x, test_x = features_of(encoder, config, clouds, train=train)
     extracted = time.perf_counter()
     sets = (train_x, train.labels, test_x, test.labels)
     try:
-        svm = linear_svm(*sets, c_values=args.svm_c, folds=args.cv_folds, seed=args.seed)
+        svm = linear_svm(*sets, c_values=config.svm_c, folds=config.cv_folds, seed=config.seed)
         shots = {
-            s: few_label_svm(*sets, shots=s, draws=args.shot_draws, seed=args.seed) for s in sorted(set(args.shots))
+            s: few_label_svm(*sets, shots=s, draws=config.shot_draws, seed=config.seed)
+            for s in sorted(set(config.shots))
         }
         precisions = average_precisions(test_x, test.labels)
     except ValueError as error:
-        raise DataError(f"{args.dataset} cannot be scored: {error}") from error
+        raise DataError(f"{config.dataset} cannot be scored: {error}") from error
     left_out = int(np.isnan(precisions).sum())
     right = svm.predictions == test.labels
     record = {
@@ -265,34 +265,24 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     Raises:
         UserError: a setting, file or checkpoint is wrong.
     """
-    args = build_parser().parse_args(argv)
+    config = SVMConfig.from_flags(build_parser().parse_args(argv))
     log_to_screen()
     about = provenance()  # now, because the repository may change during the run
-    check_arguments(args)
-    train, test = open_splits(args)
-    found = candidates(args)
+    train, test = open_splits(config.dataset, config.data_root, variant=config.variant, num_points=config.num_points)
+    found = candidates(config)
     for candidate in found:
-        check_neighbors(candidate.encoder, args.num_points, name=candidate.name)
-    if args.random_init and not args.calibrate_bn:
+        check_neighbors(candidate.encoder, config.num_points, name=candidate.name)
+    if config.random_init and not config.calibrate_bn:
         print(
             "note: an untrained encoder without --calibrate_bn is not a fair baseline: its batch norms lack statistics"
         )
-    if args.model_path and args.calibrate_bn:
+    if config.model_path and config.calibrate_bn:
         print("warning: --calibrate_bn replaces the batch-norm statistics that the checkpoints were trained with")
 
     records, predictions, first_features = [], [], None
     for candidate in found:
-        scores = evaluate(candidate.encoder, train, test, args)
-        encoder = describe_encoder(candidate.encoder)
-        records.append(
-            {
-                "name": candidate.name,
-                **candidate.origin,
-                "encoder": encoder["name"],
-                **encoder["kwargs"],
-                **scores.record,
-            }
-        )
+        scores = evaluate(candidate.encoder, train, test, config)
+        records.append({**candidate.record(), **scores.record})
         predictions.append(scores.predictions)
         first_features = scores.test_features if first_features is None else first_features
         seconds = scores.record["seconds_features"], scores.record["seconds_scores"]
@@ -303,38 +293,36 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         )
 
     metrics = {
-        "dataset": args.dataset,
-        "variant": args.variant if args.dataset == "scanobjectnn" else None,
-        "data": {part.split: part.origin() for part in (train, test)},
+        **data_record(config.dataset, (train, test)),
         "train_clouds": len(train),
         "test_clouds": len(test),
         "classes": len(np.unique(train.labels)),
-        "num_points": args.num_points,
+        "num_points": config.num_points,
         **summarize(records),
-        "seed": args.seed,
-        "cv_folds": args.cv_folds,
-        "shot_draws": args.shot_draws,
-        "calibrate_bn": args.calibrate_bn,
-        "calibration_clouds": min(args.calibration_clouds, len(train)) if args.calibrate_bn else None,
+        "seed": config.seed,
+        "cv_folds": config.cv_folds,
+        "shot_draws": config.shot_draws,
+        "calibrate_bn": config.calibrate_bn,
+        "calibration_clouds": min(config.calibration_clouds, len(train)) if config.calibrate_bn else None,
         "files": {part.split: [str(file) for file in part.files] for part in (train, test)},
         "runs": records,
         **about,
     }
     print("\n" + result_table(metrics) + "\n")
     print("\n".join(notes(metrics)))
-    name = args.dataset + (f" {args.variant}" if args.dataset == "scanobjectnn" else "")
-    if args.confusion_matrix:
+    name = data_title(config.dataset, test)
+    if config.confusion_matrix:
         spread = f", {len(found)} runs together" if len(found) > 1 else ""
         title = f"{name}: linear SVM, {metrics['test_accuracy_mean']:.1f} percent{spread}"
         truth = np.tile(test.labels, len(found))
-        with warn_on_failure(f"--confusion_matrix {args.confusion_matrix}"):
+        with warn_on_failure(f"--confusion_matrix {config.confusion_matrix}"):
             draw_confusion_matrix(
-                truth, np.concatenate(predictions), test.class_names, args.confusion_matrix, title=title
+                truth, np.concatenate(predictions), test.class_names, config.confusion_matrix, title=title
             )
-    if args.retrieval_sheet:
-        with warn_on_failure(f"--retrieval_sheet {args.retrieval_sheet}"):
-            draw_retrieval(test.points, first_features, test.labels, test.class_names, args.retrieval_sheet)
-    write_json(args.json, metrics)
+    if config.retrieval_sheet:
+        with warn_on_failure(f"--retrieval_sheet {config.retrieval_sheet}"):
+            draw_retrieval(test.points, first_features, test.labels, test.class_names, config.retrieval_sheet)
+    write_json(config.json, metrics)
     return metrics
 
 

@@ -14,6 +14,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,15 @@ import numpy as np
 from sklearn.manifold import TSNE
 
 from downstream.classification.eval_inputs import (
+    EvaluationConfig,
     add_data_arguments,
     add_encoder_arguments,
     candidates,
-    check_encoder_arguments,
+    features_of,
     open_splits,
 )
-from downstream.features import calibrate_batch_norm, check_neighbors, extract_features
+from downstream.features import check_neighbors
 from downstream.figures import PICTURE_TYPES, check_output_path
-from engine.device import resolve_device
 from utils.cli import (
     HelpFormatter,
     add_common_arguments,
@@ -45,6 +46,17 @@ from utils.errors import UserError
 from utils.pictures import Figure, colormaps, save_figure
 
 MARKERS = "osD^vP"
+
+
+@dataclass(kw_only=True)
+class MapConfig(EvaluationConfig):
+    """Settings of this script, from the flags of ``build_parser``."""
+
+    split: str
+    max_clouds: int
+    perplexity: float
+    output: str
+    overwrite: bool
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -138,40 +150,29 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     Raises:
         UserError: a setting, file or checkpoint is wrong.
     """
-    args = build_parser().parse_args(argv)
+    config = MapConfig.from_flags(build_parser().parse_args(argv))
     log_to_screen()
-    check_encoder_arguments(args)
-    picture = Path(args.output)
+    picture = Path(config.output)
     numbers = picture.with_suffix(".npz")
-    if numbers.exists() and not args.overwrite:
+    if numbers.exists() and not config.overwrite:
         raise UserError(f"{numbers} exists: replace it with --overwrite, or choose another --output")
     check_output_path(picture, PICTURE_TYPES)
-    train, test = open_splits(args)
-    part = test if args.split == "test" else train
-    found = candidates(args)
+    train, test = open_splits(config.dataset, config.data_root, variant=config.variant, num_points=config.num_points)
+    part = test if config.split == "test" else train
+    found = candidates(config)
     if len(found) > 1:
         raise UserError(f"a map shows one encoder, got {len(found)}; run once per encoder with a separate --output")
-    encoder, device = found[0].encoder, resolve_device(args.device)
-    check_neighbors(encoder, part.points.shape[1])
-    if args.calibrate_bn:
-        calibrate_batch_norm(
-            encoder,
-            train.points,
-            max_clouds=args.calibration_clouds,
-            batch_size=args.batch_size,
-            seed=args.seed,
-            device=device,
-        )
-    chosen = np.sort(np.random.default_rng(args.seed).permutation(len(part))[: args.max_clouds])
-    features = extract_features(encoder, part.points[chosen], batch_size=args.batch_size, device=device)
-    embedding, labels = embed(features, perplexity=args.perplexity, seed=args.seed), part.labels[chosen]
-    title = f"{args.dataset}, {args.split} split, {len(chosen)} clouds: t-SNE of {found[0].name}"
+    check_neighbors(found[0].encoder, part.points.shape[1])
+    chosen = np.sort(np.random.default_rng(config.seed).permutation(len(part))[: config.max_clouds])
+    (features,) = features_of(found[0].encoder, config, {"features": part.points[chosen]}, train=train)
+    embedding, labels = embed(features, perplexity=config.perplexity, seed=config.seed), part.labels[chosen]
+    title = f"{config.dataset}, {config.split} split, {len(chosen)} clouds: t-SNE of {found[0].name}"
     save_numbers(numbers, features=features, embedding=embedding, labels=labels, class_names=np.array(part.class_names))
     draw_map(embedding, labels, part.class_names, picture, title=title)
     print(f"{picture} and {numbers}")
     metrics = {"picture": str(picture), "numbers": str(numbers), "clouds": len(chosen), "data": part.origin()}
     metrics |= found[0].origin
-    write_json(args.json, metrics)
+    write_json(config.json, metrics)
     return metrics
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ from models import ENCODER_ALIASES, ENCODERS
 from models.task_heads import FineTuned, PartSegmentation, SemanticSegmentation
 from utils.cli import (
     HelpFormatter,
+    Settings,
     add_common_arguments,
     log_to_screen,
     positive_int,
@@ -49,6 +51,27 @@ GRAY, RIGHT_GRAY, WRONG_RED = (0.45, 0.5, 0.55), (0.82, 0.82, 0.82), (0.85, 0.1,
 DARK = (0.12, 0.13, 0.16)
 FOREIGN_COLOR, FOREIGN_NAME = (0.0, 0.0, 0.0), "part of another category"
 SHEET_POINTS = 40_000  # per cloud on the sheet; more points would only hide each other
+
+
+@dataclass(kw_only=True)
+class PictureConfig(Settings):
+    """Settings of this script, from the flags of ``build_parser``."""
+
+    data_root: str
+    device: str
+    workers: int
+    json: str | None
+    model_path: str
+    task: str | None
+    model: str | None
+    k: int | None
+    test_batch_size: int
+    items: int
+    class_test: list[str] | None
+    num_points: int | None
+    test_area: int
+    rooms: list[str] | None
+    output_dir: str
 
 
 class Item(NamedTuple):
@@ -163,7 +186,7 @@ def draw_sheet(
     save_figure(figure, path)
 
 
-def part_items(args: argparse.Namespace, model: FineTuned, payload: dict[str, Any]) -> tuple[list[Item], ShapeNetPart]:
+def part_items(config: PictureConfig, model: FineTuned, payload: dict[str, Any]) -> tuple[list[Item], ShapeNetPart]:
     """Return shapes of the test split with their predicted parts, sorted by category.
 
     Raises:
@@ -171,28 +194,30 @@ def part_items(args: argparse.Namespace, model: FineTuned, payload: dict[str, An
         UserError: the category is unknown.
     """
     choice = payload.get("table", {}).get("class_choice")
-    shapes = ShapeNetPart(args.data_root, "test", num_points=args.num_points, class_choice=choice)
+    shapes = ShapeNetPart(config.data_root, "test", num_points=config.num_points, class_choice=choice)
     parts = Parts(shapes)
-    check_fits(args.model_path, model, payload, parts)
+    check_fits(config.model_path, model, payload, parts)
     taxonomy, categories = shapes.taxonomy, np.unique(shapes.categories)
-    if args.class_test:
-        wanted = [taxonomy.category_number(name) for name in args.class_test]
+    if config.class_test:
+        wanted = [taxonomy.category_number(name) for name in config.class_test]
         categories = np.array([number for number in wanted if number in categories])
         if not len(categories):
-            raise UserError(f"--class_test {' '.join(args.class_test)}: the test shapes have none of these categories")
+            raise UserError(
+                f"--class_test {' '.join(config.class_test)}: the test shapes have none of these categories"
+            )
     rounds = [np.flatnonzero(shapes.categories == category) for category in categories]
-    if len(rounds) > args.items:
-        rounds = [rounds[i] for i in np.linspace(0, len(rounds) - 1, args.items).round().astype(int)]
+    if len(rounds) > config.items:
+        rounds = [rounds[i] for i in np.linspace(0, len(rounds) - 1, config.items).round().astype(int)]
     order = [rows[i] for i in range(max(map(len, rounds))) for rows in rounds if i < len(rows)]
-    chosen = np.sort(np.array(order[: args.items]))
+    chosen = np.sort(np.array(order[: config.items]))
     chosen = chosen[np.argsort(shapes.categories[chosen], kind="stable")]
     predicted = predict_parts(
         model,
         parts,
-        device=resolve_device(args.device),
-        batch_size=args.test_batch_size,
+        device=resolve_device(config.device),
+        batch_size=config.test_batch_size,
         chosen=chosen,
-        workers=args.workers,
+        workers=config.workers,
     )
     items = []
     for row, guess in zip(chosen, predicted, strict=True):
@@ -205,26 +230,26 @@ def part_items(args: argparse.Namespace, model: FineTuned, payload: dict[str, An
     return items, shapes
 
 
-def room_items(args: argparse.Namespace, model: FineTuned) -> list[Item]:
+def room_items(config: PictureConfig, model: FineTuned) -> list[Item]:
     """Return whole rooms with the predicted class of every point.
 
     Raises:
         DataError: the room-wise blocks are missing or wrong, or the area has no rooms.
         UserError: the room is unknown.
     """
-    rooms = S3DISRooms(args.data_root, args.test_area, in_channels=model.encoder.in_channels)
-    for name in args.rooms or []:
+    rooms = S3DISRooms(config.data_root, config.test_area, in_channels=model.encoder.in_channels)
+    for name in config.rooms or []:
         if name not in rooms.rooms:
-            raise UserError(f"no room {name} in area {args.test_area}; it has {', '.join(rooms.rooms)}")
+            raise UserError(f"no room {name} in area {config.test_area}; it has {', '.join(rooms.rooms)}")
     items = []
-    for name in (args.rooms or rooms.rooms)[: args.items]:
+    for name in (config.rooms or rooms.rooms)[: config.items]:
         room = rooms.rooms.index(name)
         passes = scores_of(
             model,
             rooms,
-            batch_size=args.test_batch_size,
-            device=resolve_device(args.device),
-            workers=args.workers,
+            batch_size=config.test_batch_size,
+            device=resolve_device(config.device),
+            workers=config.workers,
             chosen=rooms.blocks_of(room),
         )
         _, predicted = predict_room(passes, rooms.room_size(room), name)
@@ -240,29 +265,29 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     Raises:
         UserError: a setting, file or checkpoint is wrong.
     """
-    args = build_parser().parse_args(argv)
+    config = PictureConfig.from_flags(build_parser().parse_args(argv))
     log_to_screen()
-    folder = Path(args.output_dir)
+    folder = Path(config.output_dir)
     check_output_path(folder / "sheet.png")
     tasks = {"parts": PartSegmentation, "rooms": SemanticSegmentation}
-    kind = load_checkpoint(args.model_path).get("kind")
-    name = args.task or next((n for n, task in tasks.items() if task.kind == kind), None)
+    kind = load_checkpoint(config.model_path).get("kind")
+    name = config.task or next((n for n, task in tasks.items() if task.kind == kind), None)
     if name is None:
         raise CheckpointError(
-            f"{args.model_path} is not marked as a model of parts or rooms"
+            f"{config.model_path} is not marked as a model of parts or rooms"
             + (f": it is a model of {kind}" if kind else "; for published weights give --task parts or --task rooms")
         )
-    model, payload = fine_tuned_from_checkpoint(args.model_path, tasks[name], model=args.model, k=args.k)
-    model.to(resolve_device(args.device))
+    model, payload = fine_tuned_from_checkpoint(config.model_path, tasks[name], model=config.model, k=config.k)
+    model.to(resolve_device(config.device))
     if name == "parts":
-        items, shapes = part_items(args, model, payload)
+        items, shapes = part_items(config, model, payload)
         table = np.concatenate([shapes.taxonomy.colors, [FOREIGN_COLOR]])
         names, up = (*shapes.taxonomy.part_names, FOREIGN_NAME), "y"
         title = "parts of test shapes"
     else:
-        items = room_items(args, model)
+        items = room_items(config, model)
         table, names, up = CLASS_COLORS, CLASS_NAMES, "z"
-        title = f"rooms of area {args.test_area}, drawn without ceiling"
+        title = f"rooms of area {config.test_area}, drawn without ceiling"
     draw_sheet(items, table, names, folder / "sheet.png", up=up, title=title)
     files = [str(folder / "sheet.png")]
     for item in items:
@@ -273,7 +298,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     right = {item.name: 100 * float(np.mean(item.truth == item.predicted)) for item in items}
     print(f"{len(items)} clouds drawn: {files[0]} and {len(files) - 1} PLY files in {folder}")
     metrics = {"task": name, "files": files, "accuracy": right}
-    write_json(args.json, metrics)
+    write_json(config.json, metrics)
     return metrics
 
 
