@@ -191,10 +191,10 @@ def read_first_rows(path: Path, rows: int, name: str) -> tuple[np.ndarray, int]:
         if table.shape[1] not in (3, 6) or not len(table):
             raise ValueError(f"it holds an array of {table.shape}")
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read; expected x,y,z,nx,ny,nz on each line ({error}). {_AGAIN}") from error
+        raise DataError(f"{path} cannot be read; expected x,y,z,nx,ny,nz on each line ({error})", fix=_AGAIN) from error
     points = table[:, :3]
     if not (np.abs(points) < _LARGEST).all():
-        raise DataError(f"{path} has coordinates that are not finite, or beyond {_LARGEST:g}. {_AGAIN}")
+        raise DataError(f"{path} has coordinates that are not finite, or beyond {_LARGEST:g}", fix=_AGAIN)
     return to_unit_sphere(points)[np.arange(rows) % len(points)], len(points)
 
 
@@ -214,13 +214,13 @@ def resampled_files(folder: Path, name: str, split: str) -> tuple[list[Path], li
     try:
         shapes = read_lines(index)
     except (OSError, ValueError) as error:
-        raise DataError(f"{index} cannot be read as a list of shapes ({error}). {_AGAIN}") from error
+        raise DataError(f"{index} cannot be read as a list of shapes ({error})", fix=_AGAIN) from error
     if not shapes:
-        raise DataError(f"{index} is empty; expected a shape per line, such as airplane_0001. {_AGAIN}")
+        raise DataError(f"{index} is empty; expected a shape per line, such as airplane_0001", fix=_AGAIN)
     classes = [shape.rpartition("_")[0] for shape in shapes]
     for shape, label in zip(shapes, classes, strict=True):
         if label not in MODELNET40_CLASSES or Path(shape).name != shape:
-            raise DataError(f"{index} lists {shape!r}; expected the name of a shape, such as airplane_0001. {_AGAIN}")
+            raise DataError(f"{index} lists {shape!r}; expected the name of a shape, such as airplane_0001", fix=_AGAIN)
     return [folder / label / f"{shape}.txt" for shape, label in zip(shapes, classes, strict=True)], classes
 
 
@@ -266,8 +266,8 @@ def _read_hdf5(layout: Layout, split: str, num_points: int | None, classes: Sequ
     names = _read_names(folder)
     if names is not None and len(names) != len(classes):
         raise DataError(
-            f"{folder} is not {what}: its shape_names.txt has {len(names)} classes instead of {len(classes)}. "
-            f"Get it: {MODELNET_GET}"
+            f"{folder} is not {what}: its shape_names.txt has {len(names)} classes instead of {len(classes)}",
+            fix=f"Get it: {MODELNET_GET}",
         )
     return read_hdf5_clouds(files, class_names=classes, num_points=num_points, get=MODELNET_GET, layout=layout.name)
 

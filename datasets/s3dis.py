@@ -448,19 +448,19 @@ class S3DISRooms(Dataset):
         folder = _find_folder(root, ROOM_FOLDER)
         if folder is None:
             raise DataError(
-                f"no test blocks of whole S3DIS rooms in {root}; expected {Path(root) / ROOM_FOLDER}/. "
-                f"Make them from the raw rooms: {get}"
+                f"no test blocks of whole S3DIS rooms in {root}; expected {Path(root) / ROOM_FOLDER}/",
+                fix=f"Make them from the raw rooms: {get}",
             )
         self.folder, self.area, self.in_channels = folder, int(area), _check_channels(in_channels)
         self._files = _BlockFiles(folder, arrays=("data", "label", "index"), channels=CHANNELS, get=get)
-        self._get = get
+        self._again = f"Make it again: {get}"
         self.block_points = self._files.block_points
         self.rooms = tuple(sorted(room for room in set(self._files.rooms) if area_of(room) == self.area))
         if not self.rooms:
             there = ", ".join(str(a) for a in sorted({area_of(room) for room in self._files.rooms}))
             raise DataError(
-                f"{folder} has no room of area {self.area}; it has rooms of the areas {there}. Make it: {get} --areas "
-                f"{self.area}"
+                f"{folder} has no room of area {self.area}; it has rooms of the areas {there}",
+                fix=f"Make it: {get} --areas {self.area}",
             )
         number = {room: i for i, room in enumerate(self.rooms)}
         self._blocks = np.array([i for i, room in enumerate(self._files.rooms) if room in number], dtype=np.int64)
@@ -480,16 +480,16 @@ class S3DISRooms(Dataset):
             raise
         except Exception as error:  # h5py raises many exception types on malformed files
             raise DataError(
-                f"{path} lacks the attributes room, room_points, room_low, room_high ({error}). "
-                f"Make it again: {self._get}"
+                f"{path} lacks the attributes room, room_points, room_low, room_high ({error})",
+                fix=self._again,
             ) from error
         if name != self.rooms[room]:
-            raise DataError(f"{path} holds {name}, but {ROOM_LIST} says {self.rooms[room]}. Make it again: {self._get}")
+            raise DataError(f"{path} holds {name}, but {ROOM_LIST} says {self.rooms[room]}", fix=self._again)
         held, extent = self.block_points * len(self.blocks_of(room)), np.diff(box, axis=0)
         if not 0 < total <= held:
-            raise DataError(f"{path} promises {total} points, but its blocks hold {held}. Make it again: {self._get}")
+            raise DataError(f"{path} promises {total} points, but its blocks hold {held}", fix=self._again)
         if box.shape != (2, 3) or not np.isfinite(box).all() or not ((extent >= 0) & (extent < _MAX_EXTENT)).all():
-            raise DataError(f"{path}: room_low and room_high are not the corners of a room. Make it again: {self._get}")
+            raise DataError(f"{path}: room_low and room_high are not the corners of a room", fix=self._again)
         return total, box
 
     def blocks_of(self, room: int) -> np.ndarray:
@@ -523,8 +523,8 @@ class S3DISRooms(Dataset):
         missing = int((labels < 0).sum())
         if missing:
             raise DataError(
-                f"{self.folder}: {missing} of the {total} points of {self.rooms[room]} are in no block. Make it again: "
-                f"{self._get}"
+                f"{self.folder}: {missing} of the {total} points of {self.rooms[room]} are in no block",
+                fix=self._again,
             )
         if not np.isfinite(points).all():
             raise DataError(f"{self._files.where(block)}: its room has non-finite coordinates")
@@ -535,7 +535,8 @@ class S3DISRooms(Dataset):
         if index.min() < 0 or index.max() >= total:
             raise DataError(
                 f"{self._files.where(block)}: 'index' must be in 0..{total - 1}, but is in {index.min()}.."
-                f"{index.max()}. Make it again: {self._get}"
+                f"{index.max()}",
+                fix=self._again,
             )
         return index
 

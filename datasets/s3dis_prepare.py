@@ -48,6 +48,7 @@ from utils.progress import progress
 BLOCK_FORMAT, BLOCK_VERSION = "crossnet-s3dis", 1
 KINDS = {"train": BLOCK_FOLDER, "test": ROOM_FOLDER}
 RAW_NAME = "Stanford3dDataset_v1.2_Aligned_Version"
+AGAIN = "Unpack the raw data set again"
 MAX_DISTANCE = 500  # a point farther from its room's center (in meters) would cut the room into millions of blocks
 _STRAY = re.compile(r"[^\x20-\x7e\t\r]+")  # control and non-ASCII characters, invalid in a text file of numbers
 _LINE = 'six numbers, "x y z red green blue", colors in 0..255'
@@ -150,9 +151,7 @@ def read_annotation(path: Path) -> tuple[np.ndarray, list[str]]:
         if values is None or _STRAY.search(line):
             values, reading = _repair(line) if _STRAY.search(line) else (None, "")
             if values is None:
-                raise DataError(
-                    f"{path}, line {number} is {line[:80]!r}; expected {_LINE}. Unpack the raw data set again"
-                )
+                raise DataError(f"{path}, line {number} is {line[:80]!r}; expected {_LINE}", fix=AGAIN)
             notes.append(f"{path}, line {number}: stray {_STRAY.search(line).group()!r} read as {reading}")
         rows.append(values)
     return np.array(rows, dtype=np.float64).reshape(-1, 6), notes
@@ -170,9 +169,7 @@ def annotation_files(folder: Path) -> list[Path]:
     """
     files = data_files(folder / "Annotations", "*.txt")
     if not files:
-        raise DataError(
-            f"{folder}/Annotations has no objects (expected chair_1.txt and so on). Unpack the raw data set again"
-        )
+        raise DataError(f"{folder}/Annotations has no objects (expected chair_1.txt and so on)", fix=AGAIN)
     return files
 
 
@@ -197,14 +194,12 @@ def read_room(folder: Path, name: str) -> Room:
         notes += odd
     values = np.concatenate(parts)
     if not len(values):
-        raise DataError(f"{folder} has no points. Unpack the raw data set again")
+        raise DataError(f"{folder} has no points", fix=AGAIN)
     # One outlier would cut the room into millions of blocks.
     middle = np.median(values[:, :3], axis=0)
     for file, part in zip(files, parts, strict=True):
         if len(part) and (distance := np.abs(part[:, :3] - middle).max()) > MAX_DISTANCE:
-            raise DataError(
-                f"{file} has a point {distance:g} m from the center of its room. Unpack the raw data set again"
-            )
+            raise DataError(f"{file} has a point {distance:g} m from the center of its room", fix=AGAIN)
     return Room(name, values[:, :3], values[:, 3:].astype(np.float32), np.concatenate(labels), tuple(notes))
 
 
@@ -227,7 +222,8 @@ def find_rooms(raw: Path, areas: tuple[int, ...]) -> dict[str, Path]:
             _name_areas_found(root, area)
             raise DataError(
                 f"no rooms in {folder}; --raw must be the unpacked {RAW_NAME} (Area_{area}/office_1/Annotations/*.txt "
-                "and so on). Request it at http://buildingparser.stanford.edu/dataset.html"
+                "and so on)",
+                fix="Request it at http://buildingparser.stanford.edu/dataset.html",
             )
         rooms |= {f"Area_{area}_{f.name}": f for f in found}
     return rooms
