@@ -1,7 +1,8 @@
 """Fill the tables of docs/results.md: run what is missing, record it, write the page.
 
-A plan (benchmarks/reproduce.toml) holds roots (where data lies), data that can be made, pretrainings, tables and rows. A
-row is one way of scoring, of a pretrained encoder or of none, for every seed. Each seed gets a folder results/<row>/seed_<s>/ with
+A plan (benchmarks/reproduce.toml) holds roots (where data lies), data that can be made, pretrainings, tables and rows.
+A row is one way of scoring, of a pretrained encoder or of none, for every seed. Each seed gets a folder
+results/<row>/seed_<s>/ with
   row.json       commands, commit, machine, versions, minutes, SHA-256 of the checkpoint
   scores.json    what the scoring script reported
   config.json, metrics.jsonl  of the run that trained the weights that were scored
