@@ -1,7 +1,7 @@
-"""Processes that read data: a batch that one of them cannot hand over ends the run with the reason.
+"""Data workers whose failures end the run with the reason.
 
-PyTorch moves a batch into shared memory in a thread of the queue between the processes. What fails there is printed
-and the batch is dropped, and the main process waits for it forever.
+PyTorch moves a batch into shared memory in a thread of the queue between the processes. An error in that thread is
+printed and the batch dropped, and the main process waits for it forever.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from utils.errors import UserError
 SHARED_MEMORY = "/dev/shm"
 WORKER_GRACE = 60  # seconds that a worker outlives SIGTERM if the main process does not end it
 EXIT_LOST_BATCH = 75
-# How PyTorch's and Python's errors about shared memory and open files begin, in the main process.
+# Beginnings of PyTorch's and Python's errors about shared memory and open files, in the main process.
 _HANDOVER_ERRORS = (
     "DataLoader worker",
     "Pin memory thread",
@@ -43,7 +43,7 @@ def data_loader(
         dataset: what to read.
         workers: processes that read; 0 reads in this one.
         device: where the batches are used; those for a GPU are put into pinned memory.
-        collate: turns samples into a batch; None takes PyTorch's.
+        collate: turns samples into a batch; None: PyTorch's default.
         settings: further arguments of ``DataLoader``.
     """
     return DataLoader(
@@ -60,7 +60,7 @@ def data_loader(
 
 
 class SharedBatches:
-    """Collate function that moves batches into shared memory where a failure reaches the main process.
+    """Collate function that moves the batch into shared memory itself, so that a failure reaches the main process.
 
     Args:
         collate: turns samples into a batch.
@@ -73,7 +73,7 @@ class SharedBatches:
         """Make a batch.
 
         Raises:
-            UserError: shared memory or open files do not suffice.
+            UserError: out of shared memory or file descriptors.
         """
         if get_worker_info() is None:
             return self.collate(samples)
@@ -89,7 +89,7 @@ class SharedBatches:
 
 
 def _tensors(batch: Any) -> Iterator[Tensor]:
-    """Yield the tensors of a batch that have values."""
+    """Yield the tensors of a batch that are not empty."""
     if isinstance(batch, Tensor):
         if batch.numel():
             yield batch
@@ -102,12 +102,12 @@ def _tensors(batch: Any) -> Iterator[Tensor]:
 
 
 def _about_shared_memory(error: Exception) -> bool:
-    """Return whether an error is PyTorch's about a file in shared memory, not one of the collate function."""
+    """Return whether an error comes from shared memory rather than from the collate function."""
     return "/torch_" in str(error) or "shared memory" in str(error) or isinstance(error, OSError)
 
 
 def no_shared_memory(error: Exception) -> str:
-    """Message for a batch that does not fit into shared memory: the reason, what there is, and what to do."""
+    """Return the message for a batch that does not fit into shared memory: reason, size, fix."""
     reason = (str(error).splitlines() or [type(error).__name__])[0].strip()
     try:
         space = os.statvfs(SHARED_MEMORY)
@@ -121,28 +121,28 @@ def no_shared_memory(error: Exception) -> str:
 
 
 def start_worker(worker: int) -> None:
-    """Set up a data worker: signals, and no error that would lose a batch without a word.
+    """Set up signals and error handling in a data worker.
 
-    Ctrl-C and SIGTERM reach the whole group, but the main process ends its workers itself. A worker that it does not
-    end goes ``WORKER_GRACE`` seconds after SIGTERM.
+    Ctrl-C and SIGTERM reach the whole process group, but the main process ends its workers itself. A worker left over
+    exits ``WORKER_GRACE`` seconds after SIGTERM.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE))
-    # Batches leave by the queue's thread, and their tensors' file descriptors by another one.
+    # The queue's thread sends batches, another one their file descriptors; neither may lose a batch silently.
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda error, batch: _end_worker(error))
     sys.excepthook = lambda kind, error, trace: _end_worker(error)
     threading.excepthook = lambda args: _end_worker(args.exc_value)
 
 
 def _end_worker(error: BaseException | None) -> None:
-    """End this worker, which the main process notices, unlike a batch that is missing."""
+    """Exit this worker: the main process notices that, but would wait forever for a missing batch."""
     traceback.print_exception(error, file=sys.stderr)
     sys.stderr.flush()
     os._exit(EXIT_LOST_BATCH)
 
 
 def is_handover_error(error: Exception) -> bool:
-    """Return whether an error in the main process is of the connection to a data worker, not one that a worker met."""
-    if str(error).startswith("Caught "):  # a worker's error comes with the text of its traceback
+    """Return whether an error in the main process concerns the connection to a worker, not the data it read."""
+    if str(error).startswith("Caught "):  # raised in the worker; PyTorch prepends this to its traceback
         return False
     return isinstance(error, OSError | EOFError) or str(error).startswith(_HANDOVER_ERRORS)

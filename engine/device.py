@@ -1,4 +1,4 @@
-"""Which device a run takes."""
+"""Choice of the device."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ logger = logging.getLogger("crossnet")
 
 
 def resolve_device(name: str = "auto") -> torch.device:
-    """Turn the ``--device`` flag into the CPU, or a GPU with its index, which becomes the process's current GPU.
+    """Resolve the ``--device`` flag to the CPU, or to a GPU with its index, which becomes the current GPU.
 
-    Several processes on a machine get one GPU each. ``auto`` takes a GPU only if that GPU computes; otherwise,
-    in a single process, it warns and takes the CPU.
+    Several processes on a machine get one GPU each. ``auto`` picks a GPU only if a small kernel runs on it; otherwise
+    a single process warns and falls back to the CPU.
 
     Raises:
-        UserError: the name is not a device, the device is not there or not supported, several processes would share it,
-            the launcher does not say which GPU this process gets, or the environment asks for kernels that the device
-            does not run (``models.ops.backend``).
+        UserError: the device is unknown, missing or not supported, several processes would share it, the launcher does
+            not say which GPU this process gets, or the environment asks for kernels that the device cannot run
+            (``models.ops.backend``).
     """
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:
@@ -44,15 +44,15 @@ def resolve_device(name: str = "auto") -> torch.device:
 
 
 def _one_of_several() -> bool:
-    """Whether a launcher says that this process is one of several."""
+    """Return whether a launcher started this process as one of several."""
     return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def _own_gpu(device: torch.device) -> torch.device:
-    """Give a CUDA device its index: the one asked for, that of this process on its machine, or the current one.
+    """Return a CUDA device with its index: the requested one, the local rank, or the current GPU.
 
     Raises:
-        UserError: several processes would share a GPU, or cannot tell which one they get.
+        UserError: several processes would share a GPU, or the launcher does not set LOCAL_RANK.
     """
     count = torch.cuda.device_count()
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -74,6 +74,6 @@ def _own_gpu(device: torch.device) -> torch.device:
 
 
 def _check_that_it_computes(device: torch.device) -> None:
-    """Run one small kernel: a driver, or a card too old for this PyTorch, may refuse what ``is_available`` promises."""
+    """Run one small kernel: it may fail although ``is_available`` (old driver, or a card this PyTorch left behind)."""
     if torch.ones(2, device=device).sum().item() != 2:
         raise RuntimeError(f"{device} computes wrong sums")

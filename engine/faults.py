@@ -21,27 +21,30 @@ logger = logging.getLogger("crossnet")
 
 @contextlib.contextmanager
 def postponed(number: int) -> Iterator[None]:
-    """Inside, a signal waits for the end: PyTorch answers the end of a data worker by an error, wherever it comes."""
+    """Defer a signal until the block exits.
+
+    When a data worker dies, PyTorch raises from its SIGCHLD handler, at whatever line is running.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    came = False
+    received = False
 
     def remember(*_: object) -> None:
-        nonlocal came
-        came = True
+        nonlocal received
+        received = True
 
     before = signal.signal(number, remember)
     try:
         yield
     finally:
         signal.signal(number, before)
-        if came and callable(before):
+        if received and callable(before):
             before(number, None)
 
 
 def worker_gone(error: Exception) -> UserError:
-    """The error for a killed data worker."""
+    """Return the error for a data worker that died."""
     reason = (str(error).splitlines() or [type(error).__name__])[0].strip()
     return UserError(
         f"a process that reads data is gone ({reason}), perhaps for want of memory, shared memory (/dev/shm; in a "
@@ -71,14 +74,14 @@ def batches(loader: DataLoader) -> Iterator[Any]:
 
 
 def stop_workers(loader: DataLoader) -> None:
-    """End the data workers: after an error its traceback keeps their iterator alive, which would end them late."""
+    """End the data workers now: the traceback of an error would keep their iterator alive."""
     if loader._iterator is not None:
         loader._iterator._shutdown_workers()
 
 
 @contextlib.contextmanager
 def data_workers(task: Task) -> Iterator[DataLoader]:
-    """Batches of the task's sampler, read by ``config.workers`` processes, which end with the block."""
+    """Yield a loader over the task's sampler; its ``config.workers`` processes end with the block."""
     workers = task.config.workers
     loader = data_loader(
         task.dataset,
@@ -96,14 +99,14 @@ def data_workers(task: Task) -> Iterator[DataLoader]:
 
 
 class Stop:
-    """Whether SIGTERM has come to this process."""
+    """Whether this process has received SIGTERM."""
 
     requested = False
 
 
 @contextlib.contextmanager
 def stop_on_sigterm() -> Iterator[Stop]:
-    """Note SIGTERM instead of dying of it; turn the error of a killed data worker into one that says so."""
+    """Record SIGTERM instead of dying from it; explain PyTorch's error about a killed data worker."""
     stop = Stop()
 
     def request(*_: object) -> None:
@@ -114,7 +117,7 @@ def stop_on_sigterm() -> Iterator[Stop]:
     try:
         yield stop
     except RuntimeError as error:
-        # PyTorch raises this at any moment, from its handler of SIGCHLD.
+        # Raised by PyTorch's SIGCHLD handler, at whatever line is running.
         if not str(error).startswith("DataLoader worker"):
             raise
         raise worker_gone(error) from error
@@ -124,10 +127,10 @@ def stop_on_sigterm() -> Iterator[Stop]:
 
 
 def exit_after_sigterm(run: Run) -> NoReturn:
-    """End the process: SIGTERM has come to one of the processes, and everything is saved.
+    """Exit after SIGTERM to any of the processes; everything has been saved.
 
     Raises:
-        SystemExit: with the exit code of a process that SIGTERM ended.
+        SystemExit: always, with the exit code of a process that SIGTERM ended.
     """
     last = run.folder / "last.pth"
     logger.warning("stopped by SIGTERM at step %d; go on from %s with --resume", run.progress.step, last)

@@ -1,9 +1,9 @@
-"""A whole batch's loss in the memory of a part of it (the gradient cache of Gao et al., arXiv:2101.06983).
+"""Loss of a large batch in the memory of a chunk (the gradient cache of Gao et al., arXiv:2101.06983).
 
-NT-Xent needs all projections of a batch at once, but not all activations. So the projections are computed first,
-without gradient, chunk by chunk; the loss of the whole batch gives the gradient at the projections; then each chunk is
-computed again, with gradient, and takes its part of it on. This costs one forward pass more. Batch statistics are those
-of a chunk; apart from that the gradients are exactly those of a single pass.
+NT-Xent needs all projections of a batch at once, but not all activations. The projections are first computed chunk by
+chunk without autograd; the loss of the whole batch gives the gradient with respect to the projections; then each chunk
+is recomputed with autograd enabled, and its slice of that gradient is backpropagated. This costs one additional forward
+pass. Batch statistics are those of a chunk; apart from that the gradients equal those of a single pass.
 """
 
 from __future__ import annotations
@@ -28,22 +28,23 @@ def backward_in_chunks(
     precision: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     scale: Callable[[Tensor], Tensor] = lambda loss: loss,
 ) -> Losses:
-    """Forward and backward pass of a batch; gradients are added to the parameters'.
+    """Run the forward and backward pass of a batch; gradients accumulate in the parameters.
 
-    Dropout and its like draw the same numbers in both passes over a chunk; running statistics change in the first only.
+    Random operations such as dropout draw the same numbers in both passes over a chunk; only the first pass updates
+    running statistics.
 
     Args:
-        network: a ``CrossNet``, or what wraps it to average gradients over processes.
+        network: a ``CrossNet``, possibly wrapped in DistributedDataParallel.
         inputs: what ``CrossNet.forward`` takes, each (B, ...).
-        chunk_size: objects of a chunk at most; chunks differ by one at most.
-        precision: context of the forward passes, for autocast.
-        scale: applied to the total loss before its gradient is taken.
+        chunk_size: largest number of objects in a chunk; chunk sizes differ by at most one.
+        precision: returns the context of the forward passes, such as autocast.
+        scale: applied to the total loss before its backward pass.
 
     Returns:
         The batch's losses, detached.
 
     Raises:
-        ValueError: the chunk size is below 2, with which batch norm has no statistics.
+        ValueError: the chunk size is below 2, too few for batch statistics.
     """
     if chunk_size < 2:
         raise ValueError(f"chunk_size = {chunk_size}: batch norm needs at least 2 objects")

@@ -1,7 +1,7 @@
-"""Stand-ins for harmless objects beside the weights in checkpoints of others: NumPy's numbers, options, paths.
+"""Stand-ins for harmless objects in foreign checkpoints: NumPy numbers, options, paths.
 
-``torch.load(weights_only=True)`` calls only what is registered as safe. What is registered here are the functions and
-classes below, under the names that a pickle has for NumPy's, argparse's and pathlib's: none of theirs is called.
+``torch.load(weights_only=True)`` calls only registered globals. This module registers its own functions and classes
+under the names that pickles use for those of NumPy, argparse and pathlib, so none of theirs is ever called.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class _Dtype:
 
 
 class _Unread:
-    """Stand-in for an object that is of no use here: an array, options, a path. Its content is dropped."""
+    """Stand-in for an array, options or a path, whose content is dropped."""
 
     def __new__(cls, *_: Any) -> _Unread:
         return super().__new__(cls)
@@ -46,7 +46,7 @@ class _Unread:
 
 
 def _scalar(dtype: Any, data: Any = b"") -> bool | int | float | complex:
-    """Return a NumPy number as Python's."""
+    """Return a NumPy number as a Python number."""
     if not (isinstance(dtype, _Dtype) and _NUMBER.fullmatch(dtype.code) and isinstance(data, bytes)):
         raise ValueError("a NumPy scalar in it is not a number")
     (value,) = np.frombuffer(data, np.dtype(dtype.code).newbyteorder(dtype.order))
@@ -54,12 +54,12 @@ def _scalar(dtype: Any, data: Any = b"") -> bool | int | float | complex:
 
 
 def _reconstruct(*_: Any) -> Any:
-    """Return the stand-in of an array, which is filled by its state."""
+    """Return the stand-in of an array; pickle then sets its state."""
     return _STAND_INS["numpy.ndarray"]()
 
 
 def _under_the_name(name: str, original: Any) -> Any:
-    """Return a copy of a function or a class that PyTorch registers under another name."""
+    """Return a copy of a function or class that PyTorch registers under another name."""
     if isinstance(original, type):
         copy = type(original.__name__, (original,), {})
     else:
@@ -93,7 +93,7 @@ _STAND_INS = {
 
 @contextlib.contextmanager
 def plain_objects() -> Iterator[None]:
-    """Register the stand-ins, and nothing else, for ``torch.load(weights_only=True)`` inside."""
+    """Register the stand-ins, and only these, for ``torch.load(weights_only=True)`` inside the block."""
     before = get_safe_globals()
     clear_safe_globals()
     add_safe_globals(list(_STAND_INS.values()))
