@@ -14,8 +14,9 @@ Examples:
   python train_crossnet_con.py --data_root data/demo --exp_name small --epochs 10 --batch_size 64 \
       --num_points 512 --image_size 64 --image_model resnet18
 
-The run folder <output_dir>/<exp_name> gets last.pth, previous.pth (the one before), best.pth (by the probe),
-config.json, metrics.jsonl, run.log and curves.png. Evaluate last.pth with downstream/classification/main.py.
+The run folder <output_dir>/<exp_name> gets last.pth, previous.pth (the one before), best.pth (by the probe or by
+held-out pairs), config.json, metrics.jsonl, run.log and curves.png. Evaluate last.pth with
+downstream/classification/main.py.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from datasets.pair_sources import read_shape_list
+from datasets.pair_sources import held_out_shapes, read_shape_list
 from datasets.registry import CLASSIFICATION_SETS, find_datasets
 from datasets.shapenet_render import ShapeNetRender, collate_pairs
 from datasets.streams import SampleStreams, Stream
@@ -43,6 +44,7 @@ from datasets.transforms import (
     RenderPixels,
     pretraining_augmentation,
 )
+from downstream.pair_validation import PairValidation
 from downstream.probe import LinearProbe
 from engine.config import RunConfig
 from engine.device import resolve_device
@@ -69,6 +71,7 @@ from utils.cli import (
     add_common_arguments,
     add_run_arguments,
     check_writable,
+    fraction,
     non_negative_float,
     non_negative_int,
     positive_float,
@@ -115,6 +118,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     g.add_argument(
         "--strict_data", action="store_true", help="stop at the first unreadable sample; default: at more than 1 %%"
+    )
+    g.add_argument(
+        "--val_fraction",
+        type=fraction,
+        default=0.0,
+        metavar="F",
+        help="share of the pairs to hold out of training, 2 at least; every epoch is judged on them, without labels",
     )
     g = parser.add_argument_group("point encoder")
     g.add_argument(
@@ -230,9 +240,10 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--svm_c", type=positive_float, default=0.01, metavar="C", help="of the linear SVM")
     g.add_argument(
         "--select_on",
-        choices=("val", "test"),
+        choices=("val", "test", "pairs"),
         default="val",
-        help="best.pth by held-out training clouds (val) or, as released, by the test set",
+        help="best.pth by the probe on held-out training clouds (val) or, as released, on the test set, or by the "
+        "least loss on the pairs of --val_fraction",
     )
     add_released_flags(parser, IN_PRETRAINING, datasets=("shapenet", "shapenetrender"))
     return parser
@@ -244,6 +255,7 @@ class PretrainConfig(RunConfig):
 
     list: str | None
     num_points: int | None
+    val_fraction: float
     image_size: int
     background: str
     strict_data: bool
@@ -294,6 +306,10 @@ class Pretraining(Task):
             strict=config.strict_data,
             num_points=config.num_points,
         )
+        self.held_out = held_out_shapes(self.dataset.ids, config.val_fraction, seed=config.seed)
+        if self.held_out:
+            pairs = self.dataset.subset(self.held_out)
+            self.dataset = self.dataset.subset(set(self.dataset.ids) - set(self.held_out))
         encoder = self.build_point_encoder()
         self.check_sizes()
         self.sampler = self.sampler_of(len(self.dataset), config.batch_size, parts=config.accumulate)
@@ -315,6 +331,11 @@ class Pretraining(Task):
                 part.compile()
         self.network = self.wrap_distributed(self.model)
         self.probes = self.build_probes()
+        self.pair_validation: PairValidation | None = None
+        if self.held_out:
+            self.pair_validation = PairValidation(
+                pairs, collate=self.collate, batch_size=config.test_batch_size, workers=config.workers
+            )
 
     def check_sizes(self) -> None:
         """Stop early where the settings do not fit the data."""
@@ -326,6 +347,8 @@ class Pretraining(Task):
                 f"--batch_size {config.batch_size}{times} is larger than the data set: {config.data_root} has {size} "
                 f"pairs; use --batch_size {size // (processes * config.accumulate)} or less"
             )
+        if config.select_on == "pairs" and not config.val_fraction:
+            raise UserError("--select_on pairs needs pairs that are held out of training, such as --val_fraction 0.05")
         if config.batch_size * (1 if config.no_sync_bn else processes) < 2:
             raise UserError("--batch_size 1 gives the loss no negatives and batch norm no statistics; use 2 or more")
         if config.chunk_size == 1:
@@ -359,15 +382,17 @@ class Pretraining(Task):
         root = config.eval_root or config.data_root
         names = find_datasets(root) if "auto" in config.eval_dataset else config.eval_dataset
         if not names:
-            logger.info("no classification set in %s: the run has no linear-SVM probe and no best.pth", root)
+            rest = "" if config.select_on == "pairs" else " and no best.pth (--select_on pairs needs no labels)"
+            logger.info("no classification set in %s: the run has no linear-SVM probe%s", root, rest)
         return [
             LinearProbe(name, root, num_points=config.eval_points, c=config.svm_c, batch_size=config.test_batch_size)
             for name in names
         ]
 
     def fingerprint(self) -> str:
-        """Which shapes are trained on, in which order."""
-        return hashlib.sha256("\n".join(self.dataset.ids).encode()).hexdigest()
+        """Which shapes are trained on, in which order, and which are held out."""
+        names = [*self.dataset.ids, *(f"held out: {name}" for name in self.held_out)]
+        return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
     def fresh_start(self, path: Path) -> str:
         """Return advice for training on from the weights in a checkpoint, for a message."""
@@ -448,12 +473,23 @@ class Pretraining(Task):
                 else f"{progress.bad} of {progress.read} samples could not be read, more than 1 %"
             )
 
+    def validate(self) -> tuple[dict[str, float], float | None]:
+        """Score the model on the held-out pairs; the least loss chooses ``best.pth`` if ``--select_on`` says so."""
+        if self.pair_validation is None:
+            return {}, None
+        scores = self.pair_validation(
+            self.model,
+            inputs_of=lambda batch: self.inputs_of(batch, epoch=0),
+            precision=lambda: autocast(self.device, self.config.amp),
+        )
+        return scores, -scores["val_loss"] if self.config.select_on == "pairs" else None
+
     def evaluate(self) -> tuple[dict[str, float], float | None]:
-        """Score the encoder by the probes; the first one chooses ``best.pth``."""
+        """Score the encoder by the probes; the first one chooses ``best.pth`` unless held-out pairs do."""
         scores: dict[str, float] = {}
         for probe in self.probes:
             scores.update(probe(self.model.point_encoder, device=self.device))
-        if not self.probes:
+        if not self.probes or self.config.select_on == "pairs":
             return scores, None
         return scores, scores[f"{self.probes[0].dataset}_{self.config.select_on}_accuracy"]
 
@@ -463,6 +499,7 @@ class Pretraining(Task):
         return {
             "encoder": describe_encoder(model.point_encoder),
             "point_encoder": model.point_encoder.state_dict(),
+            **({"held_out": self.held_out} if self.held_out else {}),
             "heads_and_image_encoders": {
                 key: value for key, value in model.state_dict().items() if not key.startswith("point_encoder.")
             },
@@ -493,10 +530,12 @@ class Pretraining(Task):
             *(dataset, len(dataset.skipped), points, self.total_steps),
             *(self.sampler.global_batch, world_size(), self.device),
         )
+        if self.held_out:
+            logger.info("%d pairs are held out; R@1 by chance is %.2g %%", len(self.held_out), 100 / len(self.held_out))
         if short := dataset.smaller_than(points):
             logger.warning(
                 "clouds of %d to %d points: %d of %d have fewer than %d, and their points repeat",
-                *(min(dataset.sizes), max(dataset.sizes), short, len(dataset), points),
+                *(min(dataset.sizes), max(dataset.sizes), short, len(dataset.sizes) - 1, points),
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -304,6 +305,28 @@ def read_shape_list(path: str | os.PathLike[str]) -> list[str]:
     if not ids:
         raise DataError(f"{path} names no shapes: expected one <synset>/<model_id> per line")
     return ids
+
+
+def held_out_shapes(ids: Sequence[str], fraction: float, *, seed: int) -> list[str]:
+    """Return the shapes to hold out of training, in the order of ``ids``: a function of the names and the seed.
+
+    Shapes are ranked by a hash of seed and name, so that adding a few shapes to the set changes few of the choices.
+
+    Args:
+        ids: ``<synset>/<model_id>`` of every shape.
+        fraction: of the shapes to hold out, rounded; at least 2 shapes if it is above 0.
+        seed: of the run.
+
+    Raises:
+        DataError: fewer than 2 shapes would remain for training.
+    """
+    if not fraction:
+        return []
+    count = max(2, round(fraction * len(ids)))
+    if len(ids) - count < 2:
+        raise DataError(f"--val_fraction {fraction} holds out {count} of {len(ids)} pairs; 2 at least must remain")
+    chosen = set(sorted(ids, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())[:count])
+    return [name for name in ids if name in chosen]
 
 
 def choose_shapes(ids: Sequence[str], wanted: Iterable[str], *, where: str) -> list[int]:

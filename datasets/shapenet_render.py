@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -66,6 +67,17 @@ class ShapeNetRender(Dataset):
         self.cloud_size = self.sizes[0]
         if num_points is not None and max(self.sizes) >= num_points:
             self.cloud_size = max(self.cloud_size, num_points)
+
+    def subset(self, only: Iterable[str]) -> ShapeNetRender:
+        """Return a data set of some of these shapes, with the same source and ``cloud_size``.
+
+        Args:
+            only: ids of the shapes.
+        """
+        only, part = set(only), copy.copy(self)
+        part._chosen = [i for i in self._chosen if self.source.ids[i] in only]
+        part.ids = [self.source.ids[i] for i in part._chosen]
+        return part
 
     def _look_at_sizes(self) -> list[int]:
         """Return the size of the first readable cloud; of all clouds if a sample of them shows that sizes differ."""

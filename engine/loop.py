@@ -55,8 +55,7 @@ def train_all_epochs(run: Run) -> dict[str, Any]:
             record = meter.end_epoch()
             if config.no_sync_bn:
                 broadcast_tensors(task.model.buffers())
-            if config.eval_every and (progress.epoch % config.eval_every == 0 or progress.epoch == config.epochs):
-                record |= evaluate(run)
+            record |= evaluate(run)
             run.folder.append_metrics(record)
             save(run, "last.pth")
             meter.log_epoch(record)
@@ -92,12 +91,16 @@ def train_epoch(run: Run, loader: DataLoader, meter: Meter, stop: Stop) -> None:
 
 
 def evaluate(run: Run) -> dict[str, float]:
-    """Score the task; keep the weights as ``best.pth`` if they are the best so far."""
-    scores, score = run.task.evaluate()
-    if score is not None and score > run.progress.best:
-        run.progress.best, run.progress.best_epoch = score, run.progress.epoch
-        save(run, "best.pth")
-    return scores
+    """Score the task as far as it is due; keep the weights as ``best.pth`` if they are the best so far."""
+    task, config, progress, record = run.task, run.config, run.progress, {}
+    due = config.eval_every and (progress.epoch % config.eval_every == 0 or progress.epoch == config.epochs)
+    for evaluation in (task.validate, task.evaluate) if due else (task.validate,):
+        scores, score = evaluation()
+        record |= scores
+        if score is not None and score > progress.best:
+            progress.best, progress.best_epoch = score, progress.epoch
+            save(run, "best.pth")
+    return record
 
 
 class Meter:

@@ -99,8 +99,9 @@ def resume(run: Run) -> bool:
     path, payload = found
     with checkpoint_errors(path):
         load_state(run, payload, path)
-    # In a new folder, or after the file was lost, the next score is the best there is.
-    if not broadcast_from_rank0(run.folder.has_best):
+    # In a new folder, after the file was lost, or chosen by another kind of score, the next score is the best there is.
+    other = payload["arguments"].get("select_on", run.config.select_on) != run.config.select_on
+    if not broadcast_from_rank0(run.folder.has_best) or other:
         run.progress.best, run.progress.best_epoch = Progress.best, Progress.best_epoch
     run.folder.cut_metrics(run.progress.epoch)
     logger.info("resumed %s: %d epochs and %d steps done", path, run.progress.epoch, run.progress.step)

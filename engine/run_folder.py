@@ -224,11 +224,15 @@ class RunFolder:
         """See ``draw_curves``."""
         from utils.pictures import Figure, save_figure
 
-        scores = sorted({key for record in records for key in record if key.endswith(("accuracy", "iou"))})
-        figure = Figure(figsize=(4.5 * (3 if scores else 2), 3.4), layout="constrained")
+        names = {key for record in records for key in record}
         panels = [("loss", ["loss", "loss_intra", "loss_cross"]), ("learning rate", ["lr"])]
-        if scores:
-            panels.append(("scores (%)", scores))
+        more = {
+            "loss on held-out pairs": [name for name in names if name.startswith("val_loss")],
+            "held-out views": [name for name in names if name.endswith(("alignment", "uniformity"))],
+            "scores (%)": [name for name in names if name.endswith(("accuracy", "iou", "r1"))],
+        }
+        panels += [(title, sorted(keys)) for title, keys in more.items() if keys]
+        figure = Figure(figsize=(4.5 * len(panels), 3.4), layout="constrained")
         for axis, (title, keys) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             for key in keys:
                 points = [(record["epoch"], record[key]) for record in records if record.get(key) is not None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -39,7 +40,7 @@ class Progress:
     seconds: float = 0.0  # spent on the current epoch
     waited: float = 0.0  # of which waiting for data
     sums: list[float] = field(default_factory=list)  # each loss over the epoch's steps
-    best: float = -1.0  # best score on the selection set
+    best: float = -math.inf  # best score on the selection set
     best_epoch: int = 0  # and the epoch it is of; 0 = none yet
     bad: int = 0  # unreadable samples met so far
     read: int = 0  # samples read so far
@@ -145,8 +146,12 @@ class Task(ABC):
     def count_bad_samples(self, batch: Any, progress: Progress) -> None:  # noqa: B027 - most have none
         """Called for every batch before its step."""
 
+    def validate(self) -> tuple[dict[str, float], float | None]:
+        """Return the scores of every epoch, and the one that chooses ``best.pth``, or None. For what is cheap."""
+        return {}, None
+
     def evaluate(self) -> tuple[dict[str, float], float | None]:
-        """Scores after an epoch, and the one that chooses ``best.pth``; None where nothing was scored."""
+        """Scores every ``eval_every`` epochs, and the one that chooses ``best.pth``; None where nothing was scored."""
         return {}, None
 
     def wrap_distributed(self, model: nn.Module) -> nn.Module:

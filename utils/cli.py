@@ -189,6 +189,14 @@ def positive_float(text: str) -> float:
     return value
 
 
+def fraction(text: str) -> float:
+    """Parse a number in [0, 1) (argparse type)."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
+    return value
+
+
 def write_json(path: str | os.PathLike[str] | None, metrics: Mapping[str, Any]) -> None:
     """Write one JSON object to ``path`` atomically; do nothing if ``path`` is None.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -15,9 +15,23 @@ from torch.nn.parallel import DistributedDataParallel
 Result = TypeVar("Result")
 
 
+_alone = False
+
+
 def is_distributed() -> bool:
-    """Return whether a process group is initialized."""
-    return dist.is_available() and dist.is_initialized()
+    """Return whether a process group is initialized, and this is not a computation of one process alone."""
+    return dist.is_available() and dist.is_initialized() and not _alone
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Act as a single process inside; otherwise a collective that the other ranks do not join would wait forever."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
 
 
 def rank() -> int:
@@ -79,10 +93,13 @@ def any_rank(flag: bool) -> bool:
 
 
 def broadcast_from_rank0(compute: Callable[[], Result]) -> Result:
-    """Call ``compute`` on rank 0 only and return its result on every rank."""
+    """Call ``compute`` on rank 0 only, as a single process, and return its result on every rank."""
     if world_size() == 1:
         return compute()
-    box = [compute() if is_main() else None]
+    box = [None]
+    if is_main():
+        with alone():
+            box = [compute()]
     dist.broadcast_object_list(box)
     return box[0]
 
