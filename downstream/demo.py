@@ -1,17 +1,17 @@
-"""The whole job on the embedded demo set, in minutes on two CPU cores: `make demo`.
+"""Pretrain, classify and segment on the embedded demo set, in minutes on two CPU cores: `make demo`.
 
-Does pretraining help? Each task is done without and with it, all else being equal:
-  classification  linear SVM on frozen features of DGCNN-cls; without pretraining its batch-norm statistics are set
+Does pretraining help? Each task runs without and with it, all else being equal:
+  classification  linear SVM on frozen DGCNN-cls features; without pretraining, batch-norm statistics are set first
   parts           part segmentation of shapes, fine-tuned from scratch and from the pretrained encoder
-  rooms           semantic segmentation of furnished rooms, likewise; area 5 is tested
-Pretraining sees 811 furniture models as clouds and pictures, without labels. A page with tables, curves and pictures
-goes to runs/demo/report.html, the numbers to runs/demo/report.json.
+  rooms           semantic segmentation of furnished rooms, likewise; tested on area 5
+Pretraining uses 811 furniture models as clouds and pictures, without labels. Tables, curves and pictures are written to
+runs/demo/report.html, the numbers to runs/demo/report.json.
 
 Examples:
   python -m downstream.demo
   python -m downstream.demo --tasks parts rooms --seeds 1 2 3 --output_dir runs/seeds
 
-A demo that was stopped continues when the same command is given again; its finished parts are kept.
+To continue a stopped demo, repeat the command: finished parts are kept.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from utils.cli import HelpFormatter, Settings, check_writable, positive_int, run
 from utils.errors import UserError
 from utils.reproducible import provenance
 
-# Small enough for two CPU cores; everything else has the released value.
+# Small enough for two CPU cores; all other settings are the released ones.
 PRETRAINING = {"batch_size": 32, "image_model": "resnet18", "workers": 1, "eval_every": 0, "log_every": 5}
 CLASSIFICATION = {"epochs": 3, "num_points": 512, "image_size": 64}
 SVM_C = ("0.01", "0.1", "1", "10")
@@ -65,23 +65,23 @@ class DemoConfig(Settings):
 
 
 class Score(NamedTuple):
-    """A number of the report."""
+    """A score in the report."""
 
     heading: str
-    path: tuple[str, ...]  # its place below a run's "test"
+    path: tuple[str, ...]  # keys below a run's "test"
 
 
 class Segmentation(NamedTuple):
-    """A fine-tuning task: settings of its two steps, and what of its result is shown.
+    """A fine-tuning task: settings of pretraining and fine-tuning, and the scores to show.
 
-    The settings were chosen on the validation part, with a separate seed.
+    The settings were chosen on the validation split, with a separate seed.
     """
 
     script: Callable[[list[str]], dict[str, Any]]
     encoder: Mapping[str, Any]
     pretraining: Mapping[str, Any]
     fine_tuning: Mapping[str, Any]
-    validation: Score  # what chooses the best epoch; its path is the name in metrics.jsonl
+    validation: Score  # chooses the best epoch; its path is the name in metrics.jsonl
     scores: Mapping[str, Score]
     pictures: Mapping[str, Any]
 
@@ -104,7 +104,7 @@ SEGMENTATION = {
         encoder={"model": "dgcnn_semseg", "k": 8, "emb_dims": 128},
         pretraining={"epochs": 3, "num_points": 256, "image_size": 32},
         fine_tuning={
-            # All points of a block: whole rooms are cut into blocks of as many.
+            # num_points None: all points of a block; whole rooms are cut into blocks of that size.
             **{"epochs": 8, "num_points": None, "batch_size": 8, "eval_every": 2},
             **{"train_area": "1,2", "test_area": 5, "protocol": "both"},
         },
@@ -125,22 +125,20 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m downstream.demo", description=__doc__, formatter_class=HelpFormatter
     )
     parser.add_argument("--data_root", default="data/demo", metavar="DIR", help="the demo set")
-    parser.add_argument(
-        "--output_dir", default="runs/demo", metavar="DIR", help="what the demo makes; a finished demo is replaced"
-    )
+    parser.add_argument("--output_dir", default="runs/demo", metavar="DIR", help="output; a finished demo is replaced")
     start = parser.add_mutually_exclusive_group()
     start.add_argument(
-        "--resume", action="store_true", help="continue a stopped demo also if the code has changed since (not advised)"
+        "--resume", action="store_true", help="continue a stopped demo even if the code has changed since (not advised)"
     )
     start.add_argument("--overwrite", action="store_true", help="start a stopped demo over")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, help="what to do")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, help="tasks to run")
     parser.add_argument(
         "--seeds",
         type=seed_number,
         nargs="+",
         default=[1],
         metavar="S",
-        help="of everything random; several give mean and standard deviation",
+        help="random seeds; several give mean and standard deviation",
     )
     parser.add_argument("--epochs", type=positive_int, metavar="E", help="of each pretraining (default: the task's)")
     parser.add_argument("--num_points", type=positive_int, metavar="N", help="points of a cloud (default: the task's)")
@@ -149,26 +147,26 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def flags(**settings: Any) -> list[str]:
-    """Keyword settings as a command line; what is None is left out."""
+    """Turn keyword settings into command-line words, leaving out None."""
     given = {name: value for name, value in settings.items() if value is not None}
     return [word for name, value in given.items() for word in (f"--{name}", *map(str, np.atleast_1d(value)))]
 
 
 def asked(config: DemoConfig) -> dict[str, int]:
-    """Settings of pretraining that the command line gives in the place of the tasks' own."""
+    """Return the pretraining settings that the command line overrides."""
     return {name: value for name in ("epochs", "num_points") if (value := getattr(config, name)) is not None}
 
 
 def finished(
     config: DemoConfig, script: Callable[[list[str]], dict[str, Any]], words: list[str], result: Path
 ) -> dict[str, Any]:
-    """Run a script, or take its result from a stopped demo that is continued.
+    """Run a script, or read its result if a continued demo has already finished it.
 
     Args:
-        config: of the demo.
-        script: its ``main``.
+        config: settings of the demo.
+        script: the script's ``main``.
         words: its command line.
-        result: the JSON file of its metrics, which it writes at its end.
+        result: the JSON file that it writes when it ends.
     """
     if config.keep and result.exists():
         print(f"kept: {result}", flush=True)
@@ -181,11 +179,11 @@ def stopped_demo(config: DemoConfig, settings: Mapping[str, Any]) -> bool:
     """Return whether the folder holds a stopped demo that this call continues.
 
     Args:
-        config: of this call.
-        settings: of this call, as the stopped one has written them.
+        config: settings of this call.
+        settings: the same as the stopped demo recorded them.
 
     Raises:
-        UserError: ``--resume`` and other settings than those of the stopped demo.
+        UserError: ``--resume``, but the settings differ from those of the stopped demo.
     """
     path = Path(config.output_dir) / UNFINISHED
     if config.overwrite or not path.exists():
@@ -193,7 +191,7 @@ def stopped_demo(config: DemoConfig, settings: Mapping[str, Any]) -> bool:
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
         changed = sorted(key for key in settings if before.get(key) != settings[key])
-    except (ValueError, AttributeError):  # cut off, or not ours
+    except (ValueError, AttributeError):  # truncated, or another file
         changed = [UNFINISHED]
     changed = [key for key in changed if not (config.resume and key in ("git_commit", "versions"))]
     if changed and config.resume:
@@ -204,7 +202,7 @@ def stopped_demo(config: DemoConfig, settings: Mapping[str, Any]) -> bool:
 
 
 def pretrain(config: DemoConfig, task: str, seed: int, **settings: Any) -> Path:
-    """Pretrain on the demo pairs; returns the checkpoint."""
+    """Pretrain on the demo pairs; return the checkpoint."""
     print(f"\n{task}: pretraining, seed {seed}", flush=True)
     folder, name = Path(config.output_dir) / task, f"pretraining_{seed}"
     train_crossnet_con.main(
@@ -219,7 +217,7 @@ def pretrain(config: DemoConfig, task: str, seed: int, **settings: Any) -> Path:
 
 
 def classify(config: DemoConfig) -> dict[str, Any]:
-    """Linear SVM, few-label SVM and retrieval on the demo classes, of the untrained and the pretrained encoder."""
+    """Score the untrained and the pretrained encoder: linear SVM, few-label SVM and retrieval on the demo classes."""
     folder, scores = Path(config.output_dir) / "classification", {}
     points = config.num_points or CLASSIFICATION["num_points"]
 
@@ -240,10 +238,10 @@ def classify(config: DemoConfig) -> dict[str, Any]:
 
 
 def segment(config: DemoConfig, name: str) -> dict[str, Any]:
-    """Fine-tune from scratch and pretrained, and draw what the pretrained model of the first seed predicts.
+    """Fine-tune from scratch and pretrained, and draw predictions of the first seed's pretrained model.
 
     Returns:
-        By start, the scores with their mean and deviation over seeds; the runs; settings.
+        Scores by start, with mean and deviation over seeds; the runs; the settings.
     """
     task, folder = SEGMENTATION[name], Path(config.output_dir) / name
     points = config.num_points or task.fine_tuning["num_points"]
@@ -282,12 +280,12 @@ def segment(config: DemoConfig, name: str) -> dict[str, Any]:
 
 
 def reported_checkpoint(record: Mapping[str, Any]) -> Path:
-    """The weights that a fine-tuning run's reported scores are of."""
+    """Return the checkpoint that a fine-tuning run's reported scores belong to."""
     return Path(record["folder"]) / ("last.pth" if record["best"] in (None, record["last"]) else "best.pth")
 
 
 def spread(runs: list[dict[str, Any]], path: tuple[str, ...]) -> dict[str, Any]:
-    """One score over runs: mean, standard deviation (0 for one run) and values."""
+    """Return one score over runs: mean, standard deviation (0 for a single run) and values."""
     values = []
     for record in runs:
         value: Any = reported_entry(record)[1]["test"]
@@ -299,7 +297,7 @@ def spread(runs: list[dict[str, Any]], path: tuple[str, ...]) -> dict[str, Any]:
 
 
 def summary(report: Mapping[str, Any]) -> list[str]:
-    """The main numbers, a line each."""
+    """Return the main numbers, one per line."""
     lines = []
     for name in ("untrained", "pretrained"):
         if name in report:
@@ -317,7 +315,7 @@ def summary(report: Mapping[str, Any]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Run the demo; returns what report.json holds."""
+    """Run the demo; return the content of report.json."""
     config = DemoConfig.from_flags(build_parser().parse_args(argv))
     folder = Path(config.output_dir)
     check_writable(folder)
@@ -333,10 +331,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 def make_report(config: DemoConfig, folder: Path) -> dict[str, Any]:
-    """Do the tasks and write the report; returns what report.json holds."""
+    """Run the tasks and write the report; return the content of report.json."""
     start = time.perf_counter()
     report: dict[str, Any] = {"tasks": [task for task in TASKS if task in config.tasks], "minutes": {}}
-    report["continued"] = config.keep  # then minutes and seconds are those since it was continued
+    report["continued"] = config.keep  # if so, times count from the continuation
     for task in report["tasks"]:
         begin = time.perf_counter()
         if task == "classification":
@@ -356,7 +354,7 @@ def make_report(config: DemoConfig, folder: Path) -> dict[str, Any]:
 
 
 def headings() -> dict[str, dict[str, str]]:
-    """Of each segmentation, what its scores are called."""
+    """Return the headings of each segmentation task's scores."""
     return {name: {key: score.heading for key, score in task.scores.items()} for name, task in SEGMENTATION.items()}
 
 

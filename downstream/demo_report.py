@@ -1,4 +1,4 @@
-"""The page of the demo: tables, curves and pictures in one HTML file."""
+"""The demo's report: tables, curves and pictures in one HTML file."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ SEGMENTATION_TITLES = {"parts": "Part segmentation", "rooms": "Semantic segmenta
 
 
 def embedded(picture: Callable[[], Figure] | Path, caption: str) -> str:
-    """Return a picture inside the page, so that the report is one file; a note where it cannot be drawn.
+    """Return a figure with the picture embedded in the page, or a note if it cannot be drawn.
 
     Args:
-        picture: what draws it, or its file.
-        caption: below it.
+        picture: a function that draws it, or its file.
+        caption: text below it.
     """
     text = html.escape(caption)
     data = b""
@@ -51,7 +51,7 @@ def embedded(picture: Callable[[], Figure] | Path, caption: str) -> str:
 
 
 def png_of(figure: Figure) -> bytes:
-    """Return a figure as the content of a PNG file."""
+    """Encode a figure as PNG."""
     FigureCanvasAgg(figure)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=80)
@@ -59,19 +59,19 @@ def png_of(figure: Figure) -> bytes:
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """An HTML table whose first column names the rows; cells are HTML."""
+    """Return an HTML table whose first column names the rows; cells are HTML."""
     lines = ["".join(f"<th>{cell}</th>" for cell in head)]
     lines += [f"<th>{name}</th>" + "".join(f"<td>{cell}</td>" for cell in cells) for name, *cells in rows]
     return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
 
 
 def with_deviation(mean: float, std: float) -> str:
-    """Mean and deviation as a cell."""
+    """Format mean and deviation as a cell."""
     return f"{mean:.1f} &plusmn; {std:.1f}"
 
 
 def draw_pairs(data_root: str, *, seed: int, count: int = 6) -> Figure:
-    """Example pairs: the cloud, its two augmented views, the color and the gray rendering as the encoders see them."""
+    """Draw example pairs: the cloud, its two augmented views, the color and gray renderings that the encoders see."""
     pairs = ShapeNetRender(data_root, transform=RenderPixels(96), seed=seed)
     chosen = np.linspace(0, len(pairs) - 1, count).astype(int)
     figure = Figure(figsize=(11, 2.1 * count), layout="constrained")
@@ -111,12 +111,12 @@ def draw_pairs(data_root: str, *, seed: int, count: int = 6) -> Figure:
 
 
 def draw_validation(runs: Mapping[str, list[dict[str, Any]]], key: str, heading: str) -> Figure:
-    """Score on the held-out training data by epoch, a line per run.
+    """Plot the score on held-out training data by epoch, a line per run.
 
     Args:
         runs: records of fine-tuning by start.
-        key: the score in ``metrics.jsonl``.
-        heading: what it is called.
+        key: the score's name in ``metrics.jsonl``.
+        heading: label of the axis.
     """
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axes = figure.add_subplot()
@@ -134,7 +134,7 @@ def draw_validation(runs: Mapping[str, list[dict[str, Any]]], key: str, heading:
 
 
 def classification_section(folder: Path, report: Mapping[str, Any], data_root: str) -> str:
-    """Scores of frozen features, curves of pretraining, pairs, neighbors and confusions."""
+    """Write the section on frozen features: scores, pretraining curves, pairs, neighbors and confusions."""
     pretrained, rows = report["pretrained"], []
     for name in ("untrained", "pretrained"):
         scores = report[name]
@@ -147,9 +147,9 @@ def classification_section(folder: Path, report: Mapping[str, Any], data_root: s
             "<h2>Classification</h2>",
             table(["encoder", "all labels", *labels, "retrieval mAP"], rows),
             "<p>Accuracy of a linear SVM on frozen features of DGCNN-cls, and mean average precision of cosine "
-            f"retrieval, in percent of {pretrained['test_clouds']} test clouds of {pretrained['classes']} classes. "
-            f"&plusmn; is the deviation over {over}. C of the SVM is chosen by cross-validation on the training split. "
-            "The untrained encoder has its batch-norm statistics set on unlabeled clouds.</p>",
+            f"retrieval, in percent, on {pretrained['test_clouds']} test clouds of {pretrained['classes']} classes. "
+            f"&plusmn; is the deviation over {over}. The C of the SVM was chosen by cross-validation on the training "
+            "split. The batch-norm statistics of the untrained encoder were set on unlabeled clouds.</p>",
             embedded(
                 folder / "classification" / f"pretraining_{report['seeds'][0]}" / "curves.png",
                 "pretraining: losses and learning rate by epoch",
@@ -176,7 +176,7 @@ def classification_section(folder: Path, report: Mapping[str, Any], data_root: s
 
 
 def segmentation_section(folder: Path, name: str, result: Mapping[str, Any], headings: Mapping[str, str]) -> str:
-    """Scores from scratch and pretrained, validation by epoch, and the sheet of predictions."""
+    """Write a segmentation section: scores from scratch and pretrained, validation curves, predictions."""
     starts = list(result["runs"])
     several = len(result["runs"][starts[0]]) > 1
     rows = []
@@ -189,14 +189,15 @@ def segmentation_section(folder: Path, name: str, result: Mapping[str, Any], hea
         [
             f"<h2>{SEGMENTATION_TITLES[name]}</h2>",
             table(["fine-tuned", *headings.values()], rows),
-            f"<p>Percent of the test split, of the epoch that is {html.escape(result['reported'])}. Both have the same "
-            f"encoder ({settings_text(result['encoder'])}) and budget ({record['training_samples']} labeled training "
-            f"samples; {settings_text(result['fine_tuning'])}); the pretrained one saw unlabeled pairs before "
+            f"<p>Percent on the test split, at the epoch that is {html.escape(result['reported'])}. Both rows use the "
+            f"same encoder ({settings_text(result['encoder'])}) and budget "
+            f"({record['training_samples']} labeled training samples; {settings_text(result['fine_tuning'])}); the "
+            "pretrained one was first trained on unlabeled pairs "
             f"({settings_text(result['pretraining'])}).{deviation}</p>",
             embedded(
                 lambda: draw_validation(result["runs"], result["validation"]["key"], result["validation"]["heading"]),
-                "score on held-out training data by epoch; from scratch the running statistics of batch norm are still "
-                "near their start in the first epochs, which explains most of the early difference",
+                "score on held-out training data by epoch; from scratch, batch norm's running statistics are still "
+                "near their initial values in the first epochs, which explains most of the early difference",
             ),
             embedded(folder / name / "pictures" / "sheet.png", "pretrained: input, truth, prediction and errors"),
         ]
@@ -204,7 +205,7 @@ def segmentation_section(folder: Path, name: str, result: Mapping[str, Any], hea
 
 
 def settings_text(settings: Mapping[str, Any]) -> str:
-    """Settings in words."""
+    """Format settings as text."""
     given = {name.replace("_", " "): "all" if value is None else value for name, value in settings.items()}
     return html.escape(", ".join(f"{name} {value}" for name, value in given.items()))
 
@@ -215,20 +216,20 @@ def write_page(
     """Write report.html.
 
     Args:
-        folder: of the demo's output, with the pictures in it.
-        report: what report.json holds.
+        folder: the demo's output folder, with its pictures.
+        report: content of report.json.
         data_root: the demo set.
-        headings: of each segmentation task, what its scores are called.
+        headings: headings of each segmentation task's scores.
 
     Returns:
-        The page.
+        Path of the page.
     """
     seeds = report["seeds"]
     body = [
-        f"<p>Point encoders saw {report['pairs']} furniture models as clouds and pictures, without labels. Does that "
-        "help? Each task below is done without and with this pretraining. The models come from Sweet Home 3D (CC0 and "
-        "CC-BY 3.0, see <code>data/demo/ATTRIBUTION.md</code>), the labeled parts and rooms are made from rules. All "
-        f"in all this took {report['seconds'] / 60:.1f} minutes{' since it was continued' * report['continued']}.</p>"
+        f"<p>Point encoders were pretrained on {report['pairs']} furniture models as clouds and pictures, without "
+        "labels. Does that help? Each task below was run without and with this pretraining. The models come from Sweet "
+        "Home 3D (CC0 and CC-BY 3.0, see <code>data/demo/ATTRIBUTION.md</code>); rules generate the labeled parts and "
+        f"rooms. This took {report['seconds'] / 60:.1f} minutes{' since it was continued' * report['continued']}.</p>"
     ]
     if "classification" in report["tasks"]:
         body.append(classification_section(folder, report, data_root))
