@@ -45,7 +45,7 @@ class TransformNet(nn.Module):
     def forward(self, points: Tensor, neighbors: Tensor) -> Tensor:
         """Return a matrix (B, 3, 3) for each cloud (B, N, 3), given its neighbors (B * N, k)."""
         rows = edge_conv_two_layers(points.flatten(0, 1), neighbors, self.conv1, self.conv2)
-        x, _ = pool_pointwise([rows], len(points), self.conv3)
+        x, _ = pool_pointwise([rows], points.shape[0], self.conv3)
         x = F.leaky_relu(self.bn3(self.linear1(x)), LEAKY_SLOPE)
         x = F.leaky_relu(self.bn4(self.linear2(x)), LEAKY_SLOPE)
         return self.transform(x).unflatten(1, (3, 3))
@@ -94,9 +94,9 @@ class DGCNNCls(_DGCNN):
         """(B, N, 3) -> (B, 2 E) and four layers of rows."""
         shape, rows, layers = points.shape, points.flatten(0, 1), []
         for block in (self.conv1, self.conv2, self.conv3, self.conv4):
-            rows = edge_conv(rows, self.neighbors(rows.unflatten(0, shape[:2])), block, clouds=len(points))
+            rows = edge_conv(rows, self.neighbors(rows.unflatten(0, shape[:2])), block, clouds=points.shape[0])
             layers.append(rows)
-        return torch.cat(pool_pointwise(layers, len(points), self.conv5, with_mean=True), dim=1), layers
+        return torch.cat(pool_pointwise(layers, points.shape[0], self.conv5, with_mean=True), dim=1), layers
 
 
 class _DGCNNSeg(_DGCNN):
@@ -119,9 +119,9 @@ class _DGCNNSeg(_DGCNN):
         shape = points.shape
         x1 = edge_conv_two_layers(points.flatten(0, 1), first_neighbors, self.conv1, self.conv2)
         x2 = edge_conv_two_layers(x1, self.neighbors(x1.unflatten(0, shape[:2])), self.conv3, self.conv4)
-        x3 = edge_conv(x2, self.neighbors(x2.unflatten(0, shape[:2])), self.conv5, clouds=len(points))
+        x3 = edge_conv(x2, self.neighbors(x2.unflatten(0, shape[:2])), self.conv5, clouds=points.shape[0])
         layers = [x1, x2, x3]
-        pooled, _ = pool_pointwise(layers, len(points), self.conv6)
+        pooled, _ = pool_pointwise(layers, points.shape[0], self.conv6)
         return pooled, layers
 
 

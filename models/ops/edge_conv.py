@@ -34,7 +34,15 @@ from models.ops.batch_norm import (
 from models.ops.layers import max_over_points
 from models.ops.pooling import leaky_relu_gradient
 from models.ops.precision import at_least_float32, exact_products, without_autocast
-from models.ops.tiles import in_degree, neighbor_max, neighbor_sum, tiles_of_rows, transposed_sum, whole_clouds
+from models.ops.tiles import (
+    in_degree,
+    is_exporting,
+    neighbor_max,
+    neighbor_sum,
+    tiles_of_rows,
+    transposed_sum,
+    whole_clouds,
+)
 
 # Elements of one block of edges in a two-layer EdgeConv.
 _EDGE_TILE = {"cpu": 1 << 22, "cuda": 1 << 25}
@@ -308,6 +316,18 @@ def first_edge_layer(x: Tensor, neighbors: Tensor, block: nn.Sequential) -> tupl
     return a, c, *scale_and_shift(norm, moments.mean - constant, variance)
 
 
+def _edge_conv_of_plain_operations(x: Tensor, neighbors: Tensor, block: nn.Sequential) -> Tensor:
+    """``edge_conv`` by running statistics, in operations that torch.export records for any number of rows."""
+    conv, norm, activation = block
+    weight, offset = conv.weight.flatten(1), x.mean(0)  # the offset as in _EdgeConv
+    a, c = edge_terms(x - offset, weight)
+    mean = norm.running_mean - F.linear(offset, weight[:, x.shape[1] :])
+    scale, shift = scale_and_shift(norm, mean, norm.running_var)
+    sign = sign_of_gain(scale)
+    extremes = F.embedding(neighbors, a * sign).amax(1) * sign + c  # (P, k, C_out) -> (P, C_out)
+    return activation(torch.addcmul(shift, extremes, scale))
+
+
 def edge_conv(x: Tensor, neighbors: Tensor, block: nn.Sequential, *, clouds: int = 1) -> Tensor:
     """One-layer EdgeConv: max over neighbours j of ``block([x_j - x_i ; x_i])``.
 
@@ -323,12 +343,15 @@ def edge_conv(x: Tensor, neighbors: Tensor, block: nn.Sequential, *, clouds: int
     Raises:
         ValueError: the rows are not a whole number of clouds of one size.
     """
-    if len(x) % clouds:
+    if x.shape[0] % clouds:
         raise ValueError(f"{len(x)} rows are not {clouds} clouds of one size")
     conv, norm, activation = block
     with without_autocast(x.device), exact_products(x.device):
+        x = at_least_float32(x)
+        if is_exporting() and not uses_batch_statistics(norm):
+            return _edge_conv_of_plain_operations(x, neighbors, block)
         return _EdgeConv.apply(
-            *(at_least_float32(x), conv.weight.flatten(1), norm.weight, norm.bias),
+            *(x, conv.weight.flatten(1), norm.weight, norm.bias),
             *(norm, activation.negative_slope, neighbors, clouds, torch.is_grad_enabled()),
         )
 
@@ -356,7 +379,7 @@ def edge_conv_two_layers(x: Tensor, neighbors: Tensor, first: nn.Sequential, sec
         a, c = a * scale, torch.addcmul(shift, c, scale)
         width = max(weight.shape)
         rows = max(1, _EDGE_TILE.get(x.device.type, 1 << 24) // (neighbors.shape[1] * width))
-        tiles = list(zip(c.split(rows), neighbors.split(rows), strict=True))
+        tiles = [(c, neighbors)] if is_exporting() else list(zip(c.split(rows), neighbors.split(rows), strict=True))
 
         def hidden(center: Tensor, index: Tensor) -> Tensor:  # (p, C1), (p, k) -> (p * k, C1)
             edges = F.embedding(index, a) + center[:, None, :]
@@ -373,6 +396,8 @@ def edge_conv_two_layers(x: Tensor, neighbors: Tensor, first: nn.Sequential, sec
             return max_over_points(y.unflatten(0, index.shape))
 
         def recomputed(function, *inputs):
+            if is_exporting():
+                return function(*inputs)
             return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
         if uses_batch_statistics(norm):

@@ -7,7 +7,15 @@ from torch import Tensor
 
 from models.ops.backend import backend_for
 from models.ops.precision import at_least_float32, exact_products, without_autocast
-from models.ops.tiles import can_mark, closeness_factors, mark_places, runs_eagerly, tiles_of_clouds, unmark
+from models.ops.tiles import (
+    can_mark,
+    closeness_factors,
+    is_exporting,
+    mark_places,
+    runs_eagerly,
+    tiles_of_clouds,
+    unmark,
+)
 
 # Elements of one block of the distance matrix: small enough for a CPU's cache, large enough to fill a GPU.
 _TILE = {"cpu": 1 << 21, "cuda": 1 << 25}
@@ -79,6 +87,8 @@ def knn(points: Tensor, k: int) -> Tensor:
         if (kernels := backend_for(x)) and n <= kernels.MAX_ROW and x.shape[2] <= kernels.MAX_COORDINATES:
             return kernels.nearest(x, k)
         queries, others = closeness_factors(x)
+        if is_exporting():
+            return torch.bmm(queries, others).topk(k, dim=2, sorted=False).indices
         index = torch.empty(b, n, k, dtype=torch.int64, device=x.device)
         width = kernels.padded(n) if kernels and n <= kernels.MAX_ROW else n
         space = None  # every block's product takes the memory of the first, the largest

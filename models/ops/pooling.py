@@ -23,8 +23,9 @@ from models.ops.batch_norm import (
     uses_batch_statistics,
 )
 from models.ops.compiled import fused
+from models.ops.layers import apply_to_rows
 from models.ops.precision import at_least_float32, autocast_dtype
-from models.ops.tiles import ELEMENTWISE_TILE, tiles_of_clouds
+from models.ops.tiles import ELEMENTWISE_TILE, is_exporting, tiles_of_clouds
 
 
 def leaky_relu_gradient(grad: Tensor, before: Tensor, negative_slope: float) -> Tensor:
@@ -254,6 +255,10 @@ def pool_pointwise(
         Maximum and mean, each (B, E), at least float32.
     """
     conv, norm = block[0], block[1]
+    if is_exporting():
+        embedded = apply_to_rows(torch.cat(list(layers), dim=1), *block).unflatten(0, (clouds, -1))  # (B, N, E)
+        maximum = embedded.amax(1)
+        return maximum, embedded.mean(1) if with_mean else torch.zeros_like(maximum)
     return _Pool.apply(
         *(block, clouds, with_mean, torch.is_grad_enabled(), conv.weight.flatten(1), norm.weight, norm.bias),
         *(part.contiguous() for part in layers),

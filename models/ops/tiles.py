@@ -56,6 +56,14 @@ def runs_eagerly() -> bool:
     return not torch.compiler.is_compiling()
 
 
+def is_exporting() -> bool:
+    """Whether torch.export records the operations: it needs plain ones, and loops that do not depend on the sizes.
+
+    PyTorch before 2.7 does not tell; there an encoder exports for the sizes of its example only.
+    """
+    return getattr(torch.compiler, "is_exporting", bool)()
+
+
 def mark_places(values: Tensor, places: Tensor) -> Tensor:
     """Write a place into each value, so that a maximum brings its place along.
 
