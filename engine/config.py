@@ -1,4 +1,4 @@
-"""The settings of a run: what its flags mean, with types."""
+"""The settings of a run, typed."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from utils.reproducible import provenance
 
 @dataclass(kw_only=True)
 class RunConfig(Settings):
-    """What the loop, its checkpoints and its optimizer read; scripts add their own settings.
+    """Settings of the loop, its checkpoints and its optimizer; scripts add theirs.
 
     Attributes:
-        flags: every flag of the script by name, as written into ``config.json`` and checkpoints.
-        accumulate: parts of a step whose gradients add up.
+        flags: every flag of the script by name, as written to ``config.json`` and checkpoints.
+        accumulate: batches per optimizer step, whose gradients are averaged.
     """
 
     flags: dict[str, Any]
@@ -47,11 +47,11 @@ class RunConfig(Settings):
     accumulate: int = 1
 
     def provenance(self) -> dict[str, Any]:
-        """Return what the run's results depend on besides its data."""
+        """Return everything but the data that the run's results depend on."""
         return provenance(arguments=self.flags, processes=world_size())
 
     def resolve(self, **values: Any) -> None:
-        """Put what is in use in the place of what was asked for, in checkpoints too."""
+        """Replace requested values by those in use, in checkpoints too."""
         for name, value in values.items():
             setattr(self, name, value)
         self.flags.update(values)

@@ -133,5 +133,5 @@ def exit_after_sigterm(run: Run) -> NoReturn:
         SystemExit: always, with the exit code of a process that SIGTERM ended.
     """
     last = run.folder / "last.pth"
-    logger.warning("stopped by SIGTERM at step %d; go on from %s with --resume", run.progress.step, last)
+    logger.warning("stopped by SIGTERM at step %d; continue from %s with --resume", run.progress.step, last)
     raise SystemExit(EXIT_TERMINATED)

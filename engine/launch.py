@@ -102,7 +102,7 @@ def _explain_failure(error: BaseException) -> tuple[str, int]:
 def _lost(what: str) -> str:
     return (
         f"error: {what}: it was killed, perhaps for want of memory, or its machine is down. All processes end; "
-        "go on from the newest checkpoint with --resume"
+        "continue from the newest checkpoint with --resume"
     )
 
 

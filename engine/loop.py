@@ -1,4 +1,4 @@
-"""The loop that pretraining and fine-tuning share."""
+"""The training loop of pretraining and fine-tuning."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ logger = logging.getLogger("crossnet")
 
 
 def train(run: Run) -> dict[str, Any]:
-    """Train to the last epoch; returns its record.
+    """Train to the last epoch; return its record.
 
     Raises:
-        SystemExit: SIGTERM has come to one of the processes; everything is saved.
-        UserError: a loss or a weight is not finite, or a data worker is gone.
+        SystemExit: one of the processes received SIGTERM; everything is saved.
+        UserError: a loss or a weight is not finite, or a data worker died.
     """
     first = run.progress.step
     try:
@@ -46,7 +46,7 @@ def train(run: Run) -> dict[str, Any]:
 
 
 def train_all_epochs(run: Run) -> dict[str, Any]:
-    """Train to the last epoch, see ``train``."""
+    """Train to the last epoch; the part of ``train`` that may fail."""
     task, config, progress = run.task, run.config, run.progress
     meter, record = Meter(run), {}
     with stop_on_sigterm() as stop, deterministic(config.deterministic), data_workers(task) as loader:
@@ -60,11 +60,11 @@ def train_all_epochs(run: Run) -> dict[str, Any]:
             save(run, "last.pth")
             meter.log_epoch(record)
             if any_rank(stop.requested) and progress.epoch < config.epochs:
-                exit_after_sigterm(run)  # at once: whoever sent SIGTERM waits only so long
+                exit_after_sigterm(run)  # now: schedulers send SIGKILL soon after SIGTERM
             run.folder.draw_curves()
     meter.close()
     if not record and not (run.folder / "last.pth").exists():
-        save(run, "last.pth")  # resumed from the best.pth of a finished run, in place of a damaged last.pth
+        save(run, "last.pth")  # resumed a finished run from best.pth, since last.pth was damaged
     return record or broadcast_from_rank0(lambda: next(reversed(list(run.folder.metrics())), {}))
 
 
@@ -107,7 +107,7 @@ class Meter:
     """Losses, times and the log of a run; losses stay on the device until they are flushed.
 
     Args:
-        run: to report on.
+        run: the run to report on.
     """
 
     def __init__(self, run: Run) -> None:
@@ -119,16 +119,16 @@ class Meter:
         self.bar = tqdm(total=run.task.total_steps, initial=run.progress.step, unit="step", disable=hidden)
 
     def timed(self, loader: DataLoader) -> Iterator[Any]:
-        """Batches; the time until each one is here counts as waiting."""
+        """Yield batches; the time until each arrives counts as waiting."""
         self.last = time.perf_counter()
         for batch in batches(loader):
             self.run.progress.waited += time.perf_counter() - self.last
             yield batch
             self.bar.update()
-            self.last = time.perf_counter()  # saving is neither training nor waiting for data
+            self.last = time.perf_counter()  # saving counts neither as training nor as waiting
 
     def add(self, losses: torch.Tensor, *, flush: bool) -> None:
-        """Take a step's losses; fetch and log all that are pending, every ``log_every`` steps or if asked to."""
+        """Add a step's losses; flush and log every ``log_every`` steps, or on request."""
         progress = self.run.progress
         self.pending.append(losses)
         fetched = self.flush() if flush or len(self.pending) == self.run.config.log_every else None
@@ -137,10 +137,13 @@ class Meter:
             self.log_progress(fetched)
 
     def flush(self) -> list[float]:
-        """Fetch the pending losses, the only wait for the device; stop if one is not finite.
+        """Fetch the pending losses: the only device synchronization of the loop.
 
         Returns:
-            The mean of each, over the processes too.
+            The mean of each loss, over the processes too.
+
+        Raises:
+            UserError: a loss is not finite.
         """
         progress = self.run.progress
         losses = (all_reduce_sum(torch.stack(self.pending)) / world_size()).cpu()
@@ -149,14 +152,14 @@ class Meter:
         bad = (~losses.isfinite().all(1)).nonzero()
         if len(bad):
             raise self.run.not_finite("the loss is", first + int(bad[0]) + 1)
-        # One after another, so that the sum does not depend on how often the losses are fetched.
+        # Sequentially, so that the sum does not depend on how often losses are fetched.
         for step in losses.double().tolist():
             sums = progress.sums or [0.0] * len(step)
             progress.sums = [a + b for a, b in zip(sums, step, strict=True)]
         return losses.mean(0).tolist()
 
     def end_epoch(self) -> dict[str, Any]:
-        """Count an epoch; returns its record for ``metrics.jsonl``."""
+        """Finish an epoch; return its record for ``metrics.jsonl``."""
         task, progress = self.run.task, self.run.progress
         steps = len(task.sampler)
         record = {
@@ -171,7 +174,7 @@ class Meter:
         return record
 
     def log_progress(self, losses: list[float]) -> None:
-        """Show the losses: on the bar where somebody looks, as lines elsewhere."""
+        """Show the losses on the progress bar, or as log lines if there is no terminal."""
         task, progress, epochs = self.run.task, self.run.progress, self.run.config.epochs
         rate = self.run.optimizer.param_groups[0]["lr"]
         self.bar.set_description(f"epoch {progress.epoch + 1}/{epochs}")
@@ -189,11 +192,11 @@ class Meter:
             )
 
     def log_epoch(self, record: Mapping[str, Any]) -> None:
-        """Log an epoch's record, and mirror it."""
+        """Log an epoch's record and mirror it."""
         logger.info("  ".join(f"{key} {value:.4g}" for key, value in record.items()))
         self.tracker.log(record, step=self.run.progress.step)
 
     def close(self) -> None:
-        """End the bar and the mirror."""
+        """Close the progress bar and the mirror."""
         self.bar.close()
         self.tracker.finish()

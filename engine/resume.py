@@ -1,4 +1,4 @@
-"""Saving a run, and resuming it within an epoch: bit by bit the run that was not stopped."""
+"""Save a run, and resume it within an epoch, bit for bit as if it had not been stopped."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ logger = logging.getLogger("crossnet")
 
 @main_only
 def save(run: Run, name: str) -> None:
-    """Write a checkpoint into the run folder; never one with weights that are not finite.
+    """Write a checkpoint into the run folder, unless a weight is not finite.
 
     Raises:
         UserError: a weight is not finite, or the file cannot be written.
@@ -49,7 +49,7 @@ def save(run: Run, name: str) -> None:
 
 
 def changes_since(run: Run, payload: Mapping[str, Any]) -> list[str]:
-    """What is set otherwise than in a checkpoint's run, of what changes the result."""
+    """Describe the settings that change the result and differ from those of a checkpoint's run."""
     before, now, sampler = payload["arguments"], run.config.flags, run.task.sampler
     free = set(run.task.free_on_resume)
     if can_extend(run, payload):
@@ -70,7 +70,7 @@ def changes_since(run: Run, payload: Mapping[str, Any]) -> list[str]:
 
 
 def can_extend(run: Run, payload: Mapping[str, Any]) -> bool:
-    """Return whether a run of more epochs is the checkpoint's up to there: no step so far had another learning rate."""
+    """Return whether more epochs merely extend the checkpoint's run: its steps so far keep their learning rates."""
     task, before = run.task, payload["arguments"]["epochs"]
     if before >= task.config.epochs:
         return False
@@ -85,13 +85,13 @@ def can_extend(run: Run, payload: Mapping[str, Any]) -> bool:
 
 
 def resume(run: Run) -> bool:
-    """Continue a run from the checkpoint that ``config.resume`` means, see ``RunFolder.to_resume``.
+    """Continue a run from the checkpoint that ``config.resume`` selects (``RunFolder.to_resume``).
 
     Returns:
-        Whether there is one.
+        Whether there was one.
 
     Raises:
-        CheckpointError: one that cannot be read, of another kind, other settings, or other data.
+        CheckpointError: it cannot be read, or is of another kind, other settings or other data.
     """
     found = run.folder.to_resume(run.config.resume)
     if found is None:
@@ -99,7 +99,7 @@ def resume(run: Run) -> bool:
     path, payload = found
     with checkpoint_errors(path):
         load_state(run, payload, path)
-    # In a new folder, after the file was lost, or chosen by another kind of score, the next score is the best there is.
+    # best.pth is missing (new folder, lost file) or was chosen by another score: the next score becomes the best.
     other = payload["arguments"].get("select_on", run.config.select_on) != run.config.select_on
     if not broadcast_from_rank0(run.folder.has_best) or other:
         run.progress.best, run.progress.best_epoch = Progress.best, Progress.best_epoch
@@ -109,11 +109,15 @@ def resume(run: Run) -> bool:
 
 
 def load_state(run: Run, payload: Mapping[str, Any], path: Path) -> None:
-    """Load a checkpoint's weights, optimizer, random numbers and progress into a run; see ``resume``."""
+    """Load a checkpoint's weights, optimizer, random states and progress into a run.
+
+    Raises:
+        CheckpointError: as in ``resume``.
+    """
     task = run.task
     if payload.get("kind") != task.kind or "optimizer" not in payload:
         kind = task.kind.removeprefix("crossnet-")
-        raise CheckpointError(f"{path} is no {kind} checkpoint: --resume needs a last.pth of this script")
+        raise CheckpointError(f"{path} is not a {kind} checkpoint: --resume needs a last.pth of this script")
     changes = changes_since(run, payload)
     if changes:
         text = f"{path} was trained with other settings ({', '.join(changes)}): repeat them, or start a new run"

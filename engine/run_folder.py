@@ -1,4 +1,4 @@
-"""The run folder: settings, metrics, log, curves; and the optional mirror to Weights & Biases."""
+"""The run folder (settings, metrics, log, curves) and the optional mirror to Weights & Biases."""
 
 from __future__ import annotations
 
@@ -19,38 +19,38 @@ from utils.collectives import broadcast_from_rank0, is_main, main_only
 from utils.errors import CheckpointError, DamagedCheckpointError, UserError, warn_on_failure
 
 logger = logging.getLogger("crossnet")
-REPLACED = ".replaced"  # ending of files of an earlier run until the first step of the one that replaces it is done
-LOG_BYTES = 20_000_000  # some million steps
+REPLACED = ".replaced"  # suffix of an earlier run's files until the first step of the run that replaces it
+LOG_BYTES = 20_000_000  # about two million steps
 CHECKPOINTS = ("last.pth", "previous.pth", "best.pth")
 RUN_FILES = (*CHECKPOINTS, "config.json", "metrics.jsonl", "run.log", "curves.png", "result.json")
 
 
 class _RunLog(logging.handlers.RotatingFileHandler):
-    """``run.log``, moved to ``run.log.1`` when it is full; on a full disk lines are lost, not the run."""
+    """``run.log``, moved to ``run.log.1`` when full; a full disk costs lines, not the run."""
 
-    told = False
+    warned = False
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
             super().handleError(record)
-        elif not self.told:
+        elif not self.warned:
             print(f"warning: cannot write {self.baseFilename}: {error.strerror or error}", file=sys.stderr)
-            self.told = True
+            self.warned = True
 
 
 class RunFolder:
-    """Folder ``<output_dir>/<exp_name>`` of one run. What an earlier run left stays as it is until ``write_config``.
+    """Folder ``<output_dir>/<exp_name>`` of one run. An earlier run's files are untouched until ``write_config``.
 
-    Of several processes only the main one looks at it and writes to it.
+    Only rank 0 reads and writes it.
 
     Args:
         path: the folder.
-        overwrite: let this run take an earlier one's place.
-        resume: go on from ``auto``, this folder's checkpoint, or from the checkpoint of that path.
+        overwrite: replace an earlier run.
+        resume: ``auto`` continues from this folder's checkpoint, a path from that checkpoint.
 
     Raises:
-        UserError: it holds a run that is neither to be overwritten nor the one to go on with, or it cannot be written.
+        UserError: the folder holds a run that is neither resumed nor overwritten, or cannot be written.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = False, resume: str | None = None) -> None:
@@ -58,17 +58,17 @@ class RunFolder:
         self._replaced: list[str] = []
         self._damaged: list[Path] = []
         if is_main():
-            self._look(overwrite, resume)
+            self._check(overwrite, resume)
 
-    def _look(self, overwrite: bool, resume: str | None) -> None:
-        there = [name for name in RUN_FILES if (self.path / name).exists()]
-        goes_on = resume == "auto" or (resume is not None and Path(resume).resolve().parent == self.path.resolve())
-        self._replaced = [] if goes_on else there
-        if there and not (overwrite or goes_on):
+    def _check(self, overwrite: bool, resume: str | None) -> None:
+        present = [name for name in RUN_FILES if (self.path / name).exists()]
+        continues = resume == "auto" or (resume is not None and Path(resume).resolve().parent == self.path.resolve())
+        self._replaced = [] if continues else present
+        if present and not (overwrite or continues):
             if resume and not Path(resume).is_file():
                 raise UserError(f"--resume {resume}: there is no such file; without a path it takes the run's newest")
             raise UserError(
-                f"{self.path} holds an earlier run ({', '.join(there)}): go on with --resume, replace it with "
+                f"{self.path} holds an earlier run ({', '.join(present)}): continue it with --resume, replace it with "
                 "--overwrite, or choose another --exp_name"
             )
         check_writable(self.path)
@@ -77,13 +77,13 @@ class RunFolder:
         return self.path / name
 
     def to_resume(self, resume: str | None) -> tuple[Path, dict[str, Any]] | None:
-        """Checkpoint that ``--resume`` means, and its content.
+        """Return the checkpoint that ``--resume`` selects, with its content.
 
         Args:
-            resume: None, ``auto`` (this run's newest one that is whole, if there is any) or a path.
+            resume: None, ``auto`` (this run's newest intact checkpoint, if any) or a path.
 
         Raises:
-            CheckpointError: the one asked for cannot be read, or all of this run are damaged.
+            CheckpointError: the requested file cannot be read, or all of this run's are damaged.
         """
         if resume is None:
             return None
@@ -93,7 +93,7 @@ class RunFolder:
         try:
             return path, load_checkpoint(path)
         except DamagedCheckpointError as error:
-            raise CheckpointError(f"{error}; --resume without a path takes the run's newest whole one") from error
+            raise CheckpointError(f"{error}; --resume without a path takes the run's newest intact one") from error
 
     def _newest(self) -> tuple[Path, dict[str, Any]] | None:
         found = None
@@ -109,12 +109,12 @@ class RunFolder:
             if found is None or _steps(payload) > _steps(found[1]):
                 found = path, payload
         if found and self._damaged:
-            logger.warning("going on from %s, the newest that is whole", found[0])
+            logger.warning("continuing from %s, the newest intact one", found[0])
         elif self._damaged:
             names = ", ".join(path.name for path in self._damaged)
             verb = "is" if len(self._damaged) == 1 else "are"
             raise CheckpointError(
-                f"{self.path} has no whole checkpoint: {names} {verb} damaged; begin with --overwrite"
+                f"{self.path} has no intact checkpoint: {names} {verb} damaged; start over with --overwrite"
             )
         elif found is None:
             logger.info("%s does not exist yet: starting from the beginning", self / "last.pth")
@@ -123,12 +123,12 @@ class RunFolder:
         return found
 
     def has_best(self) -> bool:
-        """Whether there is a ``best.pth`` that is not known to be damaged."""
+        """Return whether ``best.pth`` exists and is not known to be damaged."""
         best = self / "best.pth"
         return best.exists() and best not in self._damaged
 
     def start_log(self) -> None:
-        """Send the log to the screen and, from ``write_config`` on, to ``run.log``; an earlier run's file is closed."""
+        """Log to the terminal and, from ``write_config`` on, to ``run.log``; close the log of an earlier run."""
         log_to_screen()
         for handler in list(logger.handlers):
             logger.removeHandler(handler)
@@ -138,36 +138,36 @@ class RunFolder:
 
     @main_only
     def write_config(self, config: Mapping[str, Any]) -> None:
-        """Take the folder over: set aside what is to be overwritten, write ``config.json``, open ``run.log``.
+        """Claim the folder: set aside files to be overwritten, write ``config.json``, open ``run.log``.
 
-        Called when nothing in the settings or the data can stop the run any more.
+        Call it once settings and data are known to be valid.
         """
         for name in self._replaced:
             os.replace(self / name, self / f"{name}{REPLACED}")
         for path in self._damaged:
             os.replace(path, path.with_name(path.name + ".damaged"))
-        for leftover in self.path.glob("*.tmp"):  # of a run that was killed while it wrote
+        for leftover in self.path.glob("*.tmp"):  # left by a run that was killed while writing
             leftover.unlink()
         write_json(self / "config.json", config)
         to_file = _RunLog(self / "run.log", encoding="utf-8", maxBytes=LOG_BYTES, backupCount=1)
         to_file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         for early in [handler for handler in logger.handlers if isinstance(handler, logging.handlers.MemoryHandler)]:
             early.setTarget(to_file)
-            early.close()  # hands on what was logged so far
+            early.close()  # flushes the lines logged so far
             logger.removeHandler(early)
         logger.addHandler(to_file)
 
     @main_only
     def keep_start(self) -> None:
-        """Remove what the run replaces, for good; called when its first step is done."""
+        """Delete the files that this run replaces; called after its first step."""
         for path in self.path.glob(f"*{REPLACED}"):
             path.unlink()
 
     @main_only
     def discard_start(self) -> None:
-        """Undo ``write_config`` after a start that failed: the folder is as it was, and can be started in again.
+        """Undo ``write_config`` after a start that failed, leaving the folder as it was.
 
-        Does nothing where a checkpoint or metrics lie: ``write_config`` did not begin that run.
+        Does nothing if there is a checkpoint or metrics: then the run had started earlier.
         """
         if any((self / name).exists() for name in (*CHECKPOINTS, "metrics.jsonl")):
             return
@@ -179,11 +179,11 @@ class RunFolder:
         for path in self.path.glob(f"*{REPLACED}"):
             os.replace(path, path.with_name(path.name.removesuffix(REPLACED)))
         with contextlib.suppress(OSError):
-            self.path.rmdir()  # if there is nothing else in it
+            self.path.rmdir()  # only if it is empty
 
     @main_only
     def append_metrics(self, record: Mapping[str, Any]) -> None:
-        """Add one line to ``metrics.jsonl``."""
+        """Append one line to ``metrics.jsonl``."""
         try:
             with open(self / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
@@ -191,7 +191,7 @@ class RunFolder:
             raise UserError(f"cannot write {self / 'metrics.jsonl'}: {error.strerror or error}") from error
 
     def metrics(self) -> Iterator[dict[str, Any]]:
-        """Records of ``metrics.jsonl``; a last line cut off by a crash is left out."""
+        """Yield the records of ``metrics.jsonl``, without a last line truncated by a crash."""
         path = self / "metrics.jsonl"
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
             try:
@@ -201,7 +201,7 @@ class RunFolder:
 
     @main_only
     def cut_metrics(self, epoch: int) -> None:
-        """Keep the records of the first ``epoch`` epochs: the rest is about to be trained again."""
+        """Keep the records of the first ``epoch`` epochs; later ones are about to be trained again."""
         kept = [record for record in self.metrics() if record["epoch"] <= epoch]
         temporary = self / "metrics.jsonl.tmp"
         try:
@@ -212,7 +212,7 @@ class RunFolder:
 
     @main_only
     def draw_curves(self) -> None:
-        """Draw ``curves.png`` from ``metrics.jsonl``: losses, learning rate, and whatever scores there are."""
+        """Draw ``curves.png`` from ``metrics.jsonl``: losses, learning rate, and any scores."""
         records = list(self.metrics())
         if records:
             with warn_on_failure(str(self / "curves.png")):
@@ -221,7 +221,6 @@ class RunFolder:
             gc.collect()
 
     def _draw(self, records: list[dict[str, Any]]) -> None:
-        """See ``draw_curves``."""
         from utils.pictures import Figure, save_figure
 
         names = {key for record in records for key in record}
@@ -247,7 +246,7 @@ class RunFolder:
 
 
 def _steps(payload: Mapping[str, Any]) -> int:
-    """Steps done at a checkpoint; -1 where it does not say."""
+    """Return the steps done at a checkpoint, -1 if it does not say."""
     progress = payload.get("progress")
     steps = progress.get("step") if isinstance(progress, Mapping) else None
     return steps if isinstance(steps, int) else -1
@@ -258,8 +257,8 @@ class WandbMirror:
 
     Args:
         mode: ``disabled``, ``offline`` or ``online``.
-        name: of the run.
-        folder: where wandb keeps its files.
+        name: name of the run.
+        folder: folder for wandb's files.
         config: settings to show.
 
     Raises:
@@ -274,7 +273,7 @@ class WandbMirror:
             import wandb
 
             self._run = wandb.init(project="crossnet", name=name, dir=str(folder), config=dict(config), mode=mode)
-        except Exception as error:  # wandb raises its own kinds, which need the import to be named
+        except Exception as error:  # wandb's exception types cannot be named before the import
             raise UserError(f"wandb cannot start ({error}); --wandb disabled or offline needs no account") from error
 
     def log(self, record: Mapping[str, Any], *, step: int) -> None:

@@ -298,7 +298,7 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_newest_whole_one(root, refere
         assert (folder / f"{name}.damaged").read_bytes() == before[name]
         assert f"{name} is damaged" in (folder / "run.log").read_text()
     newest = max(left, key=left.get)
-    assert f"going on from {folder / newest}, the newest that is whole" in (folder / "run.log").read_text()
+    assert f"continuing from {folder / newest}, the newest intact one" in (folder / "run.log").read_text()
 
 
 def test_a_best_checkpoint_that_is_damaged_too_is_found_again(root, reference, tmp_path):
@@ -354,7 +354,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_never_started_over(root, ref
     folder = copy_run(reference, tmp_path)
     for name in CHECKPOINTS:
         cut_in_half(folder / name)
-    refused(root, tmp_path, "no whole checkpoint: .*are damaged.*--overwrite", *REFERENCE, "--resume")
+    refused(root, tmp_path, "no intact checkpoint: .*are damaged.*--overwrite", *REFERENCE, "--resume")
 
 
 def test_resume_into_a_new_folder_leaves_the_old_one_and_finds_a_best_again(root, reference, tmp_path):

@@ -543,7 +543,7 @@ def many_bad_samples(place: Place, rng: random.Random) -> None:
 
 
 def damaged_checkpoint(place: Place, rng: random.Random) -> None:
-    """The disk damages the newest checkpoint, or the two newest, or all: the newest whole one is taken, if any."""
+    """The disk damages the newest checkpoint, or the two newest, or all: the newest intact one is taken, if any."""
     out = place.copy()
     folder = out / "crossnet"
     names = CHECKPOINTS[: rng.randint(1, 3)]
@@ -554,7 +554,7 @@ def damaged_checkpoint(place: Place, rng: random.Random) -> None:
     before = contents(folder)
     if names == CHECKPOINTS:
         assert place.train(out, "--resume") == EXIT_USER_ERROR
-        assert "are damaged; begin with --overwrite" in place.output(out).split("error: ")[1]
+        assert "are damaged; start over with --overwrite" in place.output(out).split("error: ")[1]
         assert contents(folder) == before
         place.finish(out, "--overwrite")
         return
@@ -687,7 +687,7 @@ FAULTS: dict[str, tuple[Callable[[Place, random.Random], None], str]] = {
         (shared_memory_full, SINCE),
         (bad_sample, "the sample"),
         (many_bad_samples, "nothing; the run stops"),
-        (damaged_checkpoint, "the steps since the newest whole checkpoint, which are repeated bit for bit"),
+        (damaged_checkpoint, "the steps since the newest intact checkpoint, which are repeated bit for bit"),
         (lost_checkpoint, "the steps since the newest checkpoint left, which are repeated bit for bit"),
         (leftovers, SINCE),
         (pickle_bomb, "nothing; refused"),
