@@ -255,7 +255,7 @@ def test_resume_with_other_shapes_or_another_kind_of_file_is_an_error(root, refe
     encoder = load_checkpoint(folder / "last.pth")
     save_checkpoint(folder / "encoder.pth", {key: encoder[key] for key in ("encoder", "point_encoder")})
     flags = (*REFERENCE, "--resume", folder / "encoder.pth")
-    refused(root, tmp_path, "no pretraining checkpoint", *flags, kind=CheckpointError)
+    refused(root, tmp_path, "not a pretraining checkpoint", *flags, kind=CheckpointError)
     refused(root, tmp_path, "does not exist", *REFERENCE, "--resume", folder / "absent.pth", kind=CheckpointError)
 
 
