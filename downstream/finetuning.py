@@ -606,7 +606,7 @@ class FineTuning(Task):
         # A data set smaller than a batch is one batch.
         batch = min(config.batch_size, len(chosen) // world_size())
         self.sampler = self.sampler_of(len(chosen), batch, keep_rest=len(chosen) < DROP_REST_FROM)
-        self.validate, self.score, self.table = validate, score, dict(table)
+        self.score_held_out, self.score, self.table = validate, score, dict(table)
         self.identity, self.augmentation, self.per_batch = identity, augmentation, per_batch
 
     def learning_rate(self, step: int) -> float:
@@ -664,9 +664,9 @@ class FineTuning(Task):
 
     def evaluate(self) -> tuple[dict[str, float], float | None]:
         """Validate; return the scores and the one that selects the best epoch."""
-        if self.validate is None:
+        if self.score_held_out is None:
             return {}, None
-        scores = {key: value for key, value in self.validate(self.model).items() if isinstance(value, float)}
+        scores = {key: value for key, value in self.score_held_out(self.model).items() if isinstance(value, float)}
         return {f"{self.config.select_on}_{key}": value for key, value in scores.items()}, scores[self.score]
 
     def weights(self) -> dict[str, Any]:
@@ -737,7 +737,7 @@ def fine_tune(run: Run, test: Callable[[nn.Module], Scores], report: Iterable[st
         logger.info("fewer samples than --batch_size %d: each step uses all of them", config.batch_size)
     if calibrated:
         logger.info("the encoder's batch-norm statistics are those of %d samples", calibrated)
-    if task.validate is None:
+    if task.score_held_out is None:
         logger.info("nothing is held out, so the last epoch is reported instead of the best")
     start = time.perf_counter()
     train(run)
