@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -66,6 +67,19 @@ def check_cloud(points: np.ndarray, name: str) -> np.ndarray:
     return points
 
 
+def open_picture(data: bytes, *, formats: Sequence[str] = _IMAGE_FORMATS, max_pixels: int = _MAX_PIXELS) -> Image.Image:
+    """Decode a picture of one of some formats, of limited size.
+
+    Raises:
+        Exception: the data is not such a picture; Pillow raises many types.
+    """
+    image = Image.open(io.BytesIO(data), formats=formats)
+    if image.width * image.height > max_pixels:
+        raise ValueError(f"{image.width} x {image.height} pixels are more than {max_pixels:,}")
+    image.load()
+    return image
+
+
 def decode_image(data: bytes, name: str) -> Image.Image:
     """Decode a rendering.
 
@@ -73,10 +87,7 @@ def decode_image(data: bytes, name: str) -> Image.Image:
         DataError: the data is not a readable image.
     """
     try:
-        image = Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS)
-        if image.width * image.height > _MAX_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels are more than {_MAX_PIXELS:,}")
-        image.load()
+        image = open_picture(data)
     except Exception as error:  # Pillow raises many exception types on malformed files
         reason = "unknown image format" if isinstance(error, UnidentifiedImageError) else error
         raise DataError(f"{name} is not a readable PNG image ({reason}); download or render it again") from error

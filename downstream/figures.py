@@ -1,4 +1,4 @@
-"""Draw classification results: confusion matrix and retrieval sheet."""
+"""Draw results: confusion matrix, clouds and pictures of a sheet, retrieval sheet."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from downstream.retrieval import nearest
 from utils.errors import UserError
@@ -133,7 +134,18 @@ def draw_cloud(
     low, high = np.array([(v.min(), v.max()) for v in (across, height)]).T
     middle, radius = (low + high) / 2, 1.05 * max((high - low).max() / 2, 1e-9)
     limits = [(m - radius, m + radius) for m in middle]
-    axes.set(xlim=limits[0], ylim=limits[1], aspect="equal", xticks=[], yticks=[])
+    axes.set(xlim=limits[0], ylim=limits[1], aspect="equal")
+    _frame(axes, title=title, color=color)
+
+
+def draw_picture(axes: Axes, picture: Image.Image, *, title: str, color: str) -> None:
+    """Draw a picture, with a title and a frame of one color."""
+    axes.imshow(picture)
+    _frame(axes, title=title, color=color)
+
+
+def _frame(axes: Axes, *, title: str, color: str) -> None:
+    axes.set(xticks=[], yticks=[])
     axes.set_title(title, fontsize=8, color=color)
     for spine in axes.spines.values():
         spine.set_color(color)

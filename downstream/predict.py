@@ -133,8 +133,14 @@ class Report:
     files: list[str] = field(default_factory=list)
 
 
-def find_inputs(inputs: Sequence[str | Path]) -> tuple[dict[str, Path], dict[str, str]]:
+def find_inputs(
+    inputs: Sequence[str | Path], *, suffixes: Sequence[str] = SUFFIXES
+) -> tuple[dict[str, Path], dict[str, str]]:
     """Expand files, folders and patterns.
+
+    Args:
+        inputs: from the command line.
+        suffixes: endings of the files to take from folders.
 
     Returns:
         Paths by a name that no other one has, and reasons by input for what is not there.
@@ -144,7 +150,7 @@ def find_inputs(inputs: Sequence[str | Path]) -> tuple[dict[str, Path], dict[str
     for item in map(str, inputs):
         path = Path(item).expanduser()
         if path.is_dir():
-            files = [p for p in data_files(path, "**/*") if p.is_file() and p.suffix.lower() in SUFFIXES]
+            files = [p for p in data_files(path, "**/*") if p.is_file() and p.suffix.lower() in suffixes]
             found += [(p, "-".join(p.relative_to(path).with_suffix("").parts)) for p in files]
         elif path.is_file():
             found.append((path, path.stem))
@@ -153,7 +159,7 @@ def find_inputs(inputs: Sequence[str | Path]) -> tuple[dict[str, Path], dict[str
             files = [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).is_file()]
             found += [(p, p.stem) for p in files]
         if not files:
-            missing[item] = f"{item}: no such file, and no mesh or cloud there ({', '.join(SUFFIXES)})"
+            missing[item] = f"{item}: no such file, and nothing usable there ({', '.join(suffixes)})"
     unique = list({path.resolve(): (path, name) for path, name in found}.values())
     often = Counter(name.lower() for _, name in unique)
     names: dict[str, Path] = {}

@@ -13,6 +13,7 @@ COMMANDS = (
     "downstream.demo",
     "downstream.demo_report",
     "downstream.predict",
+    "downstream.search",
     "data.demo_makers",
 )
 

@@ -1,0 +1,107 @@
+"""A user's picture in the form that image encoders saw in pretraining: the object alone, centered, on transparency.
+
+Pretraining sees renderings with a transparent background, composited on one color. A photo of an object on a plain
+background, such as a catalog picture, can be brought into that form; any other background stays in the picture.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+from PIL import Image, ImageOps
+from scipy.ndimage import label
+
+from datasets.untrusted import open_picture
+from utils.errors import DataError
+
+PHOTO_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+PHOTO_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
+MAX_PIXELS = 1 << 26  # of a camera; without a limit, a file of a few kilobytes can exhaust memory
+WORKING_SIZE = 512  # longer sides are reduced first; image encoders see 224 pixels or fewer
+# Levels by which a background may deviate from its color (JPEG noise, soft shadows), and the share of the border that
+# must have the color for the background to count as plain.
+TOLERANCE, PLAIN_BORDER = 20, 0.9
+VISIBLE = 8  # alpha from which a pixel belongs to the object
+
+
+def read_photo(path: str | os.PathLike[str]) -> Image.Image:
+    """Read a picture, turned as its EXIF tag says.
+
+    Returns:
+        An RGBA image whose longer side has at most ``WORKING_SIZE`` pixels.
+
+    Raises:
+        DataError: the file cannot be read as a picture.
+    """
+    try:
+        with open(path, "rb") as file:
+            image = open_picture(file.read(), formats=PHOTO_FORMATS, max_pixels=MAX_PIXELS)
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16-bit gray, which Pillow would clip at 255 instead of scaling
+            image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+        image = image.convert("RGBA")
+    except Exception as error:  # Pillow raises many exception types on malformed files
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(
+            f"{path} is not a readable picture ({reason}); expected PNG, JPEG, WebP, BMP or TIFF"
+        ) from error
+    image.thumbnail((WORKING_SIZE, WORKING_SIZE))
+    return image
+
+
+def cut_out(image: Image.Image) -> tuple[Image.Image, str]:
+    """Make a plain background transparent: all pixels of its color that are connected to the border.
+
+    Args:
+        image: RGBA.
+
+    Returns:
+        The RGBA image, and what its background was: ``transparent`` (nothing was changed), ``plain`` (it is removed) or
+        ``kept``.
+    """
+    pixels = np.array(image)  # (H, W, 4)
+    if (pixels[:, :, 3] < VISIBLE).any():
+        return image, "transparent"
+    colors = pixels[:, :, :3].astype(np.int16)
+    border = np.concatenate([colors[0], colors[-1], colors[:, 0], colors[:, -1]])
+    near = np.abs(colors - np.median(border, axis=0)).max(2) <= TOLERANCE  # (H, W)
+    at_border = np.zeros_like(near)
+    at_border[[0, -1]] = at_border[:, [0, -1]] = True
+    if near[at_border].mean() < PLAIN_BORDER:
+        return image, "kept"
+    regions = label(near)[0]  # 0 where the color is another one
+    background = near & np.isin(regions, regions[at_border])
+    if background.all():
+        return image, "kept"
+    pixels[background] = 0
+    return Image.fromarray(pixels), "plain"
+
+
+def framed(image: Image.Image, *, fill: float = 0.0) -> Image.Image:
+    """Put an RGBA picture into the middle of a transparent square.
+
+    Args:
+        image: RGBA.
+        fill: share of the square's side that the visible part of the picture takes; 0 keeps everything around it.
+
+    Returns:
+        RGBA, black where nothing is visible.
+
+    Raises:
+        DataError: the picture is transparent all over.
+    """
+    pixels = np.array(image)
+    hidden = pixels[:, :, 3] < VISIBLE
+    if hidden.all():
+        raise DataError("the picture is transparent all over")
+    pixels[hidden] = 0
+    if fill:
+        rows, columns = (np.flatnonzero(~hidden.all(axis)) for axis in (1, 0))
+        pixels = pixels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    height, width = pixels.shape[:2]
+    side = round(max(height, width) / (fill or 1))
+    square = np.zeros((side, side, 4), np.uint8)
+    top, left = (side - height) // 2, (side - width) // 2
+    square[top : top + height, left : left + width] = pixels
+    return Image.fromarray(square)

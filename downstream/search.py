@@ -1,0 +1,398 @@
+"""Find shapes by a picture or by a shape, and measure how well pictures and shapes of pairs find one another.
+
+A checkpoint of train_crossnet_con.py keeps the image encoders and the projection heads, so that clouds and pictures can
+be compared:
+  image to shape  cosine of the projections that pretraining pulls together; of two image branches, of their mean
+  shape to shape  cosine of the encoder's features, centered on the gallery
+Without --query the pairs of --data_root are measured: R@1, R@5, R@10 (share of queries whose partner is among the
+first 1, 5, 10 of all pairs) and the median rank, in both directions, beside chance. Give pairs that pretraining did not
+see (--list). With --query the best shapes of --gallery are found, or of the pairs of --data_root. Files that cannot be
+used are named and skipped; the exit code is 1 then, and 2 if nothing could be used.
+
+Examples:
+  python downstream/search.py --model_path checkpoints/exp/last.pth --data_root data --list held_out.txt --sheet r.png
+  python downstream/search.py --model_path checkpoints/exp/last.pth --gallery ~/models --query photo.jpg --sheet r.png
+  python downstream/search.py --model_path checkpoints/exp/last.pth --gallery ~/models --query chair.obj --json r.json
+  python downstream/search.py --model_path checkpoints/exp/last.pth --data_root data --query photo.jpg --sheet r.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+from PIL import Image
+
+from data.rendering.cameras import Camera
+from data.shape_files import SUFFIXES
+from datasets.pair_sources import choose_shapes, open_source, read_shape_list
+from datasets.photos import PHOTO_SUFFIXES, cut_out, framed, read_photo
+from downstream.features import check_neighbors
+from downstream.figures import NEUTRAL, PICTURE_TYPES, RIGHT, WRONG, check_output_path, draw_cloud, draw_picture
+from downstream.pair_space import PairProjections, PairReader, PairSpace, pair_scores, project_pairs
+from downstream.predict import POINTS, Prediction, Predictor, Settings, find_inputs
+from downstream.retrieval import unit_rows
+from utils.cli import HelpFormatter, add_common_arguments, log_to_screen, positive_int, run, write_json
+from utils.errors import DataError, UserError
+from utils.pictures import Axes, Figure, save_figure
+from utils.progress import progress
+
+SHEET_POINTS = 4096
+
+
+@dataclass
+class Query:
+    """A query of a search, and what it found.
+
+    Attributes:
+        path: file of the query.
+        picture: as the image encoders get it, square, on the run's background; None for a shape.
+        points: (N, 3) of a shape.
+        background: of a picture: ``transparent``, ``plain`` (removed) or ``kept``.
+        order: numbers of the best items of the gallery, best first.
+        similarity: cosine of each.
+    """
+
+    path: Path
+    picture: Image.Image | None
+    points: np.ndarray | None
+    background: str | None
+    order: np.ndarray
+    similarity: np.ndarray
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure the pairs of ``--data_root``, draw the sheet, and return the scores.
+
+    Raises:
+        CheckpointError: the checkpoint has no projection heads.
+        DataError: no pair can be read, or a listed one is missing.
+    """
+    space = PairSpace(args.model_path, device=args.device)
+    read, rows = open_pairs(args, space)
+    pairs = project_pairs(space, read, rows, batch_size=args.batch_size)
+    metrics = {
+        "model_path": args.model_path,
+        "data_root": args.data_root,
+        "pairs": len(pairs.rows),
+        "num_points": read.num_points,
+        "seed": args.seed,
+        **pair_scores(pairs),
+        "skipped": pairs.skipped,
+    }
+    print(score_table(metrics))
+    if not args.list:
+        print("Pairs that pretraining has seen are easier: --list FILE measures on others.")
+    if args.sheet:
+        draw_pairs(space, read, pairs, args.sheet, rows=args.rows, top=args.top)
+    return metrics
+
+
+def open_pairs(args: argparse.Namespace, space: PairSpace) -> tuple[PairReader, list[int]]:
+    """Return a reader of the pairs of ``--data_root``, and the numbers of those to use."""
+    source = open_source(args.data_root)
+    rows = list(range(len(source.ids)))
+    if args.list:
+        rows = choose_shapes(source.ids, read_shape_list(args.list), where=args.data_root)
+    size = args.num_points or space.flags["num_points"] or source.size(rows[0]) or POINTS["features"]
+    check_neighbors(space.model.point_encoder, size, name=args.model_path)
+    return PairReader(source, num_points=size, seed=args.seed), rows
+
+
+def score_table(metrics: dict[str, Any]) -> str:
+    """Format the scores of pairs, one line per direction and branch."""
+    columns = {"recall_at_1": "R@1", "recall_at_5": "R@5", "recall_at_10": "R@10", "median_rank": "median rank"}
+    lines = [f"{metrics['pairs']} pairs".ljust(24) + "".join(text.rjust(13) for text in columns.values())]
+    entries = [
+        (f"{direction.replace('_', ' ')}, {branch}", scores)
+        for direction in ("image_to_shape", "shape_to_image")
+        for branch, scores in metrics[direction].items()
+    ]
+    for name, scores in [*entries, ("chance", metrics["chance"])]:
+        lines.append(name.ljust(24) + "".join(f"{scores[key]:13.1f}" for key in columns))
+    return "\n".join(lines)
+
+
+def draw_pairs(space: PairSpace, read: PairReader, pairs: PairProjections, path: str, *, rows: int, top: int) -> None:
+    """Draw pairs of evenly spaced numbers: left the picture with the shapes it finds, right the reverse.
+
+    Args:
+        space: the run's.
+        read: reads a pair.
+        pairs: the measured ones.
+        path: picture to write.
+        rows: number of queries in each direction.
+        top: best items to draw for each.
+    """
+    count, top = len(pairs.rows), min(top, len(pairs.rows))
+    queries = np.linspace(0, count - 1, min(rows, count)).round().astype(int)
+    clouds, pictures = unit_rows(pairs.clouds), unit_rows(pairs.pictures[space.branches[0]])
+    figure = Figure(figsize=(2.5 * (1 + top), 1.45 * len(queries) + 0.4), layout="constrained")
+    halves = figure.subfigures(1, 2, wspace=0.03)
+
+    def draw(axes: Axes, item: int, *, shape: bool, title: str, color: str) -> None:
+        if shape:
+            draw_cloud(axes, read.cloud(pairs.rows[item]), title=title, color=color)
+        else:
+            draw_picture(axes, space.pixels.flatten(read.picture(pairs.rows[item])), title=title, color=color)
+
+    for half, (by, of, shape, text) in zip(
+        halves,
+        ((pictures, clouds, True, "an image finds its shape"), (clouds, pictures, False, "a shape finds its image")),
+        strict=True,
+    ):
+        half.suptitle(f"{text} among {count}", fontsize=10)
+        for row, query in zip(half.subplots(len(queries), 1 + top, squeeze=False), queries, strict=True):
+            similarity = of @ by[query]
+            order = np.argsort(-similarity, kind="stable")
+            rank = 1 + int(np.flatnonzero(order == query)[0])
+            draw(row[0], query, shape=not shape, title=f"query; right: no. {rank}", color=NEUTRAL)
+            for axes, item in zip(row[1:], order[:top], strict=True):
+                color = RIGHT if item == query else WRONG
+                draw(axes, item, shape=shape, title=short_name(read.source.ids[pairs.rows[item]]), color=color)
+    save_figure(figure, path, dpi=110)
+
+
+def short_name(name: str, length: int = 20) -> str:
+    """Return the end of a name, without its folders."""
+    name = name.rsplit("/", 1)[-1]
+    return name if len(name) <= length else f"...{name[3 - length :]}"
+
+
+class Search:
+    """Searches the shapes of ``--gallery``, or those of the pairs.
+
+    Args:
+        args: the parsed command line.
+
+    Attributes:
+        gallery: what can be found.
+        skipped: why files were skipped, by path.
+
+    Raises:
+        CheckpointError: the checkpoint has no projection heads.
+        DataError: the gallery has no usable shape.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.space = args, PairSpace(args.model_path, device=args.device)
+        size = args.num_points or self.space.flags["num_points"] or POINTS["features"]
+        settings = Settings(task="features", num_points=size, up=args.up, device=args.device, seed=args.seed)
+        self.predictor = Predictor(args.model_path, settings)
+        self.gallery: list[Prediction] = []
+        self.skipped: dict[str, str] = {}
+        self.read_files() if args.gallery else self.read_pairs()
+        if not self.gallery:
+            raise DataError(f"the gallery has no usable shape: {'; '.join(list(self.skipped.values())[:3])}")
+        features = np.stack([item.features for item in self.gallery])  # (n, D)
+        self.middle = features.mean(0)
+        self.features = unit_rows(features - self.middle)
+        self.projections = unit_rows(self.space.project_features(features))
+
+    def read_files(self) -> None:
+        """Read the files of ``--gallery``."""
+        names, self.skipped = find_inputs(self.args.gallery)
+        for name, path in progress(names.items(), text="reading the gallery", unit="file"):
+            if (item := self.read_shape(path)) is not None:
+                self.gallery.append(item._replace(name=name))
+
+    def read_pairs(self) -> None:
+        """Read the shapes of the pairs of ``--data_root``."""
+        read, rows = open_pairs(self.args, self.space)
+        for i in progress(rows, text="reading the gallery", unit="shape"):
+            name, where = read.source.ids[i], read.source.where(i)
+            try:
+                points = read.cloud(i)
+            except DataError as error:
+                self.skipped[where] = str(error)
+                continue
+            features = self.space.features_of(points[None])[0]
+            self.gallery.append(Prediction(name, Path(where), points, features=features))
+
+    def read_shape(self, path: Path) -> Prediction | None:
+        """Read a shape and compute its features; None if it cannot be used."""
+        try:
+            # By the file's own name, so that a file is read alike as a query and in the gallery.
+            return self.predictor.predict(path, path.stem)
+        except (DataError, OSError) as error:
+            self.skipped[str(path)] = str(error)
+            return None
+
+    def __call__(self, path: Path) -> Query | None:
+        """Search by a file; None if it cannot be used."""
+        if path.suffix.lower() not in PHOTO_SUFFIXES:
+            shape = self.read_shape(path)
+            if shape is None:
+                return None
+            similarity = self.features @ unit_rows(shape.features[None] - self.middle)[0]
+            return Query(path, None, shape.points, None, *self.best(similarity))
+        try:
+            image, background = read_photo(path), "kept"
+            if not self.args.keep_background:
+                image, background = cut_out(image)
+            image = framed(image, fill=self.args.fill if background != "kept" else 0.0)
+        except DataError as error:
+            self.skipped[str(path)] = str(error)
+            return None
+        projected = self.space.project_pictures([image])[self.space.branches[0]]
+        picture = self.space.pixels.flatten(image).resize([self.space.image_size] * 2)
+        return Query(path, picture, None, background, *self.best(self.projections @ unit_rows(projected)[0]))
+
+    def best(self, similarity: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the numbers of the most similar items, best first, and their similarity."""
+        order = np.argsort(-similarity, kind="stable")[: self.args.top]
+        return order, similarity[order]
+
+
+def search(args: argparse.Namespace) -> dict[str, Any]:
+    """Search ``--gallery`` by every ``--query``, print and draw what is found, and return it.
+
+    Raises:
+        CheckpointError: the checkpoint has no projection heads.
+        DataError: no query, or no file of the gallery, can be used.
+    """
+    names, missing = find_inputs(args.query, suffixes=(*SUFFIXES, *PHOTO_SUFFIXES))
+    if not names:
+        raise DataError("; ".join(missing.values()))
+    engine = Search(args)
+    engine.skipped |= missing
+    queries = [query for path in progress(names.values(), text="searching", unit="query") if (query := engine(path))]
+    if not queries:
+        raise DataError(f"no query could be used: {'; '.join(list(engine.skipped.values())[:3])}")
+    found = []
+    for query in queries:
+        kind = "shape" if query.picture is None else f"picture, background {query.background}"
+        print(f"{query.path} ({kind})")
+        items = [
+            {"name": engine.gallery[i].name, "path": str(engine.gallery[i].path), "similarity": round(float(s), 4)}
+            for i, s in zip(query.order, query.similarity, strict=True)
+        ]
+        for item in items:
+            print(f"  {item['similarity']:6.3f}  {item['path']}")
+        found.append({"query": str(query.path), "background": query.background, "found": items})
+    if args.sheet:
+        draw_search(queries[: args.rows], engine.gallery, args.sheet, up=args.up)
+    return {
+        "model_path": args.model_path,
+        "gallery": [str(item.path) for item in engine.gallery],
+        "queries": found,
+        "skipped": engine.skipped,
+    }
+
+
+def draw_search(queries: Sequence[Query], gallery: Sequence[Prediction], path: str, *, up: str | None) -> None:
+    """Draw every query beside what it found; the query's own file has a green frame.
+
+    Args:
+        queries: one row each.
+        gallery: what was searched.
+        path: picture to write.
+        up: axis of the files that points up; None: y.
+    """
+    columns = 1 + len(queries[0].order)
+    figure = Figure(figsize=(1.5 * columns, 1.7 * len(queries)), layout="constrained")
+    for row, query in zip(figure.subplots(len(queries), columns, squeeze=False), queries, strict=True):
+        title = short_name(query.path.stem)
+        if query.picture is None:
+            draw_cloud(row[0], thinned(query.points), title=title, color=NEUTRAL, up=up or "y")
+        else:
+            draw_picture(row[0], query.picture, title=title, color=NEUTRAL)
+        for axes, i, similarity in zip(row[1:], query.order, query.similarity, strict=True):
+            item = gallery[i]
+            color = RIGHT if item.path.resolve() == query.path.resolve() else NEUTRAL
+            title = f"{short_name(item.name)}\n{similarity:.2f}"
+            draw_cloud(axes, thinned(item.points), title=title, color=color, up=up or "y")
+    save_figure(figure, path)
+
+
+def thinned(points: np.ndarray) -> np.ndarray:
+    """Return evenly spaced rows of (N, 3) points, at most ``SHEET_POINTS``."""
+    return points[:: -(-len(points) // SHEET_POINTS)]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the command line of this script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument(
+        "--model_path", required=True, metavar="FILE", help="checkpoint of train_crossnet_con.py, such as last.pth"
+    )
+    parser.add_argument("--batch_size", type=positive_int, default=32, metavar="B", help="pairs per forward pass")
+    parser.add_argument(
+        "--num_points",
+        type=positive_int,
+        metavar="N",
+        help="points of a cloud (default: the run's, or all; files 1,024)",
+    )
+    parser.add_argument("--top", type=positive_int, default=5, metavar="K", help="items to show for a query")
+    parser.add_argument("--sheet", metavar="FILE", help="draw queries with the best items (.png, .pdf)")
+    parser.add_argument("--rows", type=positive_int, default=8, metavar="R", help="queries on the sheet")
+    g = parser.add_argument_group("pairs of --data_root")
+    g.add_argument(
+        "--list", metavar="FILE", help="use these shapes only: one <synset>/<model_id>, or <model_id>, a line"
+    )
+    g = parser.add_argument_group("search")
+    g.add_argument("--query", nargs="+", metavar="FILE", help="pictures, meshes, clouds; files, folders or patterns")
+    g.add_argument(
+        "--gallery",
+        nargs="+",
+        metavar="DIR",
+        help="meshes and clouds to search; folders with all below (default: the shapes of the pairs)",
+    )
+    g.add_argument("--up", choices=("y", "z"), help="axis of the files that points up (default: y)")
+    g.add_argument(
+        "--fill",
+        type=float,
+        default=Camera.fill,
+        metavar="F",
+        help="share of the picture's side to which an object on a transparent or plain background is scaled, as in the "
+        "renderings of this project; 0 leaves it as it is",
+    )
+    g.add_argument(
+        "--keep_background",
+        action="store_true",
+        help="leave a background of one color in pictures; otherwise it becomes that of the run's renderings",
+    )
+    add_common_arguments(parser, workers=False)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Measure or search; return what ``--json`` writes.
+
+    Raises:
+        DataError: nothing could be used.
+        UserError: a wrong setting, file or checkpoint.
+    """
+    args = build_parser().parse_args(argv)
+    log_to_screen()
+    if args.gallery and not args.query:
+        raise UserError("--gallery is searched by --query: name a picture or a shape")
+    if not 0 <= args.fill <= 1:
+        raise UserError(f"--fill {args.fill:g}: expected 0 to 1")
+    if args.sheet:
+        check_output_path(args.sheet, PICTURE_TYPES)
+    if args.json:
+        check_output_path(args.json)
+    result = search(args) if args.query else measure(args)
+    for message in result["skipped"].values():
+        print(f"skipped: {message}")
+    write_json(args.json, result)
+    return result
+
+
+def command() -> None:
+    """Run ``main``; the exit code is 1 where files were skipped."""
+    if main()["skipped"]:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run(command)
