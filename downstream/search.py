@@ -25,8 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also run by path
 
 import numpy as np
 from PIL import Image
@@ -41,11 +40,44 @@ from downstream.pair_space import PairProjections, PairReader, PairSpace, pair_s
 from downstream.predict import POINTS, Prediction, Predictor, Settings, find_inputs
 from downstream.retrieval import unit_rows
 from utils.cli import HelpFormatter, add_common_arguments, log_to_screen, positive_int, run, write_json
+from utils.cli import Settings as Flags
 from utils.errors import DataError, UserError
 from utils.pictures import Axes, Figure, save_figure
 from utils.progress import progress
 
 SHEET_POINTS = 4096
+
+
+@dataclass(kw_only=True)
+class SearchConfig(Flags):
+    """Settings of this script, from the flags of ``build_parser``.
+
+    Raises:
+        UserError: they do not fit together.
+    """
+
+    model_path: str
+    data_root: str
+    list: str | None
+    query: Sequence[str] | None
+    gallery: Sequence[str] | None
+    num_points: int | None
+    batch_size: int
+    up: str | None
+    fill: float
+    keep_background: bool
+    top: int
+    rows: int
+    sheet: str | None
+    device: str
+    seed: int
+    json: str | None
+
+    def __post_init__(self) -> None:
+        if self.gallery and not self.query:
+            raise UserError("--gallery is searched by --query: name a picture or a shape")
+        if not 0 <= self.fill <= 1:
+            raise UserError(f"--fill {self.fill:g}: expected 0 to 1")
 
 
 @dataclass
@@ -69,42 +101,42 @@ class Query:
     similarity: np.ndarray
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
+def measure(config: SearchConfig) -> dict[str, Any]:
     """Measure the pairs of ``--data_root``, draw the sheet, and return the scores.
 
     Raises:
         CheckpointError: the checkpoint has no projection heads.
         DataError: no pair can be read, or a listed one is missing.
     """
-    space = PairSpace(args.model_path, device=args.device)
-    read, rows = open_pairs(args, space)
-    pairs = project_pairs(space, read, rows, batch_size=args.batch_size)
+    space = PairSpace(config.model_path, device=config.device)
+    read, rows = open_pairs(config, space)
+    pairs = project_pairs(space, read, rows, batch_size=config.batch_size)
     metrics = {
-        "model_path": args.model_path,
-        "data_root": args.data_root,
+        "model_path": config.model_path,
+        "data_root": config.data_root,
         "pairs": len(pairs.rows),
         "num_points": read.num_points,
-        "seed": args.seed,
+        "seed": config.seed,
         **pair_scores(pairs),
         "skipped": pairs.skipped,
     }
     print(score_table(metrics))
-    if not args.list:
+    if not config.list:
         print("Pairs that pretraining has seen are easier: --list FILE measures on others.")
-    if args.sheet:
-        draw_pairs(space, read, pairs, args.sheet, rows=args.rows, top=args.top)
+    if config.sheet:
+        draw_pairs(space, read, pairs, config.sheet, rows=config.rows, top=config.top)
     return metrics
 
 
-def open_pairs(args: argparse.Namespace, space: PairSpace) -> tuple[PairReader, list[int]]:
+def open_pairs(config: SearchConfig, space: PairSpace) -> tuple[PairReader, list[int]]:
     """Return a reader of the pairs of ``--data_root``, and the numbers of those to use."""
-    source = open_source(args.data_root)
+    source = open_source(config.data_root)
     rows = list(range(len(source.ids)))
-    if args.list:
-        rows = choose_shapes(source.ids, read_shape_list(args.list), where=args.data_root)
-    size = args.num_points or space.flags["num_points"] or source.size(rows[0]) or POINTS["features"]
-    check_neighbors(space.model.point_encoder, size, name=args.model_path)
-    return PairReader(source, num_points=size, seed=args.seed), rows
+    if config.list:
+        rows = choose_shapes(source.ids, read_shape_list(config.list), where=config.data_root)
+    size = config.num_points or space.flags["num_points"] or source.size(rows[0]) or POINTS["features"]
+    check_neighbors(space.model.point_encoder, size, name=config.model_path)
+    return PairReader(source, num_points=size, seed=config.seed), rows
 
 
 def score_table(metrics: dict[str, Any]) -> str:
@@ -171,7 +203,7 @@ class Search:
     """Searches the shapes of ``--gallery``, or those of the pairs.
 
     Args:
-        args: the parsed command line.
+        config: settings.
 
     Attributes:
         gallery: what can be found.
@@ -182,14 +214,14 @@ class Search:
         DataError: the gallery has no usable shape.
     """
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.space = args, PairSpace(args.model_path, device=args.device)
-        size = args.num_points or self.space.flags["num_points"] or POINTS["features"]
-        settings = Settings(task="features", num_points=size, up=args.up, device=args.device, seed=args.seed)
-        self.predictor = Predictor(args.model_path, settings)
+    def __init__(self, config: SearchConfig) -> None:
+        self.config, self.space = config, PairSpace(config.model_path, device=config.device)
+        size = config.num_points or self.space.flags["num_points"] or POINTS["features"]
+        settings = Settings(task="features", num_points=size, up=config.up, device=config.device, seed=config.seed)
+        self.predictor = Predictor(config.model_path, settings)
         self.gallery: list[Prediction] = []
         self.skipped: dict[str, str] = {}
-        self.read_files() if args.gallery else self.read_pairs()
+        self.read_files() if config.gallery else self.read_pairs()
         if not self.gallery:
             raise DataError(f"the gallery has no usable shape: {'; '.join(list(self.skipped.values())[:3])}")
         features = np.stack([item.features for item in self.gallery])  # (n, D)
@@ -199,14 +231,14 @@ class Search:
 
     def read_files(self) -> None:
         """Read the files of ``--gallery``."""
-        names, self.skipped = find_inputs(self.args.gallery)
+        names, self.skipped = find_inputs(self.config.gallery)
         for name, path in progress(names.items(), text="reading the gallery", unit="file"):
             if (item := self.read_shape(path)) is not None:
                 self.gallery.append(item._replace(name=name))
 
     def read_pairs(self) -> None:
         """Read the shapes of the pairs of ``--data_root``."""
-        read, rows = open_pairs(self.args, self.space)
+        read, rows = open_pairs(self.config, self.space)
         for i in progress(rows, text="reading the gallery", unit="shape"):
             name, where = read.source.ids[i], read.source.where(i)
             try:
@@ -236,9 +268,9 @@ class Search:
             return Query(path, None, shape.points, None, *self.best(similarity))
         try:
             image, background = read_photo(path), "kept"
-            if not self.args.keep_background:
+            if not self.config.keep_background:
                 image, background = cut_out(image)
-            image = framed(image, fill=self.args.fill if background != "kept" else 0.0)
+            image = framed(image, fill=self.config.fill if background != "kept" else 0.0)
         except DataError as error:
             self.skipped[str(path)] = str(error)
             return None
@@ -248,21 +280,21 @@ class Search:
 
     def best(self, similarity: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the numbers of the most similar items, best first, and their similarity."""
-        order = np.argsort(-similarity, kind="stable")[: self.args.top]
+        order = np.argsort(-similarity, kind="stable")[: self.config.top]
         return order, similarity[order]
 
 
-def search(args: argparse.Namespace) -> dict[str, Any]:
+def search(config: SearchConfig) -> dict[str, Any]:
     """Search ``--gallery`` by every ``--query``, print and draw what is found, and return it.
 
     Raises:
         CheckpointError: the checkpoint has no projection heads.
         DataError: no query, or no file of the gallery, can be used.
     """
-    names, missing = find_inputs(args.query, suffixes=(*SUFFIXES, *PHOTO_SUFFIXES))
+    names, missing = find_inputs(config.query, suffixes=(*SUFFIXES, *PHOTO_SUFFIXES))
     if not names:
         raise DataError("; ".join(missing.values()))
-    engine = Search(args)
+    engine = Search(config)
     engine.skipped |= missing
     queries = [query for path in progress(names.values(), text="searching", unit="query") if (query := engine(path))]
     if not queries:
@@ -278,10 +310,10 @@ def search(args: argparse.Namespace) -> dict[str, Any]:
         for item in items:
             print(f"  {item['similarity']:6.3f}  {item['path']}")
         found.append({"query": str(query.path), "background": query.background, "found": items})
-    if args.sheet:
-        draw_search(queries[: args.rows], engine.gallery, args.sheet, up=args.up)
+    if config.sheet:
+        draw_search(queries[: config.rows], engine.gallery, config.sheet, up=config.up)
     return {
-        "model_path": args.model_path,
+        "model_path": config.model_path,
         "gallery": [str(item.path) for item in engine.gallery],
         "queries": found,
         "skipped": engine.skipped,
@@ -371,20 +403,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         DataError: nothing could be used.
         UserError: a wrong setting, file or checkpoint.
     """
-    args = build_parser().parse_args(argv)
+    config = SearchConfig.from_flags(build_parser().parse_args(argv))
     log_to_screen()
-    if args.gallery and not args.query:
-        raise UserError("--gallery is searched by --query: name a picture or a shape")
-    if not 0 <= args.fill <= 1:
-        raise UserError(f"--fill {args.fill:g}: expected 0 to 1")
-    if args.sheet:
-        check_output_path(args.sheet, PICTURE_TYPES)
-    if args.json:
-        check_output_path(args.json)
-    result = search(args) if args.query else measure(args)
+    if config.sheet:
+        check_output_path(config.sheet, PICTURE_TYPES)
+    if config.json:
+        check_output_path(config.json)
+    result = search(config) if config.query else measure(config)
     for message in result["skipped"].values():
         print(f"skipped: {message}")
-    write_json(args.json, result)
+    write_json(config.json, result)
     return result
 
 
