@@ -32,7 +32,7 @@ def read_photo(path: str | os.PathLike[str]) -> Image.Image:
         An RGBA image whose longer side has at most ``WORKING_SIZE`` pixels.
 
     Raises:
-        DataError: the file cannot be read as a picture.
+        DataError: the file cannot be read as a picture, or is transparent all over.
     """
     try:
         with open(path, "rb") as file:
@@ -47,6 +47,8 @@ def read_photo(path: str | os.PathLike[str]) -> Image.Image:
             f"{path} is not a readable picture ({reason}); expected PNG, JPEG, WebP, BMP or TIFF"
         ) from error
     image.thumbnail((WORKING_SIZE, WORKING_SIZE))
+    if image.getchannel("A").getextrema()[1] < VISIBLE:
+        raise DataError(f"{path} is transparent all over")
     return image
 
 
@@ -82,19 +84,14 @@ def framed(image: Image.Image, *, fill: float = 0.0) -> Image.Image:
     """Put an RGBA picture into the middle of a transparent square.
 
     Args:
-        image: RGBA.
+        image: RGBA, not transparent all over.
         fill: share of the square's side that the visible part of the picture takes; 0 keeps everything around it.
 
     Returns:
         RGBA, black where nothing is visible.
-
-    Raises:
-        DataError: the picture is transparent all over.
     """
     pixels = np.array(image)
     hidden = pixels[:, :, 3] < VISIBLE
-    if hidden.all():
-        raise DataError("the picture is transparent all over")
     pixels[hidden] = 0
     if fill:
         rows, columns = (np.flatnonzero(~hidden.all(axis)) for axis in (1, 0))

@@ -221,7 +221,10 @@ class Search:
         self.predictor = Predictor(config.model_path, settings)
         self.gallery: list[Prediction] = []
         self.skipped: dict[str, str] = {}
-        self.read_files() if config.gallery else self.read_pairs()
+        if config.gallery:
+            self.read_files()
+        else:
+            self.read_pairs()
         if not self.gallery:
             raise DataError(f"the gallery has no usable shape: {'; '.join(list(self.skipped.values())[:3])}")
         features = np.stack([item.features for item in self.gallery])  # (n, D)
@@ -267,13 +270,14 @@ class Search:
             similarity = self.features @ unit_rows(shape.features[None] - self.middle)[0]
             return Query(path, None, shape.points, None, *self.best(similarity))
         try:
-            image, background = read_photo(path), "kept"
-            if not self.config.keep_background:
-                image, background = cut_out(image)
-            image = framed(image, fill=self.config.fill if background != "kept" else 0.0)
+            photo = read_photo(path)
         except DataError as error:
             self.skipped[str(path)] = str(error)
             return None
+        image, background = cut_out(photo)
+        if background == "plain" and self.config.keep_background:
+            image, background = photo, "kept"
+        image = framed(image, fill=0.0 if background == "kept" else self.config.fill)
         projected = self.space.project_pictures([image])[self.space.branches[0]]
         picture = self.space.pixels.flatten(image).resize([self.space.image_size] * 2)
         return Query(path, picture, None, background, *self.best(self.projections @ unit_rows(projected)[0]))

@@ -181,6 +181,16 @@ def test_a_picture_is_compared_as_in_the_pairs(model, tmp_path):
             assert item["similarity"] == pytest.approx(torch.cosine_similarity(wanted, shape, dim=0).item(), abs=1e-3)
 
 
+def test_a_plain_background_stays_when_asked(model, tmp_path):
+    write_gallery(tmp_path / "mine")
+    photo = Image.new("RGB", (40, 40), "white")
+    photo.paste((200, 20, 20), (10, 5, 30, 25))
+    photo.save(tmp_path / "photo.png")
+    search = ("--gallery", tmp_path / "mine", "--query", tmp_path / "photo.png")
+    replaced, kept = (run(tmp_path, *search, *more)["queries"][0] for more in ((), ("--keep_background",)))
+    assert (replaced["background"], kept["background"]) == ("plain", "kept") and replaced["found"] != kept["found"]
+
+
 def test_bad_queries_and_shapes_are_named(model, tmp_path, capsys):
     write_gallery(tmp_path / "mine")
     (tmp_path / "mine" / "cut.off").write_text("OFF\n4 4 0\n0 0 0\n")
