@@ -315,7 +315,10 @@ def search(config: SearchConfig) -> dict[str, Any]:
             print(f"  {item['similarity']:6.3f}  {item['path']}")
         found.append({"query": str(query.path), "background": query.background, "found": items})
     if config.sheet:
-        draw_search(queries[: config.rows], engine.gallery, config.sheet, up=config.up)
+        up = config.up or "y"
+        draw_search(
+            queries[: config.rows], engine.gallery, config.sheet, up=up, gallery_up=up if config.gallery else "y"
+        )
     return {
         "model_path": config.model_path,
         "gallery": [str(item.path) for item in engine.gallery],
@@ -324,28 +327,31 @@ def search(config: SearchConfig) -> dict[str, Any]:
     }
 
 
-def draw_search(queries: Sequence[Query], gallery: Sequence[Prediction], path: str, *, up: str | None) -> None:
+def draw_search(
+    queries: Sequence[Query], gallery: Sequence[Prediction], path: str, *, up: str, gallery_up: str
+) -> None:
     """Draw every query beside what it found; the query's own file has a green frame.
 
     Args:
         queries: one row each.
         gallery: what was searched.
         path: picture to write.
-        up: axis of the files that points up; None: y.
+        up: axis of the queries that points up.
+        gallery_up: axis of the gallery that points up.
     """
     columns = 1 + len(queries[0].order)
     figure = Figure(figsize=(1.5 * columns, 1.7 * len(queries)), layout="constrained")
     for row, query in zip(figure.subplots(len(queries), columns, squeeze=False), queries, strict=True):
         title = short_name(query.path.stem)
         if query.picture is None:
-            draw_cloud(row[0], thinned(query.points), title=title, color=NEUTRAL, up=up or "y")
+            draw_cloud(row[0], thinned(query.points), title=title, color=NEUTRAL, up=up)
         else:
             draw_picture(row[0], query.picture, title=title, color=NEUTRAL)
         for axes, i, similarity in zip(row[1:], query.order, query.similarity, strict=True):
             item = gallery[i]
             color = RIGHT if item.path.resolve() == query.path.resolve() else NEUTRAL
             title = f"{short_name(item.name)}\n{similarity:.2f}"
-            draw_cloud(axes, thinned(item.points), title=title, color=color, up=up or "y")
+            draw_cloud(axes, thinned(item.points), title=title, color=color, up=gallery_up)
     save_figure(figure, path)
 
 
