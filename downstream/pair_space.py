@@ -39,6 +39,7 @@ class PairSpace:
     Attributes:
         model: the run's model, in evaluation mode.
         flags: of the run, by name.
+        held_out: ids of the pairs that the run has not trained on, with ``--val_fraction``; else empty.
         branches: image branches of the run; of two, their mean comes first.
 
     Raises:
@@ -49,6 +50,7 @@ class PairSpace:
         model, payload = crossnet_from_checkpoint(path)
         self.device = resolve_device(device)
         self.model, self.flags = model.eval().to(self.device), payload["arguments"]
+        self.held_out: list[str] = payload.get("held_out", [])
         self.image_size = int(self.flags["image_size"])
         self.pixels = RenderPixels(self.image_size, background=self.flags.get("background", "black"))
         own = list(model.image_encoders)

@@ -5,8 +5,8 @@ be compared:
   image to shape  cosine of the projections that pretraining pulls together; of two image branches, of their mean
   shape to shape  cosine of the encoder's features, centered on the gallery
 Without --query the pairs of --data_root are measured: R@1, R@5, R@10 (share of queries whose partner is among the
-first 1, 5, 10 of all pairs) and the median rank, in both directions, beside chance. Give pairs that pretraining did not
-see (--list). With --query the best shapes of --gallery are found, or of the pairs of --data_root. Files that cannot be
+first 1, 5, 10 of all pairs) and the median rank, in both directions, beside chance. Of a run with --val_fraction its
+held-out pairs are taken, of others those of --list, or all. With --query the best shapes of --gallery are found, or of the pairs of --data_root. Files that cannot be
 used are named and skipped; the exit code is 1 then, and 2 if nothing could be used.
 
 Examples:
@@ -110,19 +110,25 @@ def measure(config: SearchConfig) -> dict[str, Any]:
     """
     space = PairSpace(config.model_path, device=config.device)
     read, rows = open_pairs(config, space)
+    held_out = set() if config.list else set(space.held_out) & set(read.source.ids)
+    if held_out:
+        rows = choose_shapes(read.source.ids, held_out, where=config.data_root)
     pairs = project_pairs(space, read, rows, batch_size=config.batch_size)
     metrics = {
         "model_path": config.model_path,
         "data_root": config.data_root,
         "pairs": len(pairs.rows),
+        "held_out": bool(held_out),
         "num_points": read.num_points,
         "seed": config.seed,
         **pair_scores(pairs),
         "skipped": pairs.skipped,
     }
     print(score_table(metrics))
-    if not config.list:
-        print("Pairs that pretraining has seen are easier: --list FILE measures on others.")
+    if held_out:
+        print("These pairs were held out of the run's training.")
+    elif not config.list:
+        print("Pairs that pretraining has seen are easier: pretrain with --val_fraction, or name others with --list.")
     if config.sheet:
         draw_pairs(space, read, pairs, config.sheet, rows=config.rows, top=config.top)
     return metrics

@@ -29,7 +29,7 @@ def model(tmp_path, monkeypatch):
     return save_model(tmp_path / "last.pth")[1]
 
 
-def save_model(path, modality="both"):
+def save_model(path, modality="both", **more):
     torch.manual_seed(0)
     net = CrossNet(build_encoder("dgcnn_cls", k=4, emb_dims=16), image_model="resnet18", image_modality=modality)
     flags = {"image_model": "resnet18", "image_modality": modality, "objective": "con", "alpha": 1.0}
@@ -43,6 +43,7 @@ def save_model(path, modality="both"):
             "point_encoder": net.point_encoder.state_dict(),
             "heads_and_image_encoders": kept,
             "arguments": flags,
+            **more,
         },
     )
     return path, net.eval()
@@ -98,7 +99,7 @@ def test_recall_is_that_of_a_literal_loop_and_the_sheet_is_drawn(model, tmp_path
             assert found["median_rank"] == sorted(ranks)[6]
     assert Image.open(tmp_path / "sheet.png").width > 1000
     output = capsys.readouterr().out
-    assert "image to shape, both" in output and "chance" in output and "--list FILE" not in output
+    assert "image to shape, both" in output and "chance" in output and "--val_fraction" not in output
 
 
 def test_bad_pairs_are_named_and_left_out_and_the_exit_code_says_so(model, tmp_path, monkeypatch, capsys):
@@ -215,6 +216,19 @@ def test_settings_and_checkpoints_that_cannot_search(model, tmp_path):
     save_checkpoint(path, {"encoder": describe_encoder(encoder), "point_encoder": encoder.state_dict()})
     with pytest.raises(CheckpointError, match=r"last\.pth holds no projection heads and image encoders"):
         run(tmp_path, "--data_root", tmp_path)
+
+
+def test_the_pairs_that_a_run_held_out_are_measured(model, tmp_path, capsys):
+    names = write_pairs(tmp_path / "data", 8)
+    save_model(tmp_path / "last.pth", held_out=names[2:5])
+    metrics = run(tmp_path, "--data_root", tmp_path / "data")
+    assert (metrics["pairs"], metrics["held_out"]) == (3, True)
+    assert "held out of the run's training" in capsys.readouterr().out
+    (tmp_path / "list.txt").write_text("\n".join(names[:4]))
+    assert run(tmp_path, "--data_root", tmp_path / "data", "--list", tmp_path / "list.txt")["pairs"] == 4
+    save_model(tmp_path / "last.pth", held_out=["other/set"])
+    metrics = run(tmp_path, "--data_root", tmp_path / "data")
+    assert (metrics["pairs"], metrics["held_out"]) == (8, False)
 
 
 def test_a_run_of_one_branch_is_measured_by_it(model, tmp_path):
