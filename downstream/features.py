@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
+from models.base import pooled_features
 from utils.errors import UserError
 from utils.progress import progress as report
 
@@ -42,11 +43,11 @@ def evaluating(encoder: nn.Module) -> Iterator[None]:
 def _batches(
     points: np.ndarray, batch_size: int, device: torch.device, dtype: torch.dtype, *, smallest: int = 1
 ) -> Iterator[torch.Tensor]:
-    """Yield (B, 3, N) batches of nearly equal size, at most ``batch_size`` unless one would fall below ``smallest``."""
+    """Yield (B, N, C) batches of nearly equal size, at most ``batch_size`` unless one would fall below ``smallest``."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     for part in np.array_split(points, min(-(-len(points) // batch_size), len(points) // smallest)):
-        yield torch.from_numpy(np.ascontiguousarray(part)).to(device, dtype).transpose(1, 2)
+        yield torch.from_numpy(np.ascontiguousarray(part)).to(device, dtype)
 
 
 def _place(
@@ -82,8 +83,8 @@ def extract_features(
     statistics, and the encoder's training mode is restored.
 
     Args:
-        encoder: maps (B, 3, N) to something with ``pooled`` (B, D).
-        points: (n, N, 3).
+        encoder: maps (B, C, N) to ``PointFeatures``.
+        points: (n, N, C).
         batch_size: clouds per forward pass; affects speed and memory, not the features.
         device: the encoder is moved there; None leaves it where it is.
         progress: whether to show a bar.
@@ -100,7 +101,7 @@ def extract_features(
     features = []
     with evaluating(encoder), _bar(len(points), progress, text) as bar:
         for batch in _batches(points, batch_size, device, dtype):
-            features.append(encoder(batch).pooled.float().cpu().numpy())  # (B, D)
+            features.append(pooled_features(encoder, batch).float().cpu().numpy())  # (B, D)
             bar.update(len(batch))
     result = np.concatenate(features)
     bad = np.flatnonzero(~np.isfinite(result).all(axis=1))
@@ -157,7 +158,7 @@ def calibrate_batch_norm(
                 norm.momentum = None  # cumulative average
                 norm.train()
             for batch in _batches(points[chosen], batch_size, device, dtype, smallest=2):
-                encoder(batch)
+                pooled_features(encoder, batch)
                 bar.update(len(batch))
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):

@@ -500,7 +500,7 @@ class _Keyed(Dataset):
 
 
 def scores_of(
-    model: nn.Module,
+    model: FineTuned,
     dataset: Dataset,
     *,
     batch_size: int,
@@ -515,7 +515,7 @@ def scores_of(
     Several processes take turns at the batches and exchange the scores, so that each yields all of them.
 
     Args:
-        model: called with points (B, C, N) and ``inputs - 1`` further tensors.
+        model: its ``scores`` are called with points (B, N, C) and ``inputs - 1`` further tensors.
         dataset: its items are points (N, C), the further inputs, then anything else.
         batch_size: samples per forward pass.
         device: device of the model.
@@ -541,15 +541,26 @@ def scores_of(
             turns = [*group, *[group[0]] * (world_size() - len(group))]
             turn, batch = turns[rank()]
             points, *others = (tensor.to(device, non_blocking=True) for tensor in batch[:inputs])
-            scores = model(points.mT, *others).float()
+            scores = model.scores(points, *others).float()
             if copies:
                 number = torch.arange(len(points), device=device) + turn * batch_size
                 scores = scores.softmax(1)
                 for change in copies:
-                    scores = scores + model(change(points, number).mT, *others).float().softmax(1)
+                    scores = scores + model.scores(change(points, number), *others).float().softmax(1)
                 scores = scores / (1 + len(copies))
             of_all = gather_rows(scores, [len(batch[0]) for _, batch in turns])
             yield from zip(of_all[: len(group)], [batch for _, batch in group], strict=True)
+
+
+class _OnBatches(nn.Module):
+    """A model called with points (B, N, C), as batches hold them; gradients are averaged in ``forward`` only."""
+
+    def __init__(self, model: FineTuned) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, points: Tensor, *inputs: Tensor) -> Tensor:
+        return self.model.scores(points, *inputs)
 
 
 class FineTuning(Task):
@@ -597,7 +608,7 @@ class FineTuning(Task):
             raise UserError(f"{len(chosen)} training samples for {world_size()} processes: start fewer processes")
         self.kind = model.kind
         self.model = model.to(device)
-        self.network = self.wrap_distributed(self.model)
+        self.network = self.wrap_distributed(_OnBatches(self.model))
         self.dropouts = SampleDropout.convert(self.model)
         self.limited = config.point_label_fraction < 1
         if self.limited:
@@ -634,7 +645,7 @@ class FineTuning(Task):
             streams = SampleStreams(seed=config.seed, epoch=progress.epoch, index=part[0], purpose=number)
             dropout.reseed(streams.seeds())
         with autocast(self.device, config.amp):
-            scores = self.network(points.mT, *others)
+            scores = self.network(points, *others)
         loss_of = cross_entropy_of_labeled if self.limited else smoothed_cross_entropy
         loss = loss_of(scores, target, config.label_smoothing)
         loss = loss * self.sampler.loss_weight(progress.samples // self.sampler.global_batch)

@@ -14,7 +14,7 @@ class PointFeatures(NamedTuple):
     """Features of a batch of clouds."""
 
     pooled: Tensor  # (B, feature_dim) one vector per cloud: what the projection head and the linear SVM see
-    local: Tensor  # (B, local_dim, N) one vector per point: what segmentation heads add
+    local: Tensor  # one vector per point: (B, local_dim, N) from ``forward``, (B, N, local_dim) from ``features_of``
 
 
 class PointEncoder(nn.Module):
@@ -41,8 +41,8 @@ class PointEncoder(nn.Module):
     feature_dim: int
     local_dim: int
     embedding: ClassVar[str]
-    published_heads: ClassVar[re.Pattern] = re.compile(r"^inv_head\b")
-    published_aliases: ClassVar[re.Pattern] = re.compile(r"^$")
+    published_heads: ClassVar[re.Pattern[str]] = re.compile(r"^inv_head\b")
+    published_aliases: ClassVar[re.Pattern[str]] = re.compile(r"^$")
 
     @classmethod
     def arguments(cls) -> dict[str, Any]:
@@ -59,37 +59,32 @@ class PointEncoder(nn.Module):
         raise NotImplementedError
 
     def features_of(self, points: Tensor) -> PointFeatures:
-        """Compute both kinds of features of clouds (B, N, C)."""
-        pooled, layers = self.pooled_and_layers(points)
-        local = torch.cat(layers, dim=1).unflatten(0, points.shape[:2])  # (B, N, local_dim)
-        return PointFeatures(pooled, local.mT)
+        """Compute both kinds of features of clouds (B, N, C): pooled (B, feature_dim), local (B, N, local_dim)."""
+        pooled, layers = self.pooled_and_layers(self.checked(points))
+        return PointFeatures(pooled, torch.cat(layers, dim=1).unflatten(0, points.shape[:2]))
 
-    def pooled(self, x: Tensor) -> Tensor:
-        """Return the pooled features alone: (B, C, N) -> (B, D). Features per point are never concatenated."""
-        return self.pooled_and_layers(self.to_points(x))[0]
+    def pooled_of(self, points: Tensor) -> Tensor:
+        """Compute the pooled features alone, (B, N, C) -> (B, feature_dim); those per point are not concatenated."""
+        return self.pooled_and_layers(self.checked(points))[0]
 
     def forward(self, x: Tensor) -> PointFeatures:
-        """Compute the features of clouds (B, C, N)."""
-        return self.features_of(self.to_points(x))
-
-    def to_points(self, x: Tensor) -> Tensor:
-        """(B, C, N) -> (B, N, C), checked."""
+        """Compute the features of clouds (B, C, N): pooled (B, feature_dim), local (B, local_dim, N)."""
         if x.ndim != 3 or x.shape[1] != self.in_channels:
             raise ValueError(f"expected (B, {self.in_channels}, N), got {tuple(x.shape)}")
-        return x.mT.contiguous()
+        pooled, local = self.features_of(x.mT)
+        return PointFeatures(pooled, local.mT)
+
+    def checked(self, points: Tensor) -> Tensor:
+        """Return clouds (B, N, C), contiguous.
+
+        Raises:
+            ValueError: they have another shape.
+        """
+        if points.ndim != 3 or points.shape[2] != self.in_channels:
+            raise ValueError(f"expected (B, N, {self.in_channels}), got {tuple(points.shape)}")
+        return points.contiguous()
 
 
-def pooled_features(encoder: nn.Module, x: Tensor) -> Tensor:
-    """Return ``encoder(x).pooled``, by the encoder's method ``pooled`` where it has one.
-
-    That method never concatenates the features per point, which pretraining does not read.
-
-    Args:
-        encoder: module (B, C, N) -> PointFeatures.
-        x: (B, C, N) clouds.
-
-    Returns:
-        (B, feature_dim)
-    """
-    pooled = getattr(encoder, "pooled", None)
-    return encoder(x).pooled if pooled is None else pooled(x)
+def pooled_features(encoder: nn.Module, points: Tensor) -> Tensor:
+    """Compute pooled features (B, feature_dim) of clouds (B, N, C), by any module (B, C, N) -> PointFeatures."""
+    return encoder.pooled_of(points) if isinstance(encoder, PointEncoder) else encoder(points.mT).pooled

@@ -72,7 +72,7 @@ class CrossNet(nn.Module):
 
     def project_points(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor]:
         """Projections of two views, each (B, 3, N) -> (B, 256); one 2B batch, so they share batch statistics."""
-        z1, z2 = self.point_head(pooled_features(self.point_encoder, torch.cat([view1, view2]))).chunk(2)
+        z1, z2 = self.point_head(pooled_features(self.point_encoder, torch.cat([view1.mT, view2.mT]))).chunk(2)
         return z1, z2
 
     def project_images(self, modality: str, images: Tensor | None) -> Tensor | None:

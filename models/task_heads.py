@@ -6,53 +6,63 @@ of its head, side by side, carry the names of published files (see ``FineTuned.p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.base import PointFeatures
+from models.base import PointEncoder, PointFeatures
 from models.dgcnn import DGCNNCls, DGCNNPartSeg, DGCNNSemSeg
 from models.ops.layers import LEAKY_SLOPE, apply_to_rows, point_block
 from models.pointnet import PointNetCls, PointNetPartSeg
 
 
-def cloud_and_points(cloud: Tensor, local: Tensor, conv: nn.Conv1d, *rest: nn.Module) -> Tensor:
-    """A 1x1 convolution over ``[cloud repeated at every point ; local]`` and what follows it.
+def scores_of_points(cloud: Tensor, local: Tensor, conv: nn.Conv1d, *rest: Callable[[Tensor], Tensor]) -> Tensor:
+    """A 1x1 convolution over ``[cloud repeated at every point ; local]`` and the layers that follow it.
 
     The cloud's share of the product is the same at all of its points, so it is taken once and added; the wide repeated
     tensor is never built.
 
     Args:
         cloud: (B, D) one vector per cloud.
-        local: (B, C, N) one vector per point.
+        local: (B, N, C) one vector per point.
         conv: of D + C input channels.
-        rest: modules that are applied to the rows.
+        rest: what is applied to the rows (B * N, C_out); the last one gives a score for each class.
 
     Returns:
-        (B * N, C_out) rows.
+        (B, classes, N)
     """
-    of_cloud, of_point = conv.weight.flatten(1).split([cloud.shape[1], local.shape[1]], dim=1)
-    rows = F.linear(local.mT, of_point) + F.linear(cloud, of_cloud, conv.bias)[:, None]
-    rows = rows.flatten(0, 1)
-    for module in rest:
-        rows = module(rows)
-    return rows
+    of_cloud, of_point = conv.weight.flatten(1).split([cloud.shape[1], local.shape[2]], dim=1)
+    rows = F.linear(local, of_point) + F.linear(cloud, of_cloud, conv.bias)[:, None]  # (B, N, C_out)
+    return apply_to_rows(rows.flatten(0, 1), *rest).unflatten(0, local.shape[:2]).mT
 
 
-def to_scores(rows: Tensor, local: Tensor) -> Tensor:
-    """(B * N, classes) rows -> (B, classes, N), B and N as in ``local`` (B, C, N)."""
-    return rows.unflatten(0, (local.shape[0], local.shape[2])).mT
+def with_category(features: PointFeatures, category: Tensor, count: int) -> Tensor:
+    """Append one-hot category numbers (B,) to the pooled features: (B, feature_dim + count)."""
+    return torch.cat([features.pooled, F.one_hot(category, count).to(features.pooled.dtype)], dim=1)
 
 
-def one_hot(category: Tensor, count: int, like: Tensor) -> Tensor:
-    """(B,) category numbers -> (B, count) in the dtype of ``like``."""
-    return F.one_hot(category, count).to(like.dtype)
+class Head(nn.Module):
+    """Base of the heads: layers on an encoder's features.
+
+    Attributes:
+        counts: the head's argument that is the number of scores.
+        last: name of the last layer's weight, which has a row for each score.
+    """
+
+    counts: ClassVar[str] = "num_classes"
+    last: ClassVar[str]
+
+    @classmethod
+    def sizes(cls, state: Mapping[str, Tensor], encoder: PointEncoder) -> dict[str, int]:
+        """Arguments that a published state dict implies."""
+        return {cls.counts: len(state[cls.last])}
 
 
-class DGCNNPartHead(nn.Module):
+class DGCNNPartHead(Head):
     """Part head of DGCNN: the category's one-hot vector -> 64, then points 256, 256, 128, parts.
 
     Args:
@@ -65,7 +75,9 @@ class DGCNNPartHead(nn.Module):
         features and category (B,) -> (B, num_parts, N)
     """
 
-    def __init__(self, encoder: nn.Module, *, num_categories: int, num_parts: int, dropout: float = 0.5) -> None:
+    counts, last = "num_parts", "conv11.weight"
+
+    def __init__(self, encoder: PointEncoder, *, num_categories: int, num_parts: int, dropout: float = 0.5) -> None:
         super().__init__()
         self.num_categories = num_categories
         self.conv7 = point_block(num_categories, 64)
@@ -77,20 +89,20 @@ class DGCNNPartHead(nn.Module):
 
     def forward(self, features: PointFeatures, category: Tensor) -> Tensor:
         """Return scores (B, num_parts, N), given the category (B,)."""
-        category = apply_to_rows(one_hot(category, self.num_categories, features.pooled), *self.conv7)
-        rows = cloud_and_points(torch.cat([features.pooled, category], dim=1), features.local, *self.conv8)
-        rows = self.dropout8(rows)
-        rows = self.dropout9(apply_to_rows(rows, *self.conv9))
-        rows = apply_to_rows(rows, *self.conv10)
-        return to_scores(apply_to_rows(rows, self.conv11), features.local)
+        one_hot = F.one_hot(category, self.num_categories).to(features.pooled.dtype)
+        cloud = torch.cat([features.pooled, apply_to_rows(one_hot, *self.conv7)], dim=1)
+        return scores_of_points(
+            *(cloud, features.local),
+            *(*self.conv8, self.dropout8, *self.conv9, self.dropout9, *self.conv10, self.conv11),
+        )
 
-    @staticmethod
-    def sizes(state: Mapping[str, Tensor], encoder: nn.Module) -> dict[str, int]:
+    @classmethod
+    def sizes(cls, state: Mapping[str, Tensor], encoder: PointEncoder) -> dict[str, int]:
         """Arguments that a published state dict implies."""
-        return {"num_categories": state["conv7.0.weight"].shape[1], "num_parts": len(state["conv11.weight"])}
+        return {"num_categories": state["conv7.0.weight"].shape[1], **super().sizes(state, encoder)}
 
 
-class PointNetPartHead(nn.Module):
+class PointNetPartHead(Head):
     """Part head of PointNet over [global, one-hot category, local]: points 256, 256, 128, parts.
 
     Args:
@@ -103,34 +115,32 @@ class PointNetPartHead(nn.Module):
         features and category (B,) -> (B, num_parts, N)
     """
 
-    def __init__(self, encoder: nn.Module, *, num_categories: int, num_parts: int, dropout: float = 0.0) -> None:
+    counts, last = "num_parts", "convs4.weight"
+
+    def __init__(self, encoder: PointEncoder, *, num_categories: int, num_parts: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.num_categories = num_categories
-        widths = (encoder.feature_dim + num_categories + encoder.local_dim, 256, 256, 128, num_parts)
-        for i in range(4):
-            setattr(self, f"convs{i + 1}", nn.Conv1d(widths[i], widths[i + 1], kernel_size=1))
-        for i in range(3):
-            setattr(self, f"bns{i + 1}", nn.BatchNorm1d(widths[i + 1]))
+        self.convs1 = nn.Conv1d(encoder.feature_dim + num_categories + encoder.local_dim, 256, kernel_size=1)
+        self.convs2 = nn.Conv1d(256, 256, kernel_size=1)
+        self.convs3 = nn.Conv1d(256, 128, kernel_size=1)
+        self.convs4 = nn.Conv1d(128, num_parts, kernel_size=1)
+        self.bns1, self.bns2, self.bns3 = nn.BatchNorm1d(256), nn.BatchNorm1d(256), nn.BatchNorm1d(128)
 
     def forward(self, features: PointFeatures, category: Tensor) -> Tensor:
         """Return scores (B, num_parts, N), given the category (B,)."""
-        cloud = torch.cat([features.pooled, one_hot(category, self.num_categories, features.pooled)], dim=1)
-        rows = F.relu(cloud_and_points(cloud, features.local, self.convs1, self.bns1))
-        rows = F.relu(apply_to_rows(rows, self.convs2, self.bns2))
-        rows = F.relu(apply_to_rows(rows, self.convs3, self.bns3))
-        return to_scores(apply_to_rows(rows, self.convs4), features.local)
+        return scores_of_points(
+            *(with_category(features, category, self.num_categories), features.local, self.convs1, self.bns1, F.relu),
+            *(self.convs2, self.bns2, F.relu, self.convs3, self.bns3, F.relu, self.convs4),
+        )
 
-    @staticmethod
-    def sizes(state: Mapping[str, Tensor], encoder: nn.Module) -> dict[str, int]:
+    @classmethod
+    def sizes(cls, state: Mapping[str, Tensor], encoder: PointEncoder) -> dict[str, int]:
         """Arguments that a published state dict implies."""
-        width = state["convs1.weight"].shape[1]
-        return {
-            "num_categories": width - encoder.feature_dim - encoder.local_dim,
-            "num_parts": len(state["convs4.weight"]),
-        }
+        categories = state["convs1.weight"].shape[1] - encoder.feature_dim - encoder.local_dim
+        return {"num_categories": categories, **super().sizes(state, encoder)}
 
 
-class DGCNNSemanticHead(nn.Module):
+class DGCNNSemanticHead(Head):
     """Semantic head of DGCNN: points 512, 256, classes.
 
     Args:
@@ -142,7 +152,9 @@ class DGCNNSemanticHead(nn.Module):
         features -> (B, num_classes, N)
     """
 
-    def __init__(self, encoder: nn.Module, *, num_classes: int, dropout: float = 0.5) -> None:
+    last = "conv9.weight"
+
+    def __init__(self, encoder: PointEncoder, *, num_classes: int, dropout: float = 0.5) -> None:
         super().__init__()
         self.conv7 = point_block(encoder.feature_dim + encoder.local_dim, 512)
         self.conv8 = point_block(512, 256)
@@ -151,17 +163,10 @@ class DGCNNSemanticHead(nn.Module):
 
     def forward(self, features: PointFeatures) -> Tensor:
         """Return scores (B, num_classes, N)."""
-        rows = cloud_and_points(features.pooled, features.local, *self.conv7)
-        rows = self.dropout(apply_to_rows(rows, *self.conv8))
-        return to_scores(apply_to_rows(rows, self.conv9), features.local)
-
-    @staticmethod
-    def sizes(state: Mapping[str, Tensor], encoder: nn.Module) -> dict[str, int]:
-        """Arguments that a published state dict implies."""
-        return {"num_classes": len(state["conv9.weight"])}
+        return scores_of_points(*features, *self.conv7, *self.conv8, self.dropout, self.conv9)
 
 
-class DGCNNClassHead(nn.Module):
+class DGCNNClassHead(Head):
     """Classifier of DGCNN: 512, 256, classes, with dropout after each hidden layer.
 
     Args:
@@ -173,7 +178,9 @@ class DGCNNClassHead(nn.Module):
         features -> (B, num_classes)
     """
 
-    def __init__(self, encoder: nn.Module, *, num_classes: int, dropout: float = 0.5) -> None:
+    last = "linear3.weight"
+
+    def __init__(self, encoder: PointEncoder, *, num_classes: int, dropout: float = 0.5) -> None:
         super().__init__()
         self.linear1 = nn.Linear(encoder.feature_dim, 512, bias=False)
         self.bn6 = nn.BatchNorm1d(512)
@@ -188,13 +195,8 @@ class DGCNNClassHead(nn.Module):
         x = self.dropout2(F.leaky_relu(self.bn7(self.linear2(x)), LEAKY_SLOPE))
         return self.linear3(x)
 
-    @staticmethod
-    def sizes(state: Mapping[str, Tensor], encoder: nn.Module) -> dict[str, int]:
-        """Arguments that a published state dict implies."""
-        return {"num_classes": len(state["linear3.weight"])}
 
-
-class PointNetClassHead(nn.Module):
+class PointNetClassHead(Head):
     """Classifier of PointNet: 512, dropout, classes.
 
     Args:
@@ -206,7 +208,9 @@ class PointNetClassHead(nn.Module):
         features -> (B, num_classes)
     """
 
-    def __init__(self, encoder: nn.Module, *, num_classes: int, dropout: float = 0.5) -> None:
+    last = "linear2.weight"
+
+    def __init__(self, encoder: PointEncoder, *, num_classes: int, dropout: float = 0.5) -> None:
         super().__init__()
         self.linear1 = nn.Linear(encoder.feature_dim, 512, bias=False)
         self.bn6 = nn.BatchNorm1d(512)
@@ -217,13 +221,8 @@ class PointNetClassHead(nn.Module):
         """Return scores (B, num_classes)."""
         return self.linear2(self.dropout(F.relu(self.bn6(self.linear1(features.pooled)))))
 
-    @staticmethod
-    def sizes(state: Mapping[str, Tensor], encoder: nn.Module) -> dict[str, int]:
-        """Arguments that a published state dict implies."""
-        return {"num_classes": len(state["linear2.weight"])}
 
-
-class LinearPartHead(nn.Module):
+class LinearPartHead(Head):
     """Linear probe of parts: one 1x1 convolution over [pooled, one-hot category, local], with bias.
 
     Args:
@@ -235,18 +234,17 @@ class LinearPartHead(nn.Module):
         features and category (B,) -> (B, num_parts, N)
     """
 
-    def __init__(self, encoder: nn.Module, *, num_categories: int, num_parts: int) -> None:
+    def __init__(self, encoder: PointEncoder, *, num_categories: int, num_parts: int) -> None:
         super().__init__()
         self.num_categories = num_categories
         self.linear = nn.Conv1d(encoder.feature_dim + num_categories + encoder.local_dim, num_parts, kernel_size=1)
 
     def forward(self, features: PointFeatures, category: Tensor) -> Tensor:
         """Return scores (B, num_parts, N), given the category (B,)."""
-        cloud = torch.cat([features.pooled, one_hot(category, self.num_categories, features.pooled)], dim=1)
-        return to_scores(cloud_and_points(cloud, features.local, self.linear), features.local)
+        return scores_of_points(with_category(features, category, self.num_categories), features.local, self.linear)
 
 
-class LinearSemanticHead(nn.Module):
+class LinearSemanticHead(Head):
     """Linear probe of classes of points: one 1x1 convolution over [pooled, local], with bias.
 
     Args:
@@ -257,16 +255,16 @@ class LinearSemanticHead(nn.Module):
         features -> (B, num_classes, N)
     """
 
-    def __init__(self, encoder: nn.Module, *, num_classes: int) -> None:
+    def __init__(self, encoder: PointEncoder, *, num_classes: int) -> None:
         super().__init__()
         self.linear = nn.Conv1d(encoder.feature_dim + encoder.local_dim, num_classes, kernel_size=1)
 
     def forward(self, features: PointFeatures) -> Tensor:
         """Return scores (B, num_classes, N)."""
-        return to_scores(cloud_and_points(features.pooled, features.local, self.linear), features.local)
+        return scores_of_points(*features, self.linear)
 
 
-class LinearClassHead(nn.Module):
+class LinearClassHead(Head):
     """Linear probe of classes of clouds: one layer over the pooled features, with bias.
 
     Args:
@@ -277,7 +275,7 @@ class LinearClassHead(nn.Module):
         features -> (B, num_classes)
     """
 
-    def __init__(self, encoder: nn.Module, *, num_classes: int) -> None:
+    def __init__(self, encoder: PointEncoder, *, num_classes: int) -> None:
         super().__init__()
         self.linear = nn.Linear(encoder.feature_dim, num_classes)
 
@@ -308,19 +306,19 @@ class FineTuned(nn.Module):
         ValueError: the task has no head for this encoder.
     """
 
-    kind: str
-    released_k: int = 20
-    heads: Mapping[type[nn.Module], type[nn.Module]]
-    linear_head: type[nn.Module]
+    kind: ClassVar[str]
+    released_k: ClassVar[int] = 20
+    heads: ClassVar[Mapping[type[PointEncoder], type[Head]]]
+    linear_head: ClassVar[type[Head]]
     frozen = False
 
-    def __init__(self, encoder: nn.Module, *, head: str = "published", **sizes: Any) -> None:
+    def __init__(self, encoder: PointEncoder, *, head: str = "published", **sizes: Any) -> None:
         super().__init__()
         self.encoder, self.head_name, self.sizes = encoder, head, sizes
         self.head = self.head_class(type(encoder), head)(encoder, **sizes)
 
     @classmethod
-    def head_class(cls, encoder: type[nn.Module], head: str = "published") -> type[nn.Module]:
+    def head_class(cls, encoder: type[PointEncoder], head: str = "published") -> type[Head]:
         """Return the class of a head for a class of encoders.
 
         Raises:
@@ -347,11 +345,17 @@ class FineTuned(nn.Module):
         return self
 
     def features(self, points: Tensor) -> PointFeatures:
-        """Return the encoder's features of clouds (B, C, N), without a graph if it is frozen."""
-        if not self.frozen:
-            return self.encoder(points)
-        with torch.no_grad():
-            return self.encoder(points)
+        """Compute the encoder's features of clouds (B, N, C), without a graph if it is frozen."""
+        with torch.no_grad() if self.frozen else contextlib.nullcontext():
+            return self.encoder.features_of(points)
+
+    def scores(self, points: Tensor, *inputs: Tensor) -> Tensor:
+        """Compute what ``forward`` does, from points (B, N, C)."""
+        return self.head(self.features(points), *inputs)
+
+    def forward(self, points: Tensor, *inputs: Tensor) -> Tensor:
+        """Compute the scores of points (B, C, N), given what else the task takes."""
+        return self.scores(points.mT, *inputs)
 
     def published_state_dict(self) -> dict[str, Tensor]:
         """Tensors of encoder and head under the field's names, without prefixes."""
@@ -369,10 +373,6 @@ class PartSegmentation(FineTuned):
     heads = {DGCNNPartSeg: DGCNNPartHead, PointNetPartSeg: PointNetPartHead}
     linear_head = LinearPartHead
 
-    def forward(self, points: Tensor, category: Tensor) -> Tensor:
-        """Return scores (B, num_parts, N) of points (B, 3, N), given the category (B,)."""
-        return self.head(self.features(points), category)
-
 
 class SemanticSegmentation(FineTuned):
     """Class of every point; arguments ``num_classes``, ``dropout``.
@@ -384,10 +384,6 @@ class SemanticSegmentation(FineTuned):
     kind = "semantic segmentation"
     heads = {DGCNNSemSeg: DGCNNSemanticHead}
     linear_head = LinearSemanticHead
-
-    def forward(self, points: Tensor) -> Tensor:
-        """Return scores (B, num_classes, N) of points (B, in_channels, N)."""
-        return self.head(self.features(points))
 
 
 class Classification(FineTuned):
@@ -401,10 +397,6 @@ class Classification(FineTuned):
     released_k = 16
     heads = {DGCNNCls: DGCNNClassHead, PointNetCls: PointNetClassHead}
     linear_head = LinearClassHead
-
-    def forward(self, points: Tensor) -> Tensor:
-        """Return scores (B, num_classes) of points (B, 3, N)."""
-        return self.head(self.features(points))
 
 
 TASKS: dict[str, type[FineTuned]] = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -34,9 +36,8 @@ def max_over_points(x: Tensor) -> Tensor:
     return x.max(dim=1).values
 
 
-def apply_to_rows(rows: Tensor, conv: nn.Conv1d, *rest: nn.Module) -> Tensor:
-    """A 1x1 convolution and what follows it, on (P, C) rows: a matrix product, and batch norm at its fastest."""
-    rows = F.linear(rows, conv.weight.flatten(1), conv.bias)
-    for module in rest:
-        rows = module(rows)
+def apply_to_rows(rows: Tensor, *layers: Callable[[Tensor], Tensor]) -> Tensor:
+    """Apply layers to rows (P, C): a 1x1 convolution is a matrix product there, and batch norm is at its fastest."""
+    for layer in layers:
+        rows = F.linear(rows, layer.weight.flatten(1), layer.bias) if isinstance(layer, nn.Conv1d) else layer(rows)
     return rows

@@ -152,7 +152,7 @@ def test_holding_out_never_takes_the_last_of_a_class():
 
 def test_scores_are_averaged_over_copies_and_the_mode_comes_back():
     model = nn.Module()
-    model.forward = lambda x: torch.stack([x.sum((1, 2)), -x.sum((1, 2))], 1)
+    model.scores = lambda x: torch.stack([x.sum((1, 2)), -x.sum((1, 2))], 1)
     model.train()
     dataset = Balls()
     plain = torch.cat([s for s, _ in finetuning.scores_of(model, dataset, batch_size=4, device=CPU)])

@@ -381,7 +381,7 @@ def test_an_exported_encoder_computes_the_same_on_other_sizes(layout):
 def test_pooled_features_alone_are_those_of_the_whole_to_the_last_bit(layout):
     encoder, outcomes = small_encoder(layout, dtype=torch.float32), []
     x = torch.randn(2, encoder.in_channels, 12)
-    for features in (lambda net: net(x).pooled, lambda net: pooled_features(net, x)):
+    for features in (lambda net: net(x).pooled, lambda net: pooled_features(net, x.mT)):
         net = copy.deepcopy(encoder)
         pooled = features(net)
         pooled.square().sum().backward()

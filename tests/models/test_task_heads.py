@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from models import build_encoder
-from models.task_heads import Classification, PartSegmentation, SemanticSegmentation, cloud_and_points
+from models.task_heads import Classification, PartSegmentation, SemanticSegmentation, scores_of_points
 
 SMALL = {"dgcnn_partseg": {"k": 4}, "dgcnn_semseg": {"k": 4}, "dgcnn_cls": {"k": 4}}
 CASES = [
@@ -73,7 +73,7 @@ def test_a_frozen_encoder_has_no_graph_and_stays_in_evaluation_mode():
     model.freeze_encoder()
     before = {key: value.clone() for key, value in model.encoder.state_dict().items()}
     assert model.train().head.training and not any(part.training for part in model.encoder.modules())
-    assert not model.features(*inputs(model)).local.requires_grad
+    assert not model.features(inputs(model)[0].mT).local.requires_grad
     model(*inputs(model)).square().sum().backward()
     assert all(p.grad is None for p in model.encoder.parameters()) and model.head.conv9.weight.grad.any()
     assert all(torch.equal(value, before[key]) for key, value in model.encoder.state_dict().items())
@@ -93,8 +93,8 @@ def test_product_with_repeated_cloud_features_equals_the_textbook_form(bias):
     cloud, local = torch.randn(2, 5, dtype=torch.float64), torch.randn(2, 3, 6, dtype=torch.float64)
     conv = torch.nn.Conv1d(8, 4, 1, bias=bias).double()
     repeated = torch.cat([cloud[:, :, None].expand(-1, -1, 6), local], dim=1)
-    expected = torch.relu(conv(repeated)).mT.flatten(0, 1)
-    torch.testing.assert_close(cloud_and_points(cloud, local, conv, torch.nn.ReLU()), expected)
+    expected = torch.relu(conv(repeated))
+    torch.testing.assert_close(scores_of_points(cloud, local.mT, conv, torch.relu), expected)
 
 
 @pytest.mark.parametrize(
