@@ -39,9 +39,10 @@ test: lint  ## set-up, lint, then the whole test suite on all cores
 
 setup-dev: $(STAMP_DEV)  ## create .venv with what tests and lint need on top
 
-lint: $(STAMP_DEV)  ## ruff (rules and format)
+lint: $(STAMP_DEV)  ## ruff (rules and format) and mypy (strict, on models/)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 format: $(STAMP_DEV)  ## let ruff mend what it can
 	$(PY) -m ruff check --fix .

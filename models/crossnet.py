@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.base import pooled_features
+from models.base import PointEncoder, pooled_features
 from models.image import build_image_encoder
 from models.losses import OBJECTIVES, RELEASED_TEMPERATURE, Losses, crossnet_objective
 from models.projection_heads import HIDDEN_DIM, image_projection, point_projection
@@ -43,7 +43,7 @@ class CrossNet(nn.Module):
 
     def __init__(
         self,
-        point_encoder: nn.Module,
+        point_encoder: PointEncoder,
         *,
         image_model: str = "resnet50",
         image_modality: str = "both",

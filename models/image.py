@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from torchvision.models import resnet18, resnet34, resnet50, resnet101
 
 IMAGE_ENCODERS = {"resnet18": resnet18, "resnet34": resnet34, "resnet50": resnet50, "resnet101": resnet101}
 
 
-def build_image_encoder(name: str, *, in_channels: int) -> nn.Module:
+class ImageEncoder(nn.Module):
+    """What ``build_image_encoder`` returns: images (B, C, H, W) -> (B, feature_dim)."""
+
+    feature_dim: int
+
+
+def build_image_encoder(name: str, *, in_channels: int) -> ImageEncoder:
     """A ResNet (arXiv:1512.03385) without its classifier, randomly initialized as in the paper's released code.
 
     The first convolution of the gray branch keeps PyTorch's default start (standard deviation 0.0825), as released; the
@@ -26,7 +34,7 @@ def build_image_encoder(name: str, *, in_channels: int) -> nn.Module:
     """
     if name not in IMAGE_ENCODERS:
         raise ValueError(f"unknown image encoder {name!r}: expected one of {', '.join(IMAGE_ENCODERS)}")
-    net = IMAGE_ENCODERS[name](weights=None)
+    net: Any = IMAGE_ENCODERS[name](weights=None)
     net.feature_dim = net.fc.in_features
     net.fc = nn.Identity()
     if in_channels != 3:

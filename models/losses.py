@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -103,5 +104,5 @@ def crossnet_objective(
         cross = nt_xent(torch.cat(views), torch.cat(images), temperature=temperature, objects=objects)
     else:
         mean = (at_least_float32(views[0]) + at_least_float32(views[1])) / 2
-        cross = sum(nt_xent(mean, image, temperature=temperature) for image in images)
+        cross = functools.reduce(torch.add, (nt_xent(mean, image, temperature=temperature) for image in images))
     return Losses(intra + alpha * cross, intra, cross)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from models.ops.native_batch_norm import NormalizeNatively, normalizes_natively
+from models.ops.native_batch_norm import NormalizeNatively, count_batch, normalizes_natively
 from models.ops.precision import at_least_float32, without_autocast
 from utils.collectives import all_reduce_sum, gather_with_grad, world_size
 
@@ -22,7 +22,7 @@ from utils.collectives import all_reduce_sum, gather_with_grad, world_size
 class Moments(NamedTuple):
     """First and second moments of a set of vectors."""
 
-    count: Tensor  # () number of vectors
+    number: Tensor  # () of vectors
     mean: Tensor  # (C,)
     scatter: Tensor  # (C,) centred sum of squares, or (C, C) centred sum of outer products
 
@@ -59,7 +59,7 @@ def across_processes(moments: Moments, norm: _BatchNorm) -> Moments:
     """
     if not shares_statistics(norm):
         return moments
-    packed = torch.cat([moments.count.reshape(1).to(moments.mean.dtype), moments.mean, moments.scatter.flatten()])
+    packed = torch.cat([moments.number.reshape(1).to(moments.mean.dtype), moments.mean, moments.scatter.flatten()])
     channels = len(moments.mean)
     slots = gather_with_grad(packed[None])
     counts, means, scatters = slots.split([1, channels, packed.numel() - 1 - channels], dim=1)
@@ -76,6 +76,12 @@ def uses_batch_statistics(norm: _BatchNorm) -> bool:
     return norm.training or norm.running_mean is None
 
 
+def running_statistics(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """Return the mean and the variance (C,) that evaluation normalises with."""
+    assert norm.running_mean is not None and norm.running_var is not None
+    return norm.running_mean, norm.running_var
+
+
 @torch.no_grad()
 def update_running_statistics(norm: _BatchNorm, mean: Tensor, variance: Tensor, count: Tensor) -> None:
     """What ``nn.BatchNorm`` does to its buffers in train mode.
@@ -86,10 +92,9 @@ def update_running_statistics(norm: _BatchNorm, mean: Tensor, variance: Tensor, 
         variance: biased batch variance (C,).
         count: number of vectors behind them; the buffer takes the unbiased variance.
     """
-    if not norm.training or norm.running_mean is None:
+    if not norm.training or norm.running_mean is None or norm.running_var is None:
         return
-    norm.num_batches_tracked.add_(1)
-    factor = norm.momentum if norm.momentum is not None else 1.0 / norm.num_batches_tracked.item()
+    factor = count_batch(norm)
     unbiased = variance * (count / (count - 1).clamp_min(1))
     norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), factor)
     norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), factor)
@@ -158,9 +163,9 @@ class _NormalizeTogether(torch.autograd.Function):
         variance, mean = torch.var_mean(values, ctx.dims, correction=0)
         count = values.new_full((), x.numel() // x.shape[1])  # filled there: a copy would wait for the device
         moments = across_processes(Moments(count, mean, variance * count), norm)
-        variance = moments.scatter / moments.count
-        update_running_statistics(norm, moments.mean, variance, moments.count)
-        ctx.save_for_backward(x, weight, moments.mean, torch.rsqrt(variance + norm.eps), moments.count)
+        variance = moments.scatter / moments.number
+        update_running_statistics(norm, moments.mean, variance, moments.number)
+        ctx.save_for_backward(x, weight, moments.mean, torch.rsqrt(variance + norm.eps), moments.number)
         return F.batch_norm(values, moments.mean, variance, weight, bias, eps=norm.eps).to(x.dtype)
 
     @staticmethod

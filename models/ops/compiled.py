@@ -22,7 +22,7 @@ logger = logging.getLogger("crossnet.kernels")
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
 
-def fused(function: Callable, x: Tensor) -> Callable:
+def fused(function: Callable[..., Any], x: Tensor) -> Callable[..., Any]:
     """Return ``function``, compiled where ``x`` is on a GPU.
 
     Args:
@@ -33,16 +33,16 @@ def fused(function: Callable, x: Tensor) -> Callable:
 
 
 @functools.cache
-def _fused(function: Callable) -> Callable:
+def _fused(function: Callable[..., Any]) -> _Checked:
     return _Checked(function)
 
 
 class _Checked:
     """A compiled function that is compared with the plain one at its first call."""
 
-    def __init__(self, function: Callable) -> None:
+    def __init__(self, function: Callable[..., Any]) -> None:
         self.plain = function
-        self.chosen: Callable | None = None
+        self.chosen: Callable[..., Any] | None = None
 
     def __call__(self, *inputs: Any) -> Any:
         if self.chosen is not None:

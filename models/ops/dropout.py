@@ -45,7 +45,7 @@ class SampleDropout(nn.Dropout):
     @classmethod
     def convert(cls, module: nn.Module) -> list[SampleDropout]:
         """Turn every dropout inside ``module`` into this class, in place; returns them."""
-        found = [child for child in module.modules() if isinstance(child, nn.Dropout)]
-        for child in found:
-            child.__class__ = cls
-        return found
+        for child in module.modules():
+            if isinstance(child, nn.Dropout):
+                child.__class__ = cls
+        return [child for child in module.modules() if isinstance(child, cls)]

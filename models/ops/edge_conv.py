@@ -11,6 +11,7 @@ Inside, clouds are rows: (B, N, C), or (B * N, C) with neighbour indices into al
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,13 +26,14 @@ from models.ops.batch_norm import (
     across_processes,
     gradient_of_statistics,
     merge_moments,
+    running_statistics,
     scale_and_shift,
     shares_statistics,
     sign_of_gain,
     update_running_statistics,
     uses_batch_statistics,
 )
-from models.ops.layers import max_over_points
+from models.ops.layers import max_over_points, parts_of
 from models.ops.pooling import leaky_relu_gradient
 from models.ops.precision import at_least_float32, exact_products, without_autocast
 from models.ops.tiles import (
@@ -216,15 +218,15 @@ class _EdgeConv(torch.autograd.Function):
             a, c = edge_terms(x[rows] - offset, weight)
             extremes[rows], chosen, moments = edge_extremes(a, c, local_neighbors, sign, with_moments=batch)
             parts.append(moments)
-            if trains:
+            if argmax is not None:
                 argmax[rows] = chosen
         if batch:
             moments = merge_moments(*map(torch.stack, zip(*parts, strict=True)))
             moments = across_processes(moments._replace(mean=moments.mean + constant), norm)
-            mean, variance, count = moments.mean, moments.scatter / moments.count, moments.count
+            mean, variance, count = moments.mean, moments.scatter / moments.number, moments.number
             update_running_statistics(norm, mean, variance, count)
         else:
-            mean, variance, count = norm.running_mean, norm.running_var, None
+            (mean, variance), count = running_statistics(norm), None
         mean = mean - constant
         scale, shift = scale_and_shift(norm, mean, variance)
         out = torch.empty_like(extremes) if trains else extremes
@@ -302,17 +304,17 @@ def first_edge_layer(x: Tensor, neighbors: Tensor, block: nn.Sequential) -> tupl
         a (P, C_out), c (P, C_out), scale (C_out,), shift (C_out,) such that the normalised value of edge ij is
         ``scale * (a_j + c_i) + shift``.
     """
-    weight, norm = block[0].weight.flatten(1), block[1]
+    weight, norm, _ = parts_of(block)
     if not uses_batch_statistics(norm):
-        return *edge_terms(x, weight), *scale_and_shift(norm, norm.running_mean, norm.running_var)
+        return *edge_terms(x, weight), *scale_and_shift(norm, *running_statistics(norm))
     # For any m the layer is W [x_j - x_i ; x_i - m] + B m, and with the mean as m no large offset costs digits.
     offset = x.detach().mean(0)
     a, c = edge_terms(x - offset, weight)
     constant = F.linear(offset, weight[:, len(offset) :])
     mean, scatter = _EdgeMoments.apply(a, c, neighbors)
     moments = across_processes(Moments(a.new_full((), neighbors.numel()), mean + constant, scatter), norm)
-    variance = moments.scatter / moments.count
-    update_running_statistics(norm, moments.mean, variance, moments.count)
+    variance = moments.scatter / moments.number
+    update_running_statistics(norm, moments.mean, variance, moments.number)
     return a, c, *scale_and_shift(norm, moments.mean - constant, variance)
 
 
@@ -345,13 +347,13 @@ def edge_conv(x: Tensor, neighbors: Tensor, block: nn.Sequential, *, clouds: int
     """
     if x.shape[0] % clouds:
         raise ValueError(f"{len(x)} rows are not {clouds} clouds of one size")
-    conv, norm, activation = block
+    weight, norm, activation = parts_of(block)
     with without_autocast(x.device), exact_products(x.device):
         x = at_least_float32(x)
         if is_exporting() and not uses_batch_statistics(norm):
             return _edge_conv_of_plain_operations(x, neighbors, block)
         return _EdgeConv.apply(
-            *(x, conv.weight.flatten(1), norm.weight, norm.bias),
+            *(x, weight, norm.weight, norm.bias),
             *(norm, activation.negative_slope, neighbors, clouds, torch.is_grad_enabled()),
         )
 
@@ -374,7 +376,7 @@ def edge_conv_two_layers(x: Tensor, neighbors: Tensor, first: nn.Sequential, sec
     """
     with without_autocast(x.device), exact_products(x.device):
         a, c, scale, shift = first_edge_layer(at_least_float32(x), neighbors, first)
-        weight, norm = second[0].weight.flatten(1), second[1]
+        weight, norm, activation = parts_of(second)
         # Folding the first norm into a and c leaves one gather, one sum and the activation per edge.
         a, c = a * scale, torch.addcmul(shift, c, scale)
         width = max(weight.shape)
@@ -395,7 +397,7 @@ def edge_conv_two_layers(x: Tensor, neighbors: Tensor, first: nn.Sequential, sec
             y = F.linear(hidden(center, index), weight * sign[:, None])
             return max_over_points(y.unflatten(0, index.shape))
 
-        def recomputed(function, *inputs):
+        def recomputed(function: Callable[..., Any], *inputs: Tensor) -> Any:
             if is_exporting():
                 return function(*inputs)
             return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -406,11 +408,11 @@ def edge_conv_two_layers(x: Tensor, neighbors: Tensor, first: nn.Sequential, sec
             means, scatters = (torch.stack(part) for part in zip(*parts, strict=True))
             moments = across_processes(merge_moments(counts, means, scatters), norm)
             mean = weight @ moments.mean
-            variance = ((weight @ moments.scatter) * weight).sum(1).clamp_min(0) / moments.count
-            update_running_statistics(norm, mean, variance, moments.count)
+            variance = ((weight @ moments.scatter) * weight).sum(1).clamp_min(0) / moments.number
+            update_running_statistics(norm, mean, variance, moments.number)
         else:
-            mean, variance = norm.running_mean, norm.running_var
+            mean, variance = running_statistics(norm)
         scale, shift = scale_and_shift(norm, mean, variance)
         sign = sign_of_gain(scale)
         extreme = torch.cat([recomputed(tile_extreme, center, index) for center, index in tiles]) * sign
-        return second[2](torch.addcmul(shift, extreme, scale))
+        return activation(torch.addcmul(shift, extreme, scale))

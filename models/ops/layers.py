@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 LEAKY_SLOPE = 0.2
 
@@ -29,6 +30,14 @@ def point_block(in_channels: int, out_channels: int) -> nn.Sequential:
         nn.BatchNorm1d(out_channels),
         nn.LeakyReLU(LEAKY_SLOPE, inplace=True),  # batch norm keeps its input, not its output, for the backward
     )
+
+
+def parts_of(block: nn.Sequential) -> tuple[Tensor, _BatchNorm, nn.LeakyReLU]:
+    """Return the weight (C_out, C_in) of a block's convolution, its batch norm, and its activation."""
+    conv, norm, activation = block
+    assert isinstance(conv, nn.Conv1d | nn.Conv2d)
+    assert isinstance(norm, _BatchNorm) and isinstance(activation, nn.LeakyReLU)
+    return conv.weight.flatten(1), norm, activation
 
 
 def max_over_points(x: Tensor) -> Tensor:

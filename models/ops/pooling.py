@@ -13,17 +13,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from models.ops.batch_norm import (
     Moments,
     across_processes,
     gradient_of_statistics,
+    running_statistics,
     scale_and_shift,
     update_running_statistics,
     uses_batch_statistics,
 )
 from models.ops.compiled import fused
-from models.ops.layers import apply_to_rows
+from models.ops.layers import apply_to_rows, parts_of
 from models.ops.precision import at_least_float32, autocast_dtype
 from models.ops.tiles import ELEMENTWISE_TILE, is_exporting, tiles_of_clouds
 
@@ -118,7 +120,8 @@ class _Pool(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        block: nn.Sequential,
+        norm: _BatchNorm,
+        negative_slope: float,
         clouds: int,
         with_mean: bool,
         trains: bool,
@@ -127,7 +130,6 @@ class _Pool(torch.autograd.Function):
         bias: Tensor | None,
         *rows: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        norm, negative_slope = block[1], block[2].negative_slope
         points, width = len(rows[0]) // clouds, len(weight)
         compute_dtype = autocast_dtype(rows[0])
         kernel = weight.to(compute_dtype).T
@@ -148,14 +150,14 @@ class _Pool(torch.autograd.Function):
         if batch:
             for c, r in _tiles(clouds, points, width, weight.device):
                 product(c, r)
-            running = [weight.new_zeros(width, dtype=exact) for _ in range(2)]  # not used; the result has their type
-            mean, variance = torch.batch_norm_update_stats(y.flatten(0, 1), *running, 1.0)
+            running = weight.new_zeros(2, width, dtype=exact)  # not used; the result has its type
+            mean, variance = torch.batch_norm_update_stats(y.flatten(0, 1), running[0], running[1], 1.0)
             count = mean.new_full((), clouds * points)
             moments = across_processes(Moments(count, mean, variance * count), norm)
-            mean, variance, count = moments.mean, moments.scatter / moments.count, moments.count
+            mean, variance, count = moments.mean, moments.scatter / moments.number, moments.number
             update_running_statistics(norm, mean, variance, count)
         else:
-            mean, variance = norm.running_mean, norm.running_var
+            mean, variance = running_statistics(norm)
         mean, variance = mean.to(exact), variance.to(exact)
         scale, shift = scale_and_shift(norm, torch.zeros_like(mean), variance)  # of what is centred
         groups = -(-points // _GROUP)
@@ -225,7 +227,7 @@ class _Pool(torch.autograd.Function):
             for target, piece in zip(grad_rows, pieces, strict=True):
                 target.view(clouds, points, -1)[c, r] = piece
         return (
-            *(None, None, None, None, grad_weight.to(weight.dtype)),
+            *(None, None, None, None, None, grad_weight.to(weight.dtype)),
             None if gain is None else grad_gain.to(gain.dtype),
             None if bias is None else sum_grad.to(bias.dtype),
             *grad_rows,
@@ -254,12 +256,12 @@ def pool_pointwise(
     Returns:
         Maximum and mean, each (B, E), at least float32.
     """
-    conv, norm = block[0], block[1]
     if is_exporting():
         embedded = apply_to_rows(torch.cat(list(layers), dim=1), *block).unflatten(0, (clouds, -1))  # (B, N, E)
         maximum = embedded.amax(1)
         return maximum, embedded.mean(1) if with_mean else torch.zeros_like(maximum)
+    weight, norm, activation = parts_of(block)
     return _Pool.apply(
-        *(block, clouds, with_mean, torch.is_grad_enabled(), conv.weight.flatten(1), norm.weight, norm.bias),
+        *(norm, activation.negative_slope, clouds, with_mean, torch.is_grad_enabled(), weight, norm.weight, norm.bias),
         *(part.contiguous() for part in layers),
     )

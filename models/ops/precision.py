@@ -22,7 +22,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Context in which operations take their inputs' own precision; nothing where autocast is off.
 
     (torch.export of PyTorch 2.4 cannot record the context.)
@@ -32,7 +32,7 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-def exact_products(device: torch.device) -> contextlib.AbstractContextManager:
+def exact_products(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Context in which float32 matrix products on a GPU keep float32's digits, where the environment allows TF32.
 
     TF32 keeps 10 bits of each factor, and other points become the nearest. ``TORCH_ALLOW_TF32_CUBLAS_OVERRIDE`` (set in

@@ -365,7 +365,8 @@ def edge_extremes(
             MOMENTS=about is not None,
             **launch,
         )
-    return extremes, argmax, *(sums if about is None else sums.sum(0)).unbind(0)
+    total, squares = (sums if about is None else sums.sum(0)).unbind(0)
+    return extremes, argmax, total, squares
 
 
 def edge_gradients(

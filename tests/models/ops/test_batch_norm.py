@@ -22,14 +22,14 @@ def test_merged_moments_are_those_of_the_union(sizes, matrix):
     means = torch.stack([part.mean(0) for part in parts])
     merged = merge_moments(counts, means, torch.stack([scatter(part) for part in parts]))
     union = torch.cat(parts)
-    assert merged.count == len(union)
+    assert merged.number == len(union)
     torch.testing.assert_close(merged.mean, union.mean(0))
     torch.testing.assert_close(merged.scatter, scatter(union))
 
 
 def test_moments_of_rows():
     moments = moments_of(torch.tensor([[1.0, 5.0], [3.0, 5.0]]))
-    assert (moments.count, moments.mean.tolist(), moments.scatter.tolist()) == (2, [2, 5], [2, 0])
+    assert (moments.number, moments.mean.tolist(), moments.scatter.tolist()) == (2, [2, 5], [2, 0])
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
