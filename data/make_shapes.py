@@ -13,7 +13,6 @@ Examples:
 from __future__ import annotations
 
 import argparse
-import contextlib
 import io
 import json
 import multiprocessing
@@ -22,7 +21,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +34,9 @@ from data.procedural import KINDS, LEVELS, compose, sample_visible
 from data.procedural.compose import SurfaceSamples, generator
 from data.procedural.pictures import LIGHT, mesh_of, splat_count, splat_views
 from data.rendering import Camera, Renderer, cameras_3d_r2n2, encode_png, to_unit_sphere
-from utils.cli import HelpFormatter, non_negative_int, positive_int, run, seed_number, write_json
+from utils.cli import HelpFormatter, Settings, non_negative_int, positive_int, run, seed_number, write_json
 from utils.errors import UserError
+from utils.files import replacing, writing
 from utils.progress import progress
 
 CATEGORY = "generated"
@@ -54,7 +54,7 @@ KIND_COLORS = np.array(
 
 
 @dataclass(frozen=True)
-class Settings:
+class ShapeSettings(Settings):
     """Everything that determines the cloud and the pictures of a shape."""
 
     seed: int
@@ -65,28 +65,7 @@ class Settings:
     pictures: str  # "OpenGL" or "splats"
 
 
-@dataclass
-class Block:
-    """Consecutive shapes.
-
-    Attributes:
-        points: (s, N, 3) float32 in the unit sphere.
-        part_kind: (s, N) uint8 index into ``KINDS``.
-        part_number: (s, N) uint8 number of the primitive.
-        cameras: (s, V, 2) float32 azimuth and elevation in degrees.
-        images: (bytes,) uint8, the concatenated encoded pictures.
-        lengths: (s * V,) int64 bytes of each.
-    """
-
-    points: np.ndarray
-    part_kind: np.ndarray
-    part_number: np.ndarray
-    cameras: np.ndarray
-    images: np.ndarray
-    lengths: np.ndarray
-
-
-def make_shape(number: int, settings: Settings, renderer: Renderer | None) -> dict[str, Any]:
+def make_shape(number: int, settings: ShapeSettings, renderer: Renderer | None) -> dict[str, Any]:
     """Make one shape; a pure function of its number and the settings.
 
     Args:
@@ -119,32 +98,22 @@ def make_shape(number: int, settings: Settings, renderer: Renderer | None) -> di
 _renderer: Renderer | None = None  # one per worker process, which keeps its OpenGL context
 
 
-def _start_worker(settings: Settings) -> None:
+def _start_worker(settings: ShapeSettings) -> None:
     global _renderer
     _renderer = Renderer(settings.image_size, samples=SAMPLES) if settings.pictures == "OpenGL" else None
 
 
-def _make_block(job: tuple[int, int, Settings, str]) -> str:
-    """Make shapes first to last - 1 and write them to a file atomically."""
+def _make_block(job: tuple[int, int, ShapeSettings, str]) -> str:
+    """Make shapes first to last - 1 and write their arrays to a file: pictures as ``images`` and their ``lengths``."""
     first, last, settings, path = job
     made = [make_shape(number, settings, _renderer) for number in range(first, last)]
     images = [image for shape in made for image in shape["images"]]
     arrays = {name: np.stack([shape[name] for shape in made]) for name in made[0] if name != "images"}
-    temporary = f"{path}.tmp"
-    with open(temporary, "wb") as file:
-        np.savez(
-            file,
-            images=np.frombuffer(b"".join(images), np.uint8),
-            lengths=np.array([len(image) for image in images], np.int64),
-            **arrays,
-        )
-    os.replace(temporary, path)
+    arrays["images"] = np.frombuffer(b"".join(images), np.uint8)
+    arrays["lengths"] = np.array([len(image) for image in images], np.int64)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)
     return path
-
-
-def _read_block(path: Path) -> Block:
-    with np.load(path) as arrays:
-        return Block(**{name: arrays[name] for name in arrays.files})
 
 
 def choose_pictures(wanted: str) -> str:
@@ -168,7 +137,7 @@ def choose_pictures(wanted: str) -> str:
     return "OpenGL"
 
 
-def open_work_folder(out: Path, settings: Settings) -> Path:
+def open_work_folder(out: Path, settings: ShapeSettings) -> Path:
     """Return the folder of the finished blocks, which a stopped run leaves next to ``--out``.
 
     Raises:
@@ -187,7 +156,7 @@ def open_work_folder(out: Path, settings: Settings) -> Path:
     return folder
 
 
-def make_blocks(folder: Path, count: int, settings: Settings, *, workers: int) -> list[Path]:
+def make_blocks(folder: Path, count: int, settings: ShapeSettings, *, workers: int) -> list[Path]:
     """Make the missing blocks in ``workers`` processes; 0 means this process."""
     jobs, paths = [], []
     for first in range(0, count, BLOCK):
@@ -204,7 +173,9 @@ def make_blocks(folder: Path, count: int, settings: Settings, *, workers: int) -
     return paths
 
 
-def _run_jobs(jobs: list[tuple[int, int, Settings, str]], settings: Settings, *, workers: int) -> Iterator[str]:
+def _run_jobs(
+    jobs: list[tuple[int, int, ShapeSettings, str]], settings: ShapeSettings, *, workers: int
+) -> Iterator[str]:
     if not jobs:
         return
     if workers == 0:
@@ -216,7 +187,7 @@ def _run_jobs(jobs: list[tuple[int, int, Settings, str]], settings: Settings, *,
         yield from pool.imap_unordered(_make_block, jobs)
 
 
-def write_packed(out: Path, paths: list[Path], count: int, settings: Settings) -> dict[str, int]:
+def write_packed(out: Path, paths: list[Path], count: int, settings: ShapeSettings) -> dict[str, int]:
     """Join blocks into a packed file of pairs (docs/datasets.md), atomically.
 
     Returns:
@@ -227,9 +198,8 @@ def write_packed(out: Path, paths: list[Path], count: int, settings: Settings) -
     """
     from datasets.pair_sources import PACKED_FORMAT, PACKED_VERSION  # loads PyTorch, which the workers do not need
 
-    temporary = out.with_name(out.name + ".tmp")
     views, points = settings.views, settings.num_points
-    try:
+    with replacing(out) as temporary:
         lengths = []
         for path in paths:
             with np.load(path) as arrays:
@@ -255,18 +225,12 @@ def write_packed(out: Path, paths: list[Path], count: int, settings: Settings) -
             images = file.create_dataset("image_bytes", (int(offset[-1]),), dtype=np.uint8)
             first = 0
             for path in paths:
-                block = _read_block(path)
-                last = first + len(block.points)
-                for name, dataset in stored.items():
-                    dataset[first:last] = getattr(block, name)
-                images[offset[first * views] : offset[last * views]] = block.images
+                with np.load(path) as block:
+                    last = first + len(block["lengths"]) // views
+                    for name, dataset in stored.items():
+                        dataset[first:last] = block[name]
+                    images[offset[first * views] : offset[last * views]] = block["images"]
                 first = last
-        os.replace(temporary, out)
-    except (OSError, RuntimeError) as error:  # h5py: RuntimeError when the disk fills while a file is closed
-        raise UserError(f"cannot write {out}: {getattr(error, 'strerror', None) or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
     return {"shapes": count, "views": count * views, "points": points, "image_bytes": int(offset[-1])}
 
 
@@ -351,9 +315,10 @@ def draw_sheet(packed: Path, path: Path) -> None:
         sheet.paste(picture, (x, y), picture)
         sheet.paste(cloud, (x, y + SHEET_CELL), cloud)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(path)
-    except (OSError, ValueError) as error:  # ValueError: no format of that suffix
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            sheet.save(path)
+    except ValueError as error:  # no format of that suffix
         raise UserError(f"cannot write {path}: {error}") from error
 
 
@@ -410,14 +375,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         raise UserError(f"{out} exists; --overwrite replaces it")
     if args.part_set:
         check_part_set(Path(args.part_set), args.shapes)
-    settings = Settings(
-        seed=args.seed,
-        level=args.level,
-        num_points=args.num_points,
-        views=args.views,
-        image_size=args.image_size,
-        pictures=choose_pictures(args.pictures),
-    )
+    settings = replace(ShapeSettings.from_flags(args), pictures=choose_pictures(args.pictures))
     start = time.perf_counter()
     folder = open_work_folder(out, settings)
     paths = make_blocks(folder, args.shapes, settings, workers=args.workers)

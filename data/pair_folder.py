@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import zlib
 from dataclasses import asdict, dataclass
@@ -29,8 +28,10 @@ from data.rendering.cameras import DISTANCE, Camera, View, aim
 from data.rendering.meshes import MESH_SUFFIXES
 from data.rendering.shape import check_mesh
 from data.shape_files import ShapeFile
+from utils.cli import Settings
 from utils.cloud_files import read_cloud_file
 from utils.errors import DataError, UserError
+from utils.files import replacing, writing
 
 SETTINGS_NAME = "prepared.json"
 RECORDS_NAME = "prepared_files.jsonl"
@@ -45,7 +46,7 @@ _Z_UP = np.array([[1, 0, 0], [0, 0, 1], [0, -1, 0]], float)  # (x, y, z) -> (x, 
 
 
 @dataclass(frozen=True)
-class Settings:
+class PairSettings(Settings):
     """Everything that determines a pair, besides its file."""
 
     num_points: int = 2048
@@ -67,7 +68,7 @@ class Pair:
     notes: list[str]
 
 
-def make_pair(shape: Mesh | Cloud, name: str, settings: Settings, renderer: Renderer | None) -> Pair:
+def make_pair(shape: Mesh | Cloud, name: str, settings: PairSettings, renderer: Renderer | None) -> Pair:
     """Sample points and render views of a shape; a pure function of its arguments (the name gives the seed).
 
     ``renderer`` may be None without views and without ``remove_interior``.
@@ -174,7 +175,7 @@ class PairPaths:
         """Write a pair, replacing an older one; ``cameras.json``, which marks the pictures as ours, comes first.
 
         Raises:
-            OSError: it cannot be written.
+            UserError: it cannot be written.
         """
         self.remove(name)
         if len(pair.pictures):
@@ -211,7 +212,7 @@ class PairFolder:
         UserError: the folder holds pairs that were made with other settings.
     """
 
-    def __init__(self, root: Path, settings: Settings, *, overwrite: bool) -> None:
+    def __init__(self, root: Path, settings: PairSettings, *, overwrite: bool) -> None:
         self.root, self.settings, self.overwrite = root, settings, overwrite
         self.paths = PairPaths(root)
         try:
@@ -288,7 +289,7 @@ class PairFolder:
         Raises:
             UserError: the folder cannot be written.
         """
-        try:
+        with writing(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
             if self.overwrite:
                 self.records = {name: record | {"source": None} for name, record in self.records.items()}
@@ -296,18 +297,14 @@ class PairFolder:
                 _replace(self.root / RECORDS_NAME, "".join(lines).encode())
             content = {"format": FORMAT, "version": VERSION, "settings": asdict(self.settings)}
             _replace(self.root / SETTINGS_NAME, json.dumps(content, indent=2).encode() + b"\n")
-        except OSError as error:
-            raise UserError(f"cannot write {self.root}: {error.strerror or error}") from error
 
     def record(self, shape: ShapeFile, notes: list[str] | None = None) -> None:
         """Record that a pair is begun, or finished if ``notes`` is not None."""
         source = None if notes is None else fingerprint(shape.path)
         entry = {"name": shape.name, "file": str(shape.path), "source": source, "notes": notes or []}
-        try:
-            with open(self.root / RECORDS_NAME, "a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write {self.root / RECORDS_NAME}: {error.strerror or error}") from error
+        path = self.root / RECORDS_NAME
+        with writing(path), open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
         self.records[shape.name] = entry
 
 
@@ -324,24 +321,21 @@ def view_names(count: int) -> list[str]:
 
 def _replace(path: Path, data: bytes) -> None:
     """Write a file atomically."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def write_ply(path: Path, points: np.ndarray) -> None:
     """Write (N, 3) float32 as binary little-endian PLY, atomically.
 
     Raises:
-        OSError: the file cannot be written.
+        UserError: the file cannot be written.
     """
     vertex = np.empty(len(points), dtype=[("x", "<f4"), ("y", "<f4"), ("z", "<f4")])
     for axis, name in enumerate("xyz"):
         vertex[name] = points[:, axis]
-    temporary = path.with_name(path.name + ".tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    PlyData([PlyElement.describe(vertex, "vertex")], byte_order="<").write(temporary)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        PlyData([PlyElement.describe(vertex, "vertex")], byte_order="<").write(temporary)
 
 
 def write_labeled(folder: PairFolder, sides: dict[str, list[ShapeFile]]) -> dict[str, tuple[int, int]]:
@@ -357,13 +351,11 @@ def write_labeled(folder: PairFolder, sides: dict[str, list[ShapeFile]]) -> dict
         clouds = [PlyData.read(folder.paths.cloud(shape.name))["vertex"].data for shape in shapes]
         points = np.stack([np.stack([cloud[axis] for axis in "xyz"], 1) for cloud in clouds])
         path = target / f"ply_data_{side}0.h5"
-        temporary = path.with_name(path.name + ".tmp")
-        with h5py.File(temporary, "w") as file:
+        with replacing(path) as temporary, h5py.File(temporary, "w") as file:
             file.create_dataset("data", data=points.astype(np.float32), compression="gzip", shuffle=True)
             file["label"] = np.array([[classes.index(shape.category)] for shape in shapes], np.int64)
             ids = np.array([shape.name for shape in shapes], dtype=object)
             file.create_dataset("ids", data=ids, dtype=h5py.string_dtype("utf-8"))
-        os.replace(temporary, path)
         _replace(target / f"{side}_files.txt", f"{LABELED_NAME}/{path.name}\n".encode())
     _replace(target / "shape_names.txt", "".join(f"{name}\n" for name in classes).encode())
     count = {side: [shape.category for shape in shapes] for side, shapes in sides.items()}

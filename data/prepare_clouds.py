@@ -14,7 +14,6 @@ Example:
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also run by path
 from datasets.hdf5 import SPLITS
 from datasets.own_clouds import find_class_folders, shape_files
 from datasets.shape_reader import DEFAULT_POINTS, SHAPE_SUFFIXES, read_shape, read_shapes
-from utils.cli import HelpFormatter, positive_int, run, seed_number, write_json
+from utils.cli import HelpFormatter, positive_int, run, seed_number, share, write_json
 from utils.errors import DataError, UserError
-from utils.files import data_files
+from utils.files import data_files, replacing, writing
 
 FILES = ("shape_names.txt", "ply_data_train0.h5", "ply_data_test0.h5", "train_files.txt", "test_files.txt")
 
@@ -94,20 +93,10 @@ def list_files(
 def write(out: Path, split: str, points: np.ndarray, labels: np.ndarray) -> None:
     """Write one split atomically."""
     name = f"ply_data_{split}0.h5"
-    temporary = out / f"{name}.tmp"
-    with h5py.File(temporary, "w") as file:
+    with replacing(out / name) as temporary, h5py.File(temporary, "w") as file:
         file.create_dataset("data", data=points, chunks=(1, *points.shape[1:]), compression="gzip", shuffle=True)
         file["label"] = labels[:, None].astype(np.int32)
-    os.replace(temporary, out / name)
     (out / f"{split}_files.txt").write_text(f"{name}\n", encoding="utf-8")
-
-
-def share(text: str) -> float:
-    """Parse a fraction between 0 and 1, both excluded."""
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -149,7 +138,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         )
         for split in SPLITS
     }
-    try:
+    with writing(args.out):
         args.out.mkdir(parents=True, exist_ok=True)
         for split, (points, sizes) in arrays.items():
             turned = points[..., [0, 2, 1]] * np.array([1, 1, -1], np.float32) if args.up == "z" else points
@@ -157,8 +146,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             counts[split] = len(points)
             counts[f"{split}_with_repeated_points"] = int((sizes < args.num_points).sum())
         (args.out / "shape_names.txt").write_text("".join(f"{name}\n" for name in class_names), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {args.out}: {error.strerror or error}") from error
     print(
         f"{args.out}: {counts['train']} training and {counts['test']} test clouds of {args.num_points} points, "
         f"{len(class_names)} classes; read it with --dataset folder --data_root {args.out}"

@@ -30,11 +30,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also run by path
-from data.pair_folder import LABELED_NAME, PairFolder, PairPaths, Settings, make_pair, read_source, write_labeled
+from data.pair_folder import LABELED_NAME, PairFolder, PairPaths, PairSettings, make_pair, read_source, write_labeled
 from data.rendering.renderer import Renderer, create_context
 from data.shape_files import ShapeFile, find_shapes, split_shapes
-from utils.cli import HelpFormatter, non_negative_int, positive_int, run, seed_number, write_json
+from utils.cli import HelpFormatter, non_negative_int, positive_int, run, seed_number, share, write_json
 from utils.errors import DataError, UserError
+from utils.files import writing
 from utils.progress import progress
 
 REPORT_NAME = "prepared_report.tsv"
@@ -54,19 +55,19 @@ class _Worker:
     """State that a process keeps between files."""
 
     paths: PairPaths
-    settings: Settings
+    settings: PairSettings
     renderer: Renderer | None
 
 
 _worker: _Worker | None = None
 
 
-def needs_renderer(settings: Settings) -> bool:
+def needs_renderer(settings: PairSettings) -> bool:
     """Return whether OpenGL is needed."""
     return settings.views > 0 or settings.remove_interior
 
 
-def _start_worker(root: Path, settings: Settings) -> None:
+def _start_worker(root: Path, settings: PairSettings) -> None:
     """Create this process's renderer."""
     global _worker
     renderer = None
@@ -129,7 +130,7 @@ def make_pairs(folder: PairFolder, shapes: Sequence[ShapeFile], *, workers: int)
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line."""
-    usual = Settings()
+    usual = PairSettings()
     parser = argparse.ArgumentParser(
         prog="python -m data.prepare_meshes", description=__doc__, formatter_class=HelpFormatter
     )
@@ -161,7 +162,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     content.add_argument(
         "--test_fraction",
-        type=float,
+        type=share,
         default=0.2,
         metavar="F",
         help="fraction of each category for testing, if neither folders nor labels give a split",
@@ -174,24 +175,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         metavar="W",
         help="processes; does not change the result",
     )
-    args = parser.parse_args(argv)
-    if not 0 < args.test_fraction < 1:
-        parser.error(f"--test_fraction {args.test_fraction} is not between 0 and 1")
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Convert a folder of meshes and clouds; return counts and the skipped files."""
     args = parse_args(argv)
     shapes = find_shapes(Path(args.meshes), [Path(path) for path in args.labels])
-    settings = Settings(
-        num_points=args.num_points,
-        views=args.views,
-        image_size=args.image_size,
-        up=args.up,
-        remove_interior=args.remove_interior,
-        seed=args.seed,
-    )
+    settings = PairSettings.from_flags(args)
     folder = PairFolder(Path(args.out), settings, overwrite=args.overwrite)
     todo = [shape for shape in shapes if not folder.is_done(shape)]
     for shape in todo:
@@ -241,10 +232,8 @@ def finish(
     rows = [("file", "result", "reason"), *((str(shape.path), "left out", reason) for shape, reason in refused)]
     rows += [(str(s.path), "note", note) for s in usable for note in folder.records[s.name]["notes"]]
     text = "".join("\t".join(" ".join(cell.split()) for cell in row) + "\n" for row in rows)
-    try:
+    with writing(folder.root / REPORT_NAME):
         (folder.root / REPORT_NAME).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {folder.root / REPORT_NAME}: {error.strerror or error}") from error
     settings = folder.settings
     print(
         f"{folder.root}: {report['written']} pairs of {settings.num_points} points and {settings.views} views written, "

@@ -10,7 +10,6 @@ Example:
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import sys
 from pathlib import Path
@@ -32,6 +31,7 @@ from datasets.pair_sources import (
 from datasets.untrusted import decode_image
 from utils.cli import HelpFormatter, run, write_json
 from utils.errors import DataError, UserError
+from utils.files import replacing
 from utils.progress import progress
 
 
@@ -54,9 +54,7 @@ def pack(source: PairSource, out: str | os.PathLike[str], *, chosen: list[int], 
     out = Path(out)
     views = [(i, view) for i in chosen for view in range(len(source.view_names(i)))]
     size = len(source.points(chosen[0]))
-    temporary = out.with_name(out.name + ".tmp")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(out) as temporary:
         lengths = [len(source.image_file(i, view)) for i, view in progress(views, text="sizes", unit="view")]
         with h5py.File(temporary, "w") as file:
             file.attrs.update({"format": PACKED_FORMAT, "version": PACKED_VERSION, "source": name})
@@ -87,12 +85,6 @@ def pack(source: PairSource, out: str | os.PathLike[str], *, chosen: list[int], 
                     images[offset[row] : offset[row + 1]] = np.frombuffer(data, np.uint8)
                     row += 1
         check(source, PackedSource(temporary), chosen)
-        os.replace(temporary, out)
-    except (OSError, RuntimeError) as error:  # h5py raises RuntimeError if the disk is full when a file is closed
-        raise UserError(f"cannot write {out}: {getattr(error, 'strerror', None) or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
     return {"shapes": len(chosen), "views": len(views), "points": size, "image_bytes": int(offset[-1])}
 
 

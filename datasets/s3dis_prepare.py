@@ -42,7 +42,7 @@ from datasets.s3dis import AREAS, BLOCK_FOLDER, CHANNELS, CLASS_NAMES, FILE_LIST
 from datasets.shapenet_part import draw_rows
 from utils.cli import HelpFormatter, positive_int, run, write_json
 from utils.errors import DataError, UserError
-from utils.files import data_files, has_data_files
+from utils.files import data_files, has_data_files, replacing
 from utils.progress import progress
 
 BLOCK_FORMAT, BLOCK_VERSION = "crossnet-s3dis", 1
@@ -460,12 +460,8 @@ def write_lists(folder: str | Path) -> dict[str, int]:
         FILE_LIST: [f"{folder.name}/ply_data_all_{room}.h5" for room in blocks],
     }
     for name, lines in lists.items():
-        temporary = folder / f"{name}.tmp"
-        try:
+        with replacing(folder / name) as temporary:
             temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-            os.replace(temporary, folder / name)
-        except OSError as error:
-            raise UserError(f"cannot write {folder / name}: {error.strerror or error}") from error
     return blocks
 
 

@@ -24,6 +24,7 @@ from datasets.transforms import pretraining_augmentation
 from datasets.untrusted import decode_image
 from utils.cli import HelpFormatter, run
 from utils.errors import UserError
+from utils.files import writing
 from utils.pictures import Axes, FancyArrowPatch, FancyBboxPatch, Figure, FigureCanvasAgg, Polygon, Rectangle
 
 MODEL = "living_room/blendswap-cc-0-oakchair"  # CC0
@@ -237,10 +238,8 @@ def main(argv: list[str] | None = None) -> dict[str, str]:
     parser.add_argument("--out", default=str(here / "CrossNet.jpg"), metavar="FILE", help="picture to write")
     args = parser.parse_args(argv)
     figure = draw(args.data_root, model=args.model, seed=args.seed)
-    try:
+    with writing(args.out):
         figure.savefig(args.out, **({"pil_kwargs": {"quality": 92}} if args.out.endswith((".jpg", ".jpeg")) else {}))
-    except OSError as error:
-        raise UserError(f"cannot write {args.out}: {error.strerror or error}") from error
     print(args.out)
     return {"figure": args.out}
 

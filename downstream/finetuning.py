@@ -68,6 +68,7 @@ from utils.collectives import (
     world_size,
 )
 from utils.errors import CheckpointError, UserError
+from utils.files import replacing
 from utils.progress import progress
 from utils.released_flags import IN_FINE_TUNING, Switch, add_released_flags, model_name, scheduler_name
 from utils.reproducible import seed_everything
@@ -260,21 +261,12 @@ def write_arrays(path: str | Path, arrays: Mapping[str, Any]) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with h5py.File(temporary, "w") as file:
-            for name, values in arrays.items():
-                packed = {"compression": "gzip", "compression_opts": 1} if np.ndim(values) and len(values) else {}
-                is_text = isinstance(values, list) and values and isinstance(values[0], str)
-                kind = h5py.string_dtype() if is_text else None
-                file.create_dataset(name, data=values, dtype=kind, **packed)
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # h5py: RuntimeError when the disk fills while a file is closed
-        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
+        for name, values in arrays.items():
+            packed = {"compression": "gzip", "compression_opts": 1} if np.ndim(values) and len(values) else {}
+            is_text = isinstance(values, list) and values and isinstance(values[0], str)
+            kind = h5py.string_dtype() if is_text else None
+            file.create_dataset(name, data=values, dtype=kind, **packed)
 
 
 def smoothed_cross_entropy(

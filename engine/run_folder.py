@@ -17,6 +17,7 @@ from engine.checkpoint import load_checkpoint
 from utils.cli import check_writable, log_to_screen, write_json
 from utils.collectives import broadcast_from_rank0, is_main, main_only
 from utils.errors import CheckpointError, DamagedCheckpointError, UserError, warn_on_failure
+from utils.files import replacing, writing
 
 logger = logging.getLogger("crossnet")
 REPLACED = ".replaced"  # suffix of an earlier run's files until the first step of the run that replaces it
@@ -184,11 +185,9 @@ class RunFolder:
     @main_only
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Append one line to ``metrics.jsonl``."""
-        try:
-            with open(self / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write {self / 'metrics.jsonl'}: {error.strerror or error}") from error
+        path = self / "metrics.jsonl"
+        with writing(path), open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
 
     def metrics(self) -> Iterator[dict[str, Any]]:
         """Yield the records of ``metrics.jsonl``, without a last line truncated by a crash."""
@@ -203,12 +202,8 @@ class RunFolder:
     def cut_metrics(self, epoch: int) -> None:
         """Keep the records of the first ``epoch`` epochs; later ones are about to be trained again."""
         kept = [record for record in self.metrics() if record["epoch"] <= epoch]
-        temporary = self / "metrics.jsonl.tmp"
-        try:
+        with replacing(self / "metrics.jsonl") as temporary:
             temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-            os.replace(temporary, self / "metrics.jsonl")
-        except OSError as error:
-            raise UserError(f"cannot write {self / 'metrics.jsonl'}: {error.strerror or error}") from error
 
     @main_only
     def draw_curves(self) -> None:

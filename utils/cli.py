@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import logging
@@ -17,6 +16,7 @@ from pathlib import Path, PurePath
 from typing import Any, NoReturn, TypeVar
 
 from utils.errors import UserError, plain_message
+from utils.files import replacing
 
 Config = TypeVar("Config", bound="Settings")
 EXIT_USER_ERROR = 2
@@ -197,24 +197,23 @@ def fraction(text: str) -> float:
     return value
 
 
+def share(text: str) -> float:
+    """Parse a number between 0 and 1, both excluded (argparse type)."""
+    value = fraction(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
 def write_json(path: str | os.PathLike[str] | None, metrics: Mapping[str, Any]) -> None:
     """Write one JSON object to ``path`` atomically; do nothing if ``path`` is None.
 
     Raises:
         UserError: the file cannot be written.
     """
-    if path is None:
-        return
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    if path is not None:
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
 
 
 def check_writable(folder: str | os.PathLike[str]) -> None:

@@ -1,11 +1,14 @@
-"""Find data files among system files, and read text in any usual encoding."""
+"""Find data files among system files, read text in any usual encoding, and write files atomically."""
 
 from __future__ import annotations
 
 import codecs
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+from utils.errors import UserError
 
 # Left in folders by macOS, Windows and network disks. Names with a leading dot (.DS_Store, ._00.png, .nfs0001) are
 # skipped anyway.
@@ -97,3 +100,37 @@ def read_lines(path: str | os.PathLike[str]) -> list[str]:
         ValueError: it is not text.
     """
     return [line.strip() for line in read_text(path).split("\n") if line.strip()]
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Name a file in the error of a write in the block.
+
+    Raises:
+        UserError: in place of the write's error.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # h5py raises RuntimeError if the disk is full when a file is closed
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Write a file atomically: yield a temporary path next to it, which becomes the file when the block ends.
+
+    After an error the temporary file is removed, and a file that was there before is unchanged.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()

@@ -10,7 +10,7 @@ import contextlib
 import os
 from pathlib import Path
 
-from utils.errors import UserError
+from utils.files import replacing
 
 
 def _set_backend_aside() -> None:
@@ -62,13 +62,6 @@ def save_figure(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 150,
     Raises:
         UserError: the file cannot be written.
     """
-    path = Path(path)
-    temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
     FigureCanvasAgg(figure)
-    try:
-        figure.savefig(temporary, dpi=dpi, **options)
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=dpi, format=Path(path).suffix[1:], **options)

@@ -789,7 +789,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     content.add_argument(
         "--test_fraction",
-        type=float,
+        type=cli.share,
         default=CONTENT["test_fraction"],
         metavar="F",
         help="part of each class that is for testing",
@@ -806,8 +806,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not 2 <= args.colours <= 256:
         parser.error(f"--colours {args.colours}: a palette has 2 to 256 colours")
-    if not 0 < args.test_fraction < 1:
-        parser.error(f"--test_fraction {args.test_fraction} is not between 0 and 1")
     return args
 
 

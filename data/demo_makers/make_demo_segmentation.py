@@ -34,6 +34,7 @@ from datasets.s3dis_prepare import KINDS, BlockSettings, Room, room_file, write_
 from datasets.shapenet_part import CATEGORY_FILE, HDF5_FOLDERS, PART_FILE, PART_NAME_FILE
 from utils import cli
 from utils.errors import DataError, UserError
+from utils.files import writing
 from utils.progress import progress
 
 SOURCE = "CrossNet demo set"
@@ -225,7 +226,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             f"{args.pack} is missing; expected the demo set's models. data/demo_makers/make_demo.py makes them"
         )
     check_free(args.out)
-    try:
+    with writing(args.out):
         args.out.mkdir(parents=True, exist_ok=True)
         rooms = build_rooms(args.pack, seed=args.seed)
         sizes = write_parts(args.out, points=args.points, seed=args.seed)
@@ -235,8 +236,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         command += "".join(f" --{name} {value}" for name, value in changed.items())
         write_readme(args.out, sizes, rooms, counts, command)
         total = check_sizes(args.out)
-    except OSError as error:
-        raise UserError(f"cannot write to {args.out}: {error.strerror or error}") from error
     print(f"{sum(sizes.values())} shapes, {len(rooms)} rooms, {counts['train']} + {counts['test']} blocks")
     print(f"{total / 1e6:.1f} MB in {args.out}")
     return {"shapes": sizes, "rooms": len(rooms), "blocks": counts, "bytes": total}

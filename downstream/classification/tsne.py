@@ -11,7 +11,6 @@ Examples:
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,6 +42,7 @@ from utils.cli import (
     write_json,
 )
 from utils.errors import UserError
+from utils.files import replacing
 from utils.pictures import Figure, colormaps, save_figure
 
 MARKERS = "osD^vP"
@@ -129,21 +129,6 @@ def draw_map(embedding: np.ndarray, labels: np.ndarray, class_names: Sequence[st
     save_figure(figure, path)
 
 
-def save_numbers(path: Path, **arrays: np.ndarray) -> None:
-    """Write arrays to an .npz file atomically.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    temporary = path.with_suffix(".tmp.npz")
-    try:
-        np.savez(temporary, **arrays)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-
-
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Draw the map and return the files written.
 
@@ -167,7 +152,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     (features,) = features_of(found[0].encoder, config, {"features": part.points[chosen]}, train=train)
     embedding, labels = embed(features, perplexity=config.perplexity, seed=config.seed), part.labels[chosen]
     title = f"{config.dataset}, {config.split} split, {len(chosen)} clouds: t-SNE of {found[0].name}"
-    save_numbers(numbers, features=features, embedding=embedding, labels=labels, class_names=np.array(part.class_names))
+    with replacing(numbers) as temporary, open(temporary, "wb") as file:
+        names = np.array(part.class_names)
+        np.savez(file, features=features, embedding=embedding, labels=labels, class_names=names)
     draw_map(embedding, labels, part.class_names, picture, title=title)
     print(f"{picture} and {numbers}")
     metrics = {"picture": str(picture), "numbers": str(numbers), "clouds": len(chosen), "data": part.origin()}

@@ -13,7 +13,7 @@ import trimesh
 from PIL import Image
 
 from data import prepare_meshes
-from data.pair_folder import PairFolder, Settings, make_pair
+from data.pair_folder import PairFolder, PairSettings, make_pair
 from data.prepare_meshes import main
 from data.rendering import Mesh, Renderer
 from data.shape_files import find_shapes, read_labels, split_shapes
@@ -260,7 +260,7 @@ def test_clouds_alone_need_no_opengl(meshes, in_process, monkeypatch):
 @pytest.mark.parametrize("up", ["y", "z"])
 def test_z_up_is_turned_to_y_up_without_mirroring(up):
     tripod = Mesh.from_triangles([[0, 0, 0], [1, 0, 0], [0, 0, 5.0]], [[0, 1, 2]])
-    points = make_pair(tripod, "a/b", Settings(num_points=500, views=0, up=up), None).points
+    points = make_pair(tripod, "a/b", PairSettings(num_points=500, views=0, up=up), None).points
     tall = {"y": 2, "z": 1}[up]
     assert np.ptp(points, axis=0).argmax() == tall and np.ptp(points[:, tall]) > 3 * np.ptp(points[:, 0])
     # The long end is thin, and on top where z is up; (x, y, z) -> (x, z, -y) keeps it from being a mirror image.
@@ -275,7 +275,7 @@ def test_the_interior_can_be_left_out(tmp_path):
     near = {}
     with Renderer(16) as renderer:
         for remove in (False, True):
-            points = make_pair(shape, "a/b", Settings(num_points=400, remove_interior=remove), renderer).points
+            points = make_pair(shape, "a/b", PairSettings(num_points=400, remove_interior=remove), renderer).points
             near[remove] = (np.abs(points).max(1) < 0.4).mean()
     assert near[False] > 0.1 and near[True] == 0
 
@@ -457,7 +457,7 @@ def test_an_unwritable_place_is_an_error(meshes, in_process):
 def test_settings_of_another_version_are_refused(tmp_path):
     (tmp_path / "prepared.json").write_text('{"format": "crossnet-prepared", "version": 9, "settings": {}}')
     with pytest.raises(UserError, match="another version.*--overwrite"):
-        PairFolder(tmp_path, Settings(), overwrite=False)
+        PairFolder(tmp_path, PairSettings(), overwrite=False)
 
 
 def test_a_process_that_dies_names_the_files_it_had(meshes, in_process, monkeypatch):

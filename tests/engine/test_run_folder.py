@@ -134,7 +134,7 @@ def test_metrics_that_cannot_be_written_are_one_clear_error(tmp_path):
 def test_curves_that_cannot_be_written_do_not_end_the_run(tmp_path, caplog):
     folder = RunFolder(tmp_path / "run")
     folder.append_metrics(record(1))
-    (folder / "curves.tmp.png").symlink_to("/dev/full")
+    (folder / "curves.png.tmp").symlink_to("/dev/full")
     folder.draw_curves()
     assert "No space left on device" in caplog.text and not (folder / "curves.png").exists()
 
