@@ -64,6 +64,15 @@ def edge_terms(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return F.linear(x, neighbor), F.linear(x, center - neighbor)
 
 
+def center_of(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean m of rows (P, C), without gradient, and B m of a weight [A B], (C_out,).
+
+    For any m an EdgeConv is ``W [x_j - x_i ; x_i - m] + B m``, and with the mean no large offset costs digits.
+    """
+    mean = x.detach().mean(0)
+    return mean, F.linear(mean, weight[:, len(mean) :])
+
+
 def edge_moments(a: Tensor, c: Tensor, neighbors: Tensor, degree: Tensor) -> Moments:
     """Moments of ``h_ij = a_j + c_i`` over all edges, from sums over points, without gradient.
 
@@ -203,9 +212,7 @@ class _EdgeConv(torch.autograd.Function):
         trains: bool,
     ) -> Tensor:
         batch, tiles = uses_batch_statistics(norm), whole_clouds(x, clouds, len(weight))
-        # For any m the layer is W [x_j - x_i ; x_i - m] + B m, and with the mean as m no large offset costs digits.
-        offset = x.mean(0)
-        constant = F.linear(offset, weight[:, len(offset) :])
+        offset, constant = center_of(x, weight)
         sign = sign_of_gain(weight.new_ones(len(weight)) if gain is None else gain).to(x.dtype)
         extremes = x.new_empty(len(x), len(weight))
         longest = max(rows.stop - rows.start for rows in tiles)
@@ -307,10 +314,8 @@ def first_edge_layer(x: Tensor, neighbors: Tensor, block: nn.Sequential) -> tupl
     weight, norm, _ = parts_of(block)
     if not uses_batch_statistics(norm):
         return *edge_terms(x, weight), *scale_and_shift(norm, *running_statistics(norm))
-    # For any m the layer is W [x_j - x_i ; x_i - m] + B m, and with the mean as m no large offset costs digits.
-    offset = x.detach().mean(0)
+    offset, constant = center_of(x, weight)
     a, c = edge_terms(x - offset, weight)
-    constant = F.linear(offset, weight[:, len(offset) :])
     mean, scatter = _EdgeMoments.apply(a, c, neighbors)
     moments = across_processes(Moments(a.new_full((), neighbors.numel()), mean + constant, scatter), norm)
     variance = moments.scatter / moments.number

@@ -90,20 +90,9 @@ def _add_at(grad: Tensor, place: Tensor, addend: Tensor, inside: Tensor) -> Tens
     return grad.scatter_add_(1, place, addend[:, None] * inside)
 
 
-def _whole_gradient(
-    y: Tensor,
-    slope_y: Tensor,
-    constant: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    grad_mean: Tensor,
-    negative_slope: float,
-    with_mean: bool,
-    place: Tensor,
-    addend: Tensor,
-) -> Tensor:
+def _whole_gradient(place: Tensor, addend: Tensor, y: Tensor, *rest: Any) -> Tensor:
     """``_gradient`` and ``_add_at`` in a form that fuses into one pass, rounded as y is."""
-    grad = _gradient(y, slope_y, constant, scale, shift, grad_mean, negative_slope, with_mean)
+    grad = _gradient(y, *rest)
     rows = torch.arange(y.shape[1], device=y.device)[:, None]
     return torch.where(rows == place, grad + addend[:, None], grad).to(y.dtype)
 
@@ -216,7 +205,7 @@ class _Pool(torch.autograd.Function):
                 inside = (argmax[c] >= r.start) & (argmax[c] < r.stop)
                 grad = _add_at(_gradient(*tile), place, grad_at_argmax[c], inside).to(compute_dtype)
             else:
-                grad = whole(*tile, place, grad_at_argmax[c])
+                grad = whole(place, grad_at_argmax[c], *tile)
             grad = grad.flatten(0, 1)
             x = join(compute_dtype, *(part.view(clouds, points, -1)[c, r] for part in rows)).flatten(0, 1)
             if compute_dtype == grad_weight.dtype:
