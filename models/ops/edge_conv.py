@@ -325,11 +325,11 @@ def first_edge_layer(x: Tensor, neighbors: Tensor, block: nn.Sequential) -> tupl
 
 def _edge_conv_of_plain_operations(x: Tensor, neighbors: Tensor, block: nn.Sequential) -> Tensor:
     """``edge_conv`` by running statistics, in operations that torch.export records for any number of rows."""
-    conv, norm, activation = block
-    weight, offset = conv.weight.flatten(1), x.mean(0)  # the offset as in _EdgeConv
+    weight, norm, activation = parts_of(block)
+    offset, constant = center_of(x, weight)
     a, c = edge_terms(x - offset, weight)
-    mean = norm.running_mean - F.linear(offset, weight[:, x.shape[1] :])
-    scale, shift = scale_and_shift(norm, mean, norm.running_var)
+    mean, variance = running_statistics(norm)
+    scale, shift = scale_and_shift(norm, mean - constant, variance)
     sign = sign_of_gain(scale)
     extremes = F.embedding(neighbors, a * sign).amax(1) * sign + c  # (P, k, C_out) -> (P, C_out)
     return activation(torch.addcmul(shift, extremes, scale))
