@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from utils.errors import DataError, UserError
+from utils.errors import DataError, UserError, malformed
 
 CHECK_COMMAND = "python -m data.check_data"
 CHECK_IT = f"Check it: {CHECK_COMMAND}"
@@ -163,7 +163,7 @@ def read_hdf5(path: Path, keys: Sequence[str], *, get: str = CHECK_COMMAND) -> d
     wanted = "an HDF5 file with the arrays " + ", ".join(f"'{key}'" for key in keys)
     if not path.is_file():
         raise DataError(f"{path} is missing; expected {wanted}", fix=f"Get it: {get}")
-    try:
+    with malformed(f"{path} cannot be read; it may be truncated", f"; expected {wanted}", fix=f"Get it: {get}"):
         with open_hdf5(path) as file:
             for key in keys:
                 if not isinstance(file.get(key), h5py.Dataset):
@@ -171,12 +171,6 @@ def read_hdf5(path: Path, keys: Sequence[str], *, get: str = CHECK_COMMAND) -> d
                     problem = f"{path} has no array '{key}' (it holds {found})"
                     raise DataError(f"{problem}; expected {wanted}", fix=f"Check it: {get}")
             return {key: stored_array(file, key)[()] for key in keys}
-    except DataError:
-        raise
-    except Exception as error:  # h5py raises many exception types on malformed files
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        problem = f"{path} cannot be read; it may be truncated ({reason})"
-        raise DataError(f"{problem}; expected {wanted}", fix=f"Get it: {get}") from error
 
 
 def read_labeled_clouds(

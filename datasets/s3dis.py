@@ -29,7 +29,7 @@ from torch.utils.data import Dataset
 
 from datasets.hdf5 import CHECK_IT, hdf5_file, open_hdf5, stored_array
 from datasets.modelnet import listed_files
-from utils.errors import DataError, UserError
+from utils.errors import DataError, UserError, malformed
 from utils.files import read_text
 from utils.progress import progress
 
@@ -174,7 +174,8 @@ class _BlockFiles:
         expected = f"an HDF5 file with 'data' (n, N, {CHANNELS}) and " + ", ".join(
             f"'{name}' (n, N) of integers" for name in self._arrays if name != "data"
         )
-        try:
+        get = f"Get it: {self._get}"
+        with malformed(f"{path} cannot be read; it may be truncated", f"; expected {expected}", fix=get):
             with open_hdf5(path) as file:
                 shapes, whole = {}, True
                 for name in self._arrays:
@@ -182,7 +183,7 @@ class _BlockFiles:
                         found = ", ".join(f"'{key}'" for key in islice(file, 20)) or "nothing"
                         raise DataError(
                             f"{path} has no array '{name}' (it holds {found}); expected {expected}",
-                            fix=f"Get it: {self._get}",
+                            fix=get,
                         )
                     shapes[name] = stored_array(file, name).shape
                     whole = whole and (name == "data" or file[name].dtype.kind in "iu")
@@ -194,12 +195,6 @@ class _BlockFiles:
                     listed = ", ".join(f"'{name}' {shape} {file[name].dtype}" for name, shape in shapes.items())
                     raise DataError(f"{path} holds {listed}; expected {expected}", fix=CHECK_IT)
                 return data.shape[0], data.shape[1], data.chunks is not None and data.chunks[0] > _ROWS_PER_CHUNK
-        except DataError:
-            raise
-        except Exception as error:  # h5py raises many exception types on malformed files
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            problem = f"{path} cannot be read; it may be truncated ({reason})"
-            raise DataError(f"{problem}; expected {expected}", fix=f"Get it: {self._get}") from error
 
     def __getstate__(self) -> dict[str, Any]:
         # Spawned workers open and map the files themselves.
@@ -284,14 +279,10 @@ class _BlockFiles:
         for folder in folders:
             with contextlib.suppress(OSError, ValueError):  # missing or damaged: unpack again
                 return np.load(folder / name, mmap_mode="r")
-        try:
+        with malformed(f"{path}: '{array}' cannot be read", fix=f"Get it: {self._get}"):
             with hdf5_file(path) as file:
                 # Read the whole file: block by block, each chunk would be decompressed once per block.
                 values = file[array][:, :, : self.channels] if array == "data" else file[array][()]
-        except DataError:
-            raise
-        except Exception as error:  # h5py raises many exception types on malformed files
-            raise DataError(f"{path}: '{array}' cannot be read ({error})", fix=f"Get it: {self._get}") from error
         problems = []
         for folder in folders:
             temporary = folder / f"{name}.{os.getpid()}.tmp"
@@ -472,17 +463,10 @@ class S3DISRooms(Dataset):
         """Return the number of points of a room and the corners of its bounding box, (2, 3) float64, in meters."""
         first = int(self._blocks[self._room_of == room][0])
         path = self._files.files[self._files.place(first)[0]]
-        try:
+        with malformed(f"{path} lacks the attributes room, room_points, room_low, room_high", fix=self._again):
             with hdf5_file(path) as file:
                 name, total = str(file.attrs["room"]), int(file.attrs["room_points"])
                 box = np.stack([file.attrs["room_low"], file.attrs["room_high"]]).astype(np.float64)
-        except DataError:
-            raise
-        except Exception as error:  # h5py raises many exception types on malformed files
-            raise DataError(
-                f"{path} lacks the attributes room, room_points, room_low, room_high ({error})",
-                fix=self._again,
-            ) from error
         if name != self.rooms[room]:
             raise DataError(f"{path} holds {name}, but {ROOM_LIST} says {self.rooms[room]}", fix=self._again)
         held, extent = self.block_points * len(self.blocks_of(room)), np.diff(box, axis=0)

@@ -10,7 +10,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from utils.errors import DataError
+from utils.errors import DataError, malformed
 from utils.files import decode_text
 
 CLOUD_SUFFIXES = (".pcd", ".xyz", ".pts", ".npy", ".las", ".laz")
@@ -112,13 +112,10 @@ def _is_number(word: str) -> bool:
 
 
 def _read_npy(data: bytes, where: str) -> tuple[np.ndarray, np.ndarray | None]:
-    try:
+    with malformed(f"{where} is not a readable NPY file of numbers", "; it may be truncated"):
         table = np.load(io.BytesIO(data), allow_pickle=False)
         if table.dtype.names is None and table.dtype.kind not in "fiu":
             raise ValueError(f"it holds {table.dtype}, not numbers")
-    except Exception as error:  # NumPy raises many kinds on damaged headers, Python's tokenizer's among them
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise DataError(f"{where} is not a readable NPY file of numbers ({reason}); it may be truncated") from error
     return _columns(table, where)
 
 
@@ -233,15 +230,12 @@ def _read_las(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
         import laspy
     except ImportError as error:
         raise DataError(f"{path}: LAS and LAZ need another package: pip install 'laspy[lazrs]'") from error
-    try:
+    if not path.is_file():
+        raise DataError(f"cannot read {path}: there is no such file")
+    with malformed(f"{path} is not a readable LAS or LAZ file", "; it may be truncated"):
         with laspy.open(path) as file:
             promised = file.header.point_count
             las = file.read()
-    except FileNotFoundError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-    except Exception as error:  # laspy raises many exception types on malformed files
-        reason = str(error) or type(error).__name__
-        raise DataError(f"{path} is not a readable LAS or LAZ file ({reason}); it may be truncated") from error
     if len(las.points) < promised:
         raise _too_short(str(path), promised, len(las.points))
     points = np.stack([np.asarray(axis, np.float64) for axis in (las.x, las.y, las.z)], 1).reshape(-1, 3)

@@ -58,6 +58,26 @@ def plain_message(error: UserError) -> str:
 
 
 @contextlib.contextmanager
+def malformed(problem: str, more: str = "", *, fix: str = "") -> Iterator[None]:
+    """Turn whatever a library raises about a damaged file into a :class:`DataError`; libraries raise many types.
+
+    Our own errors pass.
+
+    Args:
+        problem: what is wrong; the library's reason follows it in parentheses.
+        more: end of the sentence.
+        fix: as for :class:`DataError`.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise DataError(f"{problem} ({reason}){more}", fix=fix) from error
+
+
+@contextlib.contextmanager
 def warn_on_failure(what: str) -> Iterator[None]:
     """Turn an exception in the block into a warning, for figures and other extras that must not abort a run.
 

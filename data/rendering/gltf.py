@@ -12,7 +12,7 @@ import numpy as np
 
 from data.rendering.obj import FileBeside, texture_array
 from data.rendering.shape import Material, Mesh, concatenate
-from utils.errors import DataError
+from utils.errors import DataError, malformed
 
 # Extensions that a file may require: they are read, or do not affect the result.
 _KNOWN = {
@@ -229,8 +229,6 @@ def read_stl(data: bytes, where: str) -> Mesh:
         if len(data) < 84 + 50 * count:
             held = (len(data) - 84) // 50
             raise DataError(f"{where} promises {count} triangles and holds {held}: it is truncated; get it again")
-    try:
+    with malformed(f"{where} is not a readable STL"):
         loaded = trimesh.load_mesh(io.BytesIO(data), file_type="stl_ascii" if text else "stl", process=False)
         return Mesh.from_triangles(np.asarray(loaded.vertices), np.asarray(loaded.faces))
-    except Exception as error:  # its readers raise many kinds on malformed files
-        raise DataError(f"{where} is not a readable STL ({error or type(error).__name__})") from error
