@@ -70,7 +70,14 @@ from utils.collectives import (
 from utils.errors import CheckpointError, UserError
 from utils.files import replacing
 from utils.progress import progress
-from utils.released_flags import IN_FINE_TUNING, Switch, add_released_flags, model_name, scheduler_name
+from utils.released_flags import (
+    IN_FINE_TUNING,
+    Switch,
+    add_percent_train,
+    add_released_flags,
+    model_name,
+    scheduler_name,
+)
 from utils.reproducible import seed_everything
 
 logger = logging.getLogger("crossnet")
@@ -214,6 +221,15 @@ def add_training_arguments(
             "every label in it; the loss ignores the others, the test uses all",
         )
     add_released_flags(parser, IN_FINE_TUNING, datasets=datasets)
+
+
+def add_label_fraction(group: argparse._ArgumentGroup, share: str) -> None:
+    """Add ``--label_fraction``; ``share`` is what it is a fraction of, for the help."""
+    add_percent_train(group)
+    more = "several values give one run each, in subfolders of the run folder"
+    group.add_argument(
+        "--label_fraction", type=float, nargs="+", default=[1.0], metavar="F", help=f"share of {share}; {more}"
+    )
 
 
 def check_training_arguments(config: FineTuneConfig) -> None:

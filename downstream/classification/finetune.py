@@ -34,6 +34,7 @@ from downstream.finetuning import (
     FineTuneConfig,
     FineTuning,
     Scores,
+    add_label_fraction,
     add_training_arguments,
     check_training_arguments,
     choose_labeled,
@@ -53,7 +54,6 @@ from models.task_heads import Classification
 from utils.cli import HelpFormatter, log_to_screen, write_json
 from utils.collectives import is_main
 from utils.errors import CheckpointError, DataError, UserError
-from utils.released_flags import add_percent_train
 from utils.reproducible import provenance
 
 RELEASED_K = Classification.released_k
@@ -76,16 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_training_arguments(parser, task=Classification, exp_name="finetune", k=RELEASED_K, use_sgd=True)
     add_data_arguments(parser, batch=False)
     g = parser.add_argument_group("labels")
-    add_percent_train(g)
-    g.add_argument(
-        "--label_fraction",
-        type=float,
-        nargs="+",
-        default=[1.0],
-        metavar="F",
-        help="share of the training labels to use, at least one per class; several values give one run each, in "
-        "subfolders of the run folder",
-    )
+    add_label_fraction(g, "the training labels to use, at least one per class")
     g.add_argument(
         "--holdout",
         type=float,

@@ -40,6 +40,7 @@ from downstream.finetuning import (
     FineTuneConfig,
     FineTuning,
     Scores,
+    add_label_fraction,
     add_training_arguments,
     check_training_arguments,
     choose_labeled,
@@ -68,7 +69,6 @@ from utils.cli import (
 from utils.collectives import is_main, main_only
 from utils.errors import CheckpointError, UserError
 from utils.files import has_data_files
-from utils.released_flags import add_percent_train
 from utils.reproducible import provenance
 
 RELEASED_K = PartSegmentation.released_k
@@ -98,16 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     g.add_argument("--class_choice", metavar="NAME", help="train and test a model of this category only")
     g.add_argument("--class_test", nargs="+", metavar="NAME", help="score the test shapes of these categories only")
-    add_percent_train(g)
-    g.add_argument(
-        "--label_fraction",
-        type=float,
-        nargs="+",
-        default=[1.0],
-        metavar="F",
-        help="share of the labeled training and validation shapes to use, at least one per category; several values "
-        "give one run each, in subfolders of the run folder",
-    )
+    add_label_fraction(g, "the labeled training and validation shapes to use, at least one per category")
     g = parser.add_argument_group("testing")
     g.add_argument(
         "--votes",

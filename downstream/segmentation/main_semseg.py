@@ -44,6 +44,7 @@ from downstream.finetuning import (
     FineTuneConfig,
     FineTuning,
     Scores,
+    add_label_fraction,
     add_training_arguments,
     check_training_arguments,
     choose_labeled,
@@ -134,15 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument(
         "--num_points", type=positive_int, metavar="N", help="points per block, the first N rows (default: all; 4,096)"
     )
-    g.add_argument(
-        "--label_fraction",
-        type=float,
-        nargs="+",
-        default=[1.0],
-        metavar="F",
-        help="share of the labeled training and validation rooms to use, at least one of each; several values give one "
-        "run each, in subfolders of the run folder",
-    )
+    add_label_fraction(g, "the labeled training and validation rooms to use, at least one of each")
     g = parser.add_argument_group("testing")
     g.add_argument(
         "--model_root",

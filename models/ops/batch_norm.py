@@ -41,12 +41,6 @@ def merge_moments(counts: Tensor, means: Tensor, scatters: Tensor) -> Moments:
     return Moments(count, mean, scatters.sum(0) + between)
 
 
-def moments_of(rows: Tensor) -> Moments:
-    """Moments of the rows of a matrix (P, C), with the scatter per channel."""
-    mean = rows.mean(0)
-    return Moments(rows.new_full((), len(rows)), mean, (rows - mean).square().sum(0))
-
-
 def shares_statistics(norm: _BatchNorm) -> bool:
     """Whether the batch statistics of ``norm`` are those of several processes."""
     return world_size() > 1 and isinstance(norm, SyncBatchNorm)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from models.ops.batch_norm import SyncBatchNorm, merge_moments, moments_of
+from models.ops.batch_norm import SyncBatchNorm, merge_moments
 
 
 @pytest.mark.parametrize("sizes", [(5,), (3, 4), (1, 1, 7)])
@@ -25,11 +25,6 @@ def test_merged_moments_are_those_of_the_union(sizes, matrix):
     assert merged.number == len(union)
     torch.testing.assert_close(merged.mean, union.mean(0))
     torch.testing.assert_close(merged.scatter, scatter(union))
-
-
-def test_moments_of_rows():
-    moments = moments_of(torch.tensor([[1.0, 5.0], [3.0, 5.0]]))
-    assert (moments.number, moments.mean.tolist(), moments.scatter.tolist()) == (2, [2, 5], [2, 0])
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
