@@ -253,12 +253,7 @@ class CloudArrays(NamedTuple):
 
 
 def read_hdf5_clouds(
-    files: Sequence[Path],
-    *,
-    class_names: Sequence[str] | None,
-    num_points: int | None,
-    get: str,
-    layout: str = "HDF5",
+    files: Sequence[Path], *, class_names: Sequence[str] | None, num_points: int | None, get: str, layout: str = "HDF5"
 ) -> CloudArrays:
     """Read and concatenate HDF5 files; arguments and errors as for :func:`read_labeled_clouds`.
 

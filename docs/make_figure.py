@@ -99,13 +99,7 @@ def draw_vector(ax: Axes, x: float, y: float, name: str, color: str, seed: int) 
 
 
 def draw_arrow(
-    ax: Axes,
-    start: tuple[float, float],
-    end: tuple[float, float],
-    color: str = INK,
-    *,
-    bend: float = 0.0,
-    **style: Any,
+    ax: Axes, start: tuple[float, float], end: tuple[float, float], color: str = INK, *, bend: float = 0.0, **style: Any
 ) -> None:
     """An arrow, straight or bent."""
     style = {"arrowstyle": "-|>", "mutation_scale": 9, "linewidth": 1.2, "shrinkA": 0, "shrinkB": 0, **style}

@@ -12,12 +12,7 @@ from torch import nn
 from datasets.registry import open_classification_set
 from downstream.features import extract_features
 from downstream.svm import linear_svm
-from utils.collectives import (
-    broadcast_from_rank0,
-    gather_to_rank0,
-    rank,
-    world_size,
-)
+from utils.collectives import broadcast_from_rank0, gather_to_rank0, rank, world_size
 from utils.errors import DataError
 
 

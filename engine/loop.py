@@ -16,14 +16,7 @@ from engine.faults import Stop, batches, data_workers, exit_after_sigterm, stop_
 from engine.resume import save
 from engine.run_folder import WandbMirror
 from engine.task import Run
-from utils.collectives import (
-    all_reduce_sum,
-    any_rank,
-    broadcast_from_rank0,
-    broadcast_tensors,
-    is_main,
-    world_size,
-)
+from utils.collectives import all_reduce_sum, any_rank, broadcast_from_rank0, broadcast_tensors, is_main, world_size
 from utils.reproducible import deterministic
 
 logger = logging.getLogger("crossnet")

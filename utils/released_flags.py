@@ -182,12 +182,7 @@ def add_released_flags(
 def add_percent_train(group: argparse._ArgumentGroup) -> None:
     """Add ``--percent_train F``, the released name of ``--label_fraction`` with one value in (0, 1]."""
     group.add_argument(
-        "--percent_train",
-        dest="label_fraction",
-        type=float,
-        nargs=1,
-        default=argparse.SUPPRESS,
-        help=argparse.SUPPRESS,
+        "--percent_train", dest="label_fraction", type=float, nargs=1, default=argparse.SUPPRESS, help=argparse.SUPPRESS
     )
 
 

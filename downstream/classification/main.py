@@ -43,15 +43,7 @@ from downstream.features import check_neighbors
 from downstream.figures import PICTURE_TYPES, check_output_path, draw_confusion_matrix, draw_retrieval
 from downstream.retrieval import average_precisions
 from downstream.svm import RELEASED_C, few_label_svm, linear_svm, mean_and_std
-from utils.cli import (
-    HelpFormatter,
-    add_common_arguments,
-    log_to_screen,
-    positive_float,
-    positive_int,
-    run,
-    write_json,
-)
+from utils.cli import HelpFormatter, add_common_arguments, log_to_screen, positive_float, positive_int, run, write_json
 from utils.errors import DataError, UserError, warn_on_failure
 from utils.released_flags import IN_LINEAR_SVM, add_released_flags
 from utils.reproducible import provenance

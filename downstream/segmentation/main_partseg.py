@@ -60,12 +60,7 @@ from engine.launch import launch
 from engine.load_model import fine_tuned_from_checkpoint
 from engine.task import Run
 from models.task_heads import PartSegmentation
-from utils.cli import (
-    HelpFormatter,
-    log_to_screen,
-    positive_int,
-    write_json,
-)
+from utils.cli import HelpFormatter, log_to_screen, positive_int, write_json
 from utils.collectives import is_main, main_only
 from utils.errors import CheckpointError, UserError
 from utils.files import has_data_files

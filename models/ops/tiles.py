@@ -155,9 +155,7 @@ def neighbor_max(table: Tensor, neighbors: Tensor, sign: Tensor | None = None) -
         # A matrix of ones with a maximum in the place of its sum: the neighbours of a row are never put side by side.
         count = len(index) // k
         picks = torch.sparse_csr_tensor(
-            *(starts[: count + 1], index - lowest, ones[: len(index)]),
-            size=(count, len(part)),
-            check_invariants=False,
+            *(starts[: count + 1], index - lowest, ones[: len(index)]), size=(count, len(part)), check_invariants=False
         )
         maxima[i : i + rows], place = unmark(torch.sparse.mm(picks, marked, "amax"))
         chosen[i : i + rows] = place.clamp_max_(points - 1)  # also after a NaN it is some row
