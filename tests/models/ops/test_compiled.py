@@ -69,4 +69,4 @@ def test_the_fused_gradient_is_the_plain_one_to_the_last_bit():
     addend, place = torch.randn(2, 5), torch.randint(-3, 12, (2, 1, 5))  # also in tiles before and after
     tile = (y, slope_y, constant, scale, shift, grad_mean, 0.2, True)
     expected = pooling._add_at(pooling._gradient(*tile), place, addend, (place >= 0) & (place < 9))
-    assert torch.equal(pooling._whole_gradient(*tile, place, addend), expected)
+    assert torch.equal(pooling._whole_gradient(place, addend, *tile), expected)
