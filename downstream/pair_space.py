@@ -60,7 +60,7 @@ class PairSpace:
         """Return pooled features (n, D) of clouds (n, N, 3), which are centered and scaled to the unit sphere."""
         points = NormalizeToUnitSphere()(torch.from_numpy(clouds).to(self.device, torch.float32))
         with evaluating(self.model):
-            return pooled_features(self.model.point_encoder, points.mT).float().cpu().numpy()
+            return pooled_features(self.model.point_encoder, points).float().cpu().numpy()
 
     def project_features(self, features: np.ndarray) -> np.ndarray:
         """Project pooled features (n, D) of clouds -> (n, 256) float32."""
