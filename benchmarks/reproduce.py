@@ -116,6 +116,7 @@ class Plan:
     made: Mapping[str, Made] = field(default_factory=dict)
     quick: Mapping[str, Any] = field(default_factory=dict)
     navigation: str = ""
+    named_roots: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path, roots: Mapping[str, str]) -> Plan:
@@ -133,6 +134,7 @@ class Plan:
                 made={path: Made(**entry) for path, entry in content.get("made", {}).items()},
                 quick=content.get("quick", {}),
                 navigation=content.get("navigation", ""),
+                named_roots=content["roots"],
             )
         except (OSError, tomllib.TOMLDecodeError, KeyError, TypeError) as error:
             raise UserError(f"{path} cannot be read as a plan: {error}; compare it with {PLAN.name}") from error
@@ -153,6 +155,13 @@ class Plan:
         """Put the roots into a flag's text: ``{data}`` becomes the folder of that name."""
         for name, folder in self.roots.items():
             text = text.replace(f"{{{name}}}", folder)
+        return text
+
+    def portable(self, text: str) -> str:
+        """Replace folders given by ``--root`` by those of the plan file: a record is for every machine."""
+        for name, folder in sorted(self.roots.items(), key=lambda item: -len(item[1])):
+            if folder != self.named_roots[name]:
+                text = text.replace(folder, self.named_roots[name])
         return text
 
     def path(self, need: str) -> Path:
@@ -313,11 +322,13 @@ class Runner:
         }
         target = self.results / row.name / f"seed_{seed}"
         target.mkdir(parents=True, exist_ok=True)
-        write_json(target / "scores.json", scores)
+        write_json(target / "scores.json", json.loads(self.plan.portable(json.dumps(scores))))
         for name in ("config.json", "metrics.jsonl"):
             if (trained / name).exists():
-                shutil.copy(trained / name, target / name)
-        write_json(target / "row.json", record)  # last: its presence says that the seed is finished
+                text = self.plan.portable((trained / name).read_text(encoding="utf-8"))
+                (target / name).write_text(text, encoding="utf-8")
+        # Last: its presence says that the seed is finished.
+        write_json(target / "row.json", json.loads(self.plan.portable(json.dumps(record))))
         return scores
 
 

@@ -127,6 +127,16 @@ def test_check_runs_again_and_compares_with_what_is_recorded(project, tmp_path, 
     assert (tmp_path / "results/runs/seed_1/scores.json").read_bytes() == before
 
 
+def test_a_record_names_the_roots_of_the_plan_not_those_of_a_machine(project, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    plan = tmp_path / "plan.toml"
+    plan.write_text(plan.read_text().replace("base = 90.0", 'base = 90.0, noise = "{data}/x.h5"'))
+    reproduce.main([*project, "--rows", "runs", "--seeds", "1", "--root", f"data={tmp_path / 'elsewhere'}"])
+    record = json.loads((tmp_path / "results/runs/seed_1/row.json").read_text())
+    assert f"--noise {tmp_path / 'here'}/x.h5" in record["commands"][0]
+    assert "elsewhere" not in json.dumps(record)
+
+
 def test_data_that_can_be_made_is_made_once(project, tmp_path):
     (tmp_path / "make.py").write_text("import sys; open(sys.argv[2], 'x').close()")  # fails if the file is there
     plan = (tmp_path / "plan.toml").read_text().replace("data/absent|data/gone", "data/absent")
