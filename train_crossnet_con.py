@@ -150,7 +150,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--dropout", type=float, default=0.5, metavar="P", help="kept for the heads of fine-tuning; no effect here"
     )
     g.add_argument(
-        "--model_path", metavar="FILE", help="start from this checkpoint's encoder instead of random weights"
+        "--model_path",
+        metavar="FILE",
+        help="start from the encoder of this checkpoint, or of this repository's weights for --model: pretrained "
+        "(default: random weights)",
     )
     g = parser.add_argument_group("objective")
     g.add_argument(

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import hashlib
 import json
 import shlex
 import shutil
@@ -39,6 +38,7 @@ if __package__ in (None, ""):
 from benchmarks.measure import ROOT, provenance
 from utils.cli import HelpFormatter, run, seed_number, write_json
 from utils.errors import UserError
+from utils.files import sha256
 from utils.reproducible import commit_of
 
 if sys.version_info >= (3, 11):
@@ -189,15 +189,6 @@ def command_line(script: str, flags: Mapping[str, Any]) -> list[str]:
         if value is not True:
             words.extend(map(str, value if isinstance(value, list) else [value]))
     return words
-
-
-def sha256(path: Path) -> str:
-    """Checksum of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 class Runner:

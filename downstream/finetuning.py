@@ -38,6 +38,8 @@ from engine.load_model import (
     describe_fine_tuned,
     encoder_from_checkpoint,
     encoder_from_flags,
+    encoders_for,
+    find_weights,
     load_strictly,
 )
 from engine.loop import train
@@ -50,7 +52,7 @@ from engine.optim import (
 from engine.resume import resume
 from engine.run_folder import RunFolder
 from engine.task import FREE_ON_RESUME, Progress, Run, Task
-from models import ENCODER_ALIASES, ENCODERS, build_encoder, encoder_arguments, resolve_encoder_name
+from models import ENCODER_ALIASES, build_encoder, encoder_arguments, resolve_encoder_name
 from models.ops.dropout import SampleDropout
 from models.task_heads import HEADS, Classification, FineTuned
 from utils.cli import (
@@ -131,7 +133,7 @@ def add_training_arguments(
         use_sgd: whether SGD is the released optimizer.
         datasets: as for ``add_released_flags``.
     """
-    names = [name for name, kind in ENCODERS.items() if kind in task.heads]
+    names = encoders_for(task)
     aliases = [alias for alias, name in ENCODER_ALIASES.items() if name in names]
     add_common_arguments(parser)
     add_run_arguments(parser, exp_name=exp_name, save_every=500)
@@ -145,7 +147,8 @@ def add_training_arguments(
     g.add_argument(
         "--pretrain_path",
         metavar="FILE",
-        help="start from the encoder of this checkpoint, ours or a published one (default: from scratch)",
+        help="start from the encoder of this checkpoint, ours or a published one, or from weights of this repository: "
+        "pretrained[:NAME] (default: from scratch)",
     )
     g.add_argument("--k", type=positive_int, help=f"neighbors per point (default: the checkpoint's; {k} from scratch)")
     g.add_argument(
@@ -451,17 +454,15 @@ def start_model(
         UserError: the encoder does not have an argument.
     """
     seed_everything(config.seed)
-    default = next(name for name, kind in ENCODERS.items() if kind in task.heads)
+    fitting = encoders_for(task)
     if config.pretrain_path:
-        encoder = encoder_from_checkpoint(
-            config.pretrain_path, model=config.model, k=config.k, emb_dims=config.emb_dims
-        )
+        path = find_weights(config.pretrain_path, model=config.model or fitting[0])
+        encoder = encoder_from_checkpoint(path, model=config.model, k=config.k, emb_dims=config.emb_dims)
         name = describe_encoder(encoder)["name"]
         if type(encoder) not in task.heads:
-            fitting = ", ".join(n for n, kind in ENCODERS.items() if kind in task.heads)
             raise CheckpointError(
                 f"{config.pretrain_path} holds the encoder {name}, which has no head for {task.kind}: pretrain with "
-                f"--model {fitting.replace(', ', ' or ')}"
+                f"--model {' or '.join(fitting)}"
             )
         if in_channels not in (None, encoder.in_channels):
             raise CheckpointError(
@@ -469,7 +470,7 @@ def start_model(
                 f"--in_channels {in_channels} does not fit it"
             )
     else:
-        name = resolve_encoder_name(config.model or default)
+        name = resolve_encoder_name(config.model or fitting[0])
         neighbors = config.k or (k if "k" in encoder_arguments(name) else None)
         encoder = encoder_from_flags(name, k=neighbors, emb_dims=config.emb_dims, in_channels=in_channels)
     # Otherwise the head's initial weights would depend on the encoder's origin.

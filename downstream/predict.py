@@ -48,7 +48,7 @@ from downstream.retrieval import nearest
 from downstream.segmentation.main_semseg import predict_room
 from engine.checkpoint import load_checkpoint
 from engine.device import resolve_device
-from engine.load_model import encoder_from_checkpoint, fine_tuned_from_checkpoint
+from engine.load_model import encoder_from_checkpoint, find_weights, fine_tuned_from_checkpoint
 from models import ENCODER_ALIASES, ENCODERS
 from models.task_heads import Classification, FineTuned, PartSegmentation, SemanticSegmentation
 from utils.cli import HelpFormatter, log_to_screen, positive_int, run, seed_number, write_json
@@ -180,18 +180,18 @@ class Predictor:
     """
 
     def __init__(self, model_path: str | Path, settings: Settings) -> None:
-        self.settings, self.path = settings, model_path
+        self.settings, self.path = settings, find_weights(model_path, model=settings.model)
         self.task = self._task()
         self.device = resolve_device(settings.device)
         kind, payload = TASKS[self.task], {}
         if kind is None:
-            model: nn.Module = encoder_from_checkpoint(model_path, model=settings.model, k=settings.k)
+            model: nn.Module = encoder_from_checkpoint(self.path, model=settings.model, k=settings.k)
         else:
-            model, payload = fine_tuned_from_checkpoint(model_path, kind, model=settings.model, k=settings.k)
+            model, payload = fine_tuned_from_checkpoint(self.path, kind, model=settings.model, k=settings.k)
         self.model = model.to(self.device)
         self.encoder = model if kind is None else model.encoder
         self.size = settings.num_points or POINTS[self.task]
-        check_neighbors(self.encoder, self.size, name=str(model_path))
+        check_neighbors(self.encoder, self.size, name=str(self.path))
         self.colors: np.ndarray | None = None
         self.label_names: list[str] = []
         self._name_labels(payload.get("table", {}))
@@ -497,7 +497,9 @@ def build_parser() -> argparse.ArgumentParser:
     usual = Settings()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="file, folder or pattern of meshes and clouds")
-    parser.add_argument("--model_path", required=True, metavar="FILE", help="checkpoint, or published weights")
+    parser.add_argument(
+        "--model_path", required=True, metavar="FILE", help="checkpoint, published weights, or pretrained[:NAME]"
+    )
     parser.add_argument("--output_dir", required=True, metavar="DIR", help="new folder for the results")
     parser.add_argument("--overwrite", action="store_true", help="write into --output_dir although it is not empty")
     parser.add_argument("--task", choices=tuple(TASKS), help="of published weights (default: the checkpoint's)")

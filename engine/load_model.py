@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,11 +19,34 @@ from engine.published_weights import (
     published_head_state,
     published_state,
 )
-from models import ENCODERS, CrossNet, build_encoder, encoder_arguments, resolve_encoder_name
+from models import ENCODER_ALIASES, ENCODERS, CrossNet, build_encoder, encoder_arguments, resolve_encoder_name
+from models.pretrained import pretrained_file
 from models.task_heads import TASKS, FineTuned
 from utils.errors import CheckpointError, UserError
 
 logger = logging.getLogger("crossnet")
+
+
+DEFAULT_ENCODER = "dgcnn_cls"
+PRETRAINED = "pretrained"
+
+
+def find_weights(source: str | os.PathLike[str], *, model: str | None = None) -> Path:
+    """Return the file that ``--model_path`` or ``--pretrain_path`` means.
+
+    Args:
+        source: a file; ``pretrained:NAME``, the weights of that name in this repository; or ``pretrained``, those of
+            the encoder ``model``. A file that is called ``pretrained`` comes first.
+        model: name of an encoder, or a released alias; None means ``DEFAULT_ENCODER``.
+
+    Raises:
+        CheckpointError: no weights of that name; or their file is missing or not the one that was published.
+    """
+    word, _, name = os.fspath(source).partition(":")
+    if word != PRETRAINED or os.path.isfile(source):
+        return Path(source)
+    name = name or model or DEFAULT_ENCODER
+    return pretrained_file(ENCODER_ALIASES.get(name, name))
 
 
 def describe_encoder(encoder: nn.Module) -> dict[str, Any]:
@@ -115,7 +139,7 @@ def encoder_from_checkpoint(
     with a notice.
 
     Args:
-        path: checkpoint or state dict.
+        path: checkpoint, state dict, or what else ``find_weights`` takes.
         model: encoder name; must agree with the checkpoint's.
         k: neighbours; another value than the checkpoint's is used with a warning.
         emb_dims: must agree with the weights.
@@ -126,6 +150,7 @@ def encoder_from_checkpoint(
     Raises:
         CheckpointError: unreadable, another model, or tensors that do not fit; the message names file and tensors.
     """
+    path = find_weights(path, model=model)
     payload = load_checkpoint(path)
     with checkpoint_errors(path):
         return _encoder_from_payload(payload, path, model=model, k=k, emb_dims=emb_dims)
@@ -198,6 +223,7 @@ def crossnet_from_checkpoint(path: str | os.PathLike[str]) -> tuple[CrossNet, di
     Raises:
         CheckpointError: unreadable, not of pretraining, or tensors that do not fit.
     """
+    path = find_weights(path)
     payload = load_checkpoint(path)
     if "heads_and_image_encoders" not in payload:
         raise CheckpointError(
@@ -213,6 +239,11 @@ def crossnet_from_checkpoint(path: str | os.PathLike[str]) -> tuple[CrossNet, di
         state = {f"point_encoder.{key}": value for key, value in payload["point_encoder"].items()}
         load_strictly(model, {**state, **payload["heads_and_image_encoders"]}, path=path, what="the pretraining model")
     return model, payload
+
+
+def encoders_for(task: type[FineTuned]) -> list[str]:
+    """Return the names of the encoders that have a head for a task, the usual one first."""
+    return [name for name, kind in ENCODERS.items() if kind in task.heads]
 
 
 def describe_fine_tuned(model: FineTuned) -> dict[str, Any]:
@@ -236,7 +267,7 @@ def fine_tuned_from_checkpoint(
     follow from their tensors, and k falls back to that of the task's released script, with a notice.
 
     Args:
-        path: checkpoint of a fine-tuning run, or state dict.
+        path: checkpoint of a fine-tuning run, state dict, or what else ``find_weights`` takes.
         task: what the model must do.
         model: encoder name; must agree with the checkpoint's.
         k: neighbours; another value than the checkpoint's is used with a warning.
@@ -247,6 +278,7 @@ def fine_tuned_from_checkpoint(
     Raises:
         CheckpointError: unreadable, of another task, without head, or tensors that do not fit.
     """
+    path = find_weights(path, model=model or encoders_for(task)[0])
     payload = load_checkpoint(path)
     with checkpoint_errors(path):
         return _fine_tuned_from_payload(payload, path, task, model=model, k=k)

@@ -8,6 +8,8 @@ from models.base import PointEncoder, PointFeatures
 from models.crossnet import CrossNet
 from models.dgcnn import DGCNNCls, DGCNNPartSeg, DGCNNSemSeg
 from models.pointnet import PointNetCls, PointNetPartSeg
+from models.pretrained import pretrained_file
+from utils.weight_files import read_weights
 
 ENCODERS: dict[str, type[PointEncoder]] = {
     "dgcnn_cls": DGCNNCls,
@@ -27,6 +29,7 @@ __all__ = [
     "PointFeatures",
     "build_encoder",
     "encoder_arguments",
+    "load",
     "resolve_encoder_name",
 ]
 
@@ -60,3 +63,18 @@ def build_encoder(name: str, **kwargs: Any) -> PointEncoder:
         TypeError: an argument that this encoder does not take.
     """
     return ENCODERS[resolve_encoder_name(name)](**kwargs)
+
+
+def load(name: str) -> PointEncoder:
+    """Load a pretrained encoder of this repository, in eval mode, on the CPU.
+
+    Args:
+        name: of the weights (``weights/index.json``), or a released alias.
+
+    Raises:
+        CheckpointError: no weights of this name; or their file is missing or not the one that was published.
+    """
+    tensors, about = read_weights(pretrained_file(ENCODER_ALIASES.get(name, name)))
+    encoder = build_encoder(about["encoder"]["name"], **about["encoder"]["kwargs"])
+    encoder.load_state_dict(tensors)  # float16 becomes float32
+    return encoder.eval()

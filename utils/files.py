@@ -1,9 +1,10 @@
-"""Find data files among system files, read text in any usual encoding, and write files atomically."""
+"""Find data files among system files, read text in any usual encoding, write files atomically, and their checksums."""
 
 from __future__ import annotations
 
 import codecs
 import contextlib
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -134,3 +135,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

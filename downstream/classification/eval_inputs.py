@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +16,19 @@ from datasets.registry import CLASSIFICATION_SETS, find_datasets, open_classific
 from datasets.scanobjectnn import VARIANTS
 from downstream.features import calibrate_batch_norm, extract_features
 from engine.device import resolve_device
-from engine.load_model import describe_encoder, encoder_from_checkpoint, encoder_from_flags
+from engine.load_model import (
+    DEFAULT_ENCODER,
+    describe_encoder,
+    encoder_from_checkpoint,
+    encoder_from_flags,
+    find_weights,
+)
 from models import ENCODER_ALIASES, ENCODERS
 from utils.cli import Settings, positive_int, seed_number
 from utils.errors import DataError, UserError
+from utils.files import sha256
 from utils.released_flags import model_name
 from utils.reproducible import seed_everything
-
-DEFAULT_MODEL = "dgcnn_cls"
 
 
 @dataclass(kw_only=True)
@@ -74,7 +78,12 @@ def add_encoder_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that choose encoders, read by ``candidates``."""
     group = parser.add_argument_group("encoder", "give either --model_path or --random_init")
     source = group.add_mutually_exclusive_group(required=True)
-    source.add_argument("--model_path", nargs="+", metavar="FILE", help="our checkpoints, or published state dicts")
+    source.add_argument(
+        "--model_path",
+        nargs="+",
+        metavar="FILE",
+        help="our checkpoints, published state dicts, or weights of this repository: pretrained[:NAME]",
+    )
     source.add_argument(
         "--random_init", action="store_true", help="score an untrained encoder; use --calibrate_bn with it"
     )
@@ -99,7 +108,7 @@ def add_encoder_arguments(parser: argparse.ArgumentParser) -> None:
         type=model_name([*ENCODERS, *ENCODER_ALIASES]),
         choices=[*ENCODERS, *ENCODER_ALIASES],
         help="encoder (default: the checkpoint's; for published state dicts recognized by the tensors; "
-        f"{DEFAULT_MODEL} with --random_init)",
+        f"{DEFAULT_ENCODER} with --random_init)",
     )
     group.add_argument(
         "--k",
@@ -163,15 +172,6 @@ def add_data_arguments(parser: argparse.ArgumentParser, *, num_points: int | Non
     )
 
 
-def sha256(path: str | Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal."""
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def candidates(config: EvaluationConfig) -> list[Candidate]:
     """Build all encoders, so that a wrong file is found before the first one is scored.
 
@@ -183,14 +183,15 @@ def candidates(config: EvaluationConfig) -> list[Candidate]:
     if config.model_path:
         names = [Path(path).name for path in config.model_path]
         for path, name in zip(config.model_path, names, strict=True):
-            encoder = encoder_from_checkpoint(path, model=config.model, k=config.k, emb_dims=config.emb_dims)
+            file = find_weights(path, model=config.model)
+            encoder = encoder_from_checkpoint(file, model=config.model, k=config.k, emb_dims=config.emb_dims)
             # Runs usually differ by folder: checkpoints/a/last.pth, checkpoints/b/last.pth.
             shown = name if names.count(name) == 1 else path
-            found.append(Candidate(shown, encoder, {"model_path": str(path), "sha256": sha256(path)}))
+            found.append(Candidate(shown, encoder, {"model_path": str(path), "sha256": sha256(file)}))
         return found
     for seed in config.seeds or [config.seed]:
         seed_everything(seed)
-        encoder = encoder_from_flags(config.model or DEFAULT_MODEL, k=config.k, emb_dims=config.emb_dims)
+        encoder = encoder_from_flags(config.model or DEFAULT_ENCODER, k=config.k, emb_dims=config.emb_dims)
         found.append(Candidate(f"random init, seed {seed}", encoder, {"random_init_seed": seed}))
     return found
 

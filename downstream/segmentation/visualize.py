@@ -31,7 +31,7 @@ from downstream.segmentation.main_partseg import Parts, check_fits, predict_part
 from downstream.segmentation.main_semseg import predict_room
 from engine.checkpoint import load_checkpoint
 from engine.device import resolve_device
-from engine.load_model import fine_tuned_from_checkpoint
+from engine.load_model import find_weights, fine_tuned_from_checkpoint
 from models import ENCODER_ALIASES, ENCODERS
 from models.task_heads import FineTuned, PartSegmentation, SemanticSegmentation
 from utils.cli import (
@@ -270,7 +270,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     folder = Path(config.output_dir)
     check_output_path(folder / "sheet.png")
     tasks = {"parts": PartSegmentation, "rooms": SemanticSegmentation}
-    kind = load_checkpoint(config.model_path).get("kind")
+    kind = load_checkpoint(find_weights(config.model_path, model=config.model)).get("kind")
     name = config.task or next((n for n, task in tasks.items() if task.kind == kind), None)
     if name is None:
         raise CheckpointError(

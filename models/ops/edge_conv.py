@@ -60,7 +60,7 @@ def edge_terms(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         a, c: each (P, C_out).
     """
-    neighbor, center = weight.split(x.shape[1], dim=1)
+    neighbor, center = weight[:, : x.shape[1]], weight[:, x.shape[1] :]
     return F.linear(x, neighbor), F.linear(x, center - neighbor)
 
 

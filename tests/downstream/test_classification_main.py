@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 
 from downstream.classification import main as script
-from downstream.classification.eval_inputs import sha256
 from downstream.figures import draw_confusion_matrix
 from engine.checkpoint import save_checkpoint
 from engine.load_model import describe_encoder
 from models import build_encoder
 from utils.errors import CheckpointError, DataError, UserError
+from utils.files import sha256
 
 ROOT = Path(__file__).resolve().parents[2]
 LABELS = {"train": [2] * 9 + [8] * 8 + [33] * 7, "test": [33] * 4 + [2] * 5 + [8] * 4}

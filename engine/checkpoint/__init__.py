@@ -1,4 +1,7 @@
-"""Checkpoint files: plain types only, written in one step, loaded with ``weights_only=True``."""
+"""Checkpoint files: plain types only, written in one step, loaded with ``weights_only=True``.
+
+``python -m engine.checkpoint`` says what is in a file and exports encoders (``__main__.py``).
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ from torch import Tensor
 
 from engine.plain_objects import plain_objects
 from utils.errors import CheckpointError, DamagedCheckpointError, UserError
+from utils.weight_files import SUFFIX, read_weights
 
 FORMAT = 1
 OURS = {"format", "kind", "point_encoder"}  # entries of our checkpoints, none of which published files have
@@ -80,6 +84,8 @@ def _keep(path: Path, keep: Path) -> bool:
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a checkpoint or a published state dict to the CPU, without running any code it may contain.
 
+    Files that end in ``.safetensors`` are read as such, all others as what torch.save writes.
+
     Raises:
         DamagedCheckpointError: damaged, or no checkpoint.
         CheckpointError: missing, of another format number, or it holds objects other than tensors and plain types.
@@ -89,6 +95,22 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise CheckpointError(f"{path} is a folder; give the checkpoint in it, such as {path / 'last.pth'}")
     if not os.path.isfile(path):
         raise CheckpointError(f"{path} does not exist; a pretraining run writes checkpoints/<exp_name>/last.pth")
+    payload = _from_safetensors(path) if path.suffix == SUFFIX else _from_torch(path)
+    if not isinstance(payload, dict):
+        raise CheckpointError(f"{path} holds a {type(payload).__name__}, not a checkpoint or a state dict")
+    if "point_encoder" in payload and payload.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has checkpoint format {payload.get('format')}; this version reads {FORMAT}")
+    return payload
+
+
+def _from_safetensors(path: Path) -> dict[str, Any]:
+    """Content of a safetensors file, in the form of a checkpoint where this version wrote it."""
+    tensors, about = read_weights(path)
+    return {**about, "point_encoder": tensors} if about else dict(tensors)
+
+
+def _from_torch(path: Path) -> Any:
+    """Content of what torch.save wrote."""
     try:
         _check_zip_sizes(path)
         payload = _load(path)
@@ -109,10 +131,6 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise DamagedCheckpointError(f"{path} is damaged or no checkpoint ({reason}); {again}") from error
     if damaged:
         raise DamagedCheckpointError(f"{path} is damaged (wrong checksum of {damaged}); train or copy it again")
-    if not isinstance(payload, dict):
-        raise CheckpointError(f"{path} holds a {type(payload).__name__}, not a checkpoint or a state dict")
-    if "point_encoder" in payload and payload.get("format") != FORMAT:
-        raise CheckpointError(f"{path} has checkpoint format {payload.get('format')}; this version reads {FORMAT}")
     return payload
 
 

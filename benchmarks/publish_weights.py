@@ -1,0 +1,152 @@
+"""Put an encoder into weights/: the file, its entry in the index, and its model card.
+
+The file holds the encoder alone, its matrices in float16. When weights are published again, the text of their card from
+"## Limits" on is kept; everything above it follows from the index.
+
+Example:
+  python -m benchmarks.publish_weights checkpoints/long/last.pth --data "20,000 generated shapes (CC0)" \
+      --command "python train_crossnet_con.py --data_root data/shapes.h5 --exp_name long" --hours 3.1 \
+      --score "ModelNet10, linear SVM=93.5 ± 0.3"
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+from engine.checkpoint import load_checkpoint
+from engine.export import describe_weights, export
+from engine.load_model import encoder_from_checkpoint
+from models import ENCODERS, pretrained
+from utils.cli import HelpFormatter, log_to_screen, run, write_json
+from utils.errors import UserError
+from utils.files import replacing, sha256
+from utils.weight_files import SUFFIX
+
+MOST_BYTES = 4_000_000
+KEPT = "## Limits"
+# What the index says, and the rows of a card.
+ROWS = {
+    "encoder": "encoder",
+    "data": "data",
+    "command": "command",
+    "commit": "commit",
+    "steps": "steps",
+    "hours": "hours",
+    "seed": "seed",
+    "rounding": "change of features by float16, relative to their norm",
+    "license": "license",
+    "sha256": "SHA-256",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Command line of this script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("source", metavar="CHECKPOINT", help="checkpoint of pretraining")
+    parser.add_argument("--name", help="of the weights (default: that of the encoder)")
+    parser.add_argument("--data", required=True, metavar="TEXT", help="what they are trained on, with its license")
+    parser.add_argument("--command", required=True, metavar="TEXT", help="command, or commands, that trained them")
+    parser.add_argument("--hours", type=float, metavar="H", help="of training")
+    parser.add_argument("--steps", type=int, help="of training, all runs together (default: the checkpoint's)")
+    parser.add_argument(
+        "--score", nargs="+", default=[], metavar="WHAT=VALUE", help="scores, with their deviation over seeds"
+    )
+    parser.add_argument("--license", default="MIT, as the code", metavar="TEXT", help="of the weights")
+    parser.add_argument("--full", action="store_true", help="keep float32")
+    parser.add_argument("--overwrite", action="store_true", help="replace weights of this name")
+    return parser
+
+
+def card(name: str, entry: Mapping[str, Any], rest: str) -> str:
+    """Return a model card.
+
+    Args:
+        name: of the weights.
+        entry: of the index.
+        rest: text below what follows from the entry.
+    """
+    encoder = entry["encoder"]
+    settings = ", ".join(f"{key} {value}" for key, value in encoder["kwargs"].items())
+    shown = {
+        **entry,
+        "encoder": f"{encoder['name']} ({settings}), {entry['parameters']:,} parameters",
+        "command": f"`{entry['command']}`",
+        "sha256": f"`{entry['sha256']}`",
+    }
+    lines = [
+        f"# {name}",
+        "",
+        f"A point encoder pretrained without labels: `models.load({name!r})`. How to use it: "
+        "[docs/weights.md](../docs/weights.md).".replace("'", '"'),
+        "",
+        "| | |",
+        "| --- | --- |",
+        f"| file | [{entry['file']}]({entry['file']}), {entry['bytes']:,} bytes, {entry['dtype']} |",
+        *(f"| {title} | {shown[key]} |" for key, title in ROWS.items() if shown.get(key) is not None),
+        "",
+    ]
+    if entry["scores"]:
+        lines += [
+            "## Scores",
+            "",
+            "| | |",
+            "| --- | --- |",
+            *(f"| {k} | {v} |" for k, v in entry["scores"].items()),
+            "",
+        ]
+    return "\n".join([*lines, rest])
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Publish, and return the entry of the index.
+
+    Raises:
+        UserError: a wrong setting, or a file that cannot be read or written.
+    """
+    args = build_parser().parse_args(argv)
+    log_to_screen()
+    scores = dict(score.rpartition("=")[::2] for score in args.score)
+    if "" in scores:
+        raise UserError("--score takes WHAT=VALUE, such as 'ModelNet10, linear SVM=93.5 ± 0.3'")
+    encoder, payload = encoder_from_checkpoint(args.source), load_checkpoint(args.source)
+    about = describe_weights(encoder, payload)
+    name, index = args.name or about["encoder"]["name"], pretrained.pretrained_index()
+    if name in index and not args.overwrite:
+        raise UserError(f"there are weights {name!r}; replace them with --overwrite, or choose another --name")
+    path = pretrained.WEIGHTS / f"{name}{SUFFIX}"
+    rounding = export(encoder, path, "safetensors", about=about, half=not args.full)
+    entry = {
+        "file": path.name,
+        "sha256": sha256(path),
+        "bytes": path.stat().st_size,
+        "dtype": "float32" if args.full else "float16",
+        "encoder": about["encoder"],
+        "parameters": sum(parameter.numel() for parameter in encoder.parameters()),
+        "data": args.data,
+        "command": args.command,
+        "commit": payload.get("git_commit"),
+        "steps": args.steps or about.get("step"),
+        "hours": args.hours,
+        "seed": payload.get("arguments", {}).get("seed"),
+        "rounding": f"{rounding.norm:.1e}",
+        "license": args.license,
+        "scores": scores,
+    }
+    order = {known: i for i, known in enumerate(ENCODERS)}
+    index = dict(sorted({**index, name: entry}.items(), key=lambda item: (order.get(item[0], len(order)), item[0])))
+    write_json(pretrained.WEIGHTS / pretrained.INDEX, index)
+    page = path.with_suffix(".md")
+    old = page.read_text(encoding="utf-8") if page.exists() else ""
+    rest = old[old.index(KEPT) :] if KEPT in old else f"{KEPT}\n\nNot written yet.\n"
+    with replacing(page) as temporary:
+        temporary.write_text(card(name, entry, rest), encoding="utf-8")
+    print(f"{path}: {entry['bytes']:,} bytes; card: {page}; change of features by rounding {entry['rounding']}")
+    if entry["bytes"] > MOST_BYTES:
+        print(f"warning: that is more than {MOST_BYTES:,} bytes")
+    return entry
+
+
+if __name__ == "__main__":
+    run(main)
