@@ -15,8 +15,8 @@ Examples:
       --num_points 512 --image_size 64 --image_model resnet18
 
 The run folder <output_dir>/<exp_name> gets last.pth, previous.pth (the one before), best.pth (by the probe or by
-held-out pairs), config.json, metrics.jsonl, run.log and curves.png. Evaluate last.pth with
-downstream/classification/main.py.
+held-out pairs), with --ema last_ema.pth and best_ema.pth, config.json, metrics.jsonl, run.log and curves.png. Evaluate
+last.pth with downstream/classification/main.py.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -58,6 +59,7 @@ from engine.optim import (
     autocast,
     base_rate,
     learning_rate,
+    weight_average,
 )
 from engine.resume import resume
 from engine.run_folder import RunFolder
@@ -80,6 +82,7 @@ from utils.cli import (
 )
 from utils.collectives import (
     all_gather_strings,
+    broadcast_tensors,
     is_main,
     world_size,
 )
@@ -88,6 +91,7 @@ from utils.released_flags import IN_PRETRAINING, Switch, add_released_flags, mod
 from utils.reproducible import seed_everything
 
 logger = logging.getLogger("crossnet")
+PARTS = ("point_encoder", "heads_and_image_encoders")  # a checkpoint's entries with the weights of a CrossNet
 # Settings of the probe change nothing that is learned; which shapes are listed is checked by their names.
 PROBE_SETTINGS = {"eval_every", "eval_dataset", "eval_root", "eval_points", "svm_c", "select_on", "list"}
 
@@ -109,6 +113,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     g.add_argument(
         "--image_size", type=positive_int, default=224, metavar="PX", help="renderings are resized to PX x PX"
+    )
+    g.add_argument(
+        "--views",
+        type=positive_int,
+        default=1,
+        metavar="V",
+        help="pictures of an object in the cross-modal term, which is the mean over them; distinct where the shape has "
+        "as many. The image encoders take V times as long",
     )
     g.add_argument(
         "--background",
@@ -210,6 +222,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="cosine: from --lr to 0 once over the run; released: the released code steps its cosine at every batch, "
         "so that the rate swings between --lr and 0 with a period of 2 x --epochs steps and never settles",
     )
+    g.add_argument(
+        "--ema",
+        type=fraction,
+        default=0.0,
+        metavar="D",
+        help="also keep an exponential moving average of all weights, of which a step keeps the share D, such as 0.99: "
+        "scored beside them (ema_...) and written to last_ema.pth; it changes nothing that is trained (default: off)",
+    )
     g = parser.add_argument_group("speed")
     g.add_argument(
         "--amp",
@@ -260,6 +280,7 @@ class PretrainConfig(RunConfig):
     num_points: int | None
     val_fraction: float
     image_size: int
+    views: int
     background: str
     strict_data: bool
     model: str
@@ -274,6 +295,7 @@ class PretrainConfig(RunConfig):
     mask_same_object: bool
     chunk_size: int | None
     lr_schedule: str
+    ema: float
     channels_last: bool
     compile: bool
     eval_dataset: Sequence[str]
@@ -296,6 +318,7 @@ class Pretraining(Task):
     kind = "crossnet-pretraining"
     loss_names = ("loss", "loss_intra", "loss_cross")
     free_on_resume = FREE_ON_RESUME | PROBE_SETTINGS
+    added_settings = MappingProxyType({"val_fraction": 0.0, "ema": 0.0, "views": 1})
     collate = staticmethod(collate_pairs)
 
     def __init__(self, config: PretrainConfig) -> None:
@@ -308,10 +331,11 @@ class Pretraining(Task):
             only=read_shape_list(config.list) if config.list else None,
             strict=config.strict_data,
             num_points=config.num_points,
+            views=config.views,
         )
         self.held_out = held_out_shapes(self.dataset.ids, config.val_fraction, seed=config.seed)
         if self.held_out:
-            pairs = self.dataset.subset(self.held_out)
+            pairs = self.dataset.subset(self.held_out, views=1)  # so that runs of any --views compare
             self.dataset = self.dataset.subset(set(self.dataset.ids) - set(self.held_out))
         encoder = self.build_point_encoder()
         self.check_sizes()
@@ -329,6 +353,7 @@ class Pretraining(Task):
         ).to(self.device)
         if config.channels_last:
             self.model.image_encoders.to(memory_format=torch.channels_last)
+        self.averaged = weight_average(self.model, config.ema) if config.ema else None
         if config.compile:
             for part in (*self.model.image_encoders.values(), *self.model.image_heads.values(), self.model.point_head):
                 part.compile()
@@ -455,7 +480,10 @@ class Pretraining(Task):
         streams = SampleStreams(**keys, purpose=Stream.RENDERING)
         images = self.render_augmentation(tensors["pixels"], batch["sizes"], streams)
         if config.channels_last:
-            images = {name: image.contiguous(memory_format=torch.channels_last) for name, image in images.items()}
+            images = {
+                name: image.flatten(0, -4).contiguous(memory_format=torch.channels_last).view(image.shape)
+                for name, image in images.items()
+            }
         streams = SampleStreams(**keys, purpose=Stream.AUGMENTATION)
         view1 = self.augmentation(tensors["points"], streams, tensors["counts"]).mT
         view2 = self.augmentation(tensors["points"], streams, tensors["counts"]).mT
@@ -476,29 +504,56 @@ class Pretraining(Task):
                 else f"{progress.bad} of {progress.read} samples could not be read, more than 1 %"
             )
 
+    def after_step(self) -> None:
+        """Move the averaged weights toward the new ones."""
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.model)
+
+    def models_to_score(self) -> dict[str, CrossNet]:
+        """The model and, with ``--ema``, its average, by what the names of their scores begin with."""
+        return {"": self.model} if self.averaged is None else {"": self.model, "ema_": self.averaged.module}
+
     def validate(self) -> tuple[dict[str, float], float | None]:
         """Score the model on the held-out pairs; the least loss chooses ``best.pth`` if ``--select_on`` says so."""
+        if self.averaged is not None and self.config.no_sync_bn:
+            broadcast_tensors(self.averaged.buffers())
         if self.pair_validation is None:
             return {}, None
-        scores = self.pair_validation(
-            self.model,
-            inputs_of=lambda batch: self.inputs_of(batch, epoch=0),
-            precision=lambda: autocast(self.device, self.config.amp),
-        )
+        scores: dict[str, float] = {}
+        for prefix, model in self.models_to_score().items():
+            found = self.pair_validation(
+                model,
+                inputs_of=lambda batch: self.inputs_of(batch, epoch=0),
+                precision=lambda: autocast(self.device, self.config.amp),
+            )
+            scores |= {prefix + name: value for name, value in found.items()}
         return scores, -scores["val_loss"] if self.config.select_on == "pairs" else None
 
     def evaluate(self) -> tuple[dict[str, float], float | None]:
         """Score the encoder by the probes; the first one chooses ``best.pth`` unless held-out pairs do."""
         scores: dict[str, float] = {}
-        for probe in self.probes:
-            scores.update(probe(self.model.point_encoder, device=self.device))
+        for prefix, model in self.models_to_score().items():
+            for probe in self.probes:
+                found = probe(model.point_encoder, device=self.device)
+                scores |= {prefix + name: value for name, value in found.items()}
         if not self.probes or self.config.select_on == "pairs":
             return scores, None
         return scores, scores[f"{self.probes[0].dataset}_{self.config.select_on}_accuracy"]
 
     def weights(self) -> dict[str, Any]:
-        """The point encoder on its own, so that it loads without the rest; then the rest."""
-        model = self.model
+        """The point encoder on its own, so that it loads without the rest; then the rest; then both averaged."""
+        weights = self.weights_of(self.model)
+        if self.averaged is not None:
+            averaged = self.weights_of(self.averaged.module)
+            weights |= {f"{name}_ema": averaged[name] for name in PARTS} | {"ema_steps": int(self.averaged.n_averaged)}
+        return weights
+
+    def averaged_weights(self) -> dict[str, Any] | None:
+        """The averaged model as ``weights`` has the newest one; for ``last_ema.pth``."""
+        return None if self.averaged is None else self.weights_of(self.averaged.module)
+
+    def weights_of(self, model: CrossNet) -> dict[str, Any]:
+        """See ``weights``."""
         return {
             "encoder": describe_encoder(model.point_encoder),
             "point_encoder": model.point_encoder.state_dict(),
@@ -517,11 +572,18 @@ class Pretraining(Task):
                 f"now it has as many as --emb_dims, as released. Resume with the code of commit "
                 f"{payload.get('git_commit')}, or start a new run from this encoder with --model_path {path}"
             )
-        load_strictly(
-            self.model.point_encoder, payload["point_encoder"], path=path, what=f"--model {self.config.model}"
-        )
-        state = {f"point_encoder.{key}": value for key, value in payload["point_encoder"].items()}
-        load_strictly(self.model, {**state, **payload["heads_and_image_encoders"]}, path=path, what="these settings")
+        self.load_weights_of(self.model, *(payload[name] for name in PARTS), path=path)
+        if self.averaged is not None:
+            self.load_weights_of(self.averaged.module, *(payload[f"{name}_ema"] for name in PARTS), path=path)
+            self.averaged.n_averaged.fill_(payload["ema_steps"])
+
+    def load_weights_of(
+        self, model: CrossNet, encoder: Mapping[str, Any], rest: Mapping[str, Any], *, path: Path
+    ) -> None:
+        """Load the ``PARTS`` of a model."""
+        load_strictly(model.point_encoder, encoder, path=path, what=f"--model {self.config.model}")
+        state = {f"point_encoder.{key}": value for key, value in encoder.items()}
+        load_strictly(model, {**state, **rest}, path=path, what="these settings")
 
     def log_start(self) -> None:
         """Log what is trained on what."""

@@ -44,8 +44,12 @@ def save(run: Run, name: str) -> None:
         "random": random_states(),
         **run.config.provenance(),
     }
+    averaged = task.averaged_weights()
     with postponed(signal.SIGCHLD):
         save_checkpoint(run.folder / name, payload, keep=run.folder / "previous.pth" if name == "last.pth" else None)
+        if averaged is not None:
+            beside = {"kind": task.kind, **averaged, "progress": payload["progress"], **run.config.provenance()}
+            save_checkpoint(run.folder / name.replace(".pth", "_ema.pth"), beside)
 
 
 def changes_since(run: Run, payload: Mapping[str, Any]) -> list[str]:
@@ -54,6 +58,7 @@ def changes_since(run: Run, payload: Mapping[str, Any]) -> list[str]:
     free = set(run.task.free_on_resume)
     if can_extend(run, payload):
         free.add("epochs")
+    before = {**run.task.added_settings, **before}
     names = sorted(key for key in now if key not in free and before.get(key, now[key]) != now[key])
     changes = [f"--{key} {before[key]} there, {now[key]} here" for key in names]
     there, here, batch = payload.get("processes", 1), world_size(), payload["global_batch"]

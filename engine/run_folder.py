@@ -23,7 +23,8 @@ logger = logging.getLogger("crossnet")
 REPLACED = ".replaced"  # suffix of an earlier run's files until the first step of the run that replaces it
 LOG_BYTES = 20_000_000  # about two million steps
 CHECKPOINTS = ("last.pth", "previous.pth", "best.pth")
-RUN_FILES = (*CHECKPOINTS, "config.json", "metrics.jsonl", "run.log", "curves.png", "result.json")
+AVERAGED = ("last_ema.pth", "best_ema.pth")  # beside the checkpoints of the same names; no run resumes from them
+RUN_FILES = (*CHECKPOINTS, *AVERAGED, "config.json", "metrics.jsonl", "run.log", "curves.png", "result.json")
 
 
 class _RunLog(logging.handlers.RotatingFileHandler):
@@ -221,7 +222,7 @@ class RunFolder:
         names = {key for record in records for key in record}
         panels = [("loss", ["loss", "loss_intra", "loss_cross"]), ("learning rate", ["lr"])]
         more = {
-            "loss on held-out pairs": [name for name in names if name.startswith("val_loss")],
+            "loss on held-out pairs": [name for name in names if "val_loss" in name],
             "held-out views": [name for name in names if name.endswith(("alignment", "uniformity"))],
             "scores (%)": [name for name in names if name.endswith(("accuracy", "iou", "r1"))],
         }

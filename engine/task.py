@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -81,6 +82,7 @@ class Task(ABC):
         kind: written into checkpoints; a run continues only from its own kind.
         loss_names: what ``forward_backward`` returns, in order; the first is the one that is minimized.
         free_on_resume: settings that may change between a run and its continuation.
+        added_settings: settings that checkpoints of earlier versions lack, with what these versions did.
         collate: turns samples into a batch; None takes PyTorch's.
         model, dataset, sampler: set by the subclass.
         network: the model as ``wrap_distributed`` returns it, whose gradients are averaged over the processes.
@@ -89,6 +91,7 @@ class Task(ABC):
     kind: str
     loss_names: tuple[str, ...] = ("loss",)
     free_on_resume: Collection[str] = FREE_ON_RESUME
+    added_settings: Mapping[str, Any] = MappingProxyType({})
     collate: Callable | None = None
     model: nn.Module
     network: nn.Module
@@ -145,6 +148,13 @@ class Task(ABC):
 
     def count_bad_samples(self, batch: Any, progress: Progress) -> None:  # noqa: B027 - most have none
         """Called for every batch before its step."""
+
+    def after_step(self) -> None:  # noqa: B027 - most have none
+        """Called after every optimizer step."""
+
+    def averaged_weights(self) -> dict[str, Any] | None:
+        """Return what ``weights`` would be with averaged weights in their place; None without an average."""
+        return None
 
     def validate(self) -> tuple[dict[str, float], float | None]:
         """Return the scores of every epoch, and the one that chooses ``best.pth``, or None. For what is cheap."""
@@ -207,6 +217,7 @@ class Run:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        self.task.after_step()
 
     def not_finite(self, what: str, step: int) -> UserError:
         """The error for a run that went astray."""

@@ -16,7 +16,7 @@ MODALITIES = ("both", "rgb", "gray")
 
 
 class Projections(NamedTuple):
-    """What the losses compare, each (B, 256); None for an image branch that is not built."""
+    """What the losses compare, each (B, 256), images (B, V, 256) with V of an object; None for an absent branch."""
 
     view1: Tensor
     view2: Tensor
@@ -76,11 +76,16 @@ class CrossNet(nn.Module):
         return z1, z2
 
     def project_images(self, modality: str, images: Tensor | None) -> Tensor | None:
-        """Projections of the renders (B, channels, H, W) -> (B, 256); None where the branch is not built."""
+        """Projections of the renders (B, channels, H, W) -> (B, 256); None where the branch is not built.
+
+        V renders of each object, (B, V, channels, H, W) -> (B, V, 256), share batch statistics.
+        """
         if modality not in self.image_encoders:
             return None
         if images is None:
             raise ValueError(f"the model has a {modality} branch but got no {modality} images")
+        if images.ndim == 5:
+            return self.project_images(modality, images.flatten(0, 1)).unflatten(0, images.shape[:2])
         return self.image_heads[modality](self.image_encoders[modality](images))
 
     def project(
@@ -118,8 +123,9 @@ class CrossNet(nn.Module):
         Args:
             view1: first augmented views (B, 3, N).
             view2: second augmented views (B, 3, N), row i of the same clouds.
-            rgb: colour renders (B, 3, H, W) of the same objects; needed where that branch is built.
-            gray: gray renders (B, 1, H, W); needed where that branch is built.
+            rgb: colour renders (B, 3, H, W) of the same objects, or V of each (B, V, 3, H, W); needed where that branch
+                is built.
+            gray: gray renders, as ``rgb`` with one channel; needed where that branch is built.
             only_project: return the projections; for ``engine.grad_cache``, in a module that wraps this one.
         """
         projections = self.project(view1, view2, rgb=rgb, gray=gray)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -78,11 +79,12 @@ def crossnet_objective(
     - ``con`` (the paper's figure): NTX(t1, t2) + alpha NTX([t1; t2], [rgb; gray]).
     - ``ave``: NTX(t1, t2) + alpha (NTX(mean(t1, t2), rgb) + NTX(mean(t1, t2), gray)).
     With one modality both are NTX(t1, t2) + alpha NTX(mean(t1, t2), image). Means are of unnormalised projections.
+    With V renders of an object the cross term is the mean of those of the first renders, of the second, ...
 
     Args:
         views: projections of the two views, each (B, C).
-        rgb: projections of the colour renders (B, C), or None.
-        gray: projections of the gray renders (B, C), or None.
+        rgb: projections of the colour renders (B, C), or of V of each object (B, V, C), or None.
+        gray: projections of the gray renders, as ``rgb``, or None.
         objective: ``con`` or ``ave``.
         alpha: weight of the cross term.
         temperature: of every NT-Xent.
@@ -98,11 +100,17 @@ def crossnet_objective(
     if not images:
         raise ValueError("expected projections of the colour renders, the gray renders or both")
     intra = nt_xent(*views, temperature=temperature)
-    if objective == "con" and len(images) == 2:
-        batch = len(views[0])
-        objects = (torch.arange(batch, device=views[0].device) + rank() * batch).repeat(2) if mask_same_object else None
-        cross = nt_xent(torch.cat(views), torch.cat(images), temperature=temperature, objects=objects)
-    else:
+
+    def cross_term(images: Sequence[Tensor]) -> Tensor:
+        """Cross term of one render of each object: (B, C) for each modality."""
+        if objective == "con" and len(images) == 2:
+            batch = len(views[0])
+            rows = torch.arange(batch, device=views[0].device) + rank() * batch
+            objects = rows.repeat(2) if mask_same_object else None
+            return nt_xent(torch.cat(views), torch.cat(images), temperature=temperature, objects=objects)
         mean = (at_least_float32(views[0]) + at_least_float32(views[1])) / 2
-        cross = functools.reduce(torch.add, (nt_xent(mean, image, temperature=temperature) for image in images))
+        return functools.reduce(torch.add, (nt_xent(mean, image, temperature=temperature) for image in images))
+
+    renders = [images] if images[0].ndim == 2 else zip(*(image.unbind(1) for image in images), strict=True)
+    cross = torch.stack([cross_term(of_each) for of_each in renders]).mean()
     return Losses(intra + alpha * cross, intra, cross)
