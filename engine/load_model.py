@@ -68,9 +68,21 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], *, path: str |
 
 def _check_fit(module: nn.Module, state: Mapping[str, Tensor], *, path: str | os.PathLike[str], what: str) -> None:
     """See that a state dict fits a module, which may have no memory yet; see ``load_strictly``."""
+    problems = misfits(module, state)
+    if any(problems.values()):
+        text = "; ".join(
+            f"{len(names)} {kind}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+            for kind, names in problems.items()
+            if names
+        )
+        raise CheckpointError(f"{path} does not fit {what}: tensors {text}")
+
+
+def misfits(module: nn.Module, state: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Compare a state dict with a module, which may have no memory yet; return the names of what differs, by how."""
     expected = module.state_dict()
     common = {name: (state[name], expected[name]) for name in expected if isinstance(state.get(name), Tensor)}
-    problems = {
+    return {
         "missing": [name for name in expected if name not in common],
         "unknown": [str(name) for name in state if name not in common],
         "of another shape": [
@@ -85,13 +97,6 @@ def _check_fit(module: nn.Module, state: Mapping[str, Tensor], *, path: str | os
         ],
         "not finite": [name for name, (ours, _) in common.items() if not ours.isfinite().all()],
     }
-    if any(problems.values()):
-        text = "; ".join(
-            f"{len(names)} {kind}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
-            for kind, names in problems.items()
-            if names
-        )
-        raise CheckpointError(f"{path} does not fit {what}: tensors {text}")
 
 
 def _is_setting(value: Any, default: Any) -> bool:

@@ -8,7 +8,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,36 @@ from models import ENCODERS, build_encoder, encoder_arguments
 from utils.errors import CheckpointError
 
 logger = logging.getLogger("crossnet")
+
+
+class FoundState(NamedTuple):
+    """The tensors of a file that are most likely an encoder's."""
+
+    entry: str  # of the file, "" for the file itself
+    prefix: str  # of their names in it
+    tensors: dict[str, Tensor]  # without the prefix
+    left_out: int  # tensors of the entry without the prefix
+    elsewhere: list[str]  # other entries with tensors of an encoder
+
+    def describe(self) -> str:
+        """Return where the tensors are, for a message."""
+        return (
+            f"{len(self.tensors)} tensors of {f'the entry {self.entry!r}' if self.entry else 'the file'}"
+            + (f", below {self.prefix!r} ({self.left_out} others are left out)" if self.prefix else "")
+            + (f"; weights in {', '.join(map(repr, self.elsewhere))} are not used" if self.elsewhere else "")
+        )
+
+
+def find_state(payload: Mapping[str, Any]) -> FoundState | None:
+    """Find the entry and the prefix in a file under which most names are those of an encoder; None without tensors."""
+    found = {entry: tensors for entry, tensors in _state_dicts(payload) if tensors}
+    if not found:
+        return None
+    places = [(entry, *_common_prefix(tensors)) for entry, tensors in found.items()]
+    entry, prefix, _ = max(places, key=lambda place: (place[2], -_rank(place[0])))
+    state = {name.removeprefix(prefix): value for name, value in found[entry].items() if name.startswith(prefix)}
+    elsewhere = sorted(other for other, _, count in places if other != entry and count)
+    return FoundState(entry, prefix, state, len(found[entry]) - len(state), elsewhere)
 
 
 def published_state(payload: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -36,23 +66,14 @@ def published_state(payload: Mapping[str, Any], path: str | os.PathLike[str]) ->
     Raises:
         CheckpointError: no state dict inside; the message names the entries found.
     """
-    found = {entry: tensors for entry, tensors in _state_dicts(payload) if tensors}
-    if not found or "format" in payload:  # ours, with entries missing
+    found = find_state(payload)
+    if found is None or "format" in payload:  # ours, with entries missing
         raise CheckpointError(
             f"{path} holds neither one of our checkpoints nor a state dict of tensors; it holds {_entries(payload)}"
         )
-    places = [(entry, *_common_prefix(tensors)) for entry, tensors in found.items()]
-    entry, prefix, _ = max(places, key=lambda place: (place[2], -_rank(place[0])))
-    state = {name.removeprefix(prefix): value for name, value in found[entry].items() if name.startswith(prefix)}
-    if entry or prefix.removeprefix("module."):
-        others = sorted(other for other, _, count in places if other != entry and count)
-        logger.info(
-            "%s: %d tensors of %s%s%s",
-            *(path, len(state), f"the entry {entry!r}" if entry else "the file"),
-            f", below {prefix!r} ({len(found[entry]) - len(state)} others are left out)" if prefix else "",
-            f"; weights in {', '.join(map(repr, others))} are not used" if others else "",
-        )
-    return state
+    if found.entry or found.prefix.removeprefix("module."):
+        logger.info("%s: %s", path, found.describe())
+    return found.tensors
 
 
 MOST_PARTS = 20  # of a name, between dots: no model is nested more deeply

@@ -1,6 +1,7 @@
-"""Export the encoder of a checkpoint for other programs.
+"""Say what is in a checkpoint or in weights of any origin; export an encoder for other programs.
 
 Examples:
+  python -m engine.checkpoint inspect checkpoints/exp/last.pth
   python -m engine.checkpoint export checkpoints/exp/last.pth --format safetensors --half --out exp.safetensors
   python -m engine.checkpoint export pretrained:dgcnn_cls --format onnx --out dgcnn_cls.onnx
   python -m engine.checkpoint export pretrained:dgcnn_cls --format torch_export --out dgcnn_cls.pt2
@@ -14,6 +15,7 @@ from typing import Any
 
 from engine.checkpoint import load_checkpoint
 from engine.export import FORMATS, TOLERANCE, describe_weights, export
+from engine.inspection import inspect, report
 from engine.load_model import encoder_from_checkpoint, find_weights
 from models import ENCODER_ALIASES, ENCODERS
 from utils.cli import HelpFormatter, log_to_screen, positive_int, run, write_json
@@ -29,6 +31,12 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m engine.checkpoint", description=__doc__, formatter_class=HelpFormatter
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    command = commands.add_parser(
+        "inspect", help="say what is in a file, and which encoder it fits", formatter_class=HelpFormatter
+    )
+    command.set_defaults(function=inspect_command)
+    command.add_argument("source", metavar="FILE", help=SOURCE)
+    command.add_argument("--json", metavar="FILE", help="also write it to FILE as one JSON object")
     command = commands.add_parser("export", help="write an encoder for other programs", formatter_class=HelpFormatter)
     command.set_defaults(function=export_command)
     command.add_argument("source", metavar="SOURCE", help=SOURCE)
@@ -46,6 +54,13 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--k", type=positive_int, help="neighbors per point (default: the checkpoint's)")
     command.add_argument("--json", metavar="FILE", help="also write a summary to FILE as one JSON object")
     return parser
+
+
+def inspect_command(args: argparse.Namespace) -> dict[str, Any]:
+    """Print what is in a file; return it."""
+    found = inspect(find_weights(args.source))
+    print("\n".join(report(found)))
+    return found
 
 
 def export_command(args: argparse.Namespace) -> dict[str, Any]:
