@@ -10,7 +10,7 @@ import os
 
 import numpy as np
 from PIL import Image, ImageOps
-from scipy.ndimage import label
+from scipy.ndimage import binary_dilation, label
 
 from datasets.untrusted import open_picture
 from utils.errors import DataError
@@ -22,6 +22,8 @@ WORKING_SIZE = 512  # longer sides are reduced first; image encoders see 224 pix
 # Levels by which a background may deviate from its color (JPEG noise, soft shadows), and the share of the border that
 # must have the color for the background to count as plain.
 TOLERANCE, PLAIN_BORDER = 20, 0.9
+# A hole in the object: levels by which its mean deviation may exceed the border's, and its least share of the picture.
+HOLE_TOLERANCE, HOLE_SIZE = 3, 0.002
 VISIBLE = 8  # alpha from which a pixel belongs to the object
 
 
@@ -53,7 +55,9 @@ def read_photo(path: str | os.PathLike[str]) -> Image.Image:
 
 
 def cut_out(image: Image.Image) -> tuple[Image.Image, str]:
-    """Make a plain background transparent: all pixels of its color that are connected to the border.
+    """Make a plain background transparent: regions of its color at the border, and holes that show it.
+
+    A region inside the object counts as a hole if it is not small and its color is nearly the background's own.
 
     Args:
         image: RGBA.
@@ -67,16 +71,23 @@ def cut_out(image: Image.Image) -> tuple[Image.Image, str]:
         return image, "transparent"
     colors = pixels[:, :, :3].astype(np.int16)
     border = np.concatenate([colors[0], colors[-1], colors[:, 0], colors[:, -1]])
-    near = np.abs(colors - np.median(border, axis=0)).max(2) <= TOLERANCE  # (H, W)
+    difference = np.abs(colors - np.median(border, axis=0)).max(2)  # (H, W)
+    near = difference <= TOLERANCE
     at_border = np.zeros_like(near)
     at_border[[0, -1]] = at_border[:, [0, -1]] = True
     if near[at_border].mean() < PLAIN_BORDER:
         return image, "kept"
-    regions = label(near)[0]  # 0 where the color is another one
-    background = near & np.isin(regions, regions[at_border])
+    regions, count = label(near)  # (H, W), 0 where the color is another one
+    sizes = np.bincount(regions.ravel(), minlength=count + 1)
+    means = np.bincount(regions.ravel(), difference.ravel(), minlength=count + 1) / np.maximum(sizes, 1)
+    removed = (sizes >= HOLE_SIZE * near.size) & (means <= difference[at_border].mean() + HOLE_TOLERANCE)
+    removed[regions[at_border]] = True
+    removed[0] = False
+    background = removed[regions]
     if background.all():
         return image, "kept"
-    pixels[background] = 0
+    # One pixel more: the object's edge is mixed with the background, which would leave a bright line.
+    pixels[binary_dilation(background)] = 0
     return Image.fromarray(pixels), "plain"
 
 

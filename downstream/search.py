@@ -46,7 +46,7 @@ from utils.errors import DataError, UserError
 from utils.pictures import Axes, Figure, save_figure
 from utils.progress import progress
 
-SHEET_POINTS = 4096
+SHEET_POINTS = 2048  # of a cloud; more would only hide each other
 
 
 @dataclass(kw_only=True)
@@ -179,7 +179,7 @@ def draw_pairs(space: PairSpace, read: PairReader, pairs: PairProjections, path:
 
     def draw(axes: Axes, item: int, *, shape: bool, title: str, color: str) -> None:
         if shape:
-            draw_cloud(axes, read.cloud(pairs.rows[item]), title=title, color=color)
+            draw_cloud(axes, thinned(read.source.points(pairs.rows[item])), title=title, color=color, size=1)
         else:
             draw_picture(axes, space.pixels.flatten(read.picture(pairs.rows[item])), title=title, color=color)
 
@@ -193,15 +193,15 @@ def draw_pairs(space: PairSpace, read: PairReader, pairs: PairProjections, path:
             similarity = of @ by[query]
             order = np.argsort(-similarity, kind="stable")
             rank = 1 + int(np.flatnonzero(order == query)[0])
-            draw(row[0], query, shape=not shape, title=f"query; right: no. {rank}", color=NEUTRAL)
+            draw(row[0], query, shape=not shape, title=f"its match is no. {rank}", color=NEUTRAL)
             for axes, item in zip(row[1:], order[:top], strict=True):
                 color = RIGHT if item == query else WRONG
                 draw(axes, item, shape=shape, title=short_name(read.source.ids[pairs.rows[item]]), color=color)
     save_figure(figure, path, dpi=110)
 
 
-def short_name(name: str, length: int = 20) -> str:
-    """Return the end of a name, without its folders."""
+def short_name(name: str, length: int = 18) -> str:
+    """Return the end of a name, without its folders, short enough for the title of a small picture."""
     name = name.rsplit("/", 1)[-1]
     return name if len(name) <= length else f"...{name[3 - length :]}"
 

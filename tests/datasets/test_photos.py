@@ -17,12 +17,13 @@ def disc(background=(240, 240, 240), *, noise=0, size=(60, 40)):
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).convert("RGBA")
 
 
-def test_a_plain_background_becomes_transparent_where_the_border_reaches_it():
+def test_a_plain_background_becomes_transparent_and_so_does_a_hole_that_shows_it():
     image, how = cut_out(disc(noise=8))
-    alpha = np.asarray(image)[:, :, 3]
-    assert how == "plain" and alpha[0].max() == 0
-    assert alpha[15, 10] == 255 and alpha[15, 18] == 255  # the disc, and the hole that it encloses
-    assert (alpha > 0).sum() == (np.hypot(*(np.mgrid[:40, :60] - np.array([15, 18])[:, None, None])) < 12).sum()
+    alpha = np.asarray(image)[:, :, 3] > 0
+    far = np.hypot(*(np.mgrid[:40, :60] - np.array([15, 18])[:, None, None]))
+    assert how == "plain" and alpha[(far < 11) & (far > 5)].all() and not alpha[(far >= 12) | (far < 3)].any()
+    small = cut_out(disc(size=(300, 200)))[0]
+    assert np.asarray(small)[15, 18, 3] == 255  # less than 0.2 % of this picture may be a highlight
 
 
 def test_any_other_background_stays():
@@ -38,8 +39,8 @@ def test_the_object_is_centered_and_fills_the_square():
     image = framed(cut_out(disc())[0], fill=0.5)
     alpha = np.asarray(image)[:, :, 3] > 0
     rows, columns = np.flatnonzero(alpha.any(1)), np.flatnonzero(alpha.any(0))
-    assert image.size == (46, 46) and len(rows) == len(columns) == 23
-    assert abs(rows.mean() - 22.5) < 1 and abs(columns.mean() - 22.5) < 1
+    assert image.size == (42, 42) and len(rows) == len(columns) == 21
+    assert abs(rows.mean() - 20.5) < 1 and abs(columns.mean() - 20.5) < 1
     whole = np.asarray(framed(disc()))
     assert whole.shape == (60, 60, 4) and not whole[:10].any() and whole[10:50, :, 3].all()
 
