@@ -249,15 +249,21 @@ class Search:
     def read_pairs(self) -> None:
         """Read the shapes of the pairs of ``--data_root``."""
         read, rows = open_pairs(self.config, self.space)
-        for i in progress(rows, text="reading the gallery", unit="shape"):
-            name, where = read.source.ids[i], read.source.where(i)
-            try:
-                points = read.cloud(i)
-            except DataError as error:
-                self.skipped[where] = str(error)
-                continue
-            features = self.space.features_of(points[None])[0]
-            self.gallery.append(Prediction(name, Path(where), points, features=features))
+        with progress(total=len(rows), text="reading the gallery", unit="shape") as bar:
+            for start in range(0, len(rows), self.config.batch_size):
+                batch: list[tuple[int, np.ndarray]] = []
+                for i in rows[start : start + self.config.batch_size]:
+                    try:
+                        batch.append((i, read.cloud(i)))
+                    except DataError as error:
+                        self.skipped[read.source.where(i)] = str(error)
+                    bar.update()
+                if not batch:
+                    continue
+                features = self.space.features_of(np.stack([points for _, points in batch]))
+                for (i, points), feature in zip(batch, features, strict=True):
+                    where = Path(read.source.where(i))
+                    self.gallery.append(Prediction(read.source.ids[i], where, points, features=feature))
 
     def read_shape(self, path: Path) -> Prediction | None:
         """Read a shape and compute its features; None if it cannot be used."""
