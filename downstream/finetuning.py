@@ -54,7 +54,7 @@ from engine.run_folder import RunFolder
 from engine.task import FREE_ON_RESUME, Progress, Run, Task
 from models import ENCODER_ALIASES, build_encoder, encoder_arguments, resolve_encoder_name
 from models.ops.dropout import SampleDropout
-from models.task_heads import HEADS, Classification, FineTuned
+from models.task_heads import HEADS, Classification, FineTuned, SemanticSegmentation
 from utils.cli import (
     add_common_arguments,
     add_run_arguments,
@@ -206,7 +206,10 @@ def add_training_arguments(
     g = parser.add_argument_group("evaluation only")
     g.add_argument("--eval", action=Switch, help="score --model_path on the test data without training")
     g.add_argument(
-        "--model_path", metavar="FILE", help="with --eval: checkpoint of this script, or a published state dict"
+        "--model_path",
+        metavar="FILE",
+        help="with --eval: checkpoint of this script, or a published state dict"
+        + ("; one per area: a folder, or a pattern such as 'model_{area}.t7'" if task is SemanticSegmentation else ""),
     )
     if task is not Classification:
         g.add_argument(

@@ -46,9 +46,8 @@ from downstream.figures import NEUTRAL, check_output_path, draw_cloud
 from downstream.finetuning import scores_of
 from downstream.retrieval import nearest
 from downstream.segmentation.main_semseg import predict_room
-from engine.checkpoint import load_checkpoint
 from engine.device import resolve_device
-from engine.load_model import encoder_from_checkpoint, find_weights, fine_tuned_from_checkpoint
+from engine.load_model import encoder_from_checkpoint, fine_tuned_from_checkpoint, kind_of_checkpoint
 from models import ENCODER_ALIASES, ENCODERS
 from models.task_heads import Classification, FineTuned, PartSegmentation, SemanticSegmentation
 from utils.cli import HelpFormatter, log_to_screen, positive_int, run, seed_number, write_json
@@ -75,7 +74,7 @@ class Settings:
     """How files are read and predicted.
 
     Attributes:
-        task: one of ``TASKS``; None takes the checkpoint's.
+        task: one of ``TASKS``; None: what the checkpoint has a head for.
         model: encoder of published weights.
         k: neighbors per point; None takes the checkpoint's.
         num_points: points of a pass; None takes ``POINTS``.
@@ -175,7 +174,7 @@ class Predictor:
     """A model and how it answers on one file.
 
     Raises:
-        CheckpointError: the file does not say what it is for, or does not fit.
+        CheckpointError: the file cannot be read or does not fit.
         UserError: a setting that does not fit the model.
     """
 
@@ -197,14 +196,9 @@ class Predictor:
         self._name_labels(payload.get("table", {}))
 
     def _task(self) -> str:
-        kind = load_checkpoint(self.path).get("kind")
         if self.settings.task is not None:
             return self.settings.task
-        if kind is None:
-            raise CheckpointError(
-                f"{self.path} does not say what it is for; give --task {', --task '.join(list(TASKS)[:-1])} or "
-                "--task features"
-            )
+        kind = kind_of_checkpoint(self.path, model=self.settings.model)
         return next((name for name, task in TASKS.items() if task and task.kind == kind), "features")
 
     def _name_labels(self, table: dict[str, Any]) -> None:
@@ -502,7 +496,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output_dir", required=True, metavar="DIR", help="new folder for the results")
     parser.add_argument("--overwrite", action="store_true", help="write into --output_dir although it is not empty")
-    parser.add_argument("--task", choices=tuple(TASKS), help="of published weights (default: the checkpoint's)")
+    parser.add_argument("--task", choices=tuple(TASKS), help="what to predict (default: by the checkpoint's head)")
     parser.add_argument("--model", choices=[*ENCODERS, *ENCODER_ALIASES], help="encoder of published weights")
     parser.add_argument("--k", type=positive_int, help="neighbors per point (default: the checkpoint's)")
     parser.add_argument("--up", choices=("y", "z"), help="axis of the files that points up (default: y; rooms: z)")

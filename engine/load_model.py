@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,8 @@ from engine.checkpoint import checkpoint_errors, load_checkpoint
 from engine.published_weights import (
     guess_encoder,
     published_arguments,
-    published_encoder_state,
-    published_head_state,
     published_state,
+    split_published_state,
 )
 from models import ENCODER_ALIASES, ENCODERS, CrossNet, build_encoder, encoder_arguments, resolve_encoder_name
 from models.pretrained import pretrained_file
@@ -158,7 +157,15 @@ def encoder_from_checkpoint(
     path = find_weights(path, model=model)
     payload = load_checkpoint(path)
     with checkpoint_errors(path):
-        return _encoder_from_payload(payload, path, model=model, k=k, emb_dims=emb_dims)
+        encoder, heads = _encoder_from_payload(payload, path, model=model, k=k, emb_dims=emb_dims)
+    _log_left_out(path, heads)
+    return encoder
+
+
+def _log_left_out(path: str | os.PathLike[str], heads: Iterable[str]) -> None:
+    """Say how many of a file's tensors are not used."""
+    if count := len(list(heads)):
+        logger.info("%s: %d tensors of heads are left out", path, count)
 
 
 def _encoder_from_payload(
@@ -169,8 +176,13 @@ def _encoder_from_payload(
     k: int | None = None,
     emb_dims: int | None = None,
     released_k: int | None = None,
-) -> nn.Module:
-    """See ``encoder_from_checkpoint``; ``released_k`` is the fallback of weights that do not say their k."""
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    """See ``encoder_from_checkpoint``; ``released_k`` is the fallback of weights that do not say their k.
+
+    Returns:
+        The encoder, and the tensors of heads in published weights.
+    """
+    heads: dict[str, Tensor] = {}
     if "encoder" in payload and "point_encoder" in payload:
         name, kwargs = payload["encoder"]["name"], dict(payload["encoder"]["kwargs"])
         defaults = encoder_arguments(name) if name in ENCODERS else {}  # an unknown name is refused below
@@ -182,9 +194,9 @@ def _encoder_from_payload(
     else:
         state = published_state(payload, path)
         name = guess_encoder(state, path) if model is None else resolve_encoder_name(model)
-        state, left_out = published_encoder_state(state, name)
-        if left_out:
-            logger.info("%s: %d tensors of heads and aliases are left out", path, len(left_out))
+        if model is None:
+            logger.warning("%s does not say which encoder it is of; by its tensors it is a %s", path, name)
+        state, heads = split_published_state(state, name)
         kwargs = published_arguments(state, name)
         if "k" in kwargs:
             kwargs["k"] = released_k or kwargs["k"]
@@ -213,7 +225,36 @@ def _encoder_from_payload(
     _check_fit(shapes, state, path=path, what=what)
     encoder = build()
     load_strictly(encoder, state, path=path, what=what)
-    return encoder
+    return encoder, heads
+
+
+def _is_projection(key: str) -> bool:
+    """Whether a published tensor belongs to the projection head of pretraining."""
+    return key.startswith("inv_head.")
+
+
+def kind_of_checkpoint(path: str | os.PathLike[str], *, model: str | None = None) -> str | None:
+    """Return the task of a fine-tuned model, None for an encoder without a head for one.
+
+    Published weights do not say their task; an encoder's layout has heads for one task only.
+
+    Args:
+        path: checkpoint or state dict.
+        model: encoder of published weights; None recognizes it.
+
+    Raises:
+        CheckpointError: unreadable, or published weights of no known encoder.
+    """
+    path = find_weights(path, model=model)
+    payload = load_checkpoint(path)
+    with checkpoint_errors(path):
+        if "point_encoder" in payload:
+            return payload["kind"] if payload.get("kind") in TASKS else None
+        state = published_state(payload, path, quiet=True)
+        name = guess_encoder(state, path) if model is None else resolve_encoder_name(model)
+        if all(map(_is_projection, split_published_state(state, name)[1])):
+            return None
+        return next((kind for kind, task in TASKS.items() if ENCODERS[name] in task.heads), None)
 
 
 def crossnet_from_checkpoint(path: str | os.PathLike[str]) -> tuple[CrossNet, dict[str, Any]]:
@@ -235,7 +276,7 @@ def crossnet_from_checkpoint(path: str | os.PathLike[str]) -> tuple[CrossNet, di
             f"{path} holds no projection heads and image encoders; give a last.pth of train_crossnet_con.py"
         )
     with checkpoint_errors(path):
-        encoder, flags = _encoder_from_payload(payload, path), payload["arguments"]
+        (encoder, _), flags = _encoder_from_payload(payload, path), payload["arguments"]
         model = CrossNet(
             encoder,
             **{name: flags[name] for name in ("image_model", "image_modality", "objective", "alpha", "temperature")},
@@ -297,7 +338,7 @@ def _fine_tuned_from_payload(
     if isinstance(kind, str) and kind != task.kind:
         holds = f"a model for {kind}" if kind in TASKS else "an encoder without a head (--pretrain_path takes that)"
         raise CheckpointError(f"{path} holds {holds}; expected a model for {task.kind}")
-    encoder = _encoder_from_payload(payload, path, model=model, k=k, released_k=task.released_k)
+    encoder, heads = _encoder_from_payload(payload, path, model=model, k=k, released_k=task.released_k)
     name = payload.get("head_name", "published")  # earlier versions had no other
     if type(encoder) not in task.heads:
         raise CheckpointError(f"{path} holds a {describe_encoder(encoder)['name']}, which has no head for {task.kind}")
@@ -305,18 +346,14 @@ def _fine_tuned_from_payload(
     if kind is not None:
         sizes, state = dict(payload["head_sizes"]), payload["head"]
     else:
-        state, payload = published_head_state(payload, path, describe_encoder(encoder)["name"]), {}
+        payload, state = {}, {key: tensor for key, tensor in heads.items() if not _is_projection(key)}
+        _log_left_out(path, heads.keys() - state.keys())
         try:
             sizes = head_kind.sizes(state, encoder)
         except KeyError as error:
             raise CheckpointError(f"{path} holds no head for {task.kind}: the tensor {error} is missing") from error
     with torch.device("meta"):
         shapes = head_kind(encoder, **sizes)
-    known = shapes.state_dict()
-    if not payload:
-        # Of the names that repeat a batch norm only those stay that this head really uses (bn6 of a classifier).
-        aliases = encoder.published_aliases
-        state = {key: tensor for key, tensor in state.items() if key in known or not aliases.match(key)}
     what = f"the head for {task.kind}"
     _check_fit(shapes, state, path=path, what=what)
     fine_tuned = task(encoder, head=name, **sizes)

@@ -49,7 +49,9 @@ def find_state(payload: Mapping[str, Any]) -> FoundState | None:
     return FoundState(entry, prefix, state, len(found[entry]) - len(state), elsewhere)
 
 
-def published_state(payload: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, Tensor]:
+def published_state(
+    payload: Mapping[str, Any], path: str | os.PathLike[str], *, quiet: bool = False
+) -> dict[str, Tensor]:
     """Find an encoder's tensors in a file of any origin.
 
     The weights may lie in an entry (``state_dict``, ``model``, ``net``, ``encoder``, ``model_state``, ...) and have any
@@ -59,6 +61,7 @@ def published_state(payload: Mapping[str, Any], path: str | os.PathLike[str]) ->
     Args:
         payload: content of the file.
         path: of the file, for messages.
+        quiet: do not log where the tensors are.
 
     Returns:
         The tensors below the prefix, without it.
@@ -71,7 +74,7 @@ def published_state(payload: Mapping[str, Any], path: str | os.PathLike[str]) ->
         raise CheckpointError(
             f"{path} holds neither one of our checkpoints nor a state dict of tensors; it holds {_entries(payload)}"
         )
-    if found.entry or found.prefix.removeprefix("module."):
+    if not quiet and (found.entry or found.prefix.removeprefix("module.")):
         logger.info("%s: %s", path, found.describe())
     return found.tensors
 
@@ -132,12 +135,12 @@ def _entries(payload: Mapping[str, Any], most: int = 8) -> str:
     return (", ".join(found) or "nothing") + (f" and {len(payload) - most} more" if len(payload) > most else "")
 
 
-def published_encoder_state(state: Mapping[str, Tensor], name: str) -> tuple[dict[str, Tensor], list[str]]:
-    """Split published tensors into the encoder's and the names of aliases and heads, which are left out."""
+def split_published_state(state: Mapping[str, Tensor], name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Split published tensors into the encoder's and those of heads; names that repeat a tensor are dropped."""
     kind, known = ENCODERS[name], build_encoder(name).state_dict().keys()
-    others = kind.published_aliases, kind.published_heads
-    left_out = [key for key in state if key not in known and any(names.match(key) for names in others)]
-    return {key: tensor for key, tensor in state.items() if key not in left_out}, left_out
+    heads = {key: tensor for key, tensor in state.items() if key not in known and kind.published_heads.match(key)}
+    repeated = [key for key in state if key not in known and kind.published_aliases.match(key)]
+    return {key: tensor for key, tensor in state.items() if key not in heads and key not in repeated}, heads
 
 
 def published_arguments(state: Mapping[str, Tensor], name: str) -> dict[str, Any]:
@@ -152,7 +155,7 @@ def published_arguments(state: Mapping[str, Tensor], name: str) -> dict[str, Any
 
 def _fits(state: Mapping[str, Tensor], name: str) -> bool:
     """Whether published tensors are those of an encoder, all of them, beside heads and aliases."""
-    state, _ = published_encoder_state(state, name)
+    state, _ = split_published_state(state, name)
     try:
         with torch.device("meta"):
             shapes = build_encoder(name, **published_arguments(state, name)).state_dict()
@@ -162,7 +165,7 @@ def _fits(state: Mapping[str, Tensor], name: str) -> bool:
 
 
 def guess_encoder(state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> str:
-    """Name the encoder that bare weights are of, by the names and shapes of their tensors, with a notice.
+    """Name the encoder that bare weights are of, by the names and shapes of their tensors.
 
     Args:
         state: what ``published_state`` returns.
@@ -177,12 +180,4 @@ def guess_encoder(state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> 
             f"{path} holds bare weights, and their tensors are not exactly those of one encoder: say which they are of "
             "with --model (and --k), and the tensors that do not fit are named"
         )
-    logger.warning("%s does not say which encoder it is of; by its tensors it is a %s", path, fitting[0])
     return fitting[0]
-
-
-def published_head_state(payload: Mapping[str, Any], path: str | os.PathLike[str], name: str) -> dict[str, Tensor]:
-    """A published file's tensors beside the encoder's, without those of the projection head."""
-    state = published_state(payload, path)
-    left_out = published_encoder_state(state, name)[1]
-    return {key: state[key] for key in left_out if not key.startswith("inv_head.")}

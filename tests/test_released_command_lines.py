@@ -94,6 +94,11 @@ SCORE = [
         "--eval True --test_area all --model_root released/sem",
         [f"released/sem/model_{area}.t7" for area in range(1, 7)],
     ),
+    (
+        "main_semseg.py",
+        "--eval --test_area all --model_path 'released/sem/model_{area}.t7'",
+        [f"released/sem/model_{area}.t7" for area in range(1, 7)],
+    ),
     ("main.py", "--dataset ModelNet40 --model dgcnn --model_path released/cls.pth --k 4 --gpu 0", ["released/cls.pth"]),
     ("main.py", "--dataset modelnet40 --model_path released/cls.pth --k 4 --eval False", ["released/cls.pth"]),
 ]
@@ -117,6 +122,11 @@ REFUSE = [
     ("main_partseg.py", "--pretrain_path released/cls.pth", r"holds the encoder dgcnn_cls, .*--model dgcnn_partseg"),
     ("main_semseg.py", "--dataset modelnet40", r"--dataset modelnet40: this script has one data set \(s3dis\)"),
     ("main_semseg.py", "--eval True --test_area 6 --model_root released/some", r"model_6.t7 does not exist"),
+    (
+        "main_semseg.py",
+        "--eval --test_area all --model_path 'released/some/model_{area}.t7'",
+        r"released/some/model_1.t7 does not exist",
+    ),
     ("main_semseg.py", "--eval True", r"--eval needs --model_path"),
     ("main.py", "--pretrain_path best_model.pth", r"--pretrain_path best_model.pth: .*finetune.py with the same flags"),
     ("main.py", "--exp_name cls --epochs 200", r"--exp_name cls: .*finetune.py"),

@@ -17,6 +17,7 @@ Examples:
   python downstream/segmentation/main_semseg.py --eval --model_path checkpoints/area5/best.pth --protocol rooms
   python downstream/segmentation/main_semseg.py --eval --in_channels 9 --model_path published.pth --test_area 6
   python downstream/segmentation/main_semseg.py --eval --test_area all --model_path checkpoints/six
+  python downstream/segmentation/main_semseg.py --eval --test_area all --model_path 'published/model_{area}.t7'
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ from utils.reproducible import provenance
 RELEASED_K = SemanticSegmentation.released_k
 PROTOCOLS = ("blocks", "rooms")
 SIZES = {"num_classes": len(CLASS_NAMES)}
-ALL = "all"
+ALL, AREA = "all", "{area}"
 # Fixed: every run and every seed holds out the same rooms.
 HOLD_OUT = {"fraction": 0.1, "seed": 1}
 
@@ -142,7 +143,8 @@ def build_parser() -> argparse.ArgumentParser:
         dest="model_path",
         default=argparse.SUPPRESS,
         metavar="DIR",
-        help="with --eval: folder of released model_1.t7 to model_6.t7, or of a six-fold run; same as --model_path DIR",
+        help="same as --model_path DIR: with --eval, one model per area (the run folder of six folds, or released "
+        "model_1.t7 to model_6.t7; --model_path 'DIR/any_{area}.pth' for files with other names)",
     )
     g.add_argument(
         "--protocol", choices=(*PROTOCOLS, "both"), default="blocks", help="protocol to score, described at the top"
@@ -362,18 +364,32 @@ def train(config: SemanticConfig) -> list[dict[str, Any]]:
     return records
 
 
-def fold_checkpoint(folder: Path, area: int) -> Path:
-    """Return the checkpoint of one fold in the folder of a six-fold run or of released models.
+def fold_checkpoint(model_path: Path, area: int, *, folds: int) -> Path:
+    """Return the checkpoint that scores one area.
+
+    Args:
+        model_path: a checkpoint; a pattern with ``{area}``; or a folder of released models or of a six-fold run.
+        area: the tested area.
+        folds: number of tested areas.
 
     Raises:
-        UserError: it is missing, or its run is not finished.
+        UserError: it is missing, its run is not finished, or one checkpoint is given for several areas.
     """
-    released = folder / f"model_{area}.t7"
-    if released.is_file():
-        return released
-    fold = folder / f"area_{area}"
-    if not fold.is_dir() and any(folder.glob("model_[1-6].t7")):
-        raise UserError(f"{released} does not exist: scoring area {area} needs the model that was not trained on it")
+    if any(model_path.glob("model_[1-6].t7")):
+        model_path = model_path / f"model_{AREA}.t7"
+    if AREA in str(model_path):
+        path = Path(str(model_path).replace(AREA, str(area)))
+        if not path.is_file():
+            raise UserError(f"{path} does not exist: scoring area {area} needs the model that was not trained on it")
+        return path
+    if folds == 1:
+        return model_path
+    if not model_path.is_dir():
+        raise UserError(
+            f"--test_area all scores one model per area: --model_path must be a run folder, or a pattern such as "
+            f"'model_{AREA}.t7', not {model_path}"
+        )
+    fold = model_path / f"area_{area}"
     if not (fold / "result.json").is_file():
         raise UserError(
             f"{fold} is not finished ({'it was started' if (fold / 'last.pth').is_file() else 'it was not started'}); "
@@ -384,14 +400,11 @@ def fold_checkpoint(folder: Path, area: int) -> Path:
 
 def score_checkpoints(config: SemanticConfig) -> list[dict[str, Any]]:
     """Score finished models, one per tested area, and return a record for each."""
-    path = Path(config.model_path)
-    if len(config.test_area) > 1 and not path.is_dir():
-        raise UserError(f"--test_area all scores one model per area: --model_path must be the run folder, not {path}")
-    folds = path.is_dir() and (len(config.test_area) > 1 or any(path.glob("model_[1-6].t7")))
-    paths = [fold_checkpoint(path, area) if folds else path for area in config.test_area]
+    areas = config.test_area
+    paths = [fold_checkpoint(Path(config.model_path), area, folds=len(areas)) for area in areas]
     records = []
     kept: dict[str, Any] = {"class_names": list(CLASS_NAMES)}
-    for area, path in zip(config.test_area, paths, strict=True):
+    for area, path in zip(areas, paths, strict=True):
         model, payload = fine_tuned_from_checkpoint(path, SemanticSegmentation, model=config.model, k=config.k)
         channels = model.encoder.in_channels
         if config.in_channels not in (None, channels):

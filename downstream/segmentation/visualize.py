@@ -29,9 +29,8 @@ from downstream.figures import NEUTRAL, check_output_path, draw_cloud
 from downstream.finetuning import scores_of
 from downstream.segmentation.main_partseg import Parts, check_fits, predict_parts
 from downstream.segmentation.main_semseg import predict_room
-from engine.checkpoint import load_checkpoint
 from engine.device import resolve_device
-from engine.load_model import find_weights, fine_tuned_from_checkpoint
+from engine.load_model import fine_tuned_from_checkpoint, kind_of_checkpoint
 from models import ENCODER_ALIASES, ENCODERS
 from models.task_heads import FineTuned, PartSegmentation, SemanticSegmentation
 from utils.cli import (
@@ -90,7 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     g = parser.add_argument_group("model")
     g.add_argument("--model_path", required=True, metavar="FILE", help="fine-tuned checkpoint, or published weights")
-    g.add_argument("--task", choices=("parts", "rooms"), help="task of published weights (default: the checkpoint's)")
+    g.add_argument("--task", choices=("parts", "rooms"), help="what to draw (default: by the checkpoint's head)")
     g.add_argument(
         "--model",
         choices=[*ENCODERS, *ENCODER_ALIASES],
@@ -270,13 +269,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     folder = Path(config.output_dir)
     check_output_path(folder / "sheet.png")
     tasks = {"parts": PartSegmentation, "rooms": SemanticSegmentation}
-    kind = load_checkpoint(find_weights(config.model_path, model=config.model)).get("kind")
-    name = config.task or next((n for n, task in tasks.items() if task.kind == kind), None)
+    name = config.task
     if name is None:
-        raise CheckpointError(
-            f"{config.model_path} is not marked as a model of parts or rooms"
-            + (f": it is a model of {kind}" if kind else "; for published weights give --task parts or --task rooms")
-        )
+        kind = kind_of_checkpoint(config.model_path, model=config.model)
+        name = next((n for n, task in tasks.items() if task.kind == kind), None)
+        if name is None:
+            what = f"a model of {kind}" if kind else "an encoder without a head"
+            raise CheckpointError(f"{config.model_path} is not a model of parts or rooms: it is {what}")
     model, payload = fine_tuned_from_checkpoint(config.model_path, tasks[name], model=config.model, k=config.k)
     model.to(resolve_device(config.device))
     if name == "parts":

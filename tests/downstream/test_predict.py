@@ -21,7 +21,7 @@ from engine.checkpoint import save_checkpoint
 from engine.load_model import describe_encoder, describe_fine_tuned
 from models import build_encoder
 from models.task_heads import Classification, PartSegmentation, SemanticSegmentation
-from utils.errors import CheckpointError, DataError, UserError
+from utils.errors import DataError, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 RNG = np.random.default_rng(0)
@@ -233,13 +233,17 @@ def test_files_of_one_name_keep_apart(tmp_path):
     assert sorted(names) == ["one-a.off", "two-a.off"] and not missing
 
 
-def test_weights_that_do_not_say_their_task_need_a_flag(tmp_path):
+def test_published_weights_answer_by_their_head(tmp_path, caplog):
     model = Classification(build_encoder("dgcnn_cls", k=20, emb_dims=16), num_classes=3)
-    torch.save(model.published_state_dict(), tmp_path / "published.pth")
     write_cloud(tmp_path / "a.ply", RNG.normal(size=(64, 3)))
-    with pytest.raises(CheckpointError, match="--task"):
-        script.predict(tmp_path / "published.pth", [tmp_path / "a.ply"], num_points=64, device="cpu")
-    report = script.predict(
-        tmp_path / "published.pth", [tmp_path / "a.ply"], task="classes", num_points=64, device="cpu"
-    )
-    assert report.label_names == ["class 0", "class 1", "class 2"]
+    path = tmp_path / "published.pth"
+    torch.save(model.published_state_dict(), path)
+    with caplog.at_level("INFO", "crossnet"):
+        report = script.predict(path, [tmp_path / "a.ply"], num_points=64, device="cpu")
+    assert report.task == "classes" and report.label_names == ["class 0", "class 1", "class 2"]
+    assert caplog.text.count("by its tensors it is a dgcnn_cls") == 1 and "left out" not in caplog.text
+    asked = script.predict(path, [tmp_path / "a.ply"], task="features", num_points=64, device="cpu")
+    torch.save(model.encoder.state_dict(), path)
+    plain = script.predict(path, [tmp_path / "a.ply"], num_points=64, device="cpu")
+    assert plain.task == "features"
+    np.testing.assert_array_equal(asked.predictions[0].features, plain.predictions[0].features)

@@ -207,7 +207,7 @@ def test_bad_input_is_named(root, tmp_path):
         evaluate(root, tmp_path / "parts.pth")
     with pytest.raises(UserError, match="--train_area names no area"):
         run(root, "--train_area", ",")
-    with pytest.raises(UserError, match="must be the run folder"):
+    with pytest.raises(UserError, match="must be a run folder, or a pattern such as"):
         evaluate(root, tmp_path / "m.pth", "--test_area", "all")
     for name in ROOMS[8:10]:
         room_list = root / "indoor3d_sem_seg_hdf5_data" / "room_filelist.txt"
