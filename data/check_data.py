@@ -1,14 +1,17 @@
 """List the data sets below a root, compare them with the published counts, and name broken and missing files.
 
-Exit code 0: everything found is valid. 1: something is broken; the table says which file.
+Your own pairs, part data, labeled clouds, and folders of meshes or clouds are recognized too, with the command that
+uses them. Exit code 0: everything found is valid. 1: something is broken; the table says which file.
 
   python -m data.check_data
   python -m data.check_data --data_root /big/disk/data --md5 --json report.json
+  python -m data.check_data --data_root ~/models
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,6 +23,8 @@ import h5py
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also run by path
+from data.pair_folder import LABELED_NAME
+from data.shape_files import SUFFIXES
 from data.unpack import KNOWN_MD5, file_md5
 from datasets.hdf5 import SPLITS, hdf5_file, read_labeled_clouds
 from datasets.modelnet import (
@@ -34,11 +39,12 @@ from datasets.modelnet import (
     ModelNet10,
     ModelNet40,
     find_modelnet,
+    find_modelnet_itself,
     listed_files,
     read_first_rows,
     resampled_files,
 )
-from datasets.own_clouds import find_class_folders, own_hdf5_files
+from datasets.own_clouds import find_class_folders, own_hdf5_files, shape_files
 from datasets.pair_sources import (
     PACKED_NAME,
     FolderSource,
@@ -49,7 +55,15 @@ from datasets.s3dis import BLOCK_FOLDER, CHANNELS, FILE_LIST, PREPARE_COMMAND, R
 from datasets.scanobjectnn import CLASSES as SCANOBJECTNN_CLASSES
 from datasets.scanobjectnn import VARIANTS, candidate_files
 from datasets.shape_reader import Reader, read_shape
-from datasets.shapenet_part import OTHER_PATTERN
+from datasets.shapenet_part import (
+    PartTaxonomy,
+    TextRelease,
+    file_prefix,
+    find_part_folder,
+    official_taxonomy,
+    read_part_file,
+    read_taxonomy,
+)
 from datasets.untrusted import decode_image
 from utils.cli import HelpFormatter, run, write_json
 from utils.errors import DataError
@@ -64,6 +78,12 @@ S3DIS_BLOCKS = 23_585
 SAMPLED_SHAPES = 500  # clouds and views read without --full
 
 _LIST = "bash data/download_data.sh --list"
+_PRETRAIN = "python train_crossnet_con.py --data_root {root}"
+_PARTS = "python downstream/segmentation/main_partseg.py --data_root {root}"
+_FOLDER = "python downstream/classification/main.py --dataset folder --data_root {root} --model_path MODEL"
+_PARTS = "python downstream/segmentation/main_partseg.py --data_root {root}"
+_FOLDER = "python downstream/classification/main.py --dataset folder --data_root {root} --model_path MODEL"
+_PREPARE_MESHES = "python -m data.prepare_meshes --meshes {folder} --out data/mine"
 _OWN_FOLDER = Path(__file__).resolve().parent
 OK, PARTIAL, MISSING, BROKEN = "ok", "partial", "missing", "broken"
 
@@ -79,7 +99,9 @@ class Finding:
         where: file or folder.
         problems: broken files, each with its path.
         notes: remarks for the table.
-        get: the command that downloads what is missing.
+        get: the command that downloads or makes what is missing.
+        own: whether this is a set of the user's, which has no published counts.
+        use: the command that uses it.
     """
 
     state: str = MISSING
@@ -89,6 +111,8 @@ class Finding:
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     get: str = ""
+    own: bool = False
+    use: str = ""
 
     def settle(self, *, complete: bool | None = None) -> Finding:
         """Set the state from problems and counts; a complete set needs no command."""
@@ -131,18 +155,21 @@ class _Checker:
         names = self.attempt(finding, lambda: _read_list(path)) or []
         return [folder / name.replace("\\", "/").rsplit("/", 1)[-1] for name in names]
 
+    def to_read(self, count: int, what: str, finding: Finding) -> list[int]:
+        """Return the numbers of the files to read: all with --full, otherwise an evenly spaced subset, with a note."""
+        if self.full or count <= SAMPLED_SHAPES:
+            return list(range(count))
+        finding.notes.append(f"read {SAMPLED_SHAPES} of {count:,} {what}; --full reads all")
+        return np.unique(np.linspace(0, count - 1, SAMPLED_SHAPES).round().astype(int)).tolist()
+
     # --- pretraining pairs ---
 
     def pairs(self, source: PairSource, finding: Finding) -> None:
         """Read clouds and first views of a source; without --full, an evenly spaced subset."""
-        count = len(source.ids)
-        finding.found["pairs"] = count
-        chosen: Iterable[int] = range(count)
-        if not self.full and count > SAMPLED_SHAPES:
-            chosen = np.unique(np.linspace(0, count - 1, SAMPLED_SHAPES).round().astype(int)).tolist()
-            finding.notes.append(f"read {SAMPLED_SHAPES} of {count:,} shapes; --full reads all")
+        finding.found["pairs"] = len(source.ids)
+        chosen = self.to_read(len(source.ids), "shapes", finding)
         sizes: set[int] = set()
-        for i in progress(chosen, text="reading pairs", unit="shape", leave=False):
+        for i in progress(chosen, text="reading pairs", unit="shapes", leave=False):
             cloud = self.attempt(finding, lambda i=i: source.points(i))
             if cloud is not None:
                 sizes.add(len(cloud))
@@ -157,28 +184,39 @@ class _Checker:
         if source.skipped:
             finding.notes.append(f"{len(source.skipped):,} clouds have no rendering, {source.skipped[0]} for one")
 
-    def shapenet_folder(self) -> Finding:
-        """Check ``ShapeNet/`` and ``ShapeNetRendering/``."""
+    def folder_pairs(self) -> Finding:
+        """Check ``ShapeNet/`` and ``ShapeNetRendering/``, which may hold the user's own objects."""
         clouds, views = self.root / "ShapeNet", self.root / "ShapeNetRendering"
         has_clouds, has_views = has_data_files(clouds, "*/*.ply"), has_data_files(views, "*/*/rendering/*.png")
-        wanted = [name for name, there in (("shapenet", has_clouds), ("shapenet_render", has_views)) if not there]
-        finding = Finding(expected={"pairs": SHAPENET_SHAPES}, where=f"{clouds} + {views.name}")
-        finding.get = self.command(*(wanted or ("shapenet", "shapenet_render")))
+        finding = Finding(where=f"{clouds} + {views.name}")
+        finding.own = has_clouds and _are_own(path.name for path in data_files(clouds))
+        if finding.own:
+            finding.get = _PREPARE_MESHES.format(folder=_quoted(clouds))
+        else:
+            finding.expected = {"pairs": SHAPENET_SHAPES}
+            wanted = [name for name, there in (("shapenet", has_clouds), ("shapenet_render", has_views)) if not there]
+            finding.get = self.command(*(wanted or ("shapenet", "shapenet_render")))
         if has_clouds and has_views:
+            finding.use = _PRETRAIN.format(root=_quoted(self.root)) if finding.own else ""
             source = self.attempt(finding, lambda: FolderSource(self.root))
             if source is not None:
                 self.pairs(source, finding)
         elif has_clouds or has_views:
             finding.found["pairs"] = 0
             finding.notes.append(f"{clouds if has_views else views} is missing")
-        return finding.settle()
+        return finding.settle(complete=None if has_clouds and has_views else False)
 
-    def packed(self, path: Path, *, expected: Mapping[str, int]) -> Finding:
-        """Check a file written by ``python -m datasets.pack``."""
-        finding = Finding(expected=dict(expected), where=str(path))
+    def packed(self, path: Path) -> Finding:
+        """Check a file written by ``python -m datasets.pack`` or ``python -m data.make_shapes``."""
+        finding = Finding(where=str(path))
         source = self.attempt(finding, lambda: PackedSource(path))
         if source is not None:
+            finding.own = _are_own(name.split("/")[0] for name in source.ids)
             self.pairs(source, finding)
+        if finding.own:
+            finding.use = _PRETRAIN.format(root=_quoted(path))
+        else:
+            finding.expected = {"pairs": SHAPENET_SHAPES}
         return finding.settle()
 
     # --- labeled clouds ---
@@ -202,7 +240,7 @@ class _Checker:
         get = self.command("modelnet40")
         forty = Finding(expected=dict(ModelNet40.official_sizes), get=get)
         ten = Finding(expected=dict(ModelNet10.official_sizes), get=get)
-        layout, own = find_modelnet(self.root), find_modelnet(self.root, "modelnet10")
+        layout, own = find_modelnet_itself(self.root), find_modelnet(self.root, "modelnet10")
         if layout is not None:
             forty.where = ten.where = str(layout.folder)
             if layout.name != RELEASED:
@@ -257,34 +295,48 @@ class _Checker:
         there = [i for i, file in enumerate(files) if file.is_file() and str(names[i]) in number]
         if gone := [file for file in files if not file.is_file()]:
             finding.problems.append(f"{len(gone):,} of {len(files):,} listed files are missing, {gone[0]} for one")
-        chosen = there
-        if not self.full and len(there) > SAMPLED_SHAPES:
-            chosen = [there[i] for i in np.linspace(0, len(there) - 1, SAMPLED_SHAPES).round().astype(int)]
-            finding.notes.append(f"read {SAMPLED_SHAPES} of {len(there):,} files; --full reads all")
+        chosen = [there[i] for i in self.to_read(len(there), "files", finding)]
         broken = set()
-        for i in progress(chosen, text="reading files", unit="file", leave=False):
+        for i in progress(chosen, text="reading files", unit="files", leave=False):
             if self.attempt(finding, lambda i=i: read(files[i], 64, files[i].name)) is None:
                 broken.add(i)
         return np.array([number[str(names[i])] for i in there if i not in broken], dtype=np.int64)
 
-    def own_clouds(self) -> Finding:
+    def own_clouds(self, folder: Path) -> Finding:
         """Check class folders or HDF5 files of the user."""
-        finding = Finding(where=str(self.root))
-        if found := find_class_folders(self.root):
+        finding = Finding(where=str(folder), own=True, use=_FOLDER.format(root=_quoted(folder)))
+        if found := find_class_folders(folder):
             for split in SPLITS:
                 files, labels = self.attempt(finding, lambda s=split: found.files(s)) or ([], np.empty(0, int))
                 names = np.array(found.class_names, dtype=str)[labels]
                 finding.found[split] = len(self._read_files(files, names, finding, read_shape, found.class_names))
-            finding.notes.append(f"{len(found.class_names)} classes; use them with --dataset folder")
-        elif files := own_hdf5_files(self.root):
+            finding.notes.append(f"{len(found.class_names)} classes")
+            finding.notes.append(f"for pretraining: {_PREPARE_MESHES.format(folder=_quoted(folder))}")
+        elif files := own_hdf5_files(folder):
             for split in SPLITS:
                 read = [
                     self.attempt(finding, lambda f=file: read_labeled_clouds(f, num_classes=None))
                     for file in files[split]
                 ]
                 finding.found[split] = sum(len(part[1]) for part in read if part is not None)
-            finding.notes.append("use them with --dataset folder")
         return finding.settle()
+
+    def own_shapes(self) -> Finding:
+        """Check meshes and clouds of the user that are neither pairs nor split into training and test set."""
+        files = [path for path in data_files(self.root, "**/*") if path.suffix.lower() in SUFFIXES and path.is_file()]
+        finding = Finding(where=str(self.root), own=True)
+        classes = [folder for folder in data_files(self.root) if folder.is_dir() and len(shape_files(folder)) > 1]
+        divide = f"python -m data.prepare_clouds --clouds {_quoted(self.root)} --test_fraction 0.2 --out data/mine"
+        if files:
+            kind = np.array(["shape"] * len(files))
+            finding.found["shapes"] = len(self._read_files(files, kind, finding, read_shape, ("shape",)))
+            finding.get = _PREPARE_MESHES.format(folder=_quoted(self.root))
+            finding.notes.append("not pairs for pretraining yet")
+        if len(classes) > 1:
+            finding.found["class folders"] = len(classes)
+            finding.notes.append(f"not split into training and test set yet; for --dataset folder: {divide}")
+            finding.get = finding.get or divide
+        return finding.settle(complete=False)
 
     def scanobjectnn(self, variant: str) -> Finding:
         """Check one variant of ScanObjectNN."""
@@ -313,28 +365,50 @@ class _Checker:
 
     # --- segmentation ---
 
-    def shapenetpart(self, root: Path, **fields: Any) -> Finding:
-        """Check ShapeNetPart as HDF5 files, or another set in its layout."""
-        finding = Finding(**fields)
-        folders = [path for path in data_files(root, "shapenet*hdf5*") if data_files(path, "ply_data_*.h5")]
-        prefix, arrays = "ply_data_", _PART_ARRAYS
-        if not folders:
-            folders = [path for path in data_files(root, OTHER_PATTERN) if has_data_files(path, "*train*.h5")]
-            prefix, arrays = "*", _SEG_ARRAYS
-            if not folders:
-                return finding
-            finding.notes.append("HDF5 of PointCloudDatasets")
-        folder = folders[0]
+    def parts(self, root: Path) -> Finding:
+        """Check ShapeNetPart in any layout, or a part data set with its own tables."""
+        finding = Finding(expected=dict(SHAPENETPART_SIZES), get=self.command("shapenetpart"))
+        found = find_part_folder(root)
+        if found is None:
+            return finding
+        folder, layout = found
         finding.where = str(folder)
+        finding.found = dict.fromkeys(SHAPENETPART_SIZES, 0)
+        taxonomy = self.attempt(finding, lambda: read_taxonomy(folder))
+        if taxonomy is None:
+            return finding.settle()
+        if not _is_published(taxonomy):
+            finding.own, finding.expected, finding.get = True, {}, ""
+            count = len(taxonomy.category_names)
+            finding.notes.append(f"{count} categories and {taxonomy.num_parts} parts of the tables in {folder}")
+            finding.use = _PARTS.format(root=_quoted(root))
+        if layout == "text":
+            finding.notes.append("text release")
+            self._text_parts(TextRelease(folder, taxonomy), finding)
+        else:
+            self._hdf5_parts(folder, taxonomy, finding)
+        return finding.settle()
+
+    def _hdf5_parts(self, folder: Path, taxonomy: PartTaxonomy, finding: Finding) -> None:
+        prefix = file_prefix(folder)
+        if prefix == "*":
+            finding.notes.append("HDF5 of PointCloudDatasets")
         for split in SHAPENETPART_SIZES:
             files = self.listed_or_found(finding, folder, f"{split}_hdf5_file_list.txt", f"{prefix}{split}*.h5")
-            rows = [self.attempt(finding, lambda f=file: _check_arrays(f, arrays)) for file in files]
-            finding.found[split] = sum(count or 0 for count in rows)
+            read = [self.attempt(finding, lambda f=file: read_part_file(f, taxonomy)) for file in files]
+            finding.found[split] = sum(len(arrays[1]) for arrays in read if arrays is not None)
             if not files:
                 finding.notes.append(f"no files of the {split} split")
-        if finding.expected:
+        if not finding.own and prefix != "*":
             self.compare_md5("shapenetpart", data_files(folder, "*.h5"), finding)
-        return finding.settle()
+
+    def _text_parts(self, release: TextRelease, finding: Finding) -> None:
+        listed = {s: self.attempt(finding, lambda s=s: release.shapes(s)) or [] for s in SHAPENETPART_SIZES}
+        finding.found = {split: len(shapes) for split, shapes in listed.items()}
+        shapes = [shape for split in listed.values() for shape in split]
+        chosen = self.to_read(len(shapes), "shapes", finding)
+        for i in progress(chosen, text="reading parts", unit="shapes", leave=False):
+            self.attempt(finding, lambda i=i: release.read(*shapes[i]))
 
     def s3dis(self, folder: Path, arrays: Mapping[str, tuple[int | None, ...]], **fields: Any) -> Finding:
         """Check S3DIS as blocks of points."""
@@ -359,7 +433,7 @@ class _Checker:
         """With --md5, compare files with the published checksums."""
         if not self.md5:
             return
-        for file in progress(files, text=f"MD5 of {name}", unit="file", leave=False):
+        for file in progress(files, text=f"MD5 of {name}", unit="files", leave=False):
             expected = KNOWN_MD5[name].get(file.name)
             if expected is not None and (md5 := file_md5(file)) != expected:
                 finding.problems.append(f"{file} has MD5 {md5}, the published file has {expected}")
@@ -368,16 +442,15 @@ class _Checker:
         """Check every set, in the order of the table."""
         rows: dict[str, Finding] = {}
         if self.root.is_file():
-            rows["ShapeNet pairs, packed"] = self.packed(self.root, expected={"pairs": SHAPENET_SHAPES})
-            return rows
+            return _named("pairs, packed", self.packed(self.root))
         is_demo = (self.root / DEMO_FOLDER).is_dir()
         demo = self.root if is_demo else self.root / "demo"
         if not is_demo:
-            folder, packed = self.shapenet_folder(), self.root / PACKED_NAME
+            folder, packed = self.folder_pairs(), self.root / PACKED_NAME
             if packed.is_file():
-                rows["ShapeNet pairs, packed"] = self.packed(packed, expected={"pairs": SHAPENET_SHAPES})
+                rows |= _named("pairs, packed", self.packed(packed))
             if folder.state != MISSING or not packed.is_file():
-                rows["ShapeNet pairs"] = folder
+                rows |= _named("pairs", folder)
         rows["ModelNet40"], rows["ModelNet10"] = self.modelnet()
         for variant in VARIANTS:
             finding = self.scanobjectnn(variant)
@@ -385,22 +458,31 @@ class _Checker:
                 rows[f"ScanObjectNN {variant}"] = finding
         if not is_demo:
             rows |= self.segmentation()
-        if not is_demo and all(row.state == MISSING for row in rows.values()):
-            own_clouds = self.own_clouds()
-            if own_clouds.state != MISSING:
-                return {"own labeled clouds": own_clouds}
-        own = self.root.resolve() == _OWN_FOLDER  # only data/ of the repository must have the demo set
-        rows |= {name: row for name, row in self.demo(demo).items() if own or row.state != MISSING}
+        published_root = self.root.resolve() == _OWN_FOLDER  # data/ of the repository, which must have the demo set
+        if not is_demo and all(row.own or row.state == MISSING for row in rows.values()):
+            own = {name: row for name, row in rows.items() if row.own}
+            own |= self.labeled_or_loose(pairs_or_parts=bool(own), loose=not published_root)
+            rows = rows | own if published_root else own or rows
+        if is_demo:
+            rows = {name: row for name, row in rows.items() if row.state != MISSING}
+        rows |= {name: row for name, row in self.demo(demo).items() if published_root or row.state != MISSING}
         return rows
+
+    def labeled_or_loose(self, *, pairs_or_parts: bool, loose: bool) -> dict[str, Finding]:
+        """Check the user's labeled clouds or, if there is nothing else, files that no script reads yet."""
+        labeled = self.own_clouds(self.root / LABELED_NAME if pairs_or_parts else self.root)
+        if labeled.state != MISSING:
+            return {"own labeled clouds": labeled}
+        shapes = self.own_shapes() if loose and not pairs_or_parts else Finding()
+        return {} if shapes.state == MISSING else {"own meshes and clouds": shapes}
 
     def segmentation(self) -> dict[str, Finding]:
         """Check ShapeNetPart and S3DIS."""
         prepare = PREPARE_COMMAND.format(root=shlex.quote(str(self.root)))
         blocks, rooms = self.root / BLOCK_FOLDER, self.root / ROOM_FOLDER
+        parts = self.parts(self.root)
         return {
-            "ShapeNetPart": self.shapenetpart(
-                self.root, expected=dict(SHAPENETPART_SIZES), get=self.command("shapenetpart")
-            ),
+            "own parts" if parts.own else "ShapeNetPart": parts,
             "S3DIS blocks": self.s3dis(
                 blocks, _BLOCK_ARRAYS, expected={"blocks": S3DIS_BLOCKS}, get=self.command("s3dis")
             ),
@@ -411,22 +493,40 @@ class _Checker:
         """Check the sets of the demo, which have no published counts."""
         packed, labeled = folder / PACKED_NAME, folder / DEMO_FOLDER
         rows = {
-            "demo pairs": self.packed(packed, expected={}) if packed.is_file() else Finding(),
+            "demo pairs": self.packed(packed) if packed.is_file() else Finding(),
             "demo labelled": self.demo_labeled(labeled) if labeled.is_dir() else Finding(),
-            "demo parts": self.shapenetpart(folder),
+            "demo parts": self.parts(folder),
             "demo rooms, blocks": self.s3dis(folder / BLOCK_FOLDER, _BLOCK_ARRAYS),
             "demo rooms, whole": self.s3dis(folder / ROOM_FOLDER, _ROOM_ARRAYS),
         }
         for row in rows.values():
+            row.use = ""
             if row.state != OK:
                 row.get = "git checkout -- data/demo"
         return rows
 
 
-_PART_ARRAYS = {"data": (None, None, 3), "label": (None,), "pid": (None, None)}
-_SEG_ARRAYS = {"data": (None, None, 3), "label": (None,), "seg": (None, None)}  # PointCloudDatasets' name for pid
 _BLOCK_ARRAYS = {"data": (None, None, CHANNELS), "label": (None, None)}
 _ROOM_ARRAYS = {**_BLOCK_ARRAYS, "index": (None, None)}
+
+
+def _named(kind: str, finding: Finding) -> dict[str, Finding]:
+    return {f"{'own' if finding.own else 'ShapeNet'} {kind}": finding}
+
+
+def _are_own(categories: Iterable[str]) -> bool:
+    """Return whether no category is a synset of ShapeNet (00000000: unknown)."""
+    return not any(re.fullmatch(r"\d{8}", name) and int(name) for name in categories)
+
+
+def _is_published(taxonomy: PartTaxonomy) -> bool:
+    """Return whether these are the categories and parts of ShapeNetPart."""
+    official = official_taxonomy()
+    return (taxonomy.category_names, taxonomy.part_counts) == (official.category_names, official.part_counts)
+
+
+def _quoted(path: Path) -> str:
+    return shlex.quote(str(path))
 
 
 def _check_arrays(path: Path, wanted: Mapping[str, tuple[int | None, ...]]) -> int:
@@ -514,15 +614,20 @@ def format_table(rows: Mapping[str, Finding]) -> str:
     if broken:
         shown = broken[:20] + ([f"  ... and {len(broken) - 20} more (--json lists all)"] if len(broken) > 20 else [])
         lines += ["", "Broken:", *shown]
-    commands: dict[str, list[str]] = {}
-    for name, row in rows.items():
-        if row.get:
-            commands.setdefault(row.get, []).append(name)
-    if commands:
-        lines += ["", "To get what is missing:"]
-        width = max(len(command) for command in commands)
-        lines += [f"  {command.ljust(width)}  # {', '.join(names)}" for command, names in commands.items()]
+    lines += _commands("To use your own:", {name: row.use for name, row in rows.items() if row.state != MISSING})
+    lines += _commands("To get what is missing:", {name: row.get for name, row in rows.items()})
     return "\n".join(lines)
+
+
+def _commands(heading: str, by_row: Mapping[str, str]) -> list[str]:
+    """Return lines of commands, each with the rows that it belongs to."""
+    rows: dict[str, list[str]] = {}
+    for name, command in by_row.items():
+        if command:
+            rows.setdefault(command, []).append(name)
+    width = max(map(len, rows), default=0)
+    lines = [f"  {command.ljust(width)}  # {', '.join(names)}" for command, names in rows.items()]
+    return ["", heading, *lines] if lines else []
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

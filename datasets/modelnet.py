@@ -13,6 +13,7 @@ ModelNet: Wu et al., 3D ShapeNets, CVPR 2015. Layouts, in the order of search:
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -108,6 +109,16 @@ def _read_names(folder: Path) -> list[str] | None:
         return None
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read as a list of class names ({error})") from error
+
+
+def find_modelnet_itself(root: str | Path) -> Layout | None:
+    """Find ModelNet40 like :func:`find_modelnet`, but no user's HDF5 files of other classes in its layout."""
+    layout = find_modelnet(root)
+    if layout is not None and layout.name == RELEASED and layout.folder.name != MODELNET_FOLDER:
+        with contextlib.suppress(DataError):  # opening the set reports an unreadable list
+            names = _read_names(layout.folder)
+            return None if names and len(names) != len(MODELNET40_CLASSES) else layout
+    return layout
 
 
 class _Set(LabeledClouds):

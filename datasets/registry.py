@@ -17,6 +17,7 @@ from datasets.modelnet import (
     ModelNet10,
     ModelNet40,
     find_modelnet,
+    find_modelnet_itself,
     listed_files,
 )
 from datasets.own_clouds import OwnClouds, find_class_folders, own_hdf5_files
@@ -66,7 +67,7 @@ def find_datasets(data_root: str | Path) -> list[str]:
             return False
 
     found = []
-    forty, ten = find_modelnet(data_root), find_modelnet(data_root, "modelnet10")
+    forty, ten = find_modelnet_itself(data_root), find_modelnet(data_root, "modelnet10")
     if forty is not None and forty.name in (RESAMPLED, MESHES):
         found += ["modelnet40", "modelnet10"]
     elif forty is not None and complete(forty.folder, "ply_data_" if forty.name == RELEASED else "*"):

@@ -287,7 +287,7 @@ def find_part_folder(root: str | Path) -> tuple[Path, str] | None:
     return None
 
 
-def _prefix(folder: Path) -> str:
+def file_prefix(folder: Path) -> str:
     """Return the prefix of the split's file names; files from PointCloudDatasets may have any."""
     return "ply_data_" if has_data_files(folder, "ply_data_*.h5") else "*"
 
@@ -295,7 +295,165 @@ def _prefix(folder: Path) -> str:
 def part_files(folder: Path, split: str) -> list[Path]:
     """Return the HDF5 files of one split, found by :func:`datasets.modelnet.listed_files`."""
     index = f"{split}_hdf5_file_list.txt"
-    return listed_files(folder, split, index=index, get=GET, prefix=_prefix(folder))
+    return listed_files(folder, split, index=index, get=GET, prefix=file_prefix(folder))
+
+
+def read_part_file(
+    file: Path, taxonomy: PartTaxonomy, *, num_points: int | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Read one HDF5 file.
+
+    Args:
+        file: of either HDF5 layout.
+        taxonomy: of its set.
+        num_points: keep the first points of every shape; None keeps all.
+
+    Returns:
+        Points (n, N, 3) float32, categories (n,) int64, parts (n, N) int64.
+
+    Raises:
+        DataError: it cannot be read, or its arrays do not fit each other or the taxonomy.
+        UserError: ``num_points`` is larger than the clouds.
+    """
+    points, categories = read_labeled_clouds(
+        file, num_classes=len(taxonomy.category_names), num_points=num_points, get=GET
+    )
+    parts = _read_parts(file, categories, taxonomy)
+    if parts.ndim != 2 or len(parts) != len(points) or parts.shape[1] < points.shape[1]:
+        raise DataError(
+            f"{file}: 'pid' must be (n, N), a part for every point of 'data', but is {parts.shape} for {points.shape}",
+            fix=CHECK_IT,
+        )
+    if num_points is None and parts.shape[1] != points.shape[1]:
+        raise DataError(
+            f"{file}: 'pid' has {parts.shape[1]} parts per shape for {points.shape[1]} points", fix=CHECK_IT
+        )
+    return points, categories, check_parts(file, parts[:, : points.shape[1]], categories, taxonomy)
+
+
+def _read_parts(file: Path, categories: np.ndarray, taxonomy: PartTaxonomy) -> np.ndarray:
+    """Read the parts of a file: ``pid`` in the release, ``seg`` in PointCloudDatasets.
+
+    Some copies number ``seg`` within each category from 0; these are renumbered over all categories.
+    """
+    try:
+        return read_hdf5(file, ("pid",), get=GET)["pid"]
+    except DataError:
+        with contextlib.suppress(DataError):
+            parts = read_hdf5(file, ("seg",), get=GET)["seg"]
+            return _numbered_over_all(parts, categories, taxonomy)
+        raise
+
+
+def _numbered_over_all(parts: np.ndarray, categories: np.ndarray, taxonomy: PartTaxonomy) -> np.ndarray:
+    if parts.ndim != 2 or len(parts) != len(categories) or parts.dtype.kind not in "iuf":
+        return parts  # check_parts rejects it
+    first, counts = (np.asarray(table)[categories][:, None] for table in (taxonomy.part_starts, taxonomy.part_counts))
+    over_all = ((parts >= first) & (parts < first + counts)).all()
+    within = ((parts >= 0) & (parts < counts)).all()
+    return parts + first if within and not over_all else parts
+
+
+def check_parts(path: Path, parts: np.ndarray, categories: np.ndarray, taxonomy: PartTaxonomy) -> np.ndarray:
+    """Return the parts (n, N) as int64 after checking that they fit the shapes' categories (n,).
+
+    Raises:
+        DataError: they do not.
+    """
+    is_number = parts.dtype.kind in "iuf" and np.isfinite(parts).all()
+    numbers = parts.astype(np.int64) if is_number else None
+    if numbers is None or (numbers != parts).any():
+        raise DataError(f"{path}: 'pid' must hold whole numbers", fix=CHECK_IT)
+    if numbers.size and (numbers.min() < 0 or numbers.max() >= taxonomy.num_parts):
+        raise DataError(
+            f"{path}: 'pid' must be in 0..{taxonomy.num_parts - 1}, as the set has "
+            f"{len(taxonomy.category_names)} categories with {taxonomy.num_parts} parts, but is in "
+            f"{numbers.min()}..{numbers.max()}. A set of other categories needs {CATEGORY_FILE} and {PART_FILE} "
+            f"next to its files",
+            fix=CHECK_IT,
+        )
+    first = np.asarray(taxonomy.part_starts)[categories][:, None]
+    last = first + np.asarray(taxonomy.part_counts)[categories][:, None] - 1
+    wrong = np.flatnonzero(((numbers < first) | (numbers > last)).any(axis=1))
+    if len(wrong):
+        i = wrong[0]
+        point = np.flatnonzero((numbers[i] < first[i]) | (numbers[i] > last[i]))[0]
+        raise DataError(
+            f"{path}: {len(wrong)} of {len(numbers)} shapes have parts of another category; the first is shape {i} "
+            f"('{taxonomy.category_names[categories[i]]}', parts {first[i, 0]}..{last[i, 0]}), whose point {point} "
+            f"has part {numbers[i, point]}",
+            fix=CHECK_IT,
+        )
+    return numbers
+
+
+@dataclass(frozen=True)
+class TextRelease:
+    """The text release: a list of shapes for each split, and text files for each shape.
+
+    Attributes:
+        folder: of the set.
+        taxonomy: its categories and parts.
+    """
+
+    folder: Path
+    taxonomy: PartTaxonomy
+
+    def shapes(self, split: str) -> list[tuple[str, str]]:
+        """Return (synset, shape) for the shapes of one split, in the order of the list.
+
+        Raises:
+            DataError: the list is missing or not as expected.
+        """
+        path = self.folder / "train_test_split" / f"shuffled_{split}_file_list.json"
+        what = 'a list of shapes such as "shape_data/02691156/1a04e3eab45ca15dd86060f189eb133"'
+        try:
+            rows = [str(row).split("/") for row in json.loads(_read_text(path, what))]
+        except _JSON_ERRORS as error:
+            raise DataError(f"{path} is not as expected: {what} ({error})") from error
+        if not rows:
+            raise DataError(f"{path} is empty; expected {what}")
+        for row in rows:
+            if len(row) < 2:
+                raise DataError(f"{path} lists {'/'.join(row)!r}; expected {what}")
+            if row[-2] not in self.taxonomy.synsets:
+                raise DataError(
+                    f"{path} lists a shape of {row[-2]}, which is not a category of {self.folder} "
+                    f"(listed in {TEXT_CATEGORY_FILE} or {CATEGORY_FILE})"
+                )
+        return [(row[-2], row[-1]) for row in rows]
+
+    def read(self, synset: str, shape: str) -> tuple[Path, np.ndarray, np.ndarray]:
+        """Read one shape.
+
+        Returns:
+            Its file, its points (M, 3) float64 and part numbers (M,) int64 over all categories.
+
+        Raises:
+            DataError: a file is missing or not as expected.
+        """
+        folder = self.folder / synset
+        together, points_file = folder / f"{shape}.txt", folder / "points" / f"{shape}.pts"
+        category = self.taxonomy.synsets.index(synset)
+        if os.path.isfile(together) or not os.path.isfile(points_file):
+            table = _read_table(together, columns=(7, 4), what="x y z nx ny nz part")
+            return together, table[:, :3], self._checked(together, table[:, -1], category)
+        points = _read_table(points_file, columns=(3,), what="x y z")
+        label_file = folder / "points_label" / f"{shape}.seg"
+        labels = _read_table(label_file, columns=(1,), what="the part of one point, from 1")
+        if len(labels) != len(points):
+            raise DataError(f"{label_file} has {len(labels)} parts for the {len(points)} points of {points_file}")
+        count = self.taxonomy.part_counts[category]
+        if labels.min() < 1 or labels.max() > count:
+            raise DataError(
+                f"{label_file}: parts of '{self.taxonomy.category_names[category]}' must be in 1..{count}, but are in "
+                f"{labels.min():g}..{labels.max():g}"
+            )
+        parts = labels[:, 0] - 1 + self.taxonomy.part_starts[category]
+        return label_file, points, self._checked(label_file, parts, category)
+
+    def _checked(self, path: Path, parts: np.ndarray, category: int) -> np.ndarray:
+        return check_parts(path, parts[None], np.array([category]), self.taxonomy)[0]
 
 
 class ShapeNetPart(Dataset):
@@ -366,35 +524,6 @@ class ShapeNetPart(Dataset):
         """Return a mask (n,) of the shapes in the chosen category."""
         return np.ones(len(categories), dtype=bool) if self.category is None else categories == self.category
 
-    def _check_parts(self, path: Path, parts: np.ndarray, categories: np.ndarray) -> np.ndarray:
-        """Return the parts (n, N) as int64 after checking that they fit the shapes' categories."""
-        taxonomy = self.taxonomy
-        is_number = parts.dtype.kind in "iuf" and np.isfinite(parts).all()
-        numbers = parts.astype(np.int64) if is_number else None
-        if numbers is None or (numbers != parts).any():
-            raise DataError(f"{path}: 'pid' must hold whole numbers", fix=CHECK_IT)
-        if numbers.size and (numbers.min() < 0 or numbers.max() >= taxonomy.num_parts):
-            raise DataError(
-                f"{path}: 'pid' must be in 0..{taxonomy.num_parts - 1}, as {self.folder.name} has "
-                f"{len(taxonomy.category_names)} categories with {taxonomy.num_parts} parts, but is in "
-                f"{numbers.min()}..{numbers.max()}. A set of other categories needs {CATEGORY_FILE} and {PART_FILE} "
-                f"next to its files",
-                fix=CHECK_IT,
-            )
-        first = np.asarray(taxonomy.part_starts)[categories][:, None]
-        last = first + np.asarray(taxonomy.part_counts)[categories][:, None] - 1
-        wrong = np.flatnonzero(((numbers < first) | (numbers > last)).any(axis=1))
-        if len(wrong):
-            i = wrong[0]
-            point = np.flatnonzero((numbers[i] < first[i]) | (numbers[i] > last[i]))[0]
-            raise DataError(
-                f"{path}: {len(wrong)} of {len(numbers)} shapes have parts of another category; the first is shape {i} "
-                f"('{taxonomy.category_names[categories[i]]}', parts {first[i, 0]}..{last[i, 0]}), whose point {point} "
-                f"has part {numbers[i, point]}",
-                fix=CHECK_IT,
-            )
-        return numbers
-
     def _read_hdf5(self, num_points: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Read the split's files and return ``points``, ``categories`` and ``parts``."""
         splits = PART_SPLITS[self.split]
@@ -403,22 +532,7 @@ class ShapeNetPart(Dataset):
         self.files = tuple(file for split in splits for file in part_files(self.folder, split))
         read = []
         for file in self.files:
-            points, categories = read_labeled_clouds(
-                file, num_classes=len(self.taxonomy.category_names), num_points=num_points, get=GET
-            )
-            parts = self._read_parts(file, categories)
-            if parts.ndim != 2 or len(parts) != len(points) or parts.shape[1] < points.shape[1]:
-                raise DataError(
-                    f"{file}: 'pid' must be (n, N), a part for every point of 'data', but is {parts.shape} for "
-                    f"{points.shape}",
-                    fix=CHECK_IT,
-                )
-            if num_points is None and parts.shape[1] != points.shape[1]:
-                raise DataError(
-                    f"{file}: 'pid' has {parts.shape[1]} parts per shape for {points.shape[1]} points",
-                    fix=CHECK_IT,
-                )
-            parts = self._check_parts(file, parts[:, : points.shape[1]], categories)
+            points, categories, parts = read_part_file(file, self.taxonomy, num_points=num_points)
             kept = self._keep(categories)
             read.append((points[kept], categories[kept], parts[kept]))
         sizes = {points.shape[1] for points, _, _ in read}
@@ -427,89 +541,23 @@ class ShapeNetPart(Dataset):
             raise DataError(f"{self.folder} mixes clouds of different size ({listed})", fix=CHECK_IT)
         return tuple(np.concatenate(arrays) for arrays in zip(*read, strict=True))
 
-    def _read_parts(self, file: Path, categories: np.ndarray) -> np.ndarray:
-        """Read the parts of a file: ``pid`` in the release, ``seg`` in PointCloudDatasets.
-
-        Some copies number ``seg`` within each category from 0; these are renumbered over all categories.
-        """
-        try:
-            return read_hdf5(file, ("pid",), get=GET)["pid"]
-        except DataError:
-            with contextlib.suppress(DataError):
-                parts = read_hdf5(file, ("seg",), get=GET)["seg"]
-                return self._numbered_over_all(parts, categories)
-            raise
-
-    def _numbered_over_all(self, parts: np.ndarray, categories: np.ndarray) -> np.ndarray:
-        if parts.ndim != 2 or len(parts) != len(categories) or parts.dtype.kind not in "iuf":
-            return parts  # _check_parts rejects it
-        first, counts = (
-            np.asarray(table)[categories][:, None] for table in (self.taxonomy.part_starts, self.taxonomy.part_counts)
-        )
-        over_all = ((parts >= first) & (parts < first + counts)).all()
-        within = ((parts >= 0) & (parts < counts)).all()
-        return parts + first if within and not over_all else parts
-
     def _has_files(self, split: str) -> bool:
         named = (self.folder / f"{split}_hdf5_file_list.txt").is_file()
-        return named or has_data_files(self.folder, f"{_prefix(self.folder)}{split}*.h5")
-
-    # --- the text release ---
-
-    def _text_shapes(self, split: str) -> list[tuple[str, str]]:
-        """Return (synset, shape) for the shapes of one split, in the order of the list."""
-        path = self.folder / "train_test_split" / f"shuffled_{split}_file_list.json"
-        what = 'a list of shapes such as "shape_data/02691156/1a04e3eab45ca15dd86060f189eb133"'
-        try:
-            rows = [str(row).split("/") for row in json.loads(_read_text(path, what))]
-        except _JSON_ERRORS as error:
-            raise DataError(f"{path} is not as expected: {what} ({error})") from error
-        if not rows:
-            raise DataError(f"{path} is empty; expected {what}")
-        for row in rows:
-            if len(row) < 2:
-                raise DataError(f"{path} lists {'/'.join(row)!r}; expected {what}")
-            if row[-2] not in self.taxonomy.synsets:
-                raise DataError(
-                    f"{path} lists a shape of {row[-2]}, which is not a category of {self.folder} "
-                    f"(listed in {TEXT_CATEGORY_FILE} or {CATEGORY_FILE})"
-                )
-        return [(row[-2], row[-1]) for row in rows]
-
-    def _read_text_shape(self, synset: str, shape: str) -> tuple[Path, np.ndarray, np.ndarray]:
-        """Return the file of one shape, its points (M, 3) float64 and part numbers (M,) over all categories."""
-        folder = self.folder / synset
-        together, points_file = folder / f"{shape}.txt", folder / "points" / f"{shape}.pts"
-        category = self.taxonomy.synsets.index(synset)
-        if os.path.isfile(together) or not os.path.isfile(points_file):
-            table = _read_table(together, columns=(7, 4), what="x y z nx ny nz part")
-            return together, table[:, :3], table[:, -1]
-        points = _read_table(points_file, columns=(3,), what="x y z")
-        label_file = folder / "points_label" / f"{shape}.seg"
-        labels = _read_table(label_file, columns=(1,), what="the part of one point, from 1")
-        if len(labels) != len(points):
-            raise DataError(f"{label_file} has {len(labels)} parts for the {len(points)} points of {points_file}")
-        count = self.taxonomy.part_counts[category]
-        if labels.min() < 1 or labels.max() > count:
-            raise DataError(
-                f"{label_file}: parts of '{self.taxonomy.category_names[category]}' must be in 1..{count}, but are in "
-                f"{labels.min():g}..{labels.max():g}"
-            )
-        return label_file, points, labels[:, 0] - 1 + self.taxonomy.part_starts[category]
+        return named or has_data_files(self.folder, f"{file_prefix(self.folder)}{split}*.h5")
 
     def _read_text_release(self, num_points: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Read and normalize the split's shapes, draw points, and return ``points``, ``categories`` and ``parts``."""
-        shapes = [shape for split in PART_SPLITS[self.split] for shape in self._text_shapes(split)]
+        release = TextRelease(self.folder, self.taxonomy)
+        shapes = [shape for split in PART_SPLITS[self.split] for shape in release.shapes(split)]
         if self.category is not None:
             shapes = [shape for shape in shapes if shape[0] == self.taxonomy.synsets[self.category]]
         points = np.empty((len(shapes), num_points, 3), dtype=np.float32)
         parts = np.empty((len(shapes), num_points), dtype=np.int64)
         categories = np.array([self.taxonomy.synsets.index(synset) for synset, _ in shapes], dtype=np.int64)
         files = []
-        for i, (synset, name) in enumerate(progress(shapes, text=f"reading {self.split}", unit="shape")):
-            path, cloud, labels = self._read_text_shape(synset, name)
+        for i, (synset, name) in enumerate(progress(shapes, text=f"reading {self.split}", unit="shapes")):
+            path, cloud, labels = release.read(synset, name)
             files.append(path)
-            labels = self._check_parts(path, labels[None], categories[i : i + 1])[0]
             cloud = cloud - cloud.mean(axis=0)  # (M, 3)
             cloud /= max(np.linalg.norm(cloud, axis=1).max(), np.finfo(np.float32).tiny)
             generator = np.random.default_rng([seed, zlib.crc32(f"{synset}/{name}".encode())])

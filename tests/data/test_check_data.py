@@ -17,6 +17,8 @@ from data.check_data import check, format_table, main
 from data.pair_folder import write_ply
 from data.unpack import KNOWN_MD5
 from datasets import pack
+from datasets.shapenet_part import PartTaxonomy
+from tests.support.segmentation_sets import write_parts, write_text_release
 from tests.support.shape_files import write_class_folders, write_meshes, write_point_cloud_datasets, write_resampled
 from utils.errors import DataError
 
@@ -394,6 +396,86 @@ def test_parts_of_point_cloud_datasets_are_counted(tmp_path):
     row = check(tmp_path)["ShapeNetPart"]
     assert (row.state, row.found) == ("partial", {"train": 5, "val": 2, "test": 3})
     assert row.notes == ["HDF5 of PointCloudDatasets"]
+
+
+TEXT_SHAPES = {
+    "train": [("03797390", "m1"), ("03001627", "c1")],
+    "val": [("03001627", "c2")],
+    "test": [("03797390", "m2")],
+}
+
+
+@pytest.mark.parametrize("normals", [True, False])
+def test_the_text_release_is_counted_and_read(tmp_path, normals):
+    folder = tmp_path / ("shapenetcore_partanno_segmentation_benchmark_v0" + "_normal" * normals)
+    write_text_release(folder, normals=normals, shapes=TEXT_SHAPES)
+    row = check(tmp_path)["ShapeNetPart"]
+    assert (row.state, row.found, row.notes) == ("partial", {"train": 2, "val": 1, "test": 1}, ["text release"])
+    assert row.expected["train"] == 12137 and row.get.endswith(" shapenetpart")
+    broken_file = folder / "03001627" / ("c2.txt" if normals else "points_label/c2.seg")
+    broken_file.write_text("1\n")
+    row = check(tmp_path)["ShapeNetPart"]
+    assert row.state == "broken" and str(broken_file) in row.problems[0] and len(row.problems) == 1
+
+
+def test_part_data_with_tables_of_its_own_is_not_a_broken_shapenetpart(tmp_path, capsys):
+    folder = write_parts(tmp_path / "hdf5")
+    report = main(["--data_root", str(tmp_path / "hdf5")])
+    ((name, row),) = report["sets"].items()
+    assert (name, row["state"], row["expected"], row["get"]) == ("own parts", "ok", {}, "")
+    assert row["found"] == {"train": 8, "val": 4, "test": 6} and row["notes"][0].startswith("2 categories and 5 parts")
+    printed = capsys.readouterr().out
+    assert f"main_partseg.py --data_root {tmp_path / 'hdf5'}" in printed and "download_data" not in printed
+    assert list(check(folder)) == ["own parts"]  # the folder itself, too
+    with h5py.File(folder / "ply_data_val0.h5", "r+") as file:
+        file["pid"][0] = 9
+    assert broken(tmp_path / "hdf5")[0] == {"own parts"}
+    taxonomy = PartTaxonomy.build(["box", "rod"], [2, 1], synsets=["9", "8"])
+    shapes = {split: [("9", split), ("8", split)] for split in ("train", "val", "test")}
+    write_text_release(tmp_path / "text", normals=False, shapes=shapes, taxonomy=taxonomy)
+    (tmp_path / "text" / "overallid_to_catid_partid.json").write_text('[["9", 1], ["9", 2], ["8", 1]]')
+    ((name, row),) = check(tmp_path / "text").items()
+    assert (name, row.state, row.found) == ("own parts", "ok", {"train": 2, "val": 2, "test": 2})
+
+
+def test_own_pairs_are_not_an_unfinished_shapenet(tmp_path, capsys):
+    add_pairs(tmp_path)
+    for part in ("ShapeNet", "ShapeNetRendering"):
+        (tmp_path / part / "02691156").rename(tmp_path / part / "lamps")
+    pack.main(["--data_root", str(tmp_path), "--out", str(tmp_path / "packed.h5")])
+    for root, name in ((tmp_path, "own pairs"), (tmp_path / "packed.h5", "own pairs, packed")):
+        ((found, row),) = check(root).items()
+        assert (found, row.state, row.found, row.get) == (name, "ok", {"pairs": 3}, "")
+        assert row.use == f"python train_crossnet_con.py --data_root {root}"
+    (tmp_path / "ShapeNetRendering").rename(tmp_path / "elsewhere")
+    row = check(tmp_path)["own pairs"]
+    assert row.state == "partial"
+    assert row.get == f"python -m data.prepare_meshes --meshes {tmp_path / 'ShapeNet'} --out data/mine"
+    for split in ("train", "test"):
+        h5(tmp_path / "labeled_hdf5" / f"ply_data_{split}0.h5", data=clouds(2), label=np.arange(2))
+        (tmp_path / "labeled_hdf5" / f"{split}_files.txt").write_text(f"labeled_hdf5/ply_data_{split}0.h5\n")
+    (tmp_path / "labeled_hdf5" / "shape_names.txt").write_text("a\nb\n")
+    assert list(check(tmp_path)) == ["own pairs", "own labeled clouds"]
+    assert list(check(tmp_path / "labeled_hdf5")) == ["own labeled clouds"]  # not ModelNet40
+
+
+def test_own_meshes_and_clouds_are_told_of_the_commands_that_prepare_them(tmp_path, capsys):
+    mesh = tmp_path / "one" / "deep" / "a.off"
+    mesh.parent.mkdir(parents=True)
+    mesh.write_text("OFF\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1 2\n")
+    main(["--data_root", str(tmp_path / "one")])
+    printed = capsys.readouterr().out
+    assert f"python -m data.prepare_meshes --meshes {tmp_path / 'one'} --out data/mine" in printed
+    assert "1 shapes" in printed and not re.search("ShapeNet|download|prepare_clouds", printed)
+    for name in ("lamp/1.npy", "lamp/2.npy", "sofa/1.npy", "sofa/2.npy"):
+        (tmp_path / "two" / name).parent.mkdir(parents=True, exist_ok=True)
+        np.save(tmp_path / "two" / name, clouds(1, 8)[0])
+    main(["--data_root", str(tmp_path / "two")])
+    printed = capsys.readouterr().out
+    for command in ("prepare_meshes --meshes", "prepare_clouds --clouds"):
+        assert f"python -m data.{command} {tmp_path / 'two'} " in printed
+    mesh.write_text("OFF\n3 1 0\n0 0 0\n")
+    assert broken(tmp_path / "one")[0] == {"own meshes and clouds"}
 
 
 def test_clouds_of_ones_own_are_the_only_row_where_there_is_nothing_else(tmp_path, capsys):

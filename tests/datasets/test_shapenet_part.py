@@ -13,6 +13,7 @@ from datasets.shapenet_part import (
     part_colors,
     read_taxonomy,
 )
+from tests.support.segmentation_sets import write_text_release
 from utils.errors import DataError, UserError
 
 FOLDER = "shapenet_part_seg_hdf5_data"
@@ -249,7 +250,7 @@ def test_a_set_of_19_categories_and_94_parts(tmp_path):
     assert dataset.parts.max() > 80
     assert len(ShapeNetPart(folder, "train", class_choice="thing 18")) == 1
     write_h5(folder / "ply_data_train0.h5", [0], pid=np.full((1, 8), 94, "u1"))
-    with pytest.raises(DataError, match=r"in 0\.\.93, as my_parts has 19 categories with 94 parts"):
+    with pytest.raises(DataError, match=r"in 0\.\.93, as the set has 19 categories with 94 parts"):
         ShapeNetPart(folder, "train")
 
 
@@ -311,37 +312,6 @@ def test_parts_of_a_category_have_distinct_colors(counts):
 
 
 # --- text release ---
-
-
-def write_text_release(folder, *, normals, shapes, size=30):
-    """Write shapes {split: [(synset, id)]}; returns {id: (points, local parts from 0)}."""
-    official = official_taxonomy()
-    lines = [
-        f"{name.capitalize()}\t{synset}" for name, synset in zip(official.category_names, official.synsets, strict=True)
-    ]
-    (folder / "train_test_split").mkdir(parents=True)
-    (folder / "synsetoffset2category.txt").write_text("\n".join(lines) + "\n")
-    written = {}
-    for split in ("train", "val", "test"):
-        rows = shapes.get(split, [])
-        names = [f"shape_data/{synset}/{name}" for synset, name in rows]
-        (folder / "train_test_split" / f"shuffled_{split}_file_list.json").write_text(json.dumps(names))
-        for synset, name in rows:
-            generator = np.random.default_rng(len(written))
-            category = official.synsets.index(synset)
-            points = generator.uniform(-1, 3, (size, 3)).round(5)
-            local = generator.integers(official.part_counts[category], size=size)
-            written[name] = points, local
-            if normals:
-                (folder / synset).mkdir(exist_ok=True)
-                table = np.concatenate([points, points, local[:, None] + official.part_starts[category]], axis=1)
-                np.savetxt(folder / synset / f"{name}.txt", table, fmt="%.6f")
-            else:
-                for kind in ("points", "points_label"):
-                    (folder / synset / kind).mkdir(parents=True, exist_ok=True)
-                np.savetxt(folder / synset / "points" / f"{name}.pts", points, fmt="%.5f")
-                np.savetxt(folder / synset / "points_label" / f"{name}.seg", local + 1, fmt="%d")
-    return written
 
 
 SHAPES = {

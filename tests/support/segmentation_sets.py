@@ -9,6 +9,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from datasets.shapenet_part import PartTaxonomy, official_taxonomy
+
 OWN_CATEGORIES = {"brick": 2, "cone": 3}
 
 
@@ -61,6 +63,55 @@ def write_parts(
             file["data"], file["label"], file["pid"] = clouds, labels.astype("u1")[:, None], parts.astype("u1")
         (folder / f"{split}_hdf5_file_list.txt").write_text(f"hdf5_data/{name}\n")
     return folder
+
+
+def write_text_release(
+    folder: Path,
+    *,
+    normals: bool,
+    shapes: Mapping[str, Sequence[tuple[str, str]]],
+    size: int = 30,
+    taxonomy: PartTaxonomy | None = None,
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Write the text release with shapes {split: [(synset, id)]}.
+
+    Args:
+        folder: of the set.
+        normals: as with the release with normals, which has one file per shape.
+        shapes: synset and id of the shapes, by split.
+        size: points of a shape.
+        taxonomy: of the set; None: the published one. Another one needs its table of parts.
+
+    Returns:
+        Points (size, 3) and parts from 0 within the category (size,), by id.
+    """
+    taxonomy = taxonomy or official_taxonomy()
+    lines = [
+        f"{name.capitalize()}\t{synset}" for name, synset in zip(taxonomy.category_names, taxonomy.synsets, strict=True)
+    ]
+    (folder / "train_test_split").mkdir(parents=True)
+    (folder / "synsetoffset2category.txt").write_text("\n".join(lines) + "\n")
+    written = {}
+    for split in ("train", "val", "test"):
+        rows = shapes.get(split, [])
+        names = [f"shape_data/{synset}/{name}" for synset, name in rows]
+        (folder / "train_test_split" / f"shuffled_{split}_file_list.json").write_text(json.dumps(names))
+        for synset, name in rows:
+            generator = np.random.default_rng(len(written))
+            category = taxonomy.synsets.index(synset)
+            points = generator.uniform(-1, 3, (size, 3)).round(5)
+            local = generator.integers(taxonomy.part_counts[category], size=size)
+            written[name] = points, local
+            if normals:
+                (folder / synset).mkdir(exist_ok=True)
+                table = np.concatenate([points, points, local[:, None] + taxonomy.part_starts[category]], axis=1)
+                np.savetxt(folder / synset / f"{name}.txt", table, fmt="%.6f")
+            else:
+                for kind in ("points", "points_label"):
+                    (folder / synset / kind).mkdir(parents=True, exist_ok=True)
+                np.savetxt(folder / synset / "points" / f"{name}.pts", points, fmt="%.5f")
+                np.savetxt(folder / synset / "points_label" / f"{name}.seg", local + 1, fmt="%d")
+    return written
 
 
 def room_blocks(blocks: int, points: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
