@@ -166,7 +166,7 @@ def make_blocks(folder: Path, count: int, settings: ShapeSettings, *, workers: i
         if not path.exists():
             jobs.append((first, last, settings, str(path)))
     there = count - sum(last - first for first, last, *_ in jobs)
-    with progress(total=count, initial=there, text="shapes", unit="shape") as bar:
+    with progress(total=count, initial=there, text="shapes", unit="shapes") as bar:
         for path in _run_jobs(jobs, settings, workers=min(workers, len(jobs))):
             first, last = Path(path).stem.split("_")
             bar.update(int(last) - int(first))

@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also run by path
 from utils.cli import HelpFormatter, run, write_json
 from utils.errors import DataError
 from utils.files import is_data_name
+from utils.progress import progress
 
 SETS = (
     "shapenet",
@@ -250,7 +251,7 @@ def extract(path: Path, folder: Path, *, max_bytes: int = MAX_BYTES) -> int:
     free = shutil.disk_usage(folder).free
     written = 0
     try:
-        for number, member in enumerate(archive_members(path)):
+        for number, member in enumerate(progress(archive_members(path), text="unpacking", unit="files")):
             if number >= MAX_MEMBERS:
                 raise DataError(f"{path} is refused: it holds more than {MAX_MEMBERS} files")
             if not all(map(is_data_name, member.parts)) or not member.parts:

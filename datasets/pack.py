@@ -55,7 +55,7 @@ def pack(source: PairSource, out: str | os.PathLike[str], *, chosen: list[int], 
     views = [(i, view) for i in chosen for view in range(len(source.view_names(i)))]
     size = len(source.points(chosen[0]))
     with replacing(out) as temporary:
-        lengths = [len(source.image_file(i, view)) for i, view in progress(views, text="sizes", unit="view")]
+        lengths = [len(source.image_file(i, view)) for i, view in progress(views, text="sizes", unit="views")]
         with h5py.File(temporary, "w") as file:
             file.attrs.update({"format": PACKED_FORMAT, "version": PACKED_VERSION, "source": name})
             text = h5py.string_dtype()
@@ -69,7 +69,7 @@ def pack(source: PairSource, out: str | os.PathLike[str], *, chosen: list[int], 
             points = file.create_dataset("points", (len(chosen), size, 3), dtype=np.float32)
             images = file.create_dataset("image_bytes", (int(offset[-1]),), dtype=np.uint8)
             row = 0
-            for n, i in enumerate(progress(chosen, text="packing", unit="shape")):
+            for n, i in enumerate(progress(chosen, text="packing", unit="shapes")):
                 cloud = source.points(i)
                 if len(cloud) != size:
                     raise DataError(
@@ -94,7 +94,7 @@ def check(source: PairSource, packed: PairSource, chosen: list[int]) -> None:
     Raises:
         DataError: they differ; the message names the first shape that does.
     """
-    for n, i in enumerate(progress(chosen, text="checking", unit="shape")):
+    for n, i in enumerate(progress(chosen, text="checking", unit="shapes")):
         same = (
             packed.ids[n] == source.ids[i]
             and list(packed.view_names(n)) == list(source.view_names(i))

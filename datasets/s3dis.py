@@ -259,7 +259,7 @@ class _BlockFiles:
         numbers = sorted({self.place(int(block))[0] for block in blocks})
         work = [(number, name) for number in numbers if self._slow[number] for name in self._arrays]
         text = f"unpacking {self.folder.name}, once"
-        for number, name in progress(work, text=text, unit="array", hidden=not work):
+        for number, name in progress(work, text=text, unit="arrays", hidden=not work):
             self._map(number, name)
 
     def _map(self, number: int, array: str) -> np.ndarray:

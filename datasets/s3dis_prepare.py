@@ -513,7 +513,7 @@ def prepare(
                 "--out, or make only the blocks of whole rooms with --only test"
             )
     results: dict[str, dict[str, Any]] = {}
-    with progress(total=len(rooms), text="cutting rooms", unit="room") as bar:
+    with progress(total=len(rooms), text="cutting rooms", unit="rooms") as bar:
 
         def done(result: dict[str, Any]) -> None:
             for note in result["notes"]:

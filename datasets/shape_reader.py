@@ -150,7 +150,7 @@ def read_shapes(
                 return ShapeArrays(np.array(kept["points"]), np.array(kept["size"]))
     table = np.empty(len(files), _row_type(rows))
     begun = time.monotonic()
-    for i, (path, name) in enumerate(zip(progress(files, text=f"reading {split}", unit="shape"), names, strict=True)):
+    for i, (path, name) in enumerate(zip(progress(files, text=f"reading {split}", unit="shapes"), names, strict=True)):
         table[i]["points"], table[i]["size"] = read(path, rows, name)
     if time.monotonic() - begun > _SECONDS:
         _keep(table, places, f"{split}-{rows}-", key)

@@ -17,6 +17,8 @@ from sklearn.model_selection import StratifiedKFold
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
+from utils.progress import progress
+
 RELEASED_C = 0.01
 
 
@@ -110,7 +112,8 @@ def cross_validate(
     correct = dict.fromkeys(c_values, 0)
     # Each fold is a block of the Gram matrix, so the splitter only needs the number of samples.
     splitter = StratifiedKFold(folds, shuffle=True, random_state=seed)
-    for fit, held in splitter.split(np.zeros(len(labels)), labels):
+    split = splitter.split(np.zeros(len(labels)), labels)
+    for fit, held in progress(split, text="cross-validation", unit="folds", total=folds, leave=False):
         fit_gram = gram[np.ix_(fit, fit)]
         for c in correct:
             predicted = _predict(_fit(fit_gram, labels[fit], c), x[fit], x[held])
@@ -153,7 +156,8 @@ def linear_svm(
     train_x, test_x = (np.ascontiguousarray(x, dtype=np.float64) for x in (train_x, test_x))
     gram = train_x @ train_x.T  # (n, n)
     cv = cross_validate(train_x, gram, train_y, c_values=c_values, folds=folds, seed=seed) if len(c_values) > 1 else {}
-    predictions = {c: _predict(_fit(gram, train_y, c), train_x, test_x) for c in c_values}
+    fits = progress(c_values, text="SVM", unit="values of C", leave=False)
+    predictions = {c: _predict(_fit(gram, train_y, c), train_x, test_x) for c in fits}
     chosen = max(c_values, key=lambda c: cv.get(c, 0.0))
     scores = {c: _accuracy(predicted, test_y) for c, predicted in predictions.items()}
     return SVMResult(scores[chosen], chosen, predictions[chosen], scores, cv)
@@ -198,7 +202,7 @@ def few_label_svm(
         raise ValueError(f"shots and draws must be at least 1, got {shots} and {draws}")
     test_x = np.asarray(test_x, dtype=np.float64)
     accuracies = []
-    for draw in range(draws):
+    for draw in progress(range(draws), text=f"SVM, labels per class: {shots}", unit="draws", leave=False):
         chosen = draw_labels(train_y, shots, draw=draw, seed=seed)
         scaler = StandardScaler()
         support = scaler.fit_transform(train_x[chosen].astype(np.float64))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+import weakref
+from collections.abc import Iterable, Iterator
+from threading import Event, Thread
 from typing import Any
 
 from tqdm import tqdm
@@ -12,7 +14,38 @@ LINE_SECONDS = 60.0
 
 
 class _Lines(tqdm):
-    """Write whole lines, the first after a minute, so that a short job writes none."""
+    """Write whole lines, the first after a minute, so that a short job writes none.
+
+    A thread writes during items that take longer than that; tqdm itself only writes between items.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._ended = Event()
+        if not self.disable:
+            Thread(target=_write_when_due, args=(weakref.ref(self), self._ended, self.mininterval), daemon=True).start()
+
+    def __iter__(self) -> Iterator[Any]:
+        """Count every item, where tqdm counts only now and then."""
+        try:
+            for item in self.iterable:
+                yield item
+                self.update()
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Stop writing."""
+        if hasattr(self, "_ended"):
+            self._ended.set()
+        super().close()
+
+    def write_if_due(self) -> None:
+        """Write a line if the last one is old."""
+        now = self._time()
+        if now - self.last_print_t >= self.mininterval:
+            self.last_print_t = now
+            self.refresh()
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         """Write a line instead of redrawing the bar."""
@@ -23,6 +56,15 @@ class _Lines(tqdm):
 
     def clear(self, *_: Any, **__: Any) -> None:
         """Do nothing: written lines stay."""
+
+
+def _write_when_due(bar: weakref.ref[_Lines], ended: Event, seconds: float) -> None:
+    while not ended.wait(seconds):
+        lines = bar()
+        if lines is None:
+            return
+        lines.write_if_due()
+        del lines  # else a bar that nobody closed would live, and write, forever
 
 
 def progress(
@@ -50,8 +92,5 @@ def progress(
     settings["file"] = sys.stderr
     if sys.stderr.isatty():
         return tqdm(items, leave=leave, **settings)
-    # maxinterval: tqdm's monitor thread also writes when one item takes longer than a minute.
     plain = "{desc}: {n_fmt} of {total_fmt} {unit}, {elapsed} elapsed, {remaining} left"
-    return _Lines(
-        items, mininterval=LINE_SECONDS, maxinterval=LINE_SECONDS, miniters=1, bar_format=plain, leave=False, **settings
-    )
+    return _Lines(items, mininterval=LINE_SECONDS, miniters=1, bar_format=plain, leave=False, **settings)

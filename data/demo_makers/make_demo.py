@@ -467,7 +467,7 @@ def build_shapes(
     jobs = [(model, seed, points, views, colors) for model in models]
     # Spawn, not fork: an OpenGL context does not survive a fork.
     with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (view_size,)) as pool:
-        return list(progress(pool.map(build_shape, jobs), total=len(jobs), text="models", unit="model"))
+        return list(progress(pool.map(build_shape, jobs), total=len(jobs), text="models", unit="models"))
 
 
 # ------------------------------------------------------------------------------------------- classes and their split

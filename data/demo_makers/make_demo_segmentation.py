@@ -72,7 +72,7 @@ def write_parts(out: Path, *, points: int, seed: int, shapes: dict[str, int] | N
         jobs = [(label, i) for label in range(len(names)) for i in range(count)]
         order = np.random.default_rng([seed, number]).permutation(len(jobs))
         built = []
-        for j in progress(order, text=f"parts, {split}", unit="shape"):
+        for j in progress(order, text=f"parts, {split}", unit="shapes"):
             label, i = jobs[j]
             cloud, parts = build_object(names[label], split, i, seed=seed, count=points)
             built.append((cloud, label, parts + starts[label]))

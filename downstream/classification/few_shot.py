@@ -50,6 +50,7 @@ from utils.cli import (
     write_json,
 )
 from utils.errors import UserError
+from utils.progress import progress
 from utils.reproducible import provenance
 
 PROTOCOLS = ("released", "test")
@@ -164,7 +165,7 @@ def few_shot_accuracies(
     """
     query_x, query_y = (train_x, train_y) if protocol == "released" else (test_x, test_y)
     accuracies = []
-    for number in range(runs):
+    for number in progress(range(runs), text=f"{ways} ways, {shots} shots", unit="episodes", leave=False):
         support, asked = draw_episode(
             train_y,
             None if protocol == "released" else test_y,
