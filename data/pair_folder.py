@@ -29,9 +29,10 @@ from data.rendering.meshes import MESH_SUFFIXES
 from data.rendering.shape import check_mesh
 from data.shape_files import ShapeFile
 from utils.cli import Settings
-from utils.cloud_files import read_cloud_file
+from utils.cloud_files import CLOUD_SUFFIXES, read_cloud_file
 from utils.errors import DataError, UserError
 from utils.files import replacing, writing
+from utils.progress import progress
 
 SETTINGS_NAME = "prepared.json"
 RECORDS_NAME = "prepared_files.jsonl"
@@ -149,8 +150,13 @@ def read_source(path: Path) -> Mesh | Cloud:
     Raises:
         DataError: the file cannot be used; the message says why.
     """
-    if path.suffix.lower() in MESH_SUFFIXES:
+    suffix = path.suffix.lower()
+    if suffix in MESH_SUFFIXES:
         return read_shape(path)
+    if suffix not in CLOUD_SUFFIXES:
+        raise DataError(
+            f"{path} is neither a mesh ({', '.join(MESH_SUFFIXES)}) nor a cloud ({', '.join(CLOUD_SUFFIXES)})"
+        )
     return Cloud(*read_cloud_file(path))
 
 
@@ -348,7 +354,8 @@ def write_labeled(folder: PairFolder, sides: dict[str, list[ShapeFile]]) -> dict
     target.mkdir(exist_ok=True)
     classes = sorted({shape.category for shapes in sides.values() for shape in shapes})
     for side, shapes in sides.items():
-        clouds = [PlyData.read(folder.paths.cloud(shape.name))["vertex"].data for shape in shapes]
+        reading = progress(shapes, text=f"labeled clouds, {side}", unit="shapes", leave=False)
+        clouds = [PlyData.read(folder.paths.cloud(shape.name))["vertex"].data for shape in reading]
         points = np.stack([np.stack([cloud[axis] for axis in "xyz"], 1) for cloud in clouds])
         path = target / f"ply_data_{side}0.h5"
         with replacing(path) as temporary, h5py.File(temporary, "w") as file:

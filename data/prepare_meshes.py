@@ -193,7 +193,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if needs_renderer(settings):
             create_context().release()  # report missing OpenGL once, before the workers start
         folder.begin()
-        bar = progress(total=len(todo), text="making pairs", unit="shape")
+        bar = progress(total=len(todo), text="making pairs", unit="shapes")
         with bar:
             for shape, outcome in make_pairs(folder, todo, workers=args.workers):
                 bar.update()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 
 from data.rendering.meshes import MESH_SUFFIXES
@@ -49,7 +49,8 @@ class ShapeFile:
 def find_shapes(folder: Path, labels: Sequence[Path] = ()) -> list[ShapeFile]:
     """List the meshes and clouds below a folder, sorted by name.
 
-    The category is the first folder, the id is the rest of the path joined by ``-``. Folders ``train`` and ``test``,
+    The category is the first folder, the id is the rest of the path joined by ``-``, with the suffix if several files
+    would have one name. Folders ``train`` and ``test``,
     above or below the category, define the split. With label files, the category comes only from them.
 
     Raises:
@@ -64,13 +65,16 @@ def find_shapes(folder: Path, labels: Sequence[Path] = ()) -> list[ShapeFile]:
     shapes = [_by_folders(folder, path) for path in paths]
     if labels:
         shapes = _by_labels(folder, shapes, labels)
+    # Names that differ only in case are one file on macOS and Windows.
+    often = Counter(shape.name.lower() for shape in shapes)
     by_name: dict[str, ShapeFile] = {}
     for shape in shapes:
-        # Names that differ only in case are one file on macOS and Windows.
+        if often[shape.name.lower()] > 1:  # chair.obj and chair.glb
+            shape = replace(shape, id=f"{shape.id}-{shape.path.suffix[1:].lower()}")
         other = by_name.setdefault(shape.name.lower(), shape)
         if other is not shape:
             raise DataError(f"{other.path} and {shape.path} would both become {shape.name}.ply; rename one")
-    return sorted(shapes, key=lambda shape: shape.name)
+    return sorted(by_name.values(), key=lambda shape: shape.name)
 
 
 def _by_folders(folder: Path, path: Path) -> ShapeFile:
