@@ -177,14 +177,42 @@ def draw_retrieval(
     chosen = classes[np.linspace(0, len(classes) - 1, min(rows, len(classes))).round().astype(int)]
     queries = np.array([np.flatnonzero(labels == label)[0] for label in chosen])
     found = nearest(features, queries, top)
+    titles = [class_names[label] for label in labels]
+    draw_neighbors(points, titles, queries, found, path, right=labels[found] == labels[queries][:, None])
+
+
+def shortened(text: str, length: int) -> str:
+    """Return a text of at most ``length`` characters; of a longer one the end, where names differ most."""
+    return text if len(text) <= length else f"…{text[1 - length :]}"
+
+
+def draw_neighbors(
+    points: Sequence[np.ndarray],
+    titles: Sequence[str],
+    queries: np.ndarray,
+    found: np.ndarray,
+    path: str | os.PathLike[str],
+    *,
+    right: np.ndarray | None = None,
+    up: str = "y",
+) -> None:
+    """Draw a row for each query: the query and its neighbors.
+
+    Args:
+        points: n clouds (N, 3).
+        titles: of the clouds.
+        queries: (q,) numbers of clouds.
+        found: (q, top) numbers of their neighbors.
+        path: picture to write.
+        right: (q, top) which neighbors are right, for the color of their frames; None: not known.
+        up: upward axis of the clouds.
+    """
     columns = 1 + found.shape[1]
     figure = Figure(figsize=(1.5 * columns, 1.7 * len(queries)), layout="constrained")
     grid = figure.subplots(len(queries), columns, squeeze=False)
-    for row, query in zip(grid, queries, strict=True):
-        name = class_names[labels[query]]
-        draw_cloud(row[0], points[query], title=f"query: {name}", color=NEUTRAL)
-    for row, query, neighbors in zip(grid, queries, found, strict=True):
-        for axes, item in zip(row[1:], neighbors, strict=True):
-            color = RIGHT if labels[item] == labels[query] else WRONG
-            draw_cloud(axes, points[item], title=class_names[labels[item]], color=color)
+    for i, (row, query) in enumerate(zip(grid, queries, strict=True)):
+        draw_cloud(row[0], points[query], title=f"query: {shortened(titles[query], 15)}", color=NEUTRAL, up=up)
+        for j, (axes, item) in enumerate(zip(row[1:], found[i], strict=True)):
+            color = NEUTRAL if right is None else RIGHT if right[i, j] else WRONG
+            draw_cloud(axes, points[item], title=shortened(titles[item], 22), color=color, up=up)
     save_figure(figure, path)

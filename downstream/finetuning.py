@@ -545,7 +545,7 @@ def scores_of(
     count = -(-len(part) // batch_size)
     with (
         evaluating(model),
-        progress(total=count, text="testing", unit="batch", leave=False, hidden=not is_main()) as bar,
+        progress(total=count, text="testing", unit="batches", leave=False, hidden=not is_main()) as bar,
     ):
         while group := list(itertools.islice(numbered, world_size())):
             bar.update(len(group))

@@ -144,7 +144,7 @@ def project_pairs(space: PairSpace, read: PairReader, rows: Sequence[int], *, ba
     skipped: dict[str, str] = {}
 
     def readable() -> Iterator[tuple[int, np.ndarray, Image.Image]]:
-        for i in progress(rows, text="projecting pairs", unit="pair"):
+        for i in progress(rows, text="projecting pairs", unit="pairs"):
             try:
                 yield i, read.cloud(i), read.picture(i)
             except DataError as error:

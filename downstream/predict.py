@@ -1,7 +1,7 @@
 """Answers of a trained model on your own files: meshes or clouds, single objects or whole rooms.
 
 What is answered follows from the checkpoint:
-  parts      a colored, labeled PLY of every object, and parts.csv
+  parts      a colored, labeled PLY of every object, parts.csv, and sheet.png with pictures and legends
   rooms      the same for every room (all points, cut into blocks of 1 m as in the whole-room protocol), and rooms.csv
   classes    classes.csv: the class of every object and the probabilities of all classes
   features   features.npz of a pretrained encoder: names (n,), features (n, D); --neighbors K draws who is near whom
@@ -31,7 +31,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also run by path
 
 import numpy as np
 import torch
-from plyfile import PlyData, PlyElement
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -42,18 +41,24 @@ from datasets.s3dis import CLASS_COLORS, CLASS_NAMES
 from datasets.s3dis_prepare import MAX_DISTANCE, BlockSettings, Room, block_values, choose_points
 from datasets.shapenet_part import PartTaxonomy, draw_rows, official_taxonomy
 from downstream.features import check_neighbors, evaluating
-from downstream.figures import NEUTRAL, check_output_path, draw_cloud
+from downstream.figures import check_output_path, draw_neighbors
 from downstream.finetuning import scores_of
 from downstream.retrieval import nearest
-from downstream.segmentation.main_semseg import predict_room
+from downstream.segmentation.drawing import Item, draw_sheet, write_colored_ply
+from downstream.segmentation.main_semseg import RoomPrediction, predict_room
 from engine.device import resolve_device
-from engine.load_model import encoder_from_checkpoint, fine_tuned_from_checkpoint, kind_of_checkpoint
+from engine.load_model import (
+    encoder_from_checkpoint,
+    find_weights,
+    fine_tuned_from_checkpoint,
+    kind_of_checkpoint,
+)
 from models import ENCODER_ALIASES, ENCODERS
+from models.base import PointFeatures
 from models.task_heads import Classification, FineTuned, PartSegmentation, SemanticSegmentation
 from utils.cli import HelpFormatter, log_to_screen, positive_int, run, seed_number, write_json
 from utils.errors import CheckpointError, DataError, UserError
 from utils.files import data_files
-from utils.pictures import Figure, save_figure
 from utils.progress import progress
 
 TASKS: dict[str, type[FineTuned] | None] = {
@@ -66,7 +71,8 @@ POINTS = {"parts": 2048, "rooms": 4096, "classes": 1024, "features": 1024}
 UNITS = {"m": 1.0, "cm": 0.01, "mm": 0.001, "in": 0.0254, "ft": 0.3048}
 ROOM_DENSITY, ROOM_POINTS = 2000, (20_000, 2_000_000)  # points drawn from a mesh of a room: a square meter, limits
 LABELS_OF_MESH = 8192  # points drawn from an object's mesh to be labeled
-SHEET_ROWS = 20
+SHEET_ROWS, SHEET_POINTS = 20, 4096
+LINES, LABELS_PER_LINE = 20, 4  # printed
 
 
 @dataclass(frozen=True)
@@ -104,8 +110,9 @@ class Prediction(NamedTuple):
     name: str
     path: Path
     points: np.ndarray  # (N, 3) as in the file
+    colors: np.ndarray | None = None  # (N, 3) in 0..1, of the file
     labels: np.ndarray | None = None  # (N,) parts or classes of points
-    confidence: np.ndarray | None = None  # (N,) probability of each point's part
+    confidence: np.ndarray | None = None  # (N,) probability of each point's label
     category: str | None = None  # of a part model
     probabilities: np.ndarray | None = None  # (classes,)
     features: np.ndarray | None = None  # (D,)
@@ -119,6 +126,7 @@ class Report:
         task: what was predicted.
         label_names: names of the labels of points, or of classes.
         colors: (labels, 3) in 0..1 of point labels.
+        up: axis of the files that points up.
         predictions: of the usable files.
         skipped: why files were skipped, by path.
         files: what was written.
@@ -127,6 +135,7 @@ class Report:
     task: str
     label_names: list[str]
     colors: np.ndarray | None = None
+    up: str = "y"
     predictions: list[Prediction] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
@@ -150,7 +159,7 @@ def find_inputs(
         path = Path(item).expanduser()
         if path.is_dir():
             files = [p for p in data_files(path, "**/*") if p.is_file() and p.suffix.lower() in suffixes]
-            found += [(p, "-".join(p.relative_to(path).with_suffix("").parts)) for p in files]
+            found += [(p, _name_below(path, p)) for p in files]
         elif path.is_file():
             found.append((path, path.stem))
             files = [path]
@@ -158,7 +167,8 @@ def find_inputs(
             files = [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).is_file()]
             found += [(p, p.stem) for p in files]
         if not files:
-            missing[item] = f"{item}: no such file, and nothing usable there ({', '.join(suffixes)})"
+            usable = f"holds nothing usable ({', '.join(suffixes)})"
+            missing[item] = f"{item} {usable if path.is_dir() else 'does not exist'}"
     unique = list({path.resolve(): (path, name) for path, name in found}.values())
     often = Counter(name.lower() for _, name in unique)
     names: dict[str, Path] = {}
@@ -168,6 +178,12 @@ def find_inputs(
             own += "_"
         names[own] = path
     return names, missing
+
+
+def _name_below(folder: Path, file: Path) -> str:
+    """Return a name from the path below a folder; ``lamp/lamp.obj`` is ``lamp``."""
+    parts = file.relative_to(folder).with_suffix("").parts
+    return "-".join(part for i, part in enumerate(parts) if i == 0 or part != parts[i - 1])
 
 
 class Predictor:
@@ -181,6 +197,7 @@ class Predictor:
     def __init__(self, model_path: str | Path, settings: Settings) -> None:
         self.settings, self.path = settings, find_weights(model_path, model=settings.model)
         self.task = self._task()
+        self.up = settings.up or _up_of_models(self.task)
         self.device = resolve_device(settings.device)
         kind, payload = TASKS[self.task], {}
         if kind is None:
@@ -247,23 +264,25 @@ class Predictor:
         points, colors = self._read(path, rng)  # (N, 3), (N, 3) in 0..1 or None
         k = getattr(self.encoder, "k", 1)
         if len(points) < k:
-            raise DataError(f"{path} has {len(points)} points; the model looks at {k} neighbors of each")
-        usual = "z" if self.task == "rooms" else "y"
-        upright = points if self.settings.up in (None, usual) else _turned(points, self.task)
+            raise DataError(f"{path} has {len(points)} points; the model needs {k} or more")
+        upright = points if self.up == _up_of_models(self.task) else _turned(points, self.task)
+        found = Prediction(name, path, points, colors)
         if self.task == "rooms":
-            labels = self._room(upright * UNITS[self.settings.units], colors, path, name)
-            return Prediction(name, path, points, labels=labels)
+            room = self._room(upright * UNITS[self.settings.units], colors, path, name)
+            return found._replace(labels=room.predicted, confidence=room.confidence)
         if np.ptp(points, axis=0).max() == 0:
             raise DataError(f"{path}: all its points are the same")
         unit = to_unit_sphere(upright)[0].astype(np.float32)
         if self.task == "parts":
-            return Prediction(name, path, points, *self._parts(unit, rng))
+            labels, confidence, category = self._parts(unit, rng)
+            return found._replace(labels=labels, confidence=confidence, category=category)
         chosen = draw_rows(len(unit), min(self.size, len(unit)), rng)
         batch = torch.from_numpy(unit[chosen]).to(self.device)[None].mT  # (1, 3, N)
         with evaluating(self.model):
-            if self.task == "features":
-                return Prediction(name, path, points, features=self.model(batch).pooled[0].float().cpu().numpy())
-            return Prediction(name, path, points, probabilities=self.model(batch)[0].float().softmax(0).cpu().numpy())
+            result = self.model(batch)
+        if self.task == "features":
+            return found._replace(features=result.pooled[0].float().cpu().numpy())
+        return found._replace(probabilities=result[0].float().softmax(0).cpu().numpy())
 
     def _read(self, path: Path, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None]:
         shape = read_source(path)
@@ -293,27 +312,36 @@ class Predictor:
         passes = dealt.reshape(-1, size)  # every point is in at least one
         category = self.categories[0]
         if len(self.categories) > 1:
-            first = [self._probabilities(unit[passes[:1]], number) for number in self.categories]
-            category = self.categories[int(np.argmax([float(p.sum(1).mean()) for p in first]))]
+            category = self._likeliest(unit[passes[:1]])
         shares = torch.zeros(len(unit), self.taxonomy.part_counts[category])
         times = torch.zeros(len(unit), 1)
         for rows in np.array_split(passes, -(-len(passes) // self.settings.batch_size)):
             index = torch.from_numpy(rows.ravel())
-            shares.index_add_(0, index, self._probabilities(unit[rows], category).mT.flatten(0, 1))
+            shares.index_add_(0, index, self._probabilities(self._encoded(unit[rows]), category).mT.flatten(0, 1))
             times.index_add_(0, index, torch.ones(len(index), 1))
         confidence, part = (shares / times).max(1)
         start = self.taxonomy.part_starts[category]
         return start + part.numpy(), confidence.numpy(), self.taxonomy.category_names[category]
 
-    def _probabilities(self, points: np.ndarray, category: int) -> Tensor:
+    def _likeliest(self, points: np.ndarray) -> int:
+        """Return the category whose own parts get the most probability on points (B, N, 3)."""
+        encoded = self._encoded(points)
+        shares = [float(self._probabilities(encoded, category).sum(1).mean()) for category in self.categories]
+        return self.categories[int(np.argmax(shares))]
+
+    def _encoded(self, points: np.ndarray) -> PointFeatures:
+        """Return the encoder's features of points (B, N, 3)."""
+        with evaluating(self.model):
+            return self.model.features(torch.from_numpy(points).to(self.device))
+
+    def _probabilities(self, encoded: PointFeatures, category: int) -> Tensor:
         """Return the probabilities (B, parts, N) of a category's own parts, among all of the model."""
-        batch = torch.from_numpy(points).to(self.device).mT  # (B, 3, N)
         own = self.taxonomy.parts_of(category)
         with evaluating(self.model):
-            scores = self.model(batch, torch.full((len(batch),), category, device=self.device))
+            scores = self.model.head(encoded, torch.full((len(encoded.pooled),), category, device=self.device))
         return scores.float().softmax(1)[:, own.start - self.first : own.stop - self.first].cpu()
 
-    def _room(self, xyz: np.ndarray, colors: np.ndarray | None, path: Path, name: str) -> np.ndarray:
+    def _room(self, xyz: np.ndarray, colors: np.ndarray | None, path: Path, name: str) -> RoomPrediction:
         """Label every point of a room (N, 3), in meters, z up."""
         channels = self.encoder.in_channels
         if channels > 3 and colors is None:
@@ -324,7 +352,7 @@ class Predictor:
         room = Room(name, xyz, rgb.astype(np.float32), np.zeros(len(xyz), np.uint8))
         blocks = _Blocks(room, BlockSettings(num_points=self.size, seed=self.settings.seed), channels)
         passes = scores_of(self.model, blocks, batch_size=self.settings.batch_size, device=self.device)
-        return predict_room(passes, len(xyz), name)[1]
+        return predict_room(passes, len(xyz), name)
 
 
 class _Blocks(Dataset):
@@ -345,8 +373,13 @@ class _Blocks(Dataset):
         return torch.from_numpy(values.astype(np.float32)), unknown, torch.from_numpy(rows), 0
 
 
+def _up_of_models(task: str) -> str:
+    """Return the axis that pointed up in training."""
+    return "z" if task == "rooms" else "y"
+
+
 def _turned(points: np.ndarray, task: str) -> np.ndarray:
-    """Turn a cloud whose up axis is not the model's: rooms have z up, objects y."""
+    """Turn a cloud whose up axis is not that of training."""
     x, y, z = points.T
     return np.stack([x, -z, y] if task == "rooms" else [x, z, -y], axis=1)
 
@@ -376,9 +409,9 @@ def predict(
     predictor = Predictor(model_path, Settings(**settings))
     if neighbors and predictor.task != "features":
         raise UserError(f"--neighbors belongs to features, {model_path} predicts {predictor.task}")
-    report = Report(predictor.task, predictor.label_names, predictor.colors, skipped=missing)
+    report = Report(predictor.task, predictor.label_names, predictor.colors, predictor.up, skipped=missing)
     writer = None if output_dir is None else _Writer(Path(output_dir), report)
-    for name, path in progress(names.items(), text="predicting", unit="file"):
+    for name, path in progress(names.items(), text="predicting", unit="files"):
         try:
             prediction = predictor.predict(path, name)
         except (DataError, OSError) as error:
@@ -396,7 +429,7 @@ def predict(
 
 
 class _Writer:
-    """Writes a report's files: a PLY for each labeled cloud at once, tables at the end."""
+    """Writes a report's files: a PLY for each labeled cloud at once, tables and pictures at the end."""
 
     def __init__(self, folder: Path, report: Report) -> None:
         self.folder, self.report = folder, report
@@ -406,27 +439,42 @@ class _Writer:
         """Write what belongs to one file."""
         if item.labels is not None:
             path = self.folder / f"{item.name}_{self.report.task}.ply"
-            write_labeled_ply(path, item.points, self.report.colors[item.labels], item.labels)
+            write_colored_ply(path, item.points, self.report.colors[item.labels], item.labels)
             self.report.files.append(str(path))
 
     def finish(self, neighbors: int) -> None:
-        """Write the table or the features."""
-        report = self.report
-        if report.task != "features":
-            path = self.folder / f"{report.task}.csv"
-            rows = _class_rows(report) if report.task == "classes" else _point_rows(report)
-            with open(path, "w", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerows(rows)
-            report.files.append(str(path))
+        """Write the table or the features, and the pictures."""
+        report, items = self.report, self.report.predictions
+        shown = np.linspace(0, len(items) - 1, min(SHEET_ROWS, len(items))).round().astype(int)
+        if report.task == "features":
+            features = np.stack([item.features for item in items])
+            names = [item.name for item in items]
+            np.savez(self._file("features.npz"), names=np.array(names), features=features)
+            if neighbors and len(items) > 1:
+                found = nearest(features, shown, neighbors)
+                clouds = [item.points[:SHEET_POINTS] for item in items]
+                draw_neighbors(clouds, names, shown, found, self._file("neighbors.png"), up=report.up)
             return
-        path = self.folder / "features.npz"
-        features = np.stack([item.features for item in report.predictions])
-        np.savez(path, names=np.array([item.name for item in report.predictions]), features=features)
-        report.files.append(str(path))
-        if neighbors and len(features) > 1:
-            path = self.folder / "neighbors.png"
-            draw_neighbors(report.predictions, features, path, count=min(neighbors, len(features) - 1))
-            report.files.append(str(path))
+        rows = _class_rows(report) if report.task == "classes" else _point_rows(report)
+        with open(self._file(f"{report.task}.csv"), "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(rows)
+        if report.task != "classes":
+            drawn = [_drawn(items[i], report) for i in shown]
+            number = f"{len(drawn)} of {len(items)}" if len(drawn) < len(items) else len(items)
+            title = f"{report.task} of {number} files" + (", drawn without ceilings" if report.task == "rooms" else "")
+            draw_sheet(drawn, report.colors, report.label_names, self._file("sheet.png"), up=report.up, title=title)
+
+    def _file(self, name: str) -> Path:
+        """Return the path of a file, and remember that it is written."""
+        self.report.files.append(str(self.folder / name))
+        return self.folder / name
+
+
+def _drawn(item: Prediction, report: Report) -> Item:
+    """Return what the sheet shows: rooms without their ceilings."""
+    hidden = item.labels == (CLASS_NAMES.index("ceiling") if report.task == "rooms" else -1)
+    name = item.name if item.category is None else f"{item.name}: {item.category}"
+    return Item(name, item.points, item.colors, None, item.labels, hidden)
 
 
 def _point_rows(report: Report) -> list[list[Any]]:
@@ -434,7 +482,7 @@ def _point_rows(report: Report) -> list[list[Any]]:
     rows: list[list[Any]] = [["file", "category", "label", "name", "points", "share", "mean_probability"]]
     for item in report.predictions:
         for label, count in zip(*np.unique(item.labels, return_counts=True), strict=True):
-            sure = "" if item.confidence is None else f"{item.confidence[item.labels == label].mean():.4f}"
+            sure = f"{item.confidence[item.labels == label].mean():.4f}"
             share = f"{count / len(item.labels):.4f}"
             name = report.label_names[label]
             rows.append([str(item.path), item.category or "", int(label), name, int(count), share, sure])
@@ -451,39 +499,20 @@ def _class_rows(report: Report) -> list[list[Any]]:
     return rows
 
 
-def write_labeled_ply(path: Path, points: np.ndarray, colors: np.ndarray, labels: np.ndarray) -> None:
-    """Write a binary PLY with x, y, z, red, green, blue and label.
-
-    Args:
-        path: file to write.
-        points: (N, 3).
-        colors: (N, 3) in 0..1.
-        labels: (N,).
-    """
-    names = ("red", "green", "blue")
-    kinds = [(axis, "f8") for axis in "xyz"] + [(name, "u1") for name in names] + [("label", "i4")]
-    rows = np.empty(len(points), dtype=kinds)
-    for axis, column in zip("xyz", points.T, strict=True):
-        rows[axis] = column
-    for name, column in zip(names, np.round(255 * colors).T, strict=True):
-        rows[name] = column
-    rows["label"] = labels
-    try:
-        PlyData([PlyElement.describe(rows, "vertex")]).write(str(path))
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def draw_neighbors(items: Sequence[Prediction], features: np.ndarray, path: Path, *, count: int) -> None:
-    """Draw objects beside their nearest neighbors by the cosine of centered features (n, D)."""
-    queries = np.linspace(0, len(items) - 1, min(SHEET_ROWS, len(items))).round().astype(int)
-    found = nearest(features, queries, count)
-    figure = Figure(figsize=(1.5 * (1 + count), 1.7 * len(queries)), layout="constrained")
-    grid = figure.subplots(len(queries), 1 + count, squeeze=False)
-    for row, query, others in zip(grid, queries, found, strict=True):
-        for axes, i in zip(row, [query, *others], strict=True):
-            draw_cloud(axes, items[i].points[:4096], title=items[i].name[-24:], color=NEUTRAL)
-    save_figure(figure, path)
+def answers(report: Report) -> list[str]:
+    """Return a line for each of the first files: its class, or its most frequent labels."""
+    lines = []
+    for item in report.predictions[:LINES]:
+        if item.probabilities is not None:
+            shares = item.probabilities
+        elif item.labels is not None:
+            shares = np.bincount(item.labels, minlength=len(report.label_names)) / len(item.labels)
+        else:
+            continue
+        best = np.argsort(-shares, kind="stable")[:LABELS_PER_LINE]
+        named = ", ".join(f"{report.label_names[i]} {shares[i]:.0%}" for i in best if shares[i] >= 0.005)
+        lines.append(f"{item.name}: {f'{item.category}: ' if item.category else ''}{named}")
+    return lines
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -540,6 +569,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         neighbors=args.neighbors,
         **{name: getattr(args, name) for name in names},
     )
+    for line in answers(report):
+        print(line)
     for message in report.skipped.values():
         print(f"skipped: {message}")
     print(f"{len(report.predictions)} files predicted ({report.task}), {len(report.skipped)} skipped: {folder}")

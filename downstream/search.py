@@ -242,7 +242,7 @@ class Search:
     def read_files(self) -> None:
         """Read the files of ``--gallery``."""
         names, self.skipped = find_inputs(self.config.gallery)
-        for name, path in progress(names.items(), text="reading the gallery", unit="file"):
+        for name, path in progress(names.items(), text="reading the gallery", unit="files"):
             if (item := self.read_shape(path)) is not None:
                 self.gallery.append(item._replace(name=name))
 
@@ -313,7 +313,7 @@ def search(config: SearchConfig) -> dict[str, Any]:
         raise DataError("; ".join(missing.values()))
     engine = Search(config)
     engine.skipped |= missing
-    queries = [query for path in progress(names.values(), text="searching", unit="query") if (query := engine(path))]
+    queries = [query for path in progress(names.values(), text="searching", unit="queries") if (query := engine(path))]
     if not queries:
         raise DataError(f"no query could be used: {'; '.join(list(engine.skipped.values())[:3])}")
     found = []

@@ -27,7 +27,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also run by path
 
@@ -217,7 +217,7 @@ class AreaTest:
         rooms = self.rooms
         total = np.zeros((len(CLASS_NAMES), len(CLASS_NAMES)), dtype=np.int64)
         for room, name in enumerate(rooms.rooms):
-            truth, predicted = predict_room(
+            truth, predicted, _ = predict_room(
                 self.passes(model, rooms, rooms.blocks_of(room)), rooms.room_size(room), name
             )
             total += confusion_matrix(truth, predicted, len(CLASS_NAMES))
@@ -232,16 +232,21 @@ class AreaTest:
         )
 
 
-def predict_room(passes: Iterable[Any], size: int, name: str) -> tuple[np.ndarray, np.ndarray]:
+class RoomPrediction(NamedTuple):
+    """Classes of all points of a room."""
+
+    truth: np.ndarray  # (N,)
+    predicted: np.ndarray  # (N,)
+    confidence: np.ndarray  # (N,) probability of the predicted class
+
+
+def predict_room(passes: Iterable[Any], size: int, name: str) -> RoomPrediction:
     """Merge a room's predictions: average each point's class probabilities over its blocks.
 
     Args:
         passes: scores and batches of the room's blocks.
         size: points of the room.
         name: of the room, for messages.
-
-    Returns:
-        (size,) true and predicted classes.
 
     Raises:
         DataError: a point is in no block.
@@ -255,7 +260,8 @@ def predict_room(passes: Iterable[Any], size: int, name: str) -> tuple[np.ndarra
         raise DataError(
             f"{int((truth < 0).sum())} of the {size} points of {name} are in no test block; make them again"
         )
-    return truth.numpy(), shares.argmax(1).numpy()
+    confidence = shares.max(1).values / shares.sum(1)
+    return RoomPrediction(truth.numpy(), shares.argmax(1).numpy(), confidence.numpy())
 
 
 def scores_from(confusion: np.ndarray) -> Scores:

@@ -13,20 +13,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also run by path
 
 import numpy as np
-from plyfile import PlyData, PlyElement
 
 from datasets.s3dis import AREAS, CLASS_COLORS, CLASS_NAMES, S3DISRooms
 from datasets.shapenet_part import ShapeNetPart
-from downstream.figures import NEUTRAL, check_output_path, draw_cloud
+from downstream.figures import check_output_path
 from downstream.finetuning import scores_of
+from downstream.segmentation.drawing import Item, colored, draw_sheet, write_colored_ply
 from downstream.segmentation.main_partseg import Parts, check_fits, predict_parts
 from downstream.segmentation.main_semseg import predict_room
 from engine.device import resolve_device
@@ -43,13 +42,8 @@ from utils.cli import (
     write_json,
 )
 from utils.errors import CheckpointError, UserError
-from utils.pictures import Figure, Patch, save_figure
 
-COLUMNS = ("input", "truth", "prediction", "errors")
-GRAY, RIGHT_GRAY, WRONG_RED = (0.45, 0.5, 0.55), (0.82, 0.82, 0.82), (0.85, 0.1, 0.1)
-DARK = (0.12, 0.13, 0.16)
 FOREIGN_COLOR, FOREIGN_NAME = (0.0, 0.0, 0.0), "part of another category"
-SHEET_POINTS = 40_000  # per cloud on the sheet; more points would only hide each other
 
 
 @dataclass(kw_only=True)
@@ -71,17 +65,6 @@ class PictureConfig(Settings):
     test_area: int
     rooms: list[str] | None
     output_dir: str
-
-
-class Item(NamedTuple):
-    """One cloud of the sheet."""
-
-    name: str
-    points: np.ndarray  # (N, 3)
-    colors: np.ndarray | None  # (N, 3) of the scan, 0..1; None if it has none
-    truth: np.ndarray  # (N,)
-    predicted: np.ndarray  # (N,)
-    hidden: np.ndarray  # (N,) bool, not drawn on the sheet
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -108,81 +91,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_common_arguments(parser)
     return parser
-
-
-def write_colored_ply(path: Path, points: np.ndarray, colors: np.ndarray) -> None:
-    """Write a binary PLY file with colors.
-
-    Args:
-        path: file to write.
-        points: (N, 3).
-        colors: (N, 3) in 0..1.
-    """
-    kinds = [(axis, "f4") for axis in "xyz"] + [(name, "u1") for name in ("red", "green", "blue")]
-    rows = np.empty(len(points), dtype=kinds)
-    for axis, column in zip("xyz", points.T, strict=True):
-        rows[axis] = column
-    for name, column in zip(("red", "green", "blue"), np.round(255 * colors).T, strict=True):
-        rows[name] = column
-    try:
-        PlyData([PlyElement.describe(rows, "vertex")]).write(str(path))
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def colored(item: Item, table: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the colors of every column, (N, 3) each.
-
-    Args:
-        item: the cloud.
-        table: (C, 3) color of every label.
-    """
-    plain = np.tile(GRAY, (len(item.points), 1)) if item.colors is None else item.colors
-    errors = np.where((item.truth == item.predicted)[:, None], RIGHT_GRAY, WRONG_RED)
-    return dict(zip(COLUMNS, (plain, table[item.truth], table[item.predicted], errors), strict=True))
-
-
-def draw_sheet(
-    items: Sequence[Item], table: np.ndarray, names: Sequence[str], path: Path, *, up: str, title: str
-) -> None:
-    """Draw a row of four pictures per cloud, with a legend of its colors.
-
-    Args:
-        items: the clouds.
-        table: (C, 3) color of every label.
-        names: (C,) name of every label.
-        path: picture to write.
-        up: upward axis of the clouds.
-        title: heading.
-    """
-    cell = 2.4  # inches
-    figure = Figure(figsize=(4 * cell + 2.2, cell * 1.08 * len(items) + 0.5), layout="constrained")
-    figure.suptitle(title, fontsize=11)
-    grid = figure.subplots(len(items), 5, squeeze=False, gridspec_kw={"width_ratios": [1, 1, 1, 1, 0.85]})
-    for row, item in zip(grid, items, strict=True):
-        seen = np.flatnonzero(~item.hidden)
-        seen = seen[np.random.default_rng(0).permutation(len(seen))[:SHEET_POINTS]]
-        wrong = np.mean(item.truth != item.predicted)
-        for axes, (column, colors) in zip(row, colored(item, table).items(), strict=False):
-            heading = {"input": item.name, "errors": f"errors: {wrong:.1%} of the points"}.get(column, column)
-            size = np.clip(160 / np.sqrt(len(seen)), 0.8, 10)  # smaller points would make a sparse cloud hard to see
-            draw_cloud(
-                axes,
-                item.points[seen],
-                title=heading,
-                color=NEUTRAL,
-                point_colors=colors[seen],
-                up=up,
-                size=size,
-                above=20 if up == "y" else 50,
-            )
-            if up == "z":
-                axes.set_facecolor(DARK)  # pale walls would vanish on white
-        labels = np.union1d(item.truth[seen], item.predicted[seen])
-        handles = [Patch(color=table[label], label=names[label]) for label in labels]
-        row[4].axis("off")
-        row[4].legend(handles=handles, loc="center left", fontsize=9, frameon=False, borderpad=0, handlelength=1.2)
-    save_figure(figure, path)
 
 
 def part_items(config: PictureConfig, model: FineTuned, payload: dict[str, Any]) -> tuple[list[Item], ShapeNetPart]:
@@ -251,7 +159,7 @@ def room_items(config: PictureConfig, model: FineTuned) -> list[Item]:
             workers=config.workers,
             chosen=rooms.blocks_of(room),
         )
-        _, predicted = predict_room(passes, rooms.room_size(room), name)
+        predicted = predict_room(passes, rooms.room_size(room), name).predicted
         points, truth = rooms.room_cloud(room)
         hidden = truth == CLASS_NAMES.index("ceiling")
         items.append(Item(name, points[:, :3], points[:, 3:], truth, predicted, hidden))

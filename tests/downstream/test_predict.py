@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from datasets.s3dis import CLASS_NAMES, S3DISRooms
 from datasets.s3dis_prepare import BlockSettings, Room, write_room
 from downstream import predict as script
 from downstream.finetuning import scores_of
+from downstream.segmentation import drawing
 from downstream.segmentation.main_semseg import predict_room
 from engine.checkpoint import save_checkpoint
 from engine.load_model import describe_encoder, describe_fine_tuned
@@ -72,7 +74,7 @@ def parts(tmp_path):
     return save(tmp_path / "m.pth", PartSegmentation, encoder, PART_TABLE, num_categories=2, num_parts=5)
 
 
-def test_every_point_of_a_cloud_gets_a_part_of_its_category(parts, tmp_path):
+def test_every_point_of_a_cloud_gets_a_part_of_its_category(parts, tmp_path, capsys):
     points = RNG.normal(size=(150, 3)) * 40 + 7
     write_cloud(tmp_path / "a.ply", points)
     summary = run(tmp_path, parts, tmp_path / "a.ply", "--num_points", 64, "--category", "Cone")
@@ -84,6 +86,24 @@ def test_every_point_of_a_cloud_gets_a_part_of_its_category(parts, tmp_path):
     assert sum(int(row["points"]) for row in rows) == 150 and {row["category"] for row in rows} == {"cone"}
     assert {row["name"] for row in rows} <= {"c0", "c1", "c2"}
     assert summary["task"] == "parts" and summary["skipped"] == {}
+    assert Path(summary["files"][-1]).name == "sheet.png" and (tmp_path / "out" / "sheet.png").stat().st_size > 5000
+    assert re.search(r"^a: cone: c\d \d+%", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_the_sheet_shows_what_the_file_holds_and_what_is_predicted(parts, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(drawing, "save_figure", lambda figure, path: drawn.append(figure))
+    colors = RNG.integers(256, size=(64, 3))
+    write_cloud(tmp_path / "a.ply", RNG.normal(size=(64, 3)), colors)
+    run(tmp_path, parts, tmp_path / "a.ply", "--num_points", 64, "--category", "cone", "--up", "z")
+    (figure,) = drawn
+    shown, predicted, legend = figure.axes
+    assert [axes.get_title() for axes in (shown, predicted)] == ["a: cone", "prediction"]
+    np.testing.assert_allclose(
+        np.sort(shown.collections[0].get_facecolor()[:, :3], axis=0), np.sort(colors / 255, axis=0), atol=1e-6
+    )
+    names = [text.get_text() for text in legend.get_legend().get_texts()]
+    assert names and set(names) <= {"c0", "c1", "c2"}
 
 
 def test_the_parts_are_those_of_a_literal_pass(parts, tmp_path):
@@ -100,12 +120,15 @@ def test_the_parts_are_those_of_a_literal_pass(parts, tmp_path):
 def test_the_category_is_the_likeliest_one_and_may_be_given_by_the_checkpoint(parts, tmp_path):
     write_cloud(tmp_path / "a.ply", RNG.normal(size=(64, 3)))
     report = script.predict(parts, [tmp_path / "a.ply"], num_points=64, device="cpu")
-    sums = {}
-    for category in ("brick", "cone"):
+    model, _ = script.fine_tuned_from_checkpoint(parts, PartSegmentation)
+    unit = torch.tensor(script.to_unit_sphere(report.predictions[0].points)[0], dtype=torch.float32).T[None]
+    shares = {}
+    for number, (category, own) in enumerate((("brick", slice(0, 2)), ("cone", slice(2, 5)))):
         one = script.predict(parts, [tmp_path / "a.ply"], num_points=64, device="cpu", category=category)
         assert one.predictions[0].category == category
-        sums[category] = one
-    assert report.predictions[0].category in sums
+        with torch.no_grad():
+            shares[category] = float(model.eval()(unit, torch.tensor([number]))[0].softmax(0)[own].sum(0).mean())
+    assert report.predictions[0].category == max(shares, key=shares.get)
     encoder = build_encoder("dgcnn_partseg", k=4, emb_dims=16)
     table = {**PART_TABLE, "class_choice": "cone"}
     own = save(tmp_path / "own.pth", PartSegmentation, encoder, table, num_categories=2, num_parts=3)
@@ -189,8 +212,9 @@ def test_a_room_is_predicted_as_the_whole_room_protocol_does(tmp_path, channels)
         (folder / "room_filelist.txt").write_text("Area_1_office_1\n" * len(file["data"]))
     rooms = S3DISRooms(tmp_path, 1, in_channels=channels)
     net, _ = script.fine_tuned_from_checkpoint(model, SemanticSegmentation)
-    _, expected = predict_room(scores_of(net, rooms, batch_size=8, device=torch.device("cpu")), 300, "room")
+    _, expected, _ = predict_room(scores_of(net, rooms, batch_size=8, device=torch.device("cpu")), 300, "room")
     assert (found.labels == expected).mean() > 0.99
+    assert (found.confidence > 1 / len(CLASS_NAMES)).all() and (tmp_path / "out" / "sheet.png").exists()
     written, labels, _ = read(tmp_path / "out" / "Area_1_office_1_rooms.ply")
     np.testing.assert_array_equal(labels, found.labels)
     np.testing.assert_allclose(written, points * 1000, rtol=1e-5)
@@ -231,6 +255,9 @@ def test_files_of_one_name_keep_apart(tmp_path):
         write_mesh(tmp_path / folder / "a.off")
     names, missing = script.find_inputs([tmp_path / "one" / "a.off", tmp_path / "two" / "a.off", tmp_path / "one"])
     assert sorted(names) == ["one-a.off", "two-a.off"] and not missing
+    (tmp_path / "set" / "lamps" / "old").mkdir(parents=True)
+    write_mesh(tmp_path / "set" / "lamps" / "old" / "old.off")
+    assert list(script.find_inputs([tmp_path / "set"])[0]) == ["lamps-old"]
 
 
 def test_published_weights_answer_by_their_head(tmp_path, caplog):

@@ -173,7 +173,8 @@ def test_a_room_is_put_together_from_the_mean_over_its_blocks():
     sure[0, 4], unsure[0, 7] = 9.0, 1.0
     labels, index = torch.tensor([[4, 7]]), torch.tensor([[0, 1]])
     passes = [(sure, (None, labels, index, 0)), (unsure, (None, labels, index, 0))]
-    truth, predicted = script.predict_room(passes, 2, "a")
+    truth, predicted, confidence = script.predict_room(passes, 2, "a")
+    np.testing.assert_allclose(confidence[0], (sure[0].softmax(0) + unsure[0].softmax(0))[4, 0] / 2, rtol=1e-6)
     assert truth.tolist() == [4, 7] and predicted.tolist() == [4, 4]
     with pytest.raises(DataError, match="1 of the 3 points of a are in no test block"):
         script.predict_room(passes, 3, "a")

@@ -7,6 +7,7 @@ from PIL import Image
 from plyfile import PlyData
 
 from datasets.s3dis import CLASS_COLORS
+from downstream.segmentation import drawing
 from downstream.segmentation import visualize as script
 from engine.checkpoint import save_checkpoint
 from engine.load_model import describe_fine_tuned
@@ -41,7 +42,7 @@ def parts(tmp_path):
 
 def test_parts_are_written_in_the_colors_of_the_data_set(parts, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(script, "save_figure", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(drawing, "save_figure", lambda figure, path: drawn.append(figure))
     metrics = run(tmp_path, "--items", 3, "--json", tmp_path / "m.json")
     assert json.loads((tmp_path / "m.json").read_text()) == metrics
     # One of each category before a second one of the first.
@@ -54,8 +55,8 @@ def test_parts_are_written_in_the_colors_of_the_data_set(parts, tmp_path, monkey
     _, errors = read(tmp_path / "out" / "cone_1_errors.ply")
     _, guess = read(tmp_path / "out" / "cone_1_prediction.ply")
     wrong = (guess != colors).any(1)
-    assert (errors[wrong] == np.round(255 * np.array(script.WRONG_RED))).all()
-    assert (errors[~wrong] == np.round(255 * np.array(script.RIGHT_GRAY))).all()
+    assert (errors[wrong] == np.round(255 * np.array(drawing.WRONG_RED))).all()
+    assert (errors[~wrong] == np.round(255 * np.array(drawing.RIGHT_GRAY))).all()
     assert metrics["accuracy"]["cone 1"] == pytest.approx(100 * (1 - wrong.mean()))
     (figure,) = drawn
     titles = [axes.get_title() for axes in figure.axes]
