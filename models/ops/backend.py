@@ -1,13 +1,13 @@
-"""Which form of the encoder's inner loops runs: PyTorch's operations, or Triton kernels on a GPU.
+"""Choose between PyTorch operations and Triton kernels for the inner loops of the encoders.
 
 ``CROSSNET_KERNELS`` in the environment decides:
 
-- ``auto`` (default): the kernels, on a GPU on which they compile and agree with plain formulas in a check at first use;
-  else PyTorch's operations, with a warning that says why.
-- ``triton``: the kernels; where they cannot run, that is an error. With TRITON_INTERPRET=1 also on a CPU, slowly.
-- ``torch``: PyTorch's operations everywhere.
+- ``auto`` (default): the kernels, on a GPU where they compile and match plain formulas in a check at first use;
+  otherwise PyTorch operations, with a warning that gives the reason.
+- ``triton``: the kernels; an error if they cannot run. With TRITON_INTERPRET=1 they also run on a CPU, slowly.
+- ``torch``: PyTorch operations everywhere.
 
-Both forms find the same neighbours, but for ties, and agree up to rounding; neither is an approximation.
+Both are exact: they find the same neighbors, except for ties, and agree up to rounding.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from utils.errors import UserError
 VARIABLE = "CROSSNET_KERNELS"
 CHOICES = ("auto", "triton", "torch")
 logger = logging.getLogger("crossnet.kernels")
-_without_everywhere: list[str] = []  # why no process uses the kernels; see agree_on_kernels
+_without_everywhere: list[str] = []  # why no process uses the kernels; set by agree_on_kernels
 
 
 def wanted() -> str:
-    """The choice in the environment.
+    """Return the value of ``CROSSNET_KERNELS``.
 
     Raises:
-        UserError: it is none of ``CHOICES``.
+        UserError: it is not one of ``CHOICES``.
     """
     choice = os.environ.get(VARIABLE, CHOICES[0])
     if choice not in CHOICES:
@@ -45,10 +45,10 @@ def wanted() -> str:
 
 
 def check_choice(device: torch.device) -> None:
-    """Refuse a choice in the environment that cannot be had on a device; to be called before a run begins.
+    """Fail early if ``CROSSNET_KERNELS`` asks for kernels that a device cannot run.
 
     Raises:
-        UserError: CROSSNET_KERNELS is not a known choice, or asks for kernels that cannot run here.
+        UserError: its value is unknown, or the kernels cannot run on this device.
     """
     if wanted() != "triton":
         return
@@ -64,12 +64,12 @@ def _interpreted() -> bool:
 
 
 def backend_for(x: Tensor) -> ModuleType | None:
-    """``models.ops.triton_kernels`` where it computes what is made of ``x``, None where PyTorch's operations do.
+    """Return ``models.ops.triton_kernels`` if it supports ``x``; None means: use PyTorch operations.
 
-    The kernels take float32 only, and are not recorded by torch.compile and torch.export.
+    The kernels support float32 only, and neither torch.compile nor torch.export can trace them.
 
     Raises:
-        UserError: CROSSNET_KERNELS is not a known choice, or asks for kernels that cannot run here.
+        UserError: ``CROSSNET_KERNELS`` has an unknown value, or asks for kernels that cannot run on this device.
     """
     if x.dtype != torch.float32 or not runs_eagerly():
         return None
@@ -81,20 +81,20 @@ def backend_for(x: Tensor) -> ModuleType | None:
 
 
 def agree_on_kernels(device: torch.device) -> None:
-    """Make all processes use PyTorch's operations if the kernels fail in one of them; every process must call this.
+    """Turn the kernels off in all processes if they fail in one of them; every process must call this.
 
-    With different forms the processes would break ties differently, and wait for the slowest one in every step.
+    Otherwise the processes would break ties differently, and every step would wait for the slowest of them.
     """
     if world_size() == 1 or device.type != "cuda" or wanted() == "torch":
         return
     _, reason = _checked(_indexed(device))
     _without_everywhere[:] = all_gather_strings([f"process {rank()} on {device}: {reason}"] if reason else [])
     if _without_everywhere:
-        logger.warning("all processes use PyTorch's operations: %s", "; ".join(_without_everywhere))
+        logger.warning("all processes use PyTorch operations: %s", "; ".join(_without_everywhere))
 
 
 def _indexed(device: torch.device) -> torch.device:
-    """Give ``cuda`` the index of the current GPU, so that a GPU is checked once, whatever it is called."""
+    """Add the index of the current GPU to ``cuda``, so that each GPU is checked only once."""
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
@@ -102,39 +102,39 @@ def _indexed(device: torch.device) -> torch.device:
 
 @functools.cache
 def _checked(device: torch.device) -> tuple[ModuleType | None, str]:
-    """The kernels if they work on a device (see ``_indexed``), or None and the reason; found out once.
+    """Return the kernels if they work on a device with an index, or None and the reason.
 
     Raises:
-        UserError: they failed in a way after which the device takes no more work.
+        UserError: the check left the device unusable.
     """
     try:
         kernels = importlib.import_module("models.ops.triton_kernels")
-        with torch.inference_mode(False), torch.enable_grad():  # gradients are compared, whatever the caller needs
+        with torch.inference_mode(False), torch.enable_grad():  # the check needs gradients
             check(kernels, device)
     except torch.cuda.OutOfMemoryError:
-        raise  # says nothing about the kernels
-    except Exception as error:  # whatever a compiler, a driver or a device may raise
+        raise  # not the fault of the kernels
+    except Exception as error:  # compilers, drivers and devices raise many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         try:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
         except Exception as broken:
             raise UserError(
-                f"a check of the Triton kernels left {device} unusable ({reason}): start again with {VARIABLE}=torch"
+                f"checking the Triton kernels left {device} unusable ({reason}); start again with {VARIABLE}=torch"
             ) from broken
-        logger.warning("Triton kernels are not used on %s, PyTorch's operations are: %s", device, reason)
+        logger.warning("using PyTorch operations on %s, since the Triton kernels do not work there: %s", device, reason)
         return None, reason
-    logger.info("Triton kernels are used on %s (%s=torch turns them off)", device, VARIABLE)
+    logger.info("using Triton kernels on %s (%s=torch turns them off)", device, VARIABLE)
     return kernels, ""
 
 
 def check(kernels: ModuleType, device: torch.device) -> None:
-    """Compare every kernel with the plain formula, in float64 on the CPU.
+    """Compare every kernel with the plain formula, computed in float64 on the CPU.
 
-    On a GPU also at a size that is compiled as a run's is: several warps to a row, aligned loads, several tiles.
+    On a GPU, also check a size that compiles as in training: several warps per row, aligned loads, several tiles.
 
     Raises:
-        RuntimeError: one differs by more than rounding.
+        RuntimeError: a result differs by more than rounding.
     """
     _check_size(kernels, device, clouds=2, points=12, k=5, width=20)
     if device.type == "cuda":
@@ -153,35 +153,35 @@ def _check_size(kernels: ModuleType, device: torch.device, *, clouds: int, point
             raise RuntimeError(f"{what} on {device} differ from the plain formula by {error:.1e} of the largest")
 
     cloud = random(clouds, points, 3)
-    cloud[:, points // 2 :] = cloud[:, :1]  # as input dropout leaves them: more equal distances than k
-    distances = (cloud[:, :, None] - cloud[:, None]).double().square().sum(-1)
+    cloud[:, points // 2 :] = cloud[:, :1]  # duplicates, as after input dropout: more than k equal distances
+    distances = (cloud[:, :, None] - cloud[:, None]).double().square().sum(-1)  # (B, N, N)
     smallest, nearest = (part[..., :k] for part in distances.sort(dim=-1, stable=True))
     selected = kernels.largest(-distances.float().flatten(0, 1).to(device), k).unflatten(0, (clouds, points))
     for what, found in (("nearest points", kernels.nearest(cloud.to(device), k)), ("largest values", selected)):
         index = found.cpu()
         if index.min() < 0 or index.max() >= points or (index.diff(dim=-1) <= 0).any():
-            raise RuntimeError(f"{what} on {device} are not different places: they differ from the plain formula")
+            raise RuntimeError(f"{what} on {device} differ from the plain formula: indices repeat or are out of range")
         compare(what, distances.gather(-1, index).sort(-1).values, smallest)
 
     features = random(clouds, points, 64)
-    distances = torch.cdist(features.double(), features.double()).square()
+    distances = torch.cdist(features.double(), features.double()).square()  # (B, N, N)
     with exact_products(device):
         closeness = torch.bmm(*closeness_factors((features - features.mean(1, keepdim=True)).to(device)))
     index = kernels.largest(closeness.flatten(0, 1), k).unflatten(0, (clouds, points)).cpu()
     found = distances.gather(-1, index.clamp(0, points - 1)).sort(-1).values
     compare("neighbors by products", found, distances.topk(k, largest=False).values)
 
-    neighbors = (nearest + points * torch.arange(clouds)[:, None, None]).flatten(0, 1)
+    neighbors = (nearest + points * torch.arange(clouds)[:, None, None]).flatten(0, 1)  # (P, k)
     a, c, grad_at_argmax = (random(clouds * points, width) for _ in range(3))
     grad_scale, constant, about = (random(width) for _ in range(3))
     sign = torch.where(grad_scale < 0, -1.0, 1.0)
     exact_a, exact_c = (x.double().requires_grad_() for x in (a, c))
-    h = exact_a[neighbors] + exact_c[:, None]
+    h = exact_a[neighbors] + exact_c[:, None]  # (P, k, C)
     inputs = [x.to(device) for x in (a, c, neighbors, sign)]
     for given in (about.to(device), None):
         extremes, argmax, total, squares = kernels.edge_extremes(*inputs, about=given)
         compare("extremes", extremes, ((h * sign).amax(1) * sign).detach())
-        compare("places of extremes", extremes, (exact_a.gather(0, _rows(argmax, len(a))) + exact_c).detach())
+        compare("argmax of extremes", extremes, (exact_a.gather(0, _rows(argmax, len(a))) + exact_c).detach())
         if given is not None:
             compare("sums of edges", total, (h - about).sum((0, 1)).detach())
             compare("sums of squares", squares, (h - about).square().sum((0, 1)).detach())
@@ -195,10 +195,10 @@ def _check_size(kernels: ModuleType, device: torch.device, *, clouds: int, point
             argmax.to(argmax_type),
         ]
         gradients = kernels.edge_gradients(*of_edges)
-        for what, found, exact in zip(("neighbours", "centres"), gradients, expected, strict=True):
+        for what, found, exact in zip(("neighbors", "centers"), gradients, expected, strict=True):
             compare(f"gradients of {what}", found, exact)
 
 
 def _rows(argmax: Tensor, rows: int) -> Tensor:
-    """Places from a kernel as an index; one that is out of range becomes the next, whose value then is wrong."""
+    """Convert a kernel's argmax to an index, clamped: an index out of range fails the comparison, not the gather."""
     return argmax.cpu().long().clamp(0, rows - 1)

@@ -1,12 +1,12 @@
 """EdgeConv of DGCNN (arXiv:1801.07829) without edge tensors.
 
-A textbook EdgeConv builds [x_j - x_i ; x_i] for all k neighbours j of every point i, a tensor of N * k edges, and runs
+A textbook EdgeConv builds [x_j - x_i ; x_i] for all k neighbors j of every point i, a tensor of N * k edges, and runs
 a 1x1 convolution, batch norm, a leaky ReLU and a maximum over it. With the weight split as W = [A B] the convolution is
 ``h_ij = a_j + c_i`` with ``a = A x`` and ``c = (B - A) x``: two products over N points. Batch norm followed by a leaky
 ReLU is monotone in each channel, so the maximum over j moves inside (the minimum where the gain is negative), and the
 batch statistics of all edges follow from sums over points. Nothing here is an approximation.
 
-Inside, clouds are rows: (B, N, C), or (B * N, C) with neighbour indices into all rows of the batch.
+The points of a batch are rows (P, C) with P = B * N, and neighbors are indices (P, k) into all rows of the batch.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ from models.ops.tiles import (
     whole_clouds,
 )
 
-# Elements of one block of edges in a two-layer EdgeConv.
+# Elements per tile of edges in a two-layer EdgeConv.
 _EDGE_TILE = {"cpu": 1 << 22, "cuda": 1 << 25}
 
 
 def edge_terms(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The terms of ``weight [x_j - x_i ; x_i] = a_j + c_i``.
+    """Compute the terms of ``weight [x_j - x_i ; x_i] = a_j + c_i``.
 
     Args:
         x: (P, C) rows.
@@ -65,19 +65,20 @@ def edge_terms(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def center_of(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean m of rows (P, C), without gradient, and B m of a weight [A B], (C_out,).
+    """Return the mean m of rows (P, C), without gradient, and B m for a weight [A B], (C_out,).
 
-    For any m an EdgeConv is ``W [x_j - x_i ; x_i - m] + B m``, and with the mean no large offset costs digits.
+    For any m an EdgeConv equals ``W [x_j - x_i ; x_i - m] + B m``; with the mean, a large offset costs no digits.
     """
     mean = x.detach().mean(0)
     return mean, F.linear(mean, weight[:, len(mean) :])
 
 
 def edge_moments(a: Tensor, c: Tensor, neighbors: Tensor, degree: Tensor) -> Moments:
-    """Moments of ``h_ij = a_j + c_i`` over all edges, from sums over points, without gradient.
+    """Compute the moments of ``h_ij = a_j + c_i`` over all edges from sums over points, without gradient.
 
-    With a and c centred, so that no large mean cancels, d_j how often j is chosen and S_i = sum_j a_j over the
-    neighbours j of i: sum (h - mean)^2 = sum_j d_j a_j^2 + 2 sum_i c_i S_i + k sum_i c_i^2.
+    Let a and c be centered (a large mean would cancel digits), d_j the number of points that have j as a neighbor, and
+    S_i the sum of a_j over the neighbors j of i. Then
+    sum (h - mean)^2 = sum_j d_j a_j^2 + 2 sum_i c_i S_i + k sum_i c_i^2.
 
     Args:
         a: (P, C).
@@ -99,8 +100,8 @@ def edge_moments(a: Tensor, c: Tensor, neighbors: Tensor, degree: Tensor) -> Mom
 class _EdgeMoments(torch.autograd.Function):
     """Mean and scatter of ``edge_moments``, with gradient.
 
-    The derivatives of the scatter are 2 (d_j a_j + T_j) for a_j, with T_j = sum of the c_i that chose j, and
-    2 (S_i + k c_i) for c_i, a and c centred.
+    With a and c centered, the derivatives of the scatter are 2 (d_j a_j + T_j) with respect to a_j, T_j being the sum
+    of c_i over the points i that have j as a neighbor, and 2 (S_i + k c_i) with respect to c_i.
     """
 
     @staticmethod
@@ -122,19 +123,19 @@ class _EdgeMoments(torch.autograd.Function):
 def gradients_of_all_edges(
     a: Tensor, c: Tensor, neighbors: Tensor, degree: Tensor, grad_scale: Tensor, constant: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients with respect to a and c where that of each edge is ``grad_scale * (a_j + c_i) + constant``.
+    """Compute the gradients of a and c if that of each edge is ``grad_scale * (a_j + c_i) + constant``.
 
     Args:
         a: (P, C).
         c: (P, C).
         neighbors: (P, k).
-        degree: (P,) how often each row is a neighbour.
+        degree: (P,) how often each row is a neighbor.
         grad_scale: (C,).
         constant: (C,).
 
     Returns:
-        ``grad_scale (d_j a_j + T_j) + d_j constant``, T_j being the sum of the c_i that chose j, and
-        ``grad_scale (S_i + k c_i) + k constant``, S_i being the sum of the neighbours' a_j; each (P, C).
+        ``grad_scale (d_j a_j + T_j) + d_j constant`` and ``grad_scale (S_i + k c_i) + k constant``, each (P, C), where
+        T_j sums c_i over the points i that have j as a neighbor, and S_i sums a_j over the neighbors j of i.
     """
     k = neighbors.shape[1]
     grad_a, grad_c = transposed_sum(c, neighbors), neighbor_sum(a, neighbors)
@@ -147,20 +148,20 @@ def gradients_of_all_edges(
 def edge_extremes(
     a: Tensor, c: Tensor, neighbors: Tensor, sign: Tensor, *, with_moments: bool
 ) -> tuple[Tensor, Tensor, Moments | None]:
-    """Extremes over the neighbours j of ``h_ij = a_j + c_i``, and its moments, without gradient.
+    """Compute the extremes of ``h_ij = a_j + c_i`` over the neighbors j, and its moments, without gradient.
 
     Args:
         a: (P, C).
         c: (P, C).
         neighbors: (P, k).
-        sign: (C,) of 1 and -1, where the minimum is wanted.
-        with_moments: whether those are wanted.
+        sign: (C,) of 1 and -1; -1 computes the minimum instead of the maximum.
+        with_moments: whether to compute the moments.
 
     Returns:
         Extremes (P, C), the rows j that they come from (P, C), and the moments over all edges or None.
     """
     if kernels := backend_for(a):
-        about = a.mean(0) + c.mean(0) if with_moments else None  # close to the mean, so that no digits cancel
+        about = a.mean(0) + c.mean(0) if with_moments else None  # near the mean, so that no digits cancel
         extremes, argmax, total, squares = kernels.edge_extremes(a, c, neighbors, sign, about=about)
         if about is None:
             return extremes, argmax, None
@@ -181,7 +182,7 @@ def edge_gradients(
     grad_at_argmax: Tensor,
     argmax: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """``gradients_of_all_edges``, and ``grad_at_argmax`` (P, C) on top at the extremes, whose rows j are ``argmax``."""
+    """Compute ``gradients_of_all_edges``, plus ``grad_at_argmax`` (P, C) at the edges to the rows ``argmax``."""
     if kernels := backend_for(a):
         return kernels.edge_gradients(a, c, neighbors, grad_scale, constant, grad_at_argmax, argmax)
     grad_a, grad_c = gradients_of_all_edges(a, c, neighbors, in_degree(neighbors).to(a.dtype), grad_scale, constant)
@@ -189,13 +190,13 @@ def edge_gradients(
 
 
 class _EdgeConv(torch.autograd.Function):
-    """See ``edge_conv``. Inputs: rows, the convolution's weight, the gain, the bias; the rest has no gradient.
+    """Autograd function of ``edge_conv``, differentiable with respect to rows, weight, gain and bias.
 
-    A block of clouds at a time, so that a and c stay in a cache. Between forward and backward only the extremes
-    ``e_i = a_j + c_i`` and their places are kept; a and c are two small products and are taken again.
+    It processes a tile of clouds at a time, so that a and c stay in a cache. For the backward pass it saves only the
+    extremes ``e_i = a_j + c_i`` and their argmax; a and c are two small products and are recomputed.
 
-    The gradient with respect to h_ij is ``scale * g_i`` where ij is an extreme, g being that with respect to the
-    normalised value, and everywhere ``grad_scale * h_ij + constant`` from the batch statistics.
+    The gradient with respect to h_ij is ``grad_scale * h_ij + constant`` through the batch statistics, plus
+    ``scale * g_i`` if h_ij is an extreme, g being the gradient with respect to the normalized value.
     """
 
     @staticmethod
@@ -254,7 +255,7 @@ class _EdgeConv(torch.autograd.Function):
 
     @staticmethod
     def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradient of every input of ``forward``."""
+        """Compute the gradient of every input of ``forward``."""
         x, weight, gain, bias, neighbors, extremes, argmax, offset, scale, shift, mean, variance, count = (
             ctx.saved_tensors
         )
@@ -274,7 +275,7 @@ class _EdgeConv(torch.autograd.Function):
         of_neighbor, of_center = weight[:, :width], weight[:, width:] - weight[:, :width]
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         sum_a, sum_c = (weight.new_zeros(len(weight), width) for _ in range(2))
-        # What batch norm passes on sums to zero over its batch; rounding would come back times the offset.
+        # Batch norm makes this gradient sum to zero over its batch; rounding errors would be multiplied by the offset.
         sums_to_zero = count is not None and not shares_statistics(ctx.norm)
         total = torch.zeros_like(scale)
         for rows in whole_clouds(x, ctx.clouds, len(weight)):
@@ -300,15 +301,15 @@ class _EdgeConv(torch.autograd.Function):
 
 
 def first_edge_layer(x: Tensor, neighbors: Tensor, block: nn.Sequential) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Split an EdgeConv's first layer into parts of which no edge is built.
+    """Compute the first layer of an EdgeConv as terms per point, without building edges.
 
     Args:
         x: (P, C) rows.
         neighbors: (P, k).
-        block: Conv2d (1x1, 2 C channels), batch norm, activation. Running statistics are updated as the module would.
+        block: Conv2d (1x1, 2 C channels), batch norm, activation; running statistics are updated as in the module.
 
     Returns:
-        a (P, C_out), c (P, C_out), scale (C_out,), shift (C_out,) such that the normalised value of edge ij is
+        a (P, C_out), c (P, C_out), scale (C_out,), shift (C_out,) such that the normalized value of edge ij is
         ``scale * (a_j + c_i) + shift``.
     """
     weight, norm, _ = parts_of(block)
@@ -324,7 +325,7 @@ def first_edge_layer(x: Tensor, neighbors: Tensor, block: nn.Sequential) -> tupl
 
 
 def _edge_conv_of_plain_operations(x: Tensor, neighbors: Tensor, block: nn.Sequential) -> Tensor:
-    """``edge_conv`` by running statistics, in operations that torch.export records for any number of rows."""
+    """Compute ``edge_conv`` with running statistics, in operations that torch.export traces for any number of rows."""
     weight, norm, activation = parts_of(block)
     offset, constant = center_of(x, weight)
     a, c = edge_terms(x - offset, weight)
@@ -336,22 +337,22 @@ def _edge_conv_of_plain_operations(x: Tensor, neighbors: Tensor, block: nn.Seque
 
 
 def edge_conv(x: Tensor, neighbors: Tensor, block: nn.Sequential, *, clouds: int = 1) -> Tensor:
-    """One-layer EdgeConv: max over neighbours j of ``block([x_j - x_i ; x_i])``.
+    """Apply a one-layer EdgeConv: max over neighbors j of ``block([x_j - x_i ; x_i])``.
 
     Args:
         x: (P, C) rows.
-        neighbors: (P, k) indices into the rows; those of a row are of its cloud.
-        block: Conv2d (1x1, 2 C channels), batch norm, leaky ReLU. Running statistics are updated as the module would.
-        clouds: how many clouds the rows are, each P / clouds of them.
+        neighbors: (P, k) indices of rows of the same cloud.
+        block: Conv2d (1x1, 2 C channels), batch norm, leaky ReLU; running statistics are updated as in the module.
+        clouds: number of clouds, of P / clouds rows each.
 
     Returns:
         (P, C_out), at least float32: a_j + c_i is a small difference of large numbers, which half precision would lose.
 
     Raises:
-        ValueError: the rows are not a whole number of clouds of one size.
+        ValueError: the rows do not divide into clouds of equal size.
     """
     if x.shape[0] % clouds:
-        raise ValueError(f"{len(x)} rows are not {clouds} clouds of one size")
+        raise ValueError(f"{len(x)} rows are not {clouds} clouds of equal size")
     weight, norm, activation = parts_of(block)
     with without_autocast(x.device), exact_products(x.device):
         x = at_least_float32(x)
@@ -364,11 +365,11 @@ def edge_conv(x: Tensor, neighbors: Tensor, block: nn.Sequential, *, clouds: int
 
 
 def edge_conv_two_layers(x: Tensor, neighbors: Tensor, first: nn.Sequential, second: nn.Sequential) -> Tensor:
-    """Two-layer EdgeConv: max over neighbours j of ``second(first([x_j - x_i ; x_i]))``.
+    """Apply a two-layer EdgeConv: max over neighbors j of ``second(first([x_j - x_i ; x_i]))``.
 
-    The first layer needs no edges. The second is computed in blocks of points that the backward pass computes again;
-    its batch statistics cover all edges and come from a first pass over the blocks, which accumulates the mean m and
-    the scatter S of the first layer's output: the mean of W2 y is W2 m, its centred sum of squares diag(W2 S W2^T).
+    The first layer needs no edges. The second is computed in tiles of points, which the backward pass recomputes. Its
+    batch statistics cover all edges: an extra pass over the tiles accumulates the mean m and the scatter S of the first
+    layer's output y, so that W2 y has the mean W2 m and the centered sum of squares diag(W2 S W2^T).
 
     Args:
         x: (P, C) rows.
@@ -396,7 +397,7 @@ def edge_conv_two_layers(x: Tensor, neighbors: Tensor, first: nn.Sequential, sec
             h = hidden(center, index)
             mean = h.mean(0)
             h = h - mean
-            return mean, h.T @ h
+            return mean, h.T @ h  # (C1,), (C1, C1)
 
         def tile_extreme(center: Tensor, index: Tensor) -> Tensor:
             y = F.linear(hidden(center, index), weight * sign[:, None])

@@ -1,4 +1,4 @@
-"""Exact k nearest neighbours of every point of a cloud."""
+"""Exact k-nearest-neighbor search within clouds."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from models.ops.tiles import (
     unmark,
 )
 
-# Elements of one block of the distance matrix: small enough for a CPU's cache, large enough to fill a GPU.
+# Elements per tile of the distance matrix: small enough for a CPU's cache, large enough to fill a GPU.
 _TILE = {"cpu": 1 << 21, "cuda": 1 << 25}
-# Selecting among more than this many times k values goes through the maxima of groups, on a CPU.
+# On a CPU, selection from more than this many times k values first compares the maxima of groups.
 _DIRECT_SELECTION, _GROUP = 16, 8
 
 
 def largest(values: Tensor, k: int) -> Tensor:
-    """Where the k largest values of every row are, in no particular order.
+    """Return the indices of the k largest values of each row, in no particular order.
 
-    On a CPU ``topk`` takes several nanoseconds for every value. So the maxima of groups are compared first, which is
-    fast: the k groups of the largest maxima hold k largest values, for each value elsewhere has those k before it. And
-    NumPy partitions with vector instructions, which need the places written into the values.
+    On a CPU ``topk`` takes several nanoseconds per value. Comparing the maxima of groups first is faster: the k groups
+    with the largest maxima contain k largest values, since no value elsewhere exceeds any of those k maxima. NumPy's
+    vectorized partition then selects, on values into which their indices are packed.
 
     Args:
         values: (R, N).
@@ -45,7 +45,7 @@ def largest(values: Tensor, k: int) -> Tensor:
     if n <= _DIRECT_SELECTION * k:
         return _largest_places(values, torch.arange(n), k)
     groups = n // _GROUP
-    grouped = groups * _GROUP  # group g is g, g + groups, g + 2 groups, ...: the maximum then runs over whole rows
+    grouped = groups * _GROUP  # group g is g, g + groups, g + 2 groups, ...: the maximum runs over contiguous rows
     chosen = _largest_places(values[:, :grouped].unflatten(1, (_GROUP, groups)).amax(1), torch.arange(groups), k)
     candidates = (chosen[:, None] + torch.arange(0, grouped, groups)[:, None]).flatten(1)
     if grouped < n:
@@ -53,24 +53,24 @@ def largest(values: Tensor, k: int) -> Tensor:
     return _largest_places(values.gather(1, candidates), candidates, k)
 
 
-def _largest_places(values: Tensor, places: Tensor, k: int) -> Tensor:
-    """The places, (N,) or (R, N), of the k largest of every row of (R, N) values."""
+def _largest_places(values: Tensor, index: Tensor, k: int) -> Tensor:
+    """Return the entries of ``index``, (N,) or (R, N), at the k largest of each row of (R, N) values."""
     finite = torch.finfo(values.dtype)
-    marked = mark_places(values.clamp(finite.min, finite.max), places)  # an infinite value would become none
+    marked = mark_places(values.clamp(finite.min, finite.max), index)  # packing would turn infinity into NaN
     first = marked.shape[1] - k
     marked.numpy().partition(first, axis=1)
     return unmark(marked[:, first:])[1]
 
 
 def knn(points: Tensor, k: int) -> Tensor:
-    """Indices of the k nearest points of every point, itself included, in no particular order.
+    """Return the indices of the k nearest points of every point, itself included, in no particular order.
 
-    Distances are taken in at least float32, also under autocast: in bfloat16 about 5 % of the neighbours change.
-    The cloud is centred first, so that a far-away cloud loses no digits.
+    Distances are computed in at least float32, even under autocast: in bfloat16 about 5 % of the neighbors change.
+    Clouds are centered first, so that a large offset costs no digits.
 
     Args:
         points: (B, N, C).
-        k: number of neighbours, 1 to N.
+        k: number of neighbors, 1 to N.
 
     Returns:
         (B, N, k) int64.
@@ -80,27 +80,27 @@ def knn(points: Tensor, k: int) -> Tensor:
     """
     b, n, _ = points.shape
     if not 1 <= k <= n:
-        raise ValueError(f"k = {k} neighbours of a cloud of {n} points: k must lie between 1 and the number of points")
+        raise ValueError(f"k = {k} neighbors in clouds of {n} points: k must be between 1 and the number of points")
     with torch.no_grad(), without_autocast(points.device), exact_products(points.device):
         x = at_least_float32(points.detach())
         x = x - x.mean(dim=1, keepdim=True)
         if (kernels := backend_for(x)) and n <= kernels.MAX_ROW and x.shape[2] <= kernels.MAX_COORDINATES:
             return kernels.nearest(x, k)
-        queries, others = closeness_factors(x)
+        queries, others = closeness_factors(x)  # (B, N, C + 1), (B, C + 1, N)
         if is_exporting():
             return torch.bmm(queries, others).topk(k, dim=2, sorted=False).indices
         index = torch.empty(b, n, k, dtype=torch.int64, device=x.device)
         width = kernels.padded(n) if kernels and n <= kernels.MAX_ROW else n
-        space = None  # every block's product takes the memory of the first, the largest
+        space = None  # all tiles share the memory of the first, which is the largest
         for clouds, rows in tiles_of_clouds(b, n, n, _TILE.get(x.device.type, 1 << 24)):
             part = queries[clouds, rows]
             space = part.new_empty(len(part), part.shape[1], width) if space is None else space
-            closeness = torch.bmm(part, others[clouds], out=space[: len(part), : part.shape[1], :n])
+            closeness = torch.bmm(part, others[clouds], out=space[: len(part), : part.shape[1], :n])  # (b, n, N)
             index[clouds, rows] = largest(closeness.flatten(0, 1), k).unflatten(0, closeness.shape[:2])
     return index
 
 
 def flatten_neighbors(index: Tensor) -> Tensor:
-    """(B, N, k) indices within each cloud -> (B * N, k) indices into the rows of the whole batch."""
+    """Convert indices within each cloud (B, N, k) to indices into the rows of the whole batch (B * N, k)."""
     b, n, k = index.shape
     return (index + torch.arange(b, device=index.device)[:, None, None] * n).reshape(b * n, k)

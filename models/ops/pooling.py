@@ -1,8 +1,8 @@
-"""The last pointwise layer of an encoder and its pooling in one: batch norm and activation are never stored.
+"""The last pointwise layer of an encoder fused with its pooling.
 
-``fusion`` maps every point to a wide embedding of which only the maximum and the mean over the cloud are used. Plain
-modules keep three tensors of B * N * E numbers for the backward pass; here it is one, the product itself, and all else
-is computed again, block by block.
+The layer maps every point to a wide embedding of which only the maximum and the mean over the cloud are used. Plain
+modules save three tensors of B * N * E numbers for the backward pass (product, batch norm, activation); this one saves
+the product and recomputes the rest tile by tile.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ from models.ops.tiles import ELEMENTWISE_TILE, is_exporting, tiles_of_clouds
 
 
 def leaky_relu_gradient(grad: Tensor, before: Tensor, negative_slope: float) -> Tensor:
-    """Gradient with respect to the input ``before`` of a leaky ReLU."""
+    """Return the gradient with respect to the input ``before`` of a leaky ReLU."""
     return torch.ops.aten.leaky_relu_backward(grad, before, negative_slope, False)
 
 
-# Points of a group: the maximum is found among the maxima of groups first.
+# Points per group: the maximum is searched among the maxima of groups first.
 _GROUP = 16
 
 
 def _joined(dtype: torch.dtype, *parts: Tensor) -> Tensor:
-    """Concatenate channels, (b, n, C_i) -> (b, n, sum of C_i), and round."""
+    """Concatenate channels, (b, n, C_i) -> (b, n, sum of C_i), and cast."""
     return torch.cat(parts, dim=2).to(dtype)
 
 
 def _reduced(
     y: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, negative_slope: float, with_mean: bool
 ) -> tuple[Tensor, ...]:
-    """Maxima of groups of points before the activation, (b, n, E) -> (b, groups, E).
+    """Compute maxima over groups of points before the activation, (b, n, E) -> (b, groups, E).
 
-    With ``with_mean`` also the sums over points of the activation's slope and of it times the centered y, each (b, E).
+    ``with_mean`` adds the sums over points of the activation's slope and of slope times centered y, each (b, E).
     """
     value = at_least_float32(y) - mean
     before = torch.addcmul(shift, value, scale)
@@ -60,7 +60,7 @@ def _reduced(
             leaky_relu_gradient(one.expand_as(value), before, negative_slope).sum(1),
             leaky_relu_gradient(value, before, negative_slope).sum(1),
         )
-    if rest := before.shape[1] % _GROUP:  # the last points of a cloud
+    if rest := before.shape[1] % _GROUP:  # pad the last group of a cloud
         before = F.pad(before, (0, 0, 0, _GROUP - rest), value=float("-inf"))
     return before.unflatten(1, (-1, _GROUP)).amax(2), *sums
 
@@ -75,7 +75,7 @@ def _gradient(
     negative_slope: float,
     with_mean: bool,
 ) -> Tensor:
-    """Gradient at y (b, n, E) without that of the maximum."""
+    """Compute the gradient with respect to y (b, n, E), except for the part through the maximum."""
     value = at_least_float32(y)
     grad = torch.addcmul(constant, value, slope_y)
     if with_mean:
@@ -84,26 +84,27 @@ def _gradient(
     return grad
 
 
-def _add_at(grad: Tensor, place: Tensor, addend: Tensor, inside: Tensor) -> Tensor:
-    """Add (b, E) numbers to (b, n, E) at one point of each channel, where that is ``inside`` the tile."""
-    place = place.clamp(0, grad.shape[1] - 1)
-    return grad.scatter_add_(1, place, addend[:, None] * inside)
+def _add_at(grad: Tensor, index: Tensor, addend: Tensor, inside: Tensor) -> Tensor:
+    """Add (b, E) values to (b, n, E) at one point per channel, if that point is ``inside`` the tile."""
+    index = index.clamp(0, grad.shape[1] - 1)
+    return grad.scatter_add_(1, index, addend[:, None] * inside)
 
 
-def _whole_gradient(place: Tensor, addend: Tensor, y: Tensor, *rest: Any) -> Tensor:
-    """``_gradient`` and ``_add_at`` in a form that fuses into one pass, rounded as y is."""
+def _whole_gradient(index: Tensor, addend: Tensor, y: Tensor, *rest: Any) -> Tensor:
+    """Compute ``_gradient`` and ``_add_at`` in a form that fuses into one pass, in the dtype of y."""
     grad = _gradient(y, *rest)
     rows = torch.arange(y.shape[1], device=y.device)[:, None]
-    return torch.where(rows == place, grad + addend[:, None], grad).to(y.dtype)
+    return torch.where(rows == index, grad + addend[:, None], grad).to(y.dtype)
 
 
 class _Pool(torch.autograd.Function):
-    """See ``pool_pointwise``. Inputs: module, clouds, whether the mean and gradients are wanted, parameters, rows.
+    """Autograd function of ``pool_pointwise``, differentiable with respect to weight, gain, bias and rows.
 
-    With y = W x, the normalised s y + t and its activation z: the gradient with respect to s y + t is that of the mean,
-    the same for all points of a cloud, times the activation's slope d there, plus that of the maximum at one point.
-    Batch norm's own backward then needs the sums of it and of it times y over all points. Those of d and of d y over a
-    cloud are the same whatever the gradient is, so the forward pass takes them; they give the mean of z as well.
+    Let y = W x, and z the activation of the normalized s y + t. The gradient with respect to s y + t is that of the
+    mean, which all points of a cloud share, times the slope d of the activation at the point, plus that of the maximum
+    at one point. The backward pass of batch norm then needs two sums over all points: of this gradient, and of it times
+    y. They follow from the sums of d and d y over each cloud, which the forward pass computes, since they do not depend
+    on the gradient and also give the mean of z.
     """
 
     @staticmethod
@@ -130,7 +131,7 @@ class _Pool(torch.autograd.Function):
 
         def product(c: slice, r: slice) -> Tensor:
             x = join(compute_dtype, *(part.view(clouds, points, -1)[c, r] for part in rows))
-            if keep:  # straight to where it stays: blocks are contiguous
+            if keep:  # without a copy: tiles are contiguous
                 y[c, r].flatten(0, 1).addmm_(x.flatten(0, 1), kernel, beta=0)
                 return y[c, r]
             return x @ kernel
@@ -139,7 +140,7 @@ class _Pool(torch.autograd.Function):
         if batch:
             for c, r in _tiles(clouds, points, width, weight.device):
                 product(c, r)
-            running = weight.new_zeros(2, width, dtype=exact)  # not used; the result has its type
+            running = weight.new_zeros(2, width, dtype=exact)  # unused, but the result takes its dtype
             mean, variance = torch.batch_norm_update_stats(y.flatten(0, 1), running[0], running[1], 1.0)
             count = mean.new_full((), clouds * points)
             moments = across_processes(Moments(count, mean, variance * count), norm)
@@ -148,9 +149,9 @@ class _Pool(torch.autograd.Function):
         else:
             mean, variance = running_statistics(norm)
         mean, variance = mean.to(exact), variance.to(exact)
-        scale, shift = scale_and_shift(norm, torch.zeros_like(mean), variance)  # of what is centred
+        scale, shift = scale_and_shift(norm, torch.zeros_like(mean), variance)  # of the centered y
         groups = -(-points // _GROUP)
-        maxima = mean.new_empty((clouds, groups, width))
+        maxima = mean.new_empty((clouds, groups, width))  # (B, groups, E)
         sum_slope, sum_slope_y = (mean.new_zeros(clouds, width) for _ in range(2))
         reduce = fused(_reduced, y)
         for c, r in _tiles(clouds, points, width, weight.device):
@@ -166,9 +167,9 @@ class _Pool(torch.autograd.Function):
         else:
             pooled, group = maxima.max(1)
             inside = torch.arange(_GROUP, device=y.device)[None, :, None]
-            candidates = (group[:, None] * _GROUP + inside).clamp_max(points - 1)
+            candidates = (group[:, None] * _GROUP + inside).clamp_max(points - 1)  # (B, 16, E)
             values = torch.addcmul(shift, at_least_float32(y.gather(1, candidates)) - mean, scale)
-            argmax = candidates.gather(1, values.argmax(1, keepdim=True))
+            argmax = candidates.gather(1, values.argmax(1, keepdim=True))  # (B, 1, E)
         ctx.save_for_backward(
             *(y, argmax, pooled, sum_slope, sum_slope_y, scale, shift, mean, variance, count, weight, gain, bias, *rows)
         )
@@ -200,12 +201,12 @@ class _Pool(torch.autograd.Function):
         sizes = [part.shape[1] for part in rows]
         for c, r in _tiles(clouds, points, width, weight.device):
             tile = (y[c, r], slope_y, constant, scale, shift, grad_mean[c], ctx.negative_slope, ctx.with_mean)
-            place = argmax[c] - r.start
+            index = argmax[c] - r.start  # (b, 1, E)
             if (whole := fused(_whole_gradient, y)) is _whole_gradient:
                 inside = (argmax[c] >= r.start) & (argmax[c] < r.stop)
-                grad = _add_at(_gradient(*tile), place, grad_at_argmax[c], inside).to(compute_dtype)
+                grad = _add_at(_gradient(*tile), index, grad_at_argmax[c], inside).to(compute_dtype)
             else:
-                grad = whole(place, grad_at_argmax[c], *tile)
+                grad = whole(index, grad_at_argmax[c], *tile)
             grad = grad.flatten(0, 1)
             x = join(compute_dtype, *(part.view(clouds, points, -1)[c, r] for part in rows)).flatten(0, 1)
             if compute_dtype == grad_weight.dtype:
@@ -224,7 +225,7 @@ class _Pool(torch.autograd.Function):
 
 
 def _tiles(clouds: int, points: int, width: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
-    """Blocks of clouds and points, of whole groups but for the last points of a cloud."""
+    """Yield tiles of clouds and points; all but the last tile of a cloud consist of whole groups."""
     budget = ELEMENTWISE_TILE.get(device.type, 1 << 24)
     return tiles_of_clouds(clouds, points, width, budget, multiple=_GROUP)
 
@@ -232,15 +233,15 @@ def _tiles(clouds: int, points: int, width: int, device: torch.device) -> Iterat
 def pool_pointwise(
     layers: Sequence[Tensor], clouds: int, block: nn.Sequential, *, with_mean: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """A pointwise layer on the concatenation of ``layers``, then the maximum and the mean over each cloud's points.
+    """Apply a pointwise layer to the concatenation of ``layers``, then take the maximum and mean over each cloud.
 
-    Equal to ``block`` on every point followed by ``max`` and ``mean``; also what happens to the batch norm.
+    Equivalent to ``block`` on every point followed by ``max`` and ``mean``, including the running statistics.
 
     Args:
         layers: rows of the points, each (B * N, C_i).
-        clouds: B.
+        clouds: number of clouds, B.
         block: Conv1d (1x1, sum of C_i channels, no bias), batch norm, leaky ReLU.
-        with_mean: whether the mean is wanted; without, it is zero.
+        with_mean: whether to compute the mean; otherwise it is zero.
 
     Returns:
         Maximum and mean, each (B, E), at least float32.

@@ -300,7 +300,7 @@ def test_without_working_kernels_the_plain_form_runs_with_a_warning(monkeypatch,
         assert backend.backend_for(on_gpu) is None
         assert backend.backend_for(on_gpu) is None
     assert [record.getMessage() for record in caplog.records] == [
-        "Triton kernels are not used on cuda:0, PyTorch's operations are: no compiler here"
+        "using PyTorch operations on cuda:0, since the Triton kernels do not work there: no compiler here"
     ]
     chosen("triton")
     with pytest.raises(UserError, match="CROSSNET_KERNELS=triton .* cannot run on cuda:0: no compiler here"):
