@@ -1,1 +1,1 @@
-"""Why the encoders are fast, all exact: layers, EdgeConv without edges, neighbors, pooling, kernels."""
+"""Fast, exact operations of the encoders: EdgeConv without edges, neighbor search, pooling, Triton kernels."""

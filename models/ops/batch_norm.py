@@ -1,7 +1,7 @@
-"""Batch-norm statistics as mergeable moments: over chunks of edges and over processes.
+"""Batch-norm statistics as moments that merge over tiles of edges and over processes.
 
-A layer that never builds its edge tensor cannot call ``nn.BatchNorm2d``; it works out the count, the mean and the
-centred sum of squares, and the functions here do with them what the module would do.
+A layer that never builds its edge tensor cannot call ``nn.BatchNorm2d``. It computes the count, the mean and the
+centered sum of squares, and the functions here do the rest of what the module does.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from utils.collectives import all_reduce_sum, gather_with_grad, world_size
 class Moments(NamedTuple):
     """First and second moments of a set of vectors."""
 
-    number: Tensor  # () of vectors
+    number: Tensor  # () number of vectors
     mean: Tensor  # (C,)
-    scatter: Tensor  # (C,) centred sum of squares, or (C, C) centred sum of outer products
+    scatter: Tensor  # (C,) centered sum of squares, or (C, C) centered sum of outer products
 
 
 def merge_moments(counts: Tensor, means: Tensor, scatters: Tensor) -> Moments:
-    """Moments of the union of R disjoint sets (Chan, Golub and LeVeque, 1983).
+    """Merge the moments of R disjoint sets (Chan, Golub and LeVeque, 1983).
 
     Shape:
         counts (R,), means (R, C), scatters (R, C) or (R, C, C)
@@ -42,14 +42,14 @@ def merge_moments(counts: Tensor, means: Tensor, scatters: Tensor) -> Moments:
 
 
 def shares_statistics(norm: _BatchNorm) -> bool:
-    """Whether the batch statistics of ``norm`` are those of several processes."""
+    """Return whether ``norm`` computes its batch statistics over several processes."""
     return world_size() > 1 and isinstance(norm, SyncBatchNorm)
 
 
 def across_processes(moments: Moments, norm: _BatchNorm) -> Moments:
-    """Merge every process's moments by one differentiable all-reduce, where ``norm`` is a ``SyncBatchNorm``.
+    """Merge the moments of all processes in one differentiable collective if ``norm`` is a ``SyncBatchNorm``.
 
-    A single process, and any other batch norm, keeps its own.
+    With another batch norm, or in a single process, return them unchanged.
     """
     if not shares_statistics(norm):
         return moments
@@ -61,30 +61,30 @@ def across_processes(moments: Moments, norm: _BatchNorm) -> Moments:
 
 
 def sum_across_processes(x: Tensor, norm: _BatchNorm) -> Tensor:
-    """Sum of every process's ``x`` where ``norm`` is a ``SyncBatchNorm``; any other batch norm keeps its own."""
+    """Sum ``x`` over all processes if ``norm`` is a ``SyncBatchNorm``; otherwise return it unchanged."""
     return all_reduce_sum(x) if shares_statistics(norm) else x
 
 
 def uses_batch_statistics(norm: _BatchNorm) -> bool:
-    """Whether the module normalises with the batch's statistics rather than with its running ones."""
+    """Return whether the module normalizes with batch statistics rather than running statistics."""
     return norm.training or norm.running_mean is None
 
 
 def running_statistics(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """Return the mean and the variance (C,) that evaluation normalises with."""
+    """Return the mean and the variance (C,) used for normalization in evaluation mode."""
     assert norm.running_mean is not None and norm.running_var is not None
     return norm.running_mean, norm.running_var
 
 
 @torch.no_grad()
 def update_running_statistics(norm: _BatchNorm, mean: Tensor, variance: Tensor, count: Tensor) -> None:
-    """What ``nn.BatchNorm`` does to its buffers in train mode.
+    """Update the buffers as ``nn.BatchNorm`` does in training mode.
 
     Args:
-        norm: module whose buffers change; ``momentum=None`` means the cumulative average, as in PyTorch.
+        norm: module to update; ``momentum=None`` means the cumulative average, as in PyTorch.
         mean: batch mean (C,).
         variance: biased batch variance (C,).
-        count: number of vectors behind them; the buffer takes the unbiased variance.
+        count: number of vectors; the buffer stores the unbiased variance.
     """
     if not norm.training or norm.running_mean is None or norm.running_var is None:
         return
@@ -95,7 +95,7 @@ def update_running_statistics(norm: _BatchNorm, mean: Tensor, variance: Tensor, 
 
 
 def scale_and_shift(norm: _BatchNorm, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-    """``norm`` with these statistics as ``x * scale + shift``, each (C,)."""
+    """Return scale and shift, each (C,), such that ``norm`` with these statistics is ``x * scale + shift``."""
     scale = torch.rsqrt(variance + norm.eps)
     if norm.weight is not None:
         scale = scale * norm.weight
@@ -115,22 +115,22 @@ def gradient_of_statistics(
     variance: Tensor,
     count: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The part of batch norm's gradient that every input gets, because the statistics depend on it.
+    """Compute the part of batch norm's gradient that flows through the statistics to every input.
 
-    With g the gradient with respect to ``scale * y + shift``, that with respect to y is
+    If g is the gradient with respect to ``scale * y + shift``, the gradient with respect to y is
     ``scale * g + slope * y + constant``.
 
     Args:
-        norm: whether its statistics are shared with other processes.
+        norm: the module; its type decides whether statistics are shared with other processes.
         sum_grad: (C,) sum of g over all y of this process.
-        sum_grad_y: (C,) sum of g times the centred y.
-        scale: (C,), see ``scale_and_shift``.
+        sum_grad_y: (C,) sum of g times the centered y.
+        scale: (C,) of ``scale_and_shift``.
         mean: (C,).
         variance: (C,), biased.
-        count: number of y, in all processes; None where running statistics are used.
+        count: number of y in all processes; None with running statistics.
 
     Returns:
-        slope (C,), constant (C,), and the gradient of the gain (C,); that of the bias is ``sum_grad``.
+        slope (C,), constant (C,), and the gradient of the gain (C,); the gradient of the bias is ``sum_grad``.
     """
     rstd = torch.rsqrt(variance + norm.eps)
     grad_gain = sum_grad_y * rstd
@@ -143,19 +143,19 @@ def gradient_of_statistics(
 
 
 def sign_of_gain(scale: Tensor) -> Tensor:
-    """+1 where ``x * scale + shift`` is non-decreasing in x, also for a scale of zero, and -1 where it decreases."""
+    """Return +1 where ``x * scale + shift`` is non-decreasing in x (a scale of zero included), -1 elsewhere."""
     return torch.where(scale.detach() < 0, -1.0, 1.0).to(scale.dtype)
 
 
 class _NormalizeTogether(torch.autograd.Function):
-    """Batch norm by the statistics of all processes, which keeps only its input for the backward pass."""
+    """Batch norm with the statistics of all processes; the backward pass needs only the input."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: _BatchNorm) -> Tensor:
         values = at_least_float32(x)
         ctx.dims, ctx.norm = [0, *range(2, x.ndim)], norm
         variance, mean = torch.var_mean(values, ctx.dims, correction=0)
-        count = values.new_full((), x.numel() // x.shape[1])  # filled there: a copy would wait for the device
+        count = values.new_full((), x.numel() // x.shape[1])  # on the device: a copy would synchronize
         moments = across_processes(Moments(count, mean, variance * count), norm)
         variance = moments.scatter / moments.number
         update_running_statistics(norm, moments.mean, variance, moments.number)
@@ -180,8 +180,8 @@ class _NormalizeTogether(torch.autograd.Function):
 class SyncBatchNorm(_BatchNorm):
     """Batch norm over the rows of all processes, on gloo (CPU) as well as on NCCL.
 
-    ``torch.nn.SyncBatchNorm`` refuses CPU tensors. Counts, means and centred sums travel in one all-reduce each way;
-    parameter and buffer names are those of ``nn.BatchNorm``. In one process it is plain batch norm.
+    ``torch.nn.SyncBatchNorm`` does not support CPU tensors. Forward and backward take one collective each. Parameters
+    and buffers are named as in ``nn.BatchNorm``, to which this is equal in a single process.
     """
 
     def _check_input_dim(self, x: Tensor) -> None:
@@ -189,7 +189,7 @@ class SyncBatchNorm(_BatchNorm):
             raise ValueError(f"expected at least 2 dimensions, got {x.ndim}")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Shape: (B, C, ...) -> the same."""
+        """Normalize (B, C, ...) over all dimensions but C."""
         if world_size() == 1 or not uses_batch_statistics(self):
             return super().forward(x)
         with without_autocast(x.device):
@@ -198,9 +198,9 @@ class SyncBatchNorm(_BatchNorm):
 
     @classmethod
     def convert(cls, module: nn.Module) -> nn.Module:
-        """Turn every batch norm inside ``module`` into this class, in place, parameters and buffers kept.
+        """Convert every batch norm inside ``module`` to this class in place, with its parameters and buffers.
 
-        EdgeConv blocks do not call their batch norm; its class decides whether their statistics are shared.
+        EdgeConv blocks do not call their batch norm; its class tells them whether to share statistics.
         """
         for child in module.modules():
             if isinstance(child, _BatchNorm):

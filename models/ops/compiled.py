@@ -1,7 +1,7 @@
-"""Element-by-element functions that ``torch.compile`` fuses on a GPU: one pass over memory where PyTorch takes ten.
+"""Fuse element-wise functions with ``torch.compile`` on a GPU: one pass over memory instead of about ten.
 
-A compiled function is compared with the plain one at its first call, on that call's own inputs. Where it fails or
-differs, the plain one runs from then on, with a warning; ``CROSSNET_KERNELS=torch`` asks for plain ones everywhere.
+The first call compares the compiled function with the plain one on its inputs. If it fails or differs, a warning says
+so and the plain one is used from then on. ``CROSSNET_KERNELS=torch`` disables compilation.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from models.ops.backend import wanted
 from models.ops.tiles import runs_eagerly
 
 logger = logging.getLogger("crossnet.kernels")
-# Largest error relative to the largest value, by what the result is rounded to.
+# Tolerated error relative to the largest value, by dtype of the result.
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
 
 def fused(function: Callable[..., Any], x: Tensor) -> Callable[..., Any]:
-    """Return ``function``, compiled where ``x`` is on a GPU.
+    """Return ``function``, compiled if ``x`` is on a GPU.
 
     Args:
-        function: of tensors and numbers to a tensor or a tuple of tensors; defined once, at a module's top level.
+        function: maps tensors and numbers to a tensor or a tuple of tensors; must be defined at module level.
         x: a tensor on the device where it will run.
     """
     return _fused(function) if x.is_cuda and runs_eagerly() and wanted() != "torch" else function
@@ -38,7 +38,7 @@ def _fused(function: Callable[..., Any]) -> _Checked:
 
 
 class _Checked:
-    """A compiled function that is compared with the plain one at its first call."""
+    """Compiled function, compared with the plain one at the first call."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.plain = function
@@ -53,8 +53,8 @@ class _Checked:
             _compare(compiled(*inputs), expected)
             self.chosen = compiled
         except torch.cuda.OutOfMemoryError:
-            raise  # says nothing about the compiler
-        except Exception as error:  # whatever a compiler may raise
+            raise  # not the fault of the compiler
+        except Exception as error:  # compilers raise many kinds
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             logger.warning("%s is not compiled: %s", self.plain.__name__.strip("_"), reason)
             self.chosen = self.plain

@@ -1,4 +1,4 @@
-"""Layers that every encoder and head is made of, and how they are applied to rows: (B * N, C), a point a row."""
+"""Blocks of the encoders and heads, and their application to rows (B * N, C), one point per row."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LEAKY_SLOPE = 0.2
 
 
 def edge_block(in_channels: int, out_channels: int) -> nn.Sequential:
-    """1x1 convolution over edges, batch norm, leaky ReLU: the parameters of one EdgeConv layer.
+    """Build an EdgeConv layer: 1x1 convolution over edges, batch norm, leaky ReLU.
 
     For the first layer of an EdgeConv ``in_channels`` is twice the point channels.
     """
@@ -24,11 +24,11 @@ def edge_block(in_channels: int, out_channels: int) -> nn.Sequential:
 
 
 def point_block(in_channels: int, out_channels: int) -> nn.Sequential:
-    """1x1 convolution over points, batch norm, leaky ReLU; applied to rows by ``apply_to_rows``."""
+    """Build a pointwise layer for ``apply_to_rows``: 1x1 convolution, batch norm, leaky ReLU."""
     return nn.Sequential(
         nn.Conv1d(in_channels, out_channels, kernel_size=1, bias=False),
         nn.BatchNorm1d(out_channels),
-        nn.LeakyReLU(LEAKY_SLOPE, inplace=True),  # batch norm keeps its input, not its output, for the backward
+        nn.LeakyReLU(LEAKY_SLOPE, inplace=True),  # safe: batch norm saves its input, not its output
     )
 
 
@@ -41,12 +41,12 @@ def parts_of(block: nn.Sequential) -> tuple[Tensor, _BatchNorm, nn.LeakyReLU]:
 
 
 def max_over_points(x: Tensor) -> Tensor:
-    """(B, N, C) -> (B, C). With indices, so that the backward touches one point per channel, not all."""
+    """Take the maximum (B, N, C) -> (B, C); unlike that of ``amax``, its gradient goes to one point per channel."""
     return x.max(dim=1).values
 
 
 def apply_to_rows(rows: Tensor, *layers: Callable[[Tensor], Tensor]) -> Tensor:
-    """Apply layers to rows (P, C): a 1x1 convolution is a matrix product there, and batch norm is at its fastest."""
+    """Apply layers to rows (P, C): a 1x1 convolution becomes a matrix product, and batch norm is fastest in 2-D."""
     for layer in layers:
         rows = F.linear(rows, layer.weight.flatten(1), layer.bias) if isinstance(layer, nn.Conv1d) else layer(rows)
     return rows

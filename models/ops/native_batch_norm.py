@@ -1,8 +1,9 @@
-"""Batch norm over all processes by PyTorch's CUDA kernels, as ``torch.nn.SyncBatchNorm`` does it, without its wait.
+"""Batch norm over all processes with PyTorch's CUDA kernels, like ``torch.nn.SyncBatchNorm`` but without its sync.
 
-Plain operations move an image network's activations about ten times in float32; these kernels move them as they are,
-once or twice each way. Where they fail or do not agree with plain formulas in a check at first use, all processes take
-the plain operations of ``models.ops.batch_norm``; ``CROSSNET_KERNELS=torch`` asks for those.
+Plain operations read and write the activations of an image network about ten times, in float32; these kernels do so
+once or twice per pass, in the activations' dtype. If the kernels fail a check against ``F.batch_norm`` at first use in
+any process, all processes fall back to the plain operations of ``models.ops.batch_norm``. ``CROSSNET_KERNELS=torch``
+selects those everywhere.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ logger = logging.getLogger("crossnet.kernels")
 
 
 def normalizes_natively(x: Tensor) -> bool:
-    """Whether all processes take the kernels for tensors like ``x``; at the first call on a GPU they find out."""
+    """Return whether all processes use the kernels for ``x``; the first call per device checks them."""
     return x.is_cuda and wanted() != "torch" and _all_agree(x.device)
 
 
@@ -34,17 +35,17 @@ def _all_agree(device: torch.device) -> bool:
     try:
         _check(device)
         reason = ""
-    except Exception as error:  # whatever a build of PyTorch or a device may raise
+    except Exception as error:  # builds of PyTorch and devices raise many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        logger.warning("batch norm takes plain operations on %s: %s", device, reason)
+        logger.warning("batch norm uses plain operations on %s: %s", device, reason)
     return not any_rank(bool(reason))
 
 
 def _check(device: torch.device) -> None:
-    """Compare with ``F.batch_norm`` in float64 on the CPU, in this process alone and both memory layouts.
+    """Compare with ``F.batch_norm`` in float64 on the CPU, for both memory layouts, without communication.
 
     Raises:
-        RuntimeError: they differ by more than rounding.
+        RuntimeError: a result differs by more than rounding.
     """
     generator = torch.Generator().manual_seed(0)
     x, grad = (torch.randn(4, 6, 5, 3, generator=generator, device="cpu") for _ in range(2))
@@ -66,7 +67,7 @@ def _check(device: torch.device) -> None:
 
 
 def _group() -> dist.ProcessGroup:
-    """The processes, on a communicator of their statistics: these never queue behind a bucket of gradients."""
+    """Return a process group for the statistics alone, which then never queue behind a bucket of gradients."""
     return _group_beside(dist.group.WORLD)
 
 
@@ -78,7 +79,7 @@ def _group_beside(world: object) -> dist.ProcessGroup:
 
 
 def count_batch(norm: _BatchNorm) -> float:
-    """Count a batch; return the weight of its statistics in the running ones, 1 / batches where momentum is None."""
+    """Count a batch; return the momentum of its update, which is 1 / number of batches if ``momentum`` is None."""
     assert norm.num_batches_tracked is not None
     norm.num_batches_tracked.add_(1)
     return norm.momentum if norm.momentum is not None else 1.0 / norm.num_batches_tracked.item()
@@ -87,9 +88,9 @@ def count_batch(norm: _BatchNorm) -> float:
 def _statistics(
     x: Tensor, norm: _BatchNorm | None, momentum: float, eps: float, *, alone: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, 1 / standard deviation, and every process's count; the norm's running statistics are updated."""
+    """Return mean (C,), 1 / standard deviation (C,) and counts (processes,); update the norm's running statistics."""
     mean, rstd = torch.batch_norm_stats(x, eps)
-    count = mean.new_full((1,), x.numel() // x.shape[1])  # filled there: a copy would wait for the device
+    count = mean.new_full((1,), x.numel() // x.shape[1])  # on the device: a copy would synchronize
     parts = torch.cat([mean, rstd, count])[None]
     if not alone:
         own, parts = parts, parts.new_empty(world_size(), parts.shape[1])
@@ -106,7 +107,7 @@ def _statistics(
 def _gradients(
     grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, counts: Tensor, *, alone: bool = False
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of the input, the gain and the bias."""
+    """Compute the gradients of the input, the gain and the bias."""
     has_weight = weight is not None
     sum_grad, sum_grad_x, of_weight, of_bias = torch.batch_norm_backward_reduce(
         grad, x, mean, rstd, weight, True, has_weight, has_weight
@@ -120,7 +121,7 @@ def _gradients(
 
 
 class NormalizeNatively(torch.autograd.Function):
-    """Batch norm by the statistics of all processes; only the input is kept for the backward pass."""
+    """Batch norm with the statistics of all processes; the backward pass needs only the input."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: _BatchNorm) -> Tensor:
@@ -137,6 +138,6 @@ class NormalizeNatively(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Pass on the gradient through the statistics of all processes."""
+        """Backpropagate through the statistics of all processes."""
         x, weight, mean, rstd, counts = ctx.saved_tensors
         return *_gradients(grad.contiguous(memory_format=ctx.layout), x, weight, mean, rstd, counts), None

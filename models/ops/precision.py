@@ -1,4 +1,4 @@
-"""Which precision a computation takes."""
+"""Control of the floating-point precision."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Half precision becomes float32; float32 and float64 stay."""
+    """Cast half precision to float32; leave float32 and float64 unchanged."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """What a matrix product of ``x`` is computed in: the dtype of autocast where that is on, or its own."""
+    """Return the dtype of a matrix product of ``x``: that of autocast if enabled, otherwise its own."""
     device = x.device.type
     if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -23,9 +23,9 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Context in which operations take their inputs' own precision; nothing where autocast is off.
+    """Return a context that disables autocast, or a null context if it is off.
 
-    (torch.export of PyTorch 2.4 cannot record the context.)
+    The null context is needed because torch.export of PyTorch 2.4 cannot trace ``torch.autocast``.
     """
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
@@ -33,10 +33,10 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
 
 
 def exact_products(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Context in which float32 matrix products on a GPU keep float32's digits, where the environment allows TF32.
+    """Return a context that disables TF32 in float32 matrix products on a GPU.
 
-    TF32 keeps 10 bits of each factor, and other points become the nearest. ``TORCH_ALLOW_TF32_CUBLAS_OVERRIDE`` (set in
-    NGC containers) and ``torch.set_float32_matmul_precision`` switch it on.
+    TF32 rounds the factors to 10 bits of mantissa, which changes the nearest neighbors.
+    ``TORCH_ALLOW_TF32_CUBLAS_OVERRIDE`` (set in NGC containers) and ``torch.set_float32_matmul_precision`` enable it.
     """
     return _without_tf32() if device.type == "cuda" else contextlib.nullcontext()
 
@@ -45,7 +45,7 @@ def exact_products(device: torch.device) -> contextlib.AbstractContextManager[ob
 def _without_tf32() -> Iterator[None]:
     try:
         before = torch.get_float32_matmul_precision()
-    except RuntimeError:  # set by PyTorch 2.9's newer name, which the older one does not read
+    except RuntimeError:  # set through the newer API of PyTorch 2.9, which the old one cannot read
         matmul = torch.backends.cuda.matmul
         before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
         try:

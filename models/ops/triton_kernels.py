@@ -1,11 +1,9 @@
-"""The encoder's inner loops as Triton kernels: selection of neighbours, and EdgeConv's passes over them.
+"""Triton kernels for the inner loops of the encoders: neighbor selection, and EdgeConv's passes over neighbors.
 
-``models.ops.backend`` decides where they are used; the plain PyTorch form of each stands in the module that calls it.
-No result depends on the order in which threads run: there are no atomic additions, so the same input gives the same
-bits.
+``models.ops.backend`` decides where they are used; the calling modules contain the equivalent PyTorch operations. The
+kernels are deterministic: without atomic additions, no result depends on the order in which threads run.
 
-With TRITON_INTERPRET=1 in the environment before this module is imported they run on a CPU, which is how the tests run
-them without a GPU.
+Set TRITON_INTERPRET=1 before this module is imported to run the kernels on a CPU, as the tests do.
 """
 
 import torch
@@ -14,24 +12,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# The widest row that one program keeps in registers: 8 warps of 32 threads, 64 numbers to a thread.
+# Widest row that one program can keep in registers: 8 warps of 32 threads, 64 numbers per thread.
 MAX_ROW = 8 * 32 * 64
-# The most coordinates of which ``nearest`` computes distances itself.
+# Largest number of coordinates for which ``nearest`` computes distances itself.
 MAX_COORDINATES = 4
-# Rows begin at multiples of this many numbers, 64 bytes: then a thread loads 16 bytes at once.
+# Rows are aligned to this many numbers (64 bytes), so that a thread can load 16 bytes at once.
 ROW_MULTIPLE = 16
 
 
 @triton.jit
 def _key(value):
-    """The integer whose order among integers is that of ``value`` among floats."""
+    """Map floats to integers in the same order."""
     bits = (value + 0.0).to(tl.int32, bitcast=True)  # -0 becomes 0
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 @triton.jit
 def _float(key):
-    """The float of a ``_key``."""
+    """Invert ``_key``."""
     return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
 
 
@@ -42,19 +40,19 @@ def _count(condition):
 
 @triton.jit
 def _raise(value, low, high, count, k: tl.constexpr, FEW: tl.constexpr):
-    """Raise ``low``, a key that ``count`` values reach, to one that k reach, or to the key of the k-th largest value.
+    """Raise the threshold ``low`` until k values reach it, or to the k-th largest value in case of ties.
 
     Args:
         value: at least k values.
-        low: key that ``count`` values reach, at least k.
-        high: a key that the k-th largest value does not exceed.
-        count: values that reach ``low``.
-        k: how many are wanted.
-        FEW: where fewer than this many values are too many, the least of them is left out, which finds ties at once;
-            else the range of keys is halved.
+        low: key of a threshold that at least k values reach.
+        high: key of an upper bound of the k-th largest value.
+        count: number of values that reach ``low``.
+        k: number of values to select.
+        FEW: if fewer values than this are in excess, drop the smallest one, which finds ties at once; otherwise bisect
+            the range of keys.
 
     Returns:
-        The key and how many values reach it: k, or more where values equal the k-th largest.
+        The key and the number of values that reach it: k, or more if several equal the k-th largest.
     """
     while (low < high) & (count != k):
         next = (low >> 1) + (high >> 1) + ((low | high) & 1)  # rounded up, without overflow
@@ -73,9 +71,9 @@ def _raise(value, low, high, count, k: tl.constexpr, FEW: tl.constexpr):
 
 @triton.jit
 def _row(source, row, column, n, stride, coordinates: tl.constexpr):
-    """A part of a row: the values of ``source``, or minus the squared distances of its point ``row`` to others.
+    """Load part of a row: values of ``source``, or the negative squared distances from its point ``row`` to others.
 
-    What is not a number, and what lies beyond the row, counts as the smallest.
+    NaNs and the padding of the row become -inf.
     """
     if coordinates == 0:
         value = tl.load(source + row * stride + column, mask=column < stride, other=-float("inf"))
@@ -93,11 +91,11 @@ def _row(source, row, column, n, stride, coordinates: tl.constexpr):
 def _select(
     source, out, n, stride, coordinates: tl.constexpr, k: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr
 ):
-    """Write where the k largest of a row are, in ascending order; of equal ones those that come first.
+    """Write the indices of the k largest values of a row in ascending order; ties go to the lowest indices.
 
-    The k-th largest maximum of groups of 4 is at most the k-th largest value, and nearly as large. It is found by
-    counting a quarter of the numbers; few values are left above it. Then the row is read again, from the cache, a part
-    at a time: one prefix sum gives places among the larger values and, 16 bits up, among those equal to the k-th.
+    The k-th largest maximum over groups of 4 is a tight lower bound of the k-th largest value, and to find it takes
+    counting only a quarter of the numbers. The row is then read again from the cache, one part at a time: a single
+    prefix sum ranks the larger values and, 16 bits up, the values that equal the k-th largest.
     """
     row = tl.program_id(0).to(tl.int64)
     value = _row(source, row, tl.arange(0, WIDTH), n, stride, coordinates)
@@ -105,7 +103,7 @@ def _select(
         maxima = tl.max(tl.reshape(value, [4, WIDTH // 4]), 0)
         low = _key(tl.min(maxima, 0))
         high = _key(tl.max(maxima, 0))
-        if _count(maxima >= _float(high)) >= k:  # k equal distances, as input dropout leaves most rows
+        if _count(maxima >= _float(high)) >= k:  # k equal distances: most rows after input dropout
             low = high
         low, _ = _raise(maxima, low, high, tl.full([], WIDTH // 4, tl.int32), k, 0)
         low, count = _raise(value, low, high, _count(value >= _float(low)), k, 5)
@@ -113,7 +111,7 @@ def _select(
         count = tl.full([], WIDTH, tl.int32)
         low, count = _raise(value, _key(tl.min(value, 0)), _key(tl.max(value, 0)), count, k, 5)
     least = _float(low)
-    missing = tl.full([], k, tl.int32)  # of those equal to ``least``
+    missing = tl.full([], k, tl.int32)  # number of values to take that equal ``least``
     if count != k:
         missing -= _count(value > least)
     before = tl.full([], 0, tl.int32)
@@ -126,14 +124,14 @@ def _select(
         if ((total & 0xFFFF) > 0) | ((total > 0) & ((before >> 16) < missing)):
             sums = before + tl.cumsum(flags, 0)
             rank = sums >> 16
-            place = (sums & 0xFFFF) + tl.minimum(rank, missing) - 1
-            tl.store(out + row * k + place, column.to(tl.int64), mask=(part > least) | (equal & (rank <= missing)))
+            slot = (sums & 0xFFFF) + tl.minimum(rank, missing) - 1
+            tl.store(out + row * k + slot, column.to(tl.int64), mask=(part > least) | (equal & (rank <= missing)))
         before += total
 
 
 @triton.jit
 def _tile(points, width, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """Rows and channels of a program, which of them there are, and where they lie in a (points, width) tensor."""
+    """Return a program's rows and channels, their masks, and their offsets in a (points, width) tensor."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     channel = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     exists = row < points
@@ -159,13 +157,13 @@ def _edge_forward(
     WIDTH: tl.constexpr,
     TOGETHER: tl.constexpr,
 ):
-    """One pass over the neighbours: extreme, its place, and the sums of h - about and of its square."""
+    """Compute in one pass over the neighbors: extreme, argmax, and the sums of h - about and of its square."""
     row, channel, exists, inside, at = _tile(points, width, ROWS, WIDTH)
     center = tl.load(c + at, mask=inside, other=0.0)
     direction = tl.load(sign + channel, mask=channel < width, other=1.0)[None, :]
     centered = center - tl.load(about + channel, mask=channel < width, other=0.0)[None, :]
     best = tl.full([ROWS, WIDTH], -float("inf"), tl.float32)
-    place = tl.zeros([ROWS, WIDTH], tl.int32)
+    best_row = tl.zeros([ROWS, WIDTH], tl.int32)
     total = tl.zeros([ROWS, WIDTH], tl.float32)
     squares = tl.zeros([ROWS, WIDTH], tl.float32)
     for first in range(0, k, TOGETHER):
@@ -175,15 +173,15 @@ def _edge_forward(
             edge = known[:, None] & inside
             value = tl.load(a + neighbor[:, None] * width + channel[None, :], mask=edge, other=0.0)
             signed = value * direction
-            better = edge & ((signed > best) | (signed != signed))  # what is not a number stays, as in torch.max
+            better = edge & ((signed > best) | (signed != signed))  # NaN propagates, as in torch.max
             best = tl.where(better, signed, best)
-            place = tl.where(better, neighbor.to(tl.int32)[:, None], place)
+            best_row = tl.where(better, neighbor.to(tl.int32)[:, None], best_row)
             if MOMENTS:
                 h = tl.where(edge, value + centered, 0.0)
                 total += h
                 squares += h * h
     tl.store(extremes + at, best * direction + center, mask=inside)
-    tl.store(argmax + at, place, mask=inside)
+    tl.store(argmax + at, best_row, mask=inside)
     if MOMENTS:
         slot = tl.program_id(0).to(tl.int64) * 2 * width + channel
         tl.store(sums + slot, tl.sum(total, 0), mask=channel < width)
@@ -206,7 +204,7 @@ def _gradient_of_centers(
     WIDTH: tl.constexpr,
     TOGETHER: tl.constexpr,
 ):
-    """Write slope (sum of the neighbours' a + k c) + k constant + peak."""
+    """Write grad_scale (sum of a over the neighbors + k c) + k constant + grad_at_argmax."""
     row, channel, exists, inside, at = _tile(points, width, ROWS, WIDTH)
     total = k * tl.load(c + at, mask=inside, other=0.0)
     for first in range(0, k, TOGETHER):
@@ -240,9 +238,9 @@ def _gradient_of_neighbors(
     LIST: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Sum of the gradients of the edges that end at a row, of which ``order`` has a list; a block of the list at once.
+    """Sum the gradients of the edges to a row, which ``order`` lists, LIST edges at a time.
 
-    That of an edge is slope (a_j + c_i) + constant, and the peak where it is the extreme.
+    The gradient of an edge is grad_scale (a_j + c_i) + constant, plus grad_at_argmax if the edge is the extreme.
     """
     row = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
@@ -262,10 +260,10 @@ def _gradient_of_neighbors(
         source = center[:, None] * width + channel[None, :]
         h = tl.load(c + source, mask=edge, other=0.0)
         grad_at_argmax_here = tl.load(grad_at_argmax + source, mask=edge, other=0.0)
-        place = tl.load(argmax + source, mask=edge, other=-1).to(tl.int64)
-        # A row that is the same row's neighbour twice is its extreme once; the two stand side by side in the list.
+        best_row = tl.load(argmax + source, mask=edge, other=-1).to(tl.int64)
+        # If a row is listed twice as a neighbor of the same point, in consecutive entries, count the extreme once.
         total += h * grad_scales[None, :] + tl.where(
-            (place == row) & (center != before)[:, None], grad_at_argmax_here, 0.0
+            (best_row == row) & (center != before)[:, None], grad_at_argmax_here, 0.0
         )
         first += LIST
     tl.store(out + at, tl.sum(total, 0) + (stop - start).to(tl.float32) * everywhere, mask=exists)
@@ -276,27 +274,27 @@ def _power_of_two(x: int) -> int:
 
 
 def _row_launch(n: int) -> dict[str, int]:
-    """How a program of a row of n numbers is launched: 64 numbers to a thread, 4 of a part."""
+    """Return launch options for rows of n numbers: 64 numbers per thread, 4 per part."""
     width = max(32, _power_of_two(n))
     warps = max(1, width // 2048)
     return {"WIDTH": width, "PART": min(width, 128 * warps), "num_warps": warps}
 
 
 def _edge_launch(width: int) -> dict[str, int]:
-    """The tile of one program of a pass over neighbours."""
+    """Return the tile size and launch options of a pass over neighbors."""
     return {"ROWS": 8, "WIDTH": max(16, min(128, _power_of_two(width))), "TOGETHER": 4, "num_warps": 4}
 
 
 def padded(n: int) -> int:
-    """Length of a row of n numbers with what fills it up to a multiple of ``ROW_MULTIPLE``."""
+    """Round a row length up to a multiple of ``ROW_MULTIPLE``."""
     return -(-n // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
 def largest(values: Tensor, k: int) -> Tensor:
-    """Where the k largest values of every row are: ascending, and of equal ones those that come first.
+    """Return the indices of the k largest values of each row in ascending order; ties go to the lowest indices.
 
     Args:
-        values: (R, N) float32, N at most ``MAX_ROW``; a view of (R, ``padded(N)``) is read as it is.
+        values: (R, N) float32, N at most ``MAX_ROW``; a view of (R, ``padded(N)``) is not copied.
         k: 1 to N.
 
     Returns:
@@ -313,19 +311,19 @@ def largest(values: Tensor, k: int) -> Tensor:
 
 
 def _holds(x: Tensor, numbers: int) -> bool:
-    """Return whether the storage holds that many numbers from where ``x`` begins."""
+    """Return whether the storage of ``x`` has this many numbers from its offset on."""
     return x.untyped_storage().nbytes() >= (x.storage_offset() + numbers) * x.element_size()
 
 
 def nearest(points: Tensor, k: int) -> Tensor:
-    """Indices of the k nearest points of every point, distances and selection in one.
+    """Return the indices of the k nearest points of every point, with distances and selection in one kernel.
 
     Args:
         points: (B, N, C) float32, C at most ``MAX_COORDINATES``, N at most ``MAX_ROW``.
         k: 1 to N.
 
     Returns:
-        (B, N, k) int64, ascending; of equally distant ones those that come first.
+        (B, N, k) int64, ascending; ties go to the lowest indices.
     """
     b, n, coordinates = points.shape
     stride = padded(n)
@@ -339,14 +337,14 @@ def nearest(points: Tensor, k: int) -> Tensor:
 def edge_extremes(
     a: Tensor, c: Tensor, neighbors: Tensor, sign: Tensor, *, about: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Extremes of h_ij = a_j + c_i over the neighbours j, and the sums that its moments need.
+    """Compute the extremes of h_ij = a_j + c_i over the neighbors j, and the sums for its moments.
 
     Args:
         a: (P, C) float32.
         c: (P, C) float32.
         neighbors: (P, k) int64.
-        sign: (C,) of 1 and -1, where the minimum is wanted.
-        about: (C,) what h is compared with in the sums; None leaves the sums at zero.
+        sign: (C,) of 1 and -1; -1 computes the minimum instead of the maximum.
+        about: (C,) subtracted from h in the sums, so that no digits cancel; None leaves the sums at zero.
 
     Returns:
         Extremes (P, C), the rows j that they come from (P, C) int32, and over all edges the sum of h - about and of its
@@ -378,7 +376,7 @@ def edge_gradients(
     grad_at_argmax: Tensor,
     argmax: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients with respect to a and c: of each edge ``grad_scale * (a_j + c_i) + constant``, and at extremes more.
+    """Compute the gradients of a and c if that of each edge is ``grad_scale * (a_j + c_i) + constant``, plus extremes.
 
     Args:
         a: (P, C) float32.
@@ -390,7 +388,7 @@ def edge_gradients(
         argmax: (P, C) the row that each extreme comes from.
 
     Returns:
-        Two tensors (P, C).
+        The gradients of a and c, each (P, C).
     """
     a, c, neighbors, grad_at_argmax, argmax = (x.contiguous() for x in (a, c, neighbors, grad_at_argmax, argmax))
     points, width = a.shape

@@ -126,7 +126,7 @@ def test_the_check_passes_and_notices_a_kernel_that_is_wrong(formulas, monkeypat
     native_batch_norm._all_agree.cache_clear()
     monkeypatch.setattr(torch, name, ten_percent_more(FORMULAS[name]))
     assert not native_batch_norm._all_agree(device)
-    assert "batch norm takes plain operations on cpu" in caplog.text
+    assert "batch norm uses plain operations on cpu" in caplog.text
 
 
 def test_a_cpu_and_plain_kernels_keep_plain_operations(monkeypatch):
