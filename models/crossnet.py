@@ -84,9 +84,8 @@ class CrossNet(nn.Module):
             return None
         if images is None:
             raise ValueError(f"the model has a {modality} branch but got no {modality} images")
-        if images.ndim == 5:
-            return self.project_images(modality, images.flatten(0, 1)).unflatten(0, images.shape[:2])
-        return self.image_heads[modality](self.image_encoders[modality](images))
+        features = self.image_encoders[modality](images.flatten(0, -4))  # (B * V, feature_dim)
+        return self.image_heads[modality](features).unflatten(0, images.shape[:-3])
 
     def project(
         self, view1: Tensor, view2: Tensor, *, rgb: Tensor | None = None, gray: Tensor | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -101,7 +100,7 @@ def crossnet_objective(
         raise ValueError("expected projections of the colour renders, the gray renders or both")
     intra = nt_xent(*views, temperature=temperature)
 
-    def cross_term(images: Sequence[Tensor]) -> Tensor:
+    def cross_term(images: list[Tensor]) -> Tensor:
         """Cross term of one render of each object: (B, C) for each modality."""
         if objective == "con" and len(images) == 2:
             batch = len(views[0])
@@ -111,6 +110,6 @@ def crossnet_objective(
         mean = (at_least_float32(views[0]) + at_least_float32(views[1])) / 2
         return functools.reduce(torch.add, (nt_xent(mean, image, temperature=temperature) for image in images))
 
-    renders = [images] if images[0].ndim == 2 else zip(*(image.unbind(1) for image in images), strict=True)
+    renders = [images] if images[0].ndim == 2 else map(list, zip(*(image.unbind(1) for image in images), strict=True))
     cross = torch.stack([cross_term(of_each) for of_each in renders]).mean()
     return Losses(intra + alpha * cross, intra, cross)
