@@ -1,4 +1,4 @@
-"""Point encoders by name, and everything of the method that has parameters or a gradient."""
+"""Models and losses of the method, and a registry of point encoders by name."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ __all__ = [
 
 
 def resolve_encoder_name(name: str) -> str:
-    """The encoder's own name, from it or from a released alias.
+    """Return the canonical name of an encoder, given that name or a released alias.
 
     Raises:
-        ValueError: unknown name.
+        ValueError: the name is unknown.
     """
     name = ENCODER_ALIASES.get(name, name)
     if name not in ENCODERS:
@@ -47,7 +47,7 @@ def resolve_encoder_name(name: str) -> str:
 
 
 def encoder_arguments(name: str) -> dict[str, Any]:
-    """Keyword arguments that the encoder takes, with their defaults (the released values)."""
+    """Return the keyword arguments of an encoder with their defaults (the released values)."""
     return ENCODERS[resolve_encoder_name(name)].arguments()
 
 
@@ -56,11 +56,11 @@ def build_encoder(name: str, **kwargs: Any) -> PointEncoder:
 
     Args:
         name: one of ``ENCODERS`` or a released alias.
-        kwargs: see ``encoder_arguments(name)``; what is left out takes the released value.
+        kwargs: any of ``encoder_arguments(name)``; the defaults are the released values.
 
     Raises:
-        ValueError: unknown name or value.
-        TypeError: an argument that this encoder does not take.
+        ValueError: the name or a value is not valid.
+        TypeError: the encoder has no such argument.
     """
     return ENCODERS[resolve_encoder_name(name)](**kwargs)
 

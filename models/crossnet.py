@@ -1,4 +1,4 @@
-"""CrossNet: a point encoder trained jointly with a colour and a gray image encoder (Wu et al., IEEE TMM 2023)."""
+"""CrossNet: a point encoder trained jointly with a color and a gray image encoder (Wu et al., IEEE TMM 2023)."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ class Projections(NamedTuple):
 
 
 class CrossNet(nn.Module):
-    """The whole training-time model: encoders, heads and objective.
+    """The pretraining model: encoders, projection heads and objective.
 
     Args:
-        point_encoder: module (B, 3, N) -> PointFeatures, with ``feature_dim``; its ``emb_dims``, if it
-            has one, is the width of the point head's hidden layer.
-        image_model: ResNet of the image branches, see ``models.image``.
-        image_modality: ``both``, ``rgb`` or ``gray``; a branch that is not used is not built.
-        objective: ``con`` or ``ave``, see ``models.losses.crossnet_objective``.
+        point_encoder: module (B, 3, N) -> PointFeatures, with ``feature_dim``; its ``emb_dims``, if any, sets the
+            width of the point head's hidden layer.
+        image_model: ResNet of the image branches, one of ``models.image.IMAGE_ENCODERS``.
+        image_modality: image branches to build: ``both``, ``rgb`` or ``gray``.
+        objective: ``con`` or ``ave``, as in ``models.losses.crossnet_objective``.
         alpha: weight of the cross-modal term.
-        temperature: of NT-Xent; None takes the released one of the objective, 0.2 for ``con`` and 0.1 for ``ave``.
-        mask_same_object: ablation of ``con``, see ``models.losses.crossnet_objective``.
+        temperature: temperature of NT-Xent; None means the released value, 0.2 for ``con`` and 0.1 for ``ave``.
+        mask_same_object: ablation of ``con``, as in ``models.losses.crossnet_objective``.
 
     Raises:
-        ValueError: unknown modality, objective or image model.
+        ValueError: the modality, the objective or the image model is unknown.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class CrossNet(nn.Module):
                 self.image_heads[modality] = image_projection(encoder.feature_dim)
 
     def project_points(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor]:
-        """Projections of two views, each (B, 3, N) -> (B, 256); one 2B batch, so they share batch statistics."""
+        """Project two views, each (B, 3, N) -> (B, 256), as one batch of 2B, so that they share batch statistics."""
         z1, z2 = self.point_head(pooled_features(self.point_encoder, torch.cat([view1.mT, view2.mT]))).chunk(2)
         return z1, z2
 
@@ -90,13 +90,13 @@ class CrossNet(nn.Module):
     def project(
         self, view1: Tensor, view2: Tensor, *, rgb: Tensor | None = None, gray: Tensor | None = None
     ) -> Projections:
-        """Encoders and heads; arguments as in ``forward``."""
+        """Apply encoders and heads; arguments as in ``forward``."""
         return Projections(
             *self.project_points(view1, view2), self.project_images("rgb", rgb), self.project_images("gray", gray)
         )
 
     def losses(self, projections: Projections) -> Losses:
-        """The objective."""
+        """Compute the objective from projections."""
         view1, view2, rgb, gray = projections
         return crossnet_objective(
             (view1, view2),
@@ -117,12 +117,12 @@ class CrossNet(nn.Module):
         gray: Tensor | None = None,
         only_project: bool = False,
     ) -> Losses | Projections:
-        """One training step's losses.
+        """Compute the losses of a batch.
 
         Args:
             view1: first augmented views (B, 3, N).
             view2: second augmented views (B, 3, N), row i of the same clouds.
-            rgb: colour renders (B, 3, H, W) of the same objects, or V of each (B, V, 3, H, W); needed where that branch
+            rgb: color renders (B, 3, H, W) of the same objects, or V of each (B, V, 3, H, W); needed where that branch
                 is built.
             gray: gray renders, as ``rgb`` with one channel; needed where that branch is built.
             only_project: return the projections; for ``engine.grad_cache``, in a module that wraps this one.

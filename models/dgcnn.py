@@ -1,4 +1,4 @@
-"""DGCNN encoders (Wang et al., arXiv:1801.07829) in the three layouts of the field.
+"""DGCNN encoders (Wang et al., arXiv:1801.07829) in the three common layouts.
 
 Parameter names (``conv1.0.weight``, ``conv1.1.running_mean``, ...) are those of the published DGCNN repositories.
 """
@@ -22,10 +22,10 @@ from models.ops.precision import at_least_float32, without_autocast
 class TransformNet(nn.Module):
     """Spatial transformer of DGCNN part segmentation: predicts a 3x3 matrix that aligns the cloud.
 
-    Parameter names are those of the published DGCNN repositories. Starts at the identity.
+    It is initialized to the identity. Parameter names are those of the published DGCNN repositories.
 
     Shape:
-        (B, N, 3), neighbours (B * N, k) -> (B, 3, 3)
+        points (B, N, 3), neighbors (B * N, k) -> (B, 3, 3)
     """
 
     def __init__(self) -> None:
@@ -52,26 +52,26 @@ class TransformNet(nn.Module):
 
 
 class _DGCNN(PointEncoder):
-    """What the layouts share: arguments and the search for neighbors."""
+    """Base class of the layouts: arguments and neighbor search."""
 
     published_aliases = re.compile(r"^(bn\d+|transform_net\.bn[12]|transform_net\.conv3\.1)\.")
 
     def __init__(self, *, k: int, emb_dims: int, in_channels: int) -> None:
         super().__init__()
         if k < 1:
-            raise ValueError(f"k = {k}: a point needs at least one neighbour, itself")
+            raise ValueError(f"k = {k}: expected 1 or more, since every point is its own neighbor")
         self.k, self.emb_dims, self.in_channels = k, emb_dims, in_channels
 
     def neighbors(self, points: Tensor) -> Tensor:
-        """(B, N, C) -> (B * N, k) indices of the nearest rows, in feature space."""
+        """Return the indices (B * N, k) of the nearest rows of points or features (B, N, C)."""
         return flatten_neighbors(knn(points, self.k))
 
 
 class DGCNNCls(_DGCNN):
-    """Classification layout: four EdgeConvs of 64, 64, 128, 256, then one embedding.
+    """Classification layout: EdgeConvs of 64, 64, 128 and 256 channels, then an embedding.
 
     Args:
-        k: neighbours per point, itself included.
+        k: number of neighbors per point, itself included.
         emb_dims: width E of the embedding.
 
     Shape:
@@ -91,7 +91,7 @@ class DGCNNCls(_DGCNN):
         self.feature_dim, self.local_dim = 2 * emb_dims, 512
 
     def pooled_and_layers(self, points: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """(B, N, 3) -> (B, 2 E) and four layers of rows."""
+        """Map (B, N, 3) to pooled features (B, 2 E) and four layers of rows (B * N, C_i)."""
         shape, rows, layers = points.shape, points.flatten(0, 1), []
         for block in (self.conv1, self.conv2, self.conv3, self.conv4):
             rows = edge_conv(rows, self.neighbors(rows.unflatten(0, shape[:2])), block, clouds=points.shape[0])
@@ -100,7 +100,7 @@ class DGCNNCls(_DGCNN):
 
 
 class _DGCNNSeg(_DGCNN):
-    """Segmentation layouts: EdgeConvs of two, two and one layers of 64, then one embedding."""
+    """Segmentation layouts: EdgeConvs of two, two and one layers of 64 channels, then an embedding."""
 
     embedding = "conv6.0.weight"
 
@@ -115,7 +115,7 @@ class _DGCNNSeg(_DGCNN):
         self.feature_dim, self.local_dim = emb_dims, 192
 
     def edge_convs(self, points: Tensor, first_neighbors: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """(B, N, C) and the first layer's neighbours -> (B, E) and three layers of rows."""
+        """Map (B, N, C) and the first layer's neighbors (B * N, k) to (B, E) and three layers of rows (B * N, 64)."""
         shape = points.shape
         x1 = edge_conv_two_layers(points.flatten(0, 1), first_neighbors, self.conv1, self.conv2)
         x2 = edge_conv_two_layers(x1, self.neighbors(x1.unflatten(0, shape[:2])), self.conv3, self.conv4)
@@ -126,10 +126,10 @@ class _DGCNNSeg(_DGCNN):
 
 
 class DGCNNPartSeg(_DGCNNSeg):
-    """Part-segmentation layout: the cloud is aligned by a spatial transformer first.
+    """Part-segmentation layout: a spatial transformer aligns the cloud first.
 
     Args:
-        k: neighbours per point, itself included.
+        k: number of neighbors per point, itself included.
         emb_dims: width E of the embedding.
 
     Shape:
@@ -143,11 +143,11 @@ class DGCNNPartSeg(_DGCNNSeg):
         self.transform_net = TransformNet()
 
     def pooled_and_layers(self, points: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """(B, N, 3) -> (B, E) and three layers of rows."""
+        """Map (B, N, 3) to pooled features (B, E) and three layers of rows (B * N, 64)."""
         matrices = self.transform_net(points, self.neighbors(points))
-        with without_autocast(points.device):  # rounded coordinates would have other neighbours
+        with without_autocast(points.device):  # rounding the coordinates would change the neighbors
             points = at_least_float32(points)
-            aligned = points @ matrices.to(points.dtype)
+            aligned = points @ matrices.to(points.dtype)  # (B, N, 3)
         return self.edge_convs(aligned, self.neighbors(aligned))
 
 
@@ -155,10 +155,10 @@ class DGCNNSemSeg(_DGCNNSeg):
     """Semantic-segmentation layout.
 
     Args:
-        k: neighbours per point, itself included.
+        k: number of neighbors per point, itself included.
         emb_dims: width E of the embedding.
-        in_channels: 3 for xyz, or 9 for S3DIS blocks (xyz, rgb, room-normalised xyz); with 9 the first graph is that of
-            the room-normalised coordinates ``x[:, 6:9]``, as in the published weights.
+        in_channels: 3 for xyz, or 9 for S3DIS blocks (xyz, rgb, room-normalized xyz); with 9 the first neighbors are
+            those in room-normalized coordinates ``x[:, 6:9]``, as in the published weights.
 
     Shape:
         (B, in_channels, N) -> pooled (B, E): maximum over points; local (B, 192, N)
@@ -168,9 +168,9 @@ class DGCNNSemSeg(_DGCNNSeg):
 
     def __init__(self, *, k: int = 20, emb_dims: int = 1024, in_channels: int = 3) -> None:
         if in_channels not in (3, 9):
-            raise ValueError(f"in_channels = {in_channels}: expected 3 (xyz) or 9 (xyz, rgb, room-normalised xyz)")
+            raise ValueError(f"in_channels = {in_channels}: expected 3 (xyz) or 9 (xyz, rgb, room-normalized xyz)")
         super().__init__(k=k, emb_dims=emb_dims, in_channels=in_channels)
 
     def pooled_and_layers(self, points: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """(B, N, in_channels) -> (B, E) and three layers of rows."""
+        """Map (B, N, in_channels) to pooled features (B, E) and three layers of rows (B * N, 64)."""
         return self.edge_convs(points, self.neighbors(points[..., 6:9] if self.in_channels == 9 else points))

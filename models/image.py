@@ -1,4 +1,4 @@
-"""Image encoders: torchvision's ResNets with random start, for colour (3 channels) and gray (1 channel) renders."""
+"""Image encoders: randomly initialized torchvision ResNets for color (3 channels) and gray (1 channel) renders."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ IMAGE_ENCODERS = {"resnet18": resnet18, "resnet34": resnet34, "resnet50": resnet
 
 
 class ImageEncoder(nn.Module):
-    """What ``build_image_encoder`` returns: images (B, C, H, W) -> (B, feature_dim)."""
+    """Type of the image encoders: (B, C, H, W) -> (B, feature_dim)."""
 
     feature_dim: int
 
 
 def build_image_encoder(name: str, *, in_channels: int) -> ImageEncoder:
-    """A ResNet (arXiv:1512.03385) without its classifier, randomly initialized as in the paper's released code.
+    """Build a ResNet (arXiv:1512.03385) without its classifier, initialized as in the released code of the paper.
 
-    The first convolution of the gray branch keeps PyTorch's default start (standard deviation 0.0825), as released; the
-    one that torchvision builds for three channels starts at 0.0255.
+    As released, the first convolution of the gray branch keeps PyTorch's default initialization (standard deviation
+    0.0825); torchvision initializes that of the color branch with standard deviation 0.0255.
 
     Args:
         name: one of ``IMAGE_ENCODERS``.
-        in_channels: 3 for colour, 1 for gray.
+        in_channels: 3 for color, 1 for gray.
 
     Returns:
         Module (B, in_channels, H, W) -> (B, feature_dim), with the attribute ``feature_dim``.
 
     Raises:
-        ValueError: unknown name.
+        ValueError: the name is unknown.
     """
     if name not in IMAGE_ENCODERS:
         raise ValueError(f"unknown image encoder {name!r}: expected one of {', '.join(IMAGE_ENCODERS)}")

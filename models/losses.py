@@ -17,23 +17,23 @@ RELEASED_TEMPERATURE = {"con": 0.2, "ave": 0.1}
 
 
 def nt_xent(a: Tensor, b: Tensor, *, temperature: float, objects: Tensor | None = None) -> Tensor:
-    """Normalised temperature-scaled cross entropy over pairs (a_i, b_i), in at least float32.
+    """Compute the normalized temperature-scaled cross entropy of pairs (a_i, b_i), in at least float32.
 
-    Each of the 2B vectors is to find its partner among the 2B - 1 others by cosine similarity. Under several processes
-    the others are those of all processes, with gradient.
+    Each of the 2B vectors has to identify its partner among the 2B - 1 others by cosine similarity. With several
+    processes, the others are gathered from all of them, with gradient.
 
     Args:
-        a: (B, C), not normalised.
-        b: (B, C); row i belongs to row i of ``a``.
-        temperature: divides the similarities.
-        objects: (B,) object of row i of ``a`` and ``b``, unique across processes. Where given, rows of the same object
-            other than the partner are no negatives.
+        a: (B, C), not normalized.
+        b: (B, C), not normalized; row i is the partner of row i of ``a``.
+        temperature: divisor of the similarities.
+        objects: (B,) number of the object of row i in ``a`` and ``b``, unique across processes; if given, other rows of
+            the same object are not negatives.
 
     Returns:
-        () mean over this process's 2B rows.
+        () mean over the 2B rows of this process.
 
     Raises:
-        ValueError: shapes differ or the temperature is not positive.
+        ValueError: the shapes differ, or the temperature is not positive.
     """
     if a.shape != b.shape or a.ndim != 2:
         raise ValueError(f"expected two (B, C) tensors of the same shape, got {tuple(a.shape)} and {tuple(b.shape)}")
@@ -46,7 +46,7 @@ def nt_xent(a: Tensor, b: Tensor, *, temperature: float, objects: Tensor | None 
         everything = len(all_a)
         own = torch.arange(len(a), device=a.device) + rank() * len(a)
         itself, partner = torch.cat([own, own + everything]), torch.cat([own + everything, own])
-        logits = torch.cat([a, b]) @ torch.cat([all_a, all_b]).T / temperature
+        logits = torch.cat([a, b]) @ torch.cat([all_a, all_b]).T / temperature  # (2B, 2B of all processes)
         logits = logits.scatter(1, itself[:, None], float("-inf"))
         if objects is not None:
             objects_of_all = gather_with_grad(objects).repeat(2)
@@ -60,7 +60,7 @@ class Losses(NamedTuple):
 
     total: Tensor
     intra: Tensor  # between the two views of a cloud
-    cross: Tensor  # between clouds and images, before the weight alpha
+    cross: Tensor  # between clouds and images, not yet weighted by alpha
 
 
 def crossnet_objective(
@@ -73,31 +73,32 @@ def crossnet_objective(
     temperature: float = 0.2,
     mask_same_object: bool = False,
 ) -> Losses:
-    """CrossNet's loss: views of a cloud against each other (intra) and against renders of the object (cross).
+    """Compute CrossNet's loss between the views of a cloud (intra), and between views and renders (cross).
 
     - ``con`` (the paper's figure): NTX(t1, t2) + alpha NTX([t1; t2], [rgb; gray]).
     - ``ave``: NTX(t1, t2) + alpha (NTX(mean(t1, t2), rgb) + NTX(mean(t1, t2), gray)).
-    With one modality both are NTX(t1, t2) + alpha NTX(mean(t1, t2), image). Means are of unnormalised projections.
+    With a single modality, both are NTX(t1, t2) + alpha NTX(mean(t1, t2), image). Projections are averaged before they
+    are normalized.
     With V renders of an object the cross term is the mean of those of the first renders, of the second, ...
 
     Args:
         views: projections of the two views, each (B, C).
-        rgb: projections of the colour renders (B, C), or of V of each object (B, V, C), or None.
+        rgb: projections of the color renders (B, C), or of V of each object (B, V, C), or None.
         gray: projections of the gray renders, as ``rgb``, or None.
         objective: ``con`` or ``ave``.
         alpha: weight of the cross term.
-        temperature: of every NT-Xent.
-        mask_same_object: in ``con`` with both modalities, do not count the object's other view and other image as
-            negatives (ablation; the released objective counts them).
+        temperature: temperature of every NT-Xent.
+        mask_same_object: in ``con`` with both modalities, exclude the object's other view and other image from the
+            negatives (ablation; the released objective includes them).
 
     Raises:
-        ValueError: unknown objective, or neither modality.
+        ValueError: the objective is unknown, or neither modality is given.
     """
     if objective not in OBJECTIVES:
         raise ValueError(f"unknown objective {objective!r}: expected one of {', '.join(OBJECTIVES)}")
     images = [image for image in (rgb, gray) if image is not None]
     if not images:
-        raise ValueError("expected projections of the colour renders, the gray renders or both")
+        raise ValueError("expected projections of the color renders, the gray renders or both")
     intra = nt_xent(*views, temperature=temperature)
 
     def cross_term(images: list[Tensor]) -> Tensor:

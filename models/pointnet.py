@@ -1,6 +1,6 @@
-"""PointNet encoders (Qi et al., arXiv:1612.00593) in the two layouts that the peers pretrain.
+"""PointNet encoders (Qi et al., arXiv:1612.00593) in the two layouts used for pretraining.
 
-Parameter names (``conv1.weight``, ``bn1.running_mean``, ``stn.fc1.weight``, ...) are those of the field's repositories.
+Parameter names (``conv1.weight``, ``bn1.running_mean``, ``stn.fc1.weight``, ...) are those of published repositories.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from models.ops.layers import apply_to_rows, max_over_points
 
 
 class PointNetCls(PointEncoder):
-    """Classification layout without transformer: pointwise 64, 64, 64, 128, E, then the maximum.
+    """Classification layout without transformers: pointwise layers of 64, 64, 64, 128, E channels, then the maximum.
 
     Args:
         emb_dims: width E of the embedding.
 
     Shape:
-        (B, 3, N) -> pooled (B, E); local (B, 320, N): the four layers before the embedding
+        (B, 3, N) -> pooled (B, E); local (B, 320, N): the layers before the embedding
     """
 
     embedding = "conv5.weight"
@@ -37,7 +37,7 @@ class PointNetCls(PointEncoder):
         self.emb_dims, self.feature_dim, self.local_dim = emb_dims, emb_dims, sum(widths[1:5])
 
     def pooled_and_layers(self, points: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """(B, N, 3) -> (B, E) and the rows (B * N, C_i) of the four layers before the embedding."""
+        """Map (B, N, 3) to pooled features (B, E) and the rows (B * N, C_i) of the layers before the embedding."""
         rows, shape = points.flatten(0, 1), points.shape[:2]
         layers = []
         for i in range(1, 6):
@@ -47,10 +47,10 @@ class PointNetCls(PointEncoder):
 
 
 class AlignmentNet(nn.Module):
-    """PointNet's T-Net: predicts a matrix that aligns points (C = 3) or features; its last layer adds the identity.
+    """PointNet's T-Net: predicts a matrix, as an offset from the identity, that aligns points (C = 3) or features.
 
     Shape:
-        rows (B * N, C) and (B, N) -> (B, C, C)
+        rows (B * N, C), their shape (B, N) -> (B, C, C)
     """
 
     def __init__(self, channels: int) -> None:
@@ -76,13 +76,13 @@ class AlignmentNet(nn.Module):
 
 
 class PointNetPartSeg(PointEncoder):
-    """Part-segmentation layout: input and feature transformer, pointwise 64, 128, 128, 512, E, then the maximum.
+    """Part-segmentation layout: input and feature transformers, pointwise layers of 64, 128, 128, 512, E channels.
 
     Args:
-        emb_dims: width E of the embedding (1,024 here; 2,048 in the supervised layout of the field).
+        emb_dims: width E of the embedding; the published supervised layout has 2,048.
 
     Shape:
-        (B, 3, N) -> pooled (B, E); local (B, 832 + E, N): every pointwise layer's output, as the part head expects
+        (B, 3, N) -> pooled (B, E): maximum over points; local (B, 832 + E, N): outputs of all pointwise layers
     """
 
     embedding = "conv5.weight"
@@ -100,7 +100,7 @@ class PointNetPartSeg(PointEncoder):
         self.emb_dims, self.feature_dim, self.local_dim = emb_dims, emb_dims, 64 + 128 + 128 + 512 + emb_dims
 
     def pooled_and_layers(self, points: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """(B, N, 3) -> (B, E) and the rows (B * N, C_i) of every pointwise layer."""
+        """Map (B, N, 3) to pooled features (B, E) and the rows (B * N, C_i) of all pointwise layers."""
         rows, shape = points.flatten(0, 1), points.shape[:2]
         rows = self.align(rows, shape, self.stn)
         out1 = F.relu(apply_to_rows(rows, self.conv1, self.bn1))

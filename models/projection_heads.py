@@ -1,4 +1,4 @@
-"""Projection heads of the contrastive objective. They are thrown away after pretraining."""
+"""Projection heads of the contrastive objective, discarded after pretraining."""
 
 from torch import nn
 
@@ -7,14 +7,14 @@ HIDDEN_DIM = 1024
 
 
 def point_projection(in_dim: int, hidden: int = HIDDEN_DIM, out_dim: int = PROJECTION_DIM) -> nn.Sequential:
-    """Points: D -> width of the embedding (batch norm, ReLU) -> 256, with biases. Published as ``inv_head``."""
+    """Build the head of points: D -> hidden (batch norm, ReLU) -> 256, with biases. Published as ``inv_head``."""
     return nn.Sequential(
         nn.Linear(in_dim, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, out_dim)
     )
 
 
 def image_projection(in_dim: int, out_dim: int = PROJECTION_DIM) -> nn.Sequential:
-    """Images: D -> 512 (batch norm, ReLU) -> 256, without biases."""
+    """Build the head of images: D -> 512 (batch norm, ReLU) -> 256, without biases."""
     return nn.Sequential(
         nn.Linear(in_dim, 512, bias=False),
         nn.BatchNorm1d(512),

@@ -1,7 +1,7 @@
-"""Heads of fine-tuning on top of a point encoder: part segmentation, semantic segmentation, classification.
+"""Fine-tuning heads on a point encoder: part segmentation, semantic segmentation, classification.
 
-Layer names and widths are those of the published DGCNN and PointNet repositories, so that the tensors of an encoder and
-of its head, side by side, carry the names of published files (see ``FineTuned.published_state_dict``).
+Layer names and widths are those of the published DGCNN and PointNet repositories: together, the tensors of an encoder
+and its head have the names of published files (``FineTuned.published_state_dict``).
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from models.pointnet import PointNetCls, PointNetPartSeg
 
 
 def scores_of_points(cloud: Tensor, local: Tensor, conv: nn.Conv1d, *rest: Callable[[Tensor], Tensor]) -> Tensor:
-    """A 1x1 convolution over ``[cloud repeated at every point ; local]`` and the layers that follow it.
+    """Apply a 1x1 convolution to ``[cloud repeated at every point ; local]``, then the layers that follow it.
 
-    The cloud's share of the product is the same at all of its points, so it is taken once and added; the wide repeated
-    tensor is never built.
+    The product with the cloud's vector is computed once per cloud and broadcast, so that the wide repeated tensor is
+    never built.
 
     Args:
         cloud: (B, D) one vector per cloud.
         local: (B, N, C) one vector per point.
-        conv: of D + C input channels.
-        rest: what is applied to the rows (B * N, C_out); the last one gives a score for each class.
+        conv: 1x1 convolution of D + C input channels.
+        rest: layers applied to rows (B * N, C_out); the last one returns class scores.
 
     Returns:
-        (B, classes, N)
+        Scores (B, classes, N).
     """
     of_cloud, of_point = conv.weight.flatten(1).split([cloud.shape[1], local.shape[2]], dim=1)
     rows = F.linear(local, of_point) + F.linear(cloud, of_cloud, conv.bias)[:, None]  # (B, N, C_out)
@@ -41,16 +41,16 @@ def scores_of_points(cloud: Tensor, local: Tensor, conv: nn.Conv1d, *rest: Calla
 
 
 def with_category(features: PointFeatures, category: Tensor, count: int) -> Tensor:
-    """Append one-hot category numbers (B,) to the pooled features: (B, feature_dim + count)."""
+    """Append one-hot categories (B,) to the pooled features: (B, feature_dim + count)."""
     return torch.cat([features.pooled, F.one_hot(category, count).to(features.pooled.dtype)], dim=1)
 
 
 class Head(nn.Module):
-    """Base of the heads: layers on an encoder's features.
+    """Base class of the heads, which map an encoder's features to scores.
 
     Attributes:
-        counts: the head's argument that is the number of scores.
-        last: name of the last layer's weight, which has a row for each score.
+        counts: name of the constructor argument that sets the number of scores.
+        last: name of the last layer's weight, with one row per score.
     """
 
     counts: ClassVar[str] = "num_classes"
@@ -58,18 +58,18 @@ class Head(nn.Module):
 
     @classmethod
     def sizes(cls, state: Mapping[str, Tensor], encoder: PointEncoder) -> dict[str, int]:
-        """Arguments that a published state dict implies."""
+        """Infer arguments of the head from a published state dict."""
         return {cls.counts: len(state[cls.last])}
 
 
 class DGCNNPartHead(Head):
-    """Part head of DGCNN: the category's one-hot vector -> 64, then points 256, 256, 128, parts.
+    """Part head of DGCNN: 64 channels for the one-hot category, then pointwise 256, 256, 128, parts.
 
     Args:
-        encoder: gives the widths of its features.
+        encoder: determines the input widths.
         num_categories: length of the one-hot vector.
-        num_parts: parts of all categories together.
-        dropout: after conv8 and after conv9.
+        num_parts: number of parts over all categories.
+        dropout: probability after conv8 and after conv9.
 
     Shape:
         features and category (B,) -> (B, num_parts, N)
@@ -98,18 +98,18 @@ class DGCNNPartHead(Head):
 
     @classmethod
     def sizes(cls, state: Mapping[str, Tensor], encoder: PointEncoder) -> dict[str, int]:
-        """Arguments that a published state dict implies."""
+        """Infer arguments of the head from a published state dict."""
         return {"num_categories": state["conv7.0.weight"].shape[1], **super().sizes(state, encoder)}
 
 
 class PointNetPartHead(Head):
-    """Part head of PointNet over [global, one-hot category, local]: points 256, 256, 128, parts.
+    """Part head of PointNet over [pooled, one-hot category, local]: pointwise 256, 256, 128, parts.
 
     Args:
-        encoder: gives the widths of its features.
+        encoder: determines the input widths.
         num_categories: length of the one-hot vector.
-        num_parts: parts of all categories together.
-        dropout: kept for a common signature; the published layout has none.
+        num_parts: number of parts over all categories.
+        dropout: unused, since the published layout has none; accepted for a common signature.
 
     Shape:
         features and category (B,) -> (B, num_parts, N)
@@ -135,18 +135,18 @@ class PointNetPartHead(Head):
 
     @classmethod
     def sizes(cls, state: Mapping[str, Tensor], encoder: PointEncoder) -> dict[str, int]:
-        """Arguments that a published state dict implies."""
+        """Infer arguments of the head from a published state dict."""
         categories = state["convs1.weight"].shape[1] - encoder.feature_dim - encoder.local_dim
         return {"num_categories": categories, **super().sizes(state, encoder)}
 
 
 class DGCNNSemanticHead(Head):
-    """Semantic head of DGCNN: points 512, 256, classes.
+    """Semantic head of DGCNN: pointwise 512, 256, classes.
 
     Args:
-        encoder: gives the widths of its features.
+        encoder: determines the input widths.
         num_classes: number of classes.
-        dropout: before the last layer.
+        dropout: probability before the last layer.
 
     Shape:
         features -> (B, num_classes, N)
@@ -167,10 +167,10 @@ class DGCNNSemanticHead(Head):
 
 
 class DGCNNClassHead(Head):
-    """Classifier of DGCNN: 512, 256, classes, with dropout after each hidden layer.
+    """Classifier of DGCNN: linear 512, 256, classes, with dropout after each hidden layer.
 
     Args:
-        encoder: gives the width of its features.
+        encoder: determines the input width.
         num_classes: number of classes.
         dropout: probability.
 
@@ -197,10 +197,10 @@ class DGCNNClassHead(Head):
 
 
 class PointNetClassHead(Head):
-    """Classifier of PointNet: 512, dropout, classes.
+    """Classifier of PointNet: linear 512, dropout, classes.
 
     Args:
-        encoder: gives the width of its features.
+        encoder: determines the input width.
         num_classes: number of classes.
         dropout: probability.
 
@@ -223,12 +223,12 @@ class PointNetClassHead(Head):
 
 
 class LinearPartHead(Head):
-    """Linear probe of parts: one 1x1 convolution over [pooled, one-hot category, local], with bias.
+    """Linear probe for parts: one 1x1 convolution over [pooled, one-hot category, local], with bias.
 
     Args:
-        encoder: gives the widths of its features.
+        encoder: determines the input widths.
         num_categories: length of the one-hot vector.
-        num_parts: parts of all categories together.
+        num_parts: number of parts over all categories.
 
     Shape:
         features and category (B,) -> (B, num_parts, N)
@@ -245,10 +245,10 @@ class LinearPartHead(Head):
 
 
 class LinearSemanticHead(Head):
-    """Linear probe of classes of points: one 1x1 convolution over [pooled, local], with bias.
+    """Linear probe for classes of points: one 1x1 convolution over [pooled, local], with bias.
 
     Args:
-        encoder: gives the widths of its features.
+        encoder: determines the input widths.
         num_classes: number of classes.
 
     Shape:
@@ -265,10 +265,10 @@ class LinearSemanticHead(Head):
 
 
 class LinearClassHead(Head):
-    """Linear probe of classes of clouds: one layer over the pooled features, with bias.
+    """Linear probe for classes of clouds: one linear layer over the pooled features, with bias.
 
     Args:
-        encoder: gives the width of its features.
+        encoder: determines the input width.
         num_classes: number of classes.
 
     Shape:
@@ -288,19 +288,19 @@ HEADS = ("published", "linear")
 
 
 class FineTuned(nn.Module):
-    """An encoder and the head of one task.
+    """An encoder with the head of a task.
 
     Args:
-        encoder: one of those in ``heads``.
+        encoder: instance of a class in ``heads``.
         head: one of ``HEADS``.
-        sizes: arguments of the head; what is left out takes the head's default.
+        sizes: keyword arguments of the head.
 
     Attributes:
-        kind: name of the task, as written into checkpoints.
-        released_k: neighbours of the released script; its weights do not hold them.
-        heads: the published head for each encoder that the task has one for.
-        linear_head: the linear one, for the same encoders.
-        frozen: whether the encoder stays as it is, see ``freeze_encoder``.
+        kind: name of the task, as written to checkpoints.
+        released_k: number of neighbors in the released script, which its weights do not store.
+        heads: published head of each supported encoder.
+        linear_head: linear head of these encoders.
+        frozen: whether ``freeze_encoder`` was called.
 
     Raises:
         ValueError: the task has no head for this encoder.
@@ -319,10 +319,10 @@ class FineTuned(nn.Module):
 
     @classmethod
     def head_class(cls, encoder: type[PointEncoder], head: str = "published") -> type[Head]:
-        """Return the class of a head for a class of encoders.
+        """Return the head class for an encoder class.
 
         Raises:
-            ValueError: there is none.
+            ValueError: the task has no head for this encoder, or the name of the head is unknown.
         """
         if encoder not in cls.heads:
             fitting = ", ".join(kind.__name__ for kind in cls.heads)
@@ -332,38 +332,38 @@ class FineTuned(nn.Module):
         return cls.linear_head if head == "linear" else cls.heads[encoder]
 
     def freeze_encoder(self) -> None:
-        """Keep the encoder as it is: no gradients, and evaluation mode even while the head trains."""
+        """Freeze the encoder: no gradients, and evaluation mode even while the head trains."""
         self.frozen = True
         self.encoder.requires_grad_(False)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> FineTuned:
-        """Switch to training or evaluation mode; a frozen encoder stays in the latter."""
+        """Set training or evaluation mode; a frozen encoder stays in evaluation mode."""
         super().train(mode)
         if self.frozen:
             self.encoder.eval()
         return self
 
     def features(self, points: Tensor) -> PointFeatures:
-        """Compute the encoder's features of clouds (B, N, C), without a graph if it is frozen."""
+        """Compute the features of clouds (B, N, C), without gradient if the encoder is frozen."""
         with torch.no_grad() if self.frozen else contextlib.nullcontext():
             return self.encoder.features_of(points)
 
     def scores(self, points: Tensor, *inputs: Tensor) -> Tensor:
-        """Compute what ``forward`` does, from points (B, N, C)."""
+        """Compute the scores of ``forward`` from points (B, N, C)."""
         return self.head(self.features(points), *inputs)
 
     def forward(self, points: Tensor, *inputs: Tensor) -> Tensor:
-        """Compute the scores of points (B, C, N), given what else the task takes."""
+        """Compute scores from points (B, C, N) and the other inputs of the task."""
         return self.scores(points.mT, *inputs)
 
     def published_state_dict(self) -> dict[str, Tensor]:
-        """Tensors of encoder and head under the field's names, without prefixes."""
+        """Return the tensors of encoder and head under their published names, without prefixes."""
         return {**self.encoder.state_dict(), **self.head.state_dict()}
 
 
 class PartSegmentation(FineTuned):
-    """Part of every point; arguments ``num_categories``, ``num_parts``, ``dropout``.
+    """Predict the part of every point; head arguments ``num_categories``, ``num_parts``, ``dropout``.
 
     Shape:
         points (B, 3, N), category (B,) int64 -> (B, num_parts, N) scores
@@ -375,7 +375,7 @@ class PartSegmentation(FineTuned):
 
 
 class SemanticSegmentation(FineTuned):
-    """Class of every point; arguments ``num_classes``, ``dropout``.
+    """Predict the class of every point; head arguments ``num_classes``, ``dropout``.
 
     Shape:
         points (B, in_channels, N) -> (B, num_classes, N) scores
@@ -387,7 +387,7 @@ class SemanticSegmentation(FineTuned):
 
 
 class Classification(FineTuned):
-    """Class of a cloud; arguments ``num_classes``, ``dropout``.
+    """Predict the class of a cloud; head arguments ``num_classes``, ``dropout``.
 
     Shape:
         points (B, 3, N) -> (B, num_classes) scores

@@ -197,5 +197,5 @@ def test_wrong_objectives_and_missing_images_are_errors():
     a, b = projections()
     with pytest.raises(ValueError, match="unknown objective 'mean'.*con, ave"):
         crossnet_objective((a, b), rgb=a, gray=None, objective="mean")
-    with pytest.raises(ValueError, match="colour renders, the gray renders"):
+    with pytest.raises(ValueError, match="color renders, the gray renders"):
         crossnet_objective((a, b), rgb=None, gray=None)
