@@ -16,7 +16,7 @@ MODALITIES = ("both", "rgb", "gray")
 
 
 class Projections(NamedTuple):
-    """What the losses compare, each (B, 256), images (B, V, 256) with V of an object; None for an absent branch."""
+    """Inputs of the losses: (B, 256), or (B, V, 256) for V renders per object; None if the branch does not exist."""
 
     view1: Tensor
     view2: Tensor
@@ -76,9 +76,9 @@ class CrossNet(nn.Module):
         return z1, z2
 
     def project_images(self, modality: str, images: Tensor | None) -> Tensor | None:
-        """Projections of the renders (B, channels, H, W) -> (B, 256); None where the branch is not built.
+        """Project renders (B, channels, H, W) -> (B, 256); return None if the branch does not exist.
 
-        V renders of each object, (B, V, channels, H, W) -> (B, V, 256), share batch statistics.
+        V renders per object, (B, V, channels, H, W) -> (B, V, 256), share batch statistics.
         """
         if modality not in self.image_encoders:
             return None
@@ -121,11 +121,15 @@ class CrossNet(nn.Module):
 
         Args:
             view1: first augmented views (B, 3, N).
-            view2: second augmented views (B, 3, N), row i of the same clouds.
-            rgb: color renders (B, 3, H, W) of the same objects, or V of each (B, V, 3, H, W); needed where that branch
-                is built.
-            gray: gray renders, as ``rgb`` with one channel; needed where that branch is built.
-            only_project: return the projections; for ``engine.grad_cache``, in a module that wraps this one.
+            view2: second augmented views (B, 3, N) of the same clouds, in the same order.
+            rgb: color renders (B, 3, H, W) of the same objects, or V of each (B, V, 3, H, W); required if that branch
+                exists.
+            gray: gray renders, as ``rgb`` with one channel; required if that branch exists.
+            only_project: return the projections instead of the losses; ``engine.grad_cache`` calls ``forward`` for
+                them because DistributedDataParallel wraps no other method.
+
+        Raises:
+            ValueError: renders for a branch are missing.
         """
         projections = self.project(view1, view2, rgb=rgb, gray=gray)
         return projections if only_project else self.losses(projections)

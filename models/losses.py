@@ -102,7 +102,7 @@ def crossnet_objective(
     intra = nt_xent(*views, temperature=temperature)
 
     def cross_term(images: list[Tensor]) -> Tensor:
-        """Cross term of one render of each object: (B, C) for each modality."""
+        """Compute the cross term of one render per object, (B, C) for each modality."""
         if objective == "con" and len(images) == 2:
             batch = len(views[0])
             rows = torch.arange(batch, device=views[0].device) + rank() * batch
