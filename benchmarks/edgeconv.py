@@ -1,16 +1,16 @@
 """Time and memory of EdgeConv without edge tensors against the textbook formulation.
 
-One training step (forward and backward) of a DGCNN encoder, once as models/ computes it and once as the formulas say it
-(benchmarks/reference/textbook.py: a tensor of all N x k edges per layer). Both carry the same weights and get the same
-clouds, so they compute the same numbers up to rounding; how far the pooled features differ is printed with the
-result. In float32 that can be a few per cent for a few features, where rounding decides which of two almost equally
-distant points is the k-th neighbour; in float64 both agree to 1e-9 (tests/models).
+One training step (forward and backward) of a DGCNN encoder, once as models/ computes it and once as the formulas read
+(benchmarks/reference/textbook.py: a tensor of all N x k edges per layer). Both have the same weights and clouds, so
+they compute the same numbers up to rounding; the table says how far the pooled features differ. In float32 a few
+features may differ by a few percent, where rounding decides which of two almost equally distant points is the k-th
+neighbor; in float64 both agree to 1e-9 (tests/models).
 
-Time: both in this process, in turn, after one step each that is not counted; the ratio is the median of the ratios of
-neighbouring steps, so that a machine that slows down meanwhile does not favour either side.
-Profile: one step each under PyTorch's profiler; what each kind of operation takes, in per cent of the step.
-Memory: one step each in a fresh process. On a CPU that is the largest resident size of the whole process,
-Python and libraries included, and what the step added to it; on a GPU what PyTorch allocated at most.
+Time: both in this process, in turn, after one untimed step each. The ratio is the median over successive pairs of
+steps, so that a machine that slows down meanwhile favors neither side.
+Profile: one step each under PyTorch's profiler, in percent of the step by kind of operation.
+Memory: one step each in a fresh process. On a CPU, the peak resident size of the process (Python and libraries
+included) and what the step added to it; on a GPU, the peak that PyTorch allocated.
 
   python -m benchmarks.edgeconv                                  # the released size: about 3 minutes on two cores
   python -m benchmarks.edgeconv --batch 2 --points 256           # a try-out: seconds
@@ -23,48 +23,31 @@ Python and libraries included, and what the step added to it; on a GPU what PyTo
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also run by path
 
 import torch
 from torch import nn
 
-from benchmarks.measure import (
-    FORMULATIONS,
-    add_measuring_arguments,
-    compare,
-    in_fresh_process,
-    memory_of,
-    place_text,
-    provenance,
-    ratio_text,
-    seconds_in_turn,
-    text_table,
-)
+from benchmarks.frame import Benchmark
+from benchmarks.measure import FORMULATIONS, compare, memory_of, place_text, ratio_text, seconds_in_turn, text_table
 from benchmarks.reference.textbook import TEXTBOOK_ENCODERS
 from engine.device import resolve_device
 from models import build_encoder
 from models.ops import knn as knn_ops
-from utils.cli import (
-    HelpFormatter,
-    positive_int,
-    run,
-    write_json,
-)
+from utils.cli import positive_int, run
 from utils.errors import UserError
 
-QUICK = {"batch": 2, "points": 128, "emb_dims": 64, "repeats": 2}
-# Kinds of operations in a profile, by parts of their names; the first that fits counts.
+# Kinds of operations in a profile, by parts of their names; the first match counts.
 STAGES = {
-    "selection of neighbours": ("topk", "sort", "_largest", "_nearest"),
-    "gather, scatter, reduce over neighbours": (
+    "selection of neighbors": ("topk", "sort", "_largest", "_nearest"),
+    "gather, scatter, reduce over neighbors": (
         *("index", "gather", "scatter", "embedding_bag", "max", "bincount", "sparse", "_edge_", "_gradient_of_"),
     ),
     "matrix products": ("mm", "convolution", "linear", "matmul"),
@@ -74,33 +57,34 @@ STAGES = {
 OTHER = "other"
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.edgeconv", description=__doc__, formatter_class=HelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of what is measured."""
     g = parser.add_argument_group("what is measured")
     g.add_argument("--model", choices=TEXTBOOK_ENCODERS, default="dgcnn_cls", help="encoder")
     g.add_argument("--batch", type=positive_int, default=16, metavar="B", help="clouds per step")
     g.add_argument("--points", type=positive_int, default=2048, metavar="N", help="points per cloud")
-    g.add_argument("--k", type=positive_int, default=20, help="neighbours per point, itself included")
+    g.add_argument("--k", type=positive_int, default=20, help="neighbors per point, itself included")
     g.add_argument("--emb_dims", type=positive_int, default=1024, metavar="E", help="width of the embedding")
     g.add_argument("--alone", action="store_true", help="only ours, no comparison")
     g.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N")
-    add_measuring_arguments(parser, repeats=3)
-    parser.add_argument("--memory_of", choices=FORMULATIONS, help=argparse.SUPPRESS)  # what the fresh processes run
-    args = parser.parse_args(argv)
-    if args.quick:
-        vars(args).update(QUICK)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise UserError if there are too few points or clouds."""
     if args.k > args.points:
-        raise UserError(f"--k {args.k} neighbours need at least as many points, not --points {args.points}")
+        raise UserError(f"--k {args.k} neighbors need at least as many points, not --points {args.points}")
     if args.model == "dgcnn_partseg" and args.batch < 2:
-        raise UserError("--batch 1: the transformer of dgcnn_partseg normalises over clouds and needs at least 2")
-    return args
+        raise UserError("--batch 1: the transformer of dgcnn_partseg normalizes over clouds and needs at least 2")
+
+
+def random_clouds(args: argparse.Namespace, device: torch.device) -> torch.Tensor:
+    """Return the batch, (B, 3, N)."""
+    generator = torch.Generator().manual_seed(args.seed)
+    return torch.rand(args.batch, 3, args.points, generator=generator).to(device)
 
 
 def build(args: argparse.Namespace, formulation: str, device: torch.device) -> nn.Module:
-    """The encoder in one of its formulations; the same weights for the same seed."""
+    """Build the encoder in one formulation; the weights follow from the seed alone."""
     torch.manual_seed(args.seed)
     ours = build_encoder(args.model, k=args.k, emb_dims=args.emb_dims)
     if formulation == "ours":
@@ -111,7 +95,7 @@ def build(args: argparse.Namespace, formulation: str, device: torch.device) -> n
 
 
 def training_step(encoder: nn.Module, clouds: torch.Tensor) -> torch.Tensor:
-    """Forward and backward of one batch (B, 3, N); returns the pooled features (B, D)."""
+    """Run forward and backward on a batch, (B, 3, N); return the pooled features, (B, D)."""
     encoder.zero_grad(set_to_none=True)
     pooled = encoder(clouds)[0]
     pooled.square().mean().backward()
@@ -119,13 +103,13 @@ def training_step(encoder: nn.Module, clouds: torch.Tensor) -> torch.Tensor:
 
 
 def stage_shares(encoder: nn.Module, clouds: torch.Tensor) -> dict[str, float]:
-    """Per cent of a step's operations by kind, see ``STAGES``; on a GPU of its kernels' time."""
+    """Return the percentage of a step's time by kind of operation (``STAGES``); on a GPU, of the kernels' time."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if clouds.is_cuda:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     select = knn_ops._largest_places
 
-    def recorded(*inputs: Any) -> torch.Tensor:  # NumPy's part of it would not be seen
+    def recorded(*inputs: Any) -> torch.Tensor:  # without this, the part in NumPy would be missing
         with torch.profiler.record_function("_largest_places"):
             return select(*inputs)
 
@@ -143,13 +127,19 @@ def stage_shares(encoder: nn.Module, clouds: torch.Tensor) -> dict[str, float]:
     return {stage: 100 * time / total for stage, time in shares.items()}
 
 
-def measure(args: argparse.Namespace, argv: list[str], device: torch.device, clouds: torch.Tensor) -> dict[str, Any]:
-    """Memory first, in fresh processes; then time, in turn; then the profiles."""
-    about = provenance(device)
+def memory_of_step(args: argparse.Namespace, words: Sequence[str]) -> dict[str, float]:
+    """Measure the memory of one step of the formulation that ``words`` names, in this process."""
+    device = resolve_device(args.device)
+    encoder, clouds = build(args, *words, device), random_clouds(args, device)
+    return memory_of(lambda: training_step(encoder, clouds), device)
+
+
+def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Measure memory in fresh processes, then time in turn, then the profiles."""
     names = FORMULATIONS[:1] if args.alone else FORMULATIONS
-    memory = {name: in_fresh_process("benchmarks.edgeconv", [*argv, "--memory_of", name]) for name in names}
+    memory = {name: BENCHMARK.fresh(args, name) for name in names}
     encoders = {name: build(args, name, device) for name in names}
-    clouds = clouds.to(device)
+    clouds = random_clouds(args, device)
     pooled = {name: training_step(encoder, clouds) for name, encoder in encoders.items()}
     seconds = seconds_in_turn(
         {name: lambda encoder=encoder: training_step(encoder, clouds) for name, encoder in encoders.items()},
@@ -167,20 +157,11 @@ def measure(args: argparse.Namespace, argv: list[str], device: torch.device, clo
             "largest_relative_difference": difference.max().item(),
             "share_beyond_1e-4": (difference > 1e-4).double().mean().item(),
         }
-    return {
-        **result,
-        "profile": {name: stage_shares(encoder, clouds) for name, encoder in encoders.items()},
-        "settings": {
-            **{key: getattr(args, key) for key in ("model", "batch", "points", "k", "emb_dims", "repeats", "seed")},
-            "device": str(device),
-            "threads": args.threads,
-        },
-        **about,
-    }
+    return {**result, "profile": {name: stage_shares(encoder, clouds) for name, encoder in encoders.items()}}
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result for people."""
+    """Return the result as text."""
     settings, ours, textbook = result["settings"], result["ours"], result.get("textbook")
     sentence = (
         f"{settings['model']}, forward + backward, {settings['batch']} x {settings['points']} points, "
@@ -192,12 +173,7 @@ def table(result: dict[str, Any]) -> str:
         return f"{sentence}\n{numbers}"
     rows = [
         ("", "ours", "textbook", "textbook / ours"),
-        (
-            "seconds per step",
-            f"{ours['seconds_median']:.3f}",
-            f"{textbook['seconds_median']:.3f}",
-            ratio_text(result),
-        ),
+        ("seconds per step", f"{ours['seconds_median']:.3f}", f"{textbook['seconds_median']:.3f}", ratio_text(result)),
         ("peak memory, MB", f"{ours['peak_mb']:.0f}", f"{textbook['peak_mb']:.0f}", f"{result['memory_ratio']:.2f}"),
         (
             "  by the step alone",
@@ -217,23 +193,9 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join([sentence, text_table(rows), difference])
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Measure, print the table, write the JSON object."""
-    argv = sys.argv[1:] if argv is None else argv
-    args = parse_args(argv)
-    device = resolve_device(args.device)
-    torch.set_num_threads(args.threads)
-    clouds = torch.rand(args.batch, 3, args.points, generator=torch.Generator().manual_seed(args.seed))
-    if args.memory_of:
-        encoder, clouds = build(args, args.memory_of, device), clouds.to(device)
-        result = memory_of(lambda: training_step(encoder, clouds), device)
-        print(json.dumps(result))
-        return result
-    result = measure(args, argv, device, clouds)
-    print(table(result))
-    write_json(args.json, result)
-    return result
-
+QUICK = {"batch": 2, "points": 128, "emb_dims": 64, "repeats": 2}
+BENCHMARK = Benchmark("edgeconv", __doc__, add_arguments, measure, table, quick=QUICK, check=check, part=memory_of_step)
+main = BENCHMARK.main
 
 if __name__ == "__main__":
     run(main)

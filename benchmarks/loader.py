@@ -1,13 +1,12 @@
 """Reading and augmenting pretraining pairs: our data path against the textbook one, in samples per second of one core.
 
-Ours: clouds and encoded renderings lie in one packed file, a process that reads data (a worker) reads and decodes a
-rendering once, and everything random happens to whole batches on the training device. Textbook
-(benchmarks/reference/textbook_pairs.py): every view reads its own file, and clouds and images are augmented one by
-one, by NumPy, Pillow and torchvision.
+Ours: clouds and encoded renderings are in one packed file, a data worker reads and decodes a rendering once, and
+whole batches are augmented on the training device. Textbook (benchmarks/reference/textbook_pairs.py): every view reads
+a file, and clouds and images are augmented one by one, by NumPy, Pillow and torchvision.
 
-Three numbers, all of one thread: what a worker of ours does, what a worker of the textbook's does, and ours with the
-batch augmentation added, as if the training device were a core of this CPU too. The augmented tensors of both have the
-same sizes. Then the milliseconds of every stage. Files are in the page cache: the first round is not counted.
+Three numbers, each of one thread: a worker of ours, a worker of the textbook form, and ours plus the batch
+augmentation, as if the training device were a core of this CPU. The augmented tensors have the same sizes. Below are
+the milliseconds of each stage. Files come from the page cache: the first round is not counted.
 
   python -m benchmarks.loader --data_root data/shapenet2k               # real pairs, at the released sizes: a minute
   python -m benchmarks.loader                                           # without them: the demo's, written out as files
@@ -24,8 +23,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also run by path
 
 import numpy as np
 import torch
@@ -34,16 +32,8 @@ from plyfile import PlyData, PlyElement
 from torch.utils.data import DataLoader, default_collate
 from torchvision.transforms import functional as F
 
-from benchmarks.measure import (
-    add_measuring_arguments,
-    compare,
-    place_text,
-    provenance,
-    ratio_text,
-    seconds_in_turn,
-    seconds_of,
-    text_table,
-)
+from benchmarks.frame import Benchmark
+from benchmarks.measure import compare, place_text, ratio_text, seconds_in_turn, seconds_of, text_table
 from benchmarks.reference.textbook_pairs import TextbookPairs, augment_cloud, read_cloud
 from datasets.pack import pack
 from datasets.pair_sources import FolderSource, PairSource, open_source
@@ -60,17 +50,14 @@ from datasets.transforms import (
     resize_and_flip,
 )
 from datasets.untrusted import decode_image
-from utils.cli import HelpFormatter, non_negative_int, positive_int, run, write_json
+from utils.cli import non_negative_int, positive_int, run
 from utils.errors import UserError
 
 DEMO = Path(__file__).resolve().parents[1] / "data" / "demo"
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.loader", description=__doc__, formatter_class=HelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of what is measured."""
     g = parser.add_argument_group("what is measured")
     g.add_argument("--data_root", default=str(DEMO), metavar="DIR", help="pairs: folders or a packed file")
     g.add_argument("--shapes", type=positive_int, default=256, metavar="N", help="use the first N of them")
@@ -79,12 +66,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument(
         "--workers", type=non_negative_int, default=0, metavar="W", help="also measure loaders with W processes"
     )
-    add_measuring_arguments(parser, repeats=3)
-    parser.set_defaults(threads=1)
-    args = parser.parse_args(argv)
-    if args.quick:
-        args.shapes, args.batch, args.image_size, args.repeats = 8, 4, 32, 1
-    return args
 
 
 def write_folders(source: PairSource, chosen: Sequence[int], root: Path) -> None:
@@ -102,7 +83,7 @@ def write_folders(source: PairSource, chosen: Sequence[int], root: Path) -> None
 
 
 def prepare(args: argparse.Namespace, folder: Path) -> tuple[ShapeNetRender, TextbookPairs]:
-    """The same shapes as one packed file and as single files.
+    """Return the same shapes as a packed file and as single files.
 
     Raises:
         UserError: fewer shapes than a batch.
@@ -119,7 +100,7 @@ def prepare(args: argparse.Namespace, folder: Path) -> tuple[ShapeNetRender, Tex
 
 
 class DataPath:
-    """Everything our data path does with a batch."""
+    """What our data path does with a batch."""
 
     def __init__(self, dataset: ShapeNetRender, args: argparse.Namespace) -> None:
         self.dataset, self.seed = dataset, args.seed
@@ -127,11 +108,11 @@ class DataPath:
         self.clouds, self.renders = pretraining_augmentation(), RenderAugmentation(args.image_size)
 
     def read(self) -> list[dict[str, Any]]:
-        """What a worker does: the batches of an epoch."""
+        """Return the batches of an epoch, as a worker reads them."""
         return [collate_pairs(self.dataset.__getitems__(keys)) for keys in self.sampler]
 
     def augment(self, batch: dict[str, Any]) -> tuple[torch.Tensor, ...]:
-        """What the training device does: two views, colour and gray images."""
+        """Augment a batch as the training device does; return two views, color and gray images."""
         streams = SampleStreams(seed=self.seed, epoch=0, index=batch["index"])
         views = [self.clouds(batch["points"], streams) for _ in range(2)]
         images = self.renders(batch["pixels"], batch["sizes"], streams)
@@ -139,7 +120,7 @@ class DataPath:
 
 
 def stages(dataset: ShapeNetRender, textbook: TextbookPairs, args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Milliseconds per sample of each stage, each measured by itself over one batch; the fastest of the rounds."""
+    """Return milliseconds per sample by form and stage: the fastest of the rounds, each over one batch."""
     count, size, source = args.batch, args.image_size, dataset.source
     rounds = range(args.repeats + 1)
 
@@ -162,7 +143,7 @@ def stages(dataset: ShapeNetRender, textbook: TextbookPairs, args: argparse.Name
     augmentation, pixels = pretraining_augmentation(), dataset.transform
     factors, order = streams.uniform(3, low=0.6, high=1.4), streams.uniform(3).argsort(1)
     flips = streams.uniform(1)[:, 0] < 0.5
-    pieces = []  # of one size, as many at a time as the augmentation takes on a CPU
+    pieces = []  # of one size, in the chunks that the augmentation takes on a CPU
     for pixels_size in batch["sizes"].unique(dim=0):
         for rows in (batch["sizes"] == pixels_size).all(1).nonzero()[:, 0].split(RenderAugmentation.CPU_CHUNK):
             height, width = pixels_size.tolist()
@@ -178,8 +159,8 @@ def stages(dataset: ShapeNetRender, textbook: TextbookPairs, args: argparse.Name
         "augment clouds*": batch_ms(lambda: [augmentation(batch["points"], streams) for _ in range(2)]),
         "gray*": batch_ms(lambda: [luminance(x.float()).byte() for _, x in pieces]),
         "resize and flip*": batch_ms(lambda: [resize_and_flip(x, size, flips[rows]) for rows, x in pieces + gray]),
-        "colour jitter*": batch_ms(lambda: [jitter_colors(x, factors[rows], order[rows]) for rows, x in resized]),
-        "normalise*": batch_ms(lambda: [(normalize_images(x), normalize_images(x[:, :1])) for _, x in resized]),
+        "color jitter*": batch_ms(lambda: [jitter_colors(x, factors[rows], order[rows]) for rows, x in resized]),
+        "normalize*": batch_ms(lambda: [(normalize_images(x), normalize_images(x[:, :1])) for _, x in resized]),
     }
     clouds, views = zip(*(textbook.pairs[i] for i in range(count)), strict=True)
     arrays = [read_cloud(path) for path in clouds]
@@ -197,8 +178,8 @@ def stages(dataset: ShapeNetRender, textbook: TextbookPairs, args: argparse.Name
         "collate": batch_ms(lambda: default_collate(examples)),
         "augment clouds*": 2 * ms(lambda i: augment_cloud(arrays[i])),
         "resize and flip*": ms(lambda i: flip(resize(color[i]))) + ms(lambda i: flip(resize(luma[i]))),
-        "colour jitter*": ms(lambda i: jitter(large[i])),
-        "normalise*": ms(lambda i: normalize(to_tensor(large[i]))) + ms(lambda i: (to_tensor(luma[i]), tensors[i])),
+        "color jitter*": ms(lambda i: jitter(large[i])),
+        "normalize*": ms(lambda i: normalize(to_tensor(large[i]))) + ms(lambda i: (to_tensor(luma[i]), tensors[i])),
     }
     return {"ours": ours, "textbook": plain}
 
@@ -216,9 +197,8 @@ def with_workers(dataset: Any, workers: int, **kwargs: Any) -> float:
     return count / seconds_of(epoch)
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Both data paths in turn."""
-    about = provenance()
+def measure(args: argparse.Namespace, _: torch.device) -> dict[str, Any]:
+    """Measure both data paths in turn."""
     with tempfile.TemporaryDirectory(prefix="crossnet-loader-") as folder:
         dataset, textbook = prepare(args, Path(folder))
         path = DataPath(dataset, args)
@@ -254,16 +234,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 "ours": with_workers(dataset, args.workers, batch_sampler=path.sampler, collate_fn=collate_pairs),
                 "textbook": with_workers(textbook, args.workers, batch_size=args.batch, shuffle=True, drop_last=True),
             }
-    result["settings"] = {
-        **{key: getattr(args, key) for key in ("shapes", "batch", "image_size", "repeats", "threads", "seed", "quick")},
-        "data": Path(args.data_root).name,
-        "points": dataset.cloud_size,
-    }
-    return result | about
+    return result | {"settings": {"data": Path(args.data_root).name, "points": dataset.cloud_size}}
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result for people."""
+    """Return the result as text."""
     settings = result["settings"]
     rate = {name: result[name]["samples_per_second"] for name in ("ours", "textbook", "whole")}
     stage = result["stages_ms"]
@@ -295,19 +270,9 @@ def table(result: dict[str, Any]) -> str:
     )
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Measure, print the table, write the JSON object."""
-    args = parse_args(argv)
-    before = torch.get_num_threads()
-    torch.set_num_threads(args.threads)
-    try:
-        result = measure(args)
-    finally:
-        torch.set_num_threads(before)
-    print(table(result))
-    write_json(args.json, result)
-    return result
-
+QUICK = {"shapes": 8, "batch": 4, "image_size": 32, "repeats": 1}
+BENCHMARK = Benchmark("loader", __doc__, add_arguments, measure, table, quick=QUICK, threads=1)
+main = BENCHMARK.main
 
 if __name__ == "__main__":
     run(main)

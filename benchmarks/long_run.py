@@ -1,9 +1,9 @@
-r"""Does a long run grow? Memory, open files and logs of thousands of steps through the real training loop.
+r"""Find leaks: memory, open files and logs over thousands of steps of the real training loop.
 
-The script pretrains as train_crossnet_con.py does, with data workers, checkpoints and probes, but with a tiny model,
-and looks at the process and its workers every few steps. Growth is the slope of a straight line through the samples of
-the last three quarters: before, PyTorch and the memory allocator settle. A run of the released length (450,000 steps)
-would multiply a slope per 1,000 steps by 450.
+Pretrains as train_crossnet_con.py does, with data workers, checkpoints and probes but a tiny model, and samples the
+process and its workers every few steps. Growth is the slope of a line through the samples of the last three quarters;
+earlier, PyTorch and the memory allocator still warm up. A run of the released length (450,000 steps) grows by 450 times
+the slope per 1,000 steps.
 
 Example:
   python -m benchmarks.long_run --steps 6000 --json long_run.json --picture long_run.png      # about 8 minutes
@@ -22,24 +22,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also run by path
 import train_crossnet_con as pretraining
-from benchmarks.measure import provenance
+from benchmarks.frame import Benchmark
+from benchmarks.reference.tiny_image_net import TinyImageNet
 from datasets.pair_sources import open_source
 from engine.task import Run
 from models.image import IMAGE_ENCODERS
-from utils.cli import HelpFormatter, positive_int, run, seed_number, write_json
-from utils.errors import UserError
+from utils.cli import positive_int, run
+from utils.errors import UserError, warn_on_failure
+from utils.pictures import Figure, save_figure
 
 BATCH = 4
 SETTINGS = (
     f"--device cpu --batch_size {BATCH} --num_points 64 --k 4 --emb_dims 16 --image_model resnet18 --image_size 16 "
     "--eval_points 64 --exp_name long_run"
 )
-# What is looked at -> unit, and the growth per 1,000 steps that would matter.
+# Quantity -> unit, and the growth per 1,000 steps that would matter.
 QUANTITIES = {
     "memory": ("MB", 1.0),
     "workers_memory": ("MB", 1.0),
@@ -49,41 +49,28 @@ QUANTITIES = {
 }
 
 
-class ShallowImageNet(nn.Module):
-    """One convolution with the parts of a ResNet that ``models.image`` replaces: the loop is looked at, not ResNets."""
-
-    def __init__(self, weights: None = None) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
-        self.fc = nn.Linear(64, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, 10), or (B, 64) without the classifier."""
-        return self.fc(self.conv1(x).relu().mean((2, 3)))
-
-
 def children() -> list[int]:
-    """Processes that this one started and that still run."""
+    """Return the ids of this process's running children."""
     listed = Path(f"/proc/{os.getpid()}/task/{threading.get_native_id()}/children").read_text()
     return [int(word) for word in listed.split()]
 
 
 def private_megabytes(process: int) -> float:
-    """Memory that a process has written to and shares with no other, in MB (10^6 bytes).
+    """Return the memory that a process has written to and shares with none, in MB (10^6 bytes).
 
-    Pages of libraries are left out: they count as shared or not by what other processes run.
+    Pages of libraries do not count: whether they are shared depends on what else runs.
     """
     lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty")) * 1024 / 1e6
 
 
 def open_files(process: int) -> int:
-    """Open file handles of a process, sockets and pipes included."""
+    """Count the open file handles of a process, sockets and pipes included."""
     return len(os.listdir(f"/proc/{process}/fd"))
 
 
-def look(step: int, folder: Path) -> dict[str, float]:
-    """One sample of this process, its children and its files."""
+def sample(step: int, folder: Path) -> dict[str, float]:
+    """Sample this process, its children and its files."""
     workers = children()
     return {
         "step": step,
@@ -99,7 +86,7 @@ def look(step: int, folder: Path) -> dict[str, float]:
 
 
 def growth(steps: list[int], values: list[float]) -> dict[str, float]:
-    """Least-squares slope per 1,000 steps, its standard error, and the range, of the last three quarters."""
+    """Fit a line to the last three quarters: slope per 1,000 steps, its standard error, and the range of the values."""
     kept = np.asarray(steps) >= max(steps) / 4
     x, y = np.asarray(steps)[kept] / 1000, np.asarray(values)[kept]
     (slope, offset), residual = np.polyfit(x, y, 1), 0.0
@@ -116,9 +103,7 @@ def growth(steps: list[int], values: list[float]) -> dict[str, float]:
 
 
 def draw(samples: list[dict[str, float]], path: Path) -> None:
-    """Memory, open files and log over the steps."""
-    from utils.pictures import Figure, save_figure
-
+    """Plot memory, open files and log size over the steps."""
     figure = Figure(figsize=(12, 3.4), layout="constrained")
     steps = [sample["step"] for sample in samples]
     panels = (
@@ -137,16 +122,8 @@ def draw(samples: list[dict[str, float]], path: Path) -> None:
     save_figure(figure, path, dpi=110)
 
 
-def watch(data_root: str, *, steps: int, every: int, workers: int, save_every: int, seed: int) -> dict[str, Any]:
-    """Train and look.
-
-    Args:
-        data_root: pairs, and a labelled set for the probes.
-        steps: train at least this many; whole epochs are trained.
-        every: steps between looks.
-        workers: data workers.
-        save_every: steps between checkpoints.
-        seed: of the run.
+def measure(args: argparse.Namespace, _: torch.device) -> dict[str, Any]:
+    """Train at least ``args.steps`` steps in whole epochs and sample the process on the way.
 
     Returns:
         The samples, the growth of each quantity, and the bytes of the log per 1,000 steps.
@@ -156,67 +133,71 @@ def watch(data_root: str, *, steps: int, every: int, workers: int, save_every: i
     class Watched(Run):
         def step(self, batch: dict[str, Any]) -> torch.Tensor:
             losses = super().step(batch)
-            if self.progress.step % every == 0:
-                samples.append(look(self.progress.step, self.folder.path))
+            if self.progress.step % args.every == 0:
+                samples.append(sample(self.progress.step, self.folder.path))
             return losses
 
-    epochs = math.ceil(steps / (len(open_source(data_root).ids) // BATCH))
+    epochs = math.ceil(args.steps / (len(open_source(args.data_root).ids) // BATCH))
     network, usual = IMAGE_ENCODERS["resnet18"], pretraining.Run
-    IMAGE_ENCODERS["resnet18"], pretraining.Run = ShallowImageNet, Watched
+    IMAGE_ENCODERS["resnet18"], pretraining.Run = TinyImageNet, Watched
     try:
         with tempfile.TemporaryDirectory() as folder:
-            flags = ("--epochs", epochs, "--workers", workers, "--save_every", save_every, "--seed", seed)
-            argv = [*SETTINGS.split(), "--data_root", data_root, "--output_dir", folder, *map(str, flags)]
-            record = pretraining.main(argv)
+            flags = {"data_root": args.data_root, "output_dir": folder, "epochs": epochs}
+            flags |= {name: getattr(args, name) for name in ("workers", "save_every", "seed")}
+            words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+            record = pretraining.main([*SETTINGS.split(), *words])
             metrics_bytes = (Path(folder) / "long_run" / "metrics.jsonl").stat().st_size
     finally:
         IMAGE_ENCODERS["resnet18"], pretraining.Run = network, usual
-    looked = [int(sample["step"]) for sample in samples]
-    slopes = {name: growth(looked, [sample[name] for sample in samples]) for name in QUANTITIES}
+    if args.picture:
+        with warn_on_failure("the picture"):
+            draw(samples, args.picture)
+    steps = [int(taken["step"]) for taken in samples]
+    slopes = {name: growth(steps, [taken[name] for taken in samples]) for name in QUANTITIES}
     return {
-        "settings": {"steps": record["step"], "epochs": epochs, "workers": workers, "save_every": save_every},
-        "checkpoints": record["step"] // save_every,
+        "settings": {"steps": record["step"], "epochs": epochs},
+        "checkpoints": record["step"] // args.save_every,
         "growth": slopes,
         "grows": [name for name, (_, limit) in QUANTITIES.items() if slopes[name]["per_1000_steps"] > limit],
-        "run_log_bytes_per_1000_steps": growth(looked, [s["run_log_bytes"] for s in samples])["per_1000_steps"],
+        "run_log_bytes_per_1000_steps": growth(steps, [taken["run_log_bytes"] for taken in samples])["per_1000_steps"],
         "metrics_bytes_per_epoch": metrics_bytes / epochs,
         "samples": samples,
     }
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Train, look, report."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.long_run", description=__doc__, formatter_class=HelpFormatter
-    )
-    parser.add_argument("--data_root", default="data/demo", metavar="DIR", help="pairs to train on")
-    parser.add_argument("--steps", type=positive_int, default=2000, metavar="N", help="train at least N steps")
-    parser.add_argument("--every", type=positive_int, default=20, metavar="N", help="steps between looks")
-    parser.add_argument("--workers", type=positive_int, default=2, metavar="W", help="data workers")
-    parser.add_argument("--save_every", type=positive_int, default=50, metavar="N", help="steps between checkpoints")
-    parser.add_argument("--seed", type=seed_number, default=1, metavar="S", help="seed of the run")
-    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw the samples")
-    parser.add_argument("--json", metavar="FILE", help="also write the result to FILE as one JSON object")
-    args = parser.parse_args(argv)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the run."""
+    g = parser.add_argument_group("the run")
+    g.add_argument("--data_root", default="data/demo", metavar="DIR", help="pairs to train on")
+    g.add_argument("--steps", type=positive_int, default=2000, metavar="N", help="train at least N steps")
+    g.add_argument("--every", type=positive_int, default=20, metavar="N", help="steps between samples")
+    g.add_argument("--workers", type=positive_int, default=2, metavar="W", help="data workers")
+    g.add_argument("--save_every", type=positive_int, default=50, metavar="N", help="steps between checkpoints")
+    g.add_argument("--picture", type=Path, metavar="FILE.png", help="draw the samples")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise UserError on systems without /proc."""
     if not Path("/proc/self/smaps_rollup").exists():
         raise UserError("this measurement reads /proc, which only Linux has")
-    torch.set_num_threads(1)
-    before = provenance()
-    settings = {"steps": args.steps, "every": args.every, "workers": args.workers, "save_every": args.save_every}
-    result = {**watch(args.data_root, **settings, seed=args.seed), "seed": args.seed, **before}
-    print(f"{'':<20}{'per 1,000 steps':>20}{'error':>9}{'first':>9}{'last':>9}{'most':>9}")
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return the result as text."""
+    lines = [f"{'':<20}{'per 1,000 steps':>20}{'error':>9}{'first':>9}{'last':>9}{'most':>9}"]
     for name, (unit, _) in QUANTITIES.items():
         g = result["growth"][name]
         shown = f"{g['per_1000_steps']:+.3f} {unit}"
-        print(f"{name:<20}{shown:>20}{g['standard_error']:>9.3f}{g['first']:>9.1f}{g['last']:>9.1f}{g['most']:>9.1f}")
-    print(f"run.log: {result['run_log_bytes_per_1000_steps']:.0f} bytes per 1,000 steps")
-    print(f"metrics.jsonl: {result['metrics_bytes_per_epoch']:.0f} bytes per epoch")
-    print(f"grows: {', '.join(result['grows']) or 'nothing'}")
-    if args.picture:
-        draw(result["samples"], args.picture)
-    write_json(args.json, result)
-    return result
+        numbers = f"{g['standard_error']:>9.3f}{g['first']:>9.1f}{g['last']:>9.1f}{g['most']:>9.1f}"
+        lines.append(f"{name:<20}{shown:>20}{numbers}")
+    lines.append(f"run.log: {result['run_log_bytes_per_1000_steps']:.0f} bytes per 1,000 steps")
+    lines.append(f"metrics.jsonl: {result['metrics_bytes_per_epoch']:.0f} bytes per epoch")
+    lines.append(f"grows: {', '.join(result['grows']) or 'nothing'}")
+    return "\n".join(lines)
 
+
+BENCHMARK = Benchmark("long_run", __doc__, add_arguments, measure, table, repeats=None, threads=1, check=check)
+main = BENCHMARK.main
 
 if __name__ == "__main__":
     run(main)

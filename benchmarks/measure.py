@@ -1,16 +1,14 @@
 """What the benchmarks share: times taken in turn, memory of fresh processes, the machine, tables.
 
-Every benchmark's ``main(argv)`` returns one JSON object. Where two forms are compared it holds
+The result of a benchmark that compares two forms holds
 
-- ``ours``, ``textbook``: ``seconds`` (one per repetition), ``seconds_median`` and, where memory was looked at,
+- ``ours``, ``textbook``: ``seconds`` (one per repetition), ``seconds_median`` and, where memory was measured,
   ``peak_mb`` and ``before_mb``;
-- ``time_ratio``: median over the repetitions of textbook / ours, ``time_ratios``: each of them; ``memory_ratio``;
-- ``settings``, ``machine``, ``versions``, ``git_commit``.
+- ``time_ratio``: median over the repetitions of textbook / ours, ``time_ratios``: each of them; ``memory_ratio``.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -26,25 +24,14 @@ from typing import Any
 import torch
 
 from utils import reproducible
-from utils.cli import positive_int, seed_number
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 FORMULATIONS = ("ours", "textbook")
 
 
-def add_measuring_arguments(parser: argparse.ArgumentParser, *, repeats: int) -> None:
-    """Add the flags that every benchmark understands: how to measure, and where the result goes."""
-    g = parser.add_argument_group("how")
-    g.add_argument("--quick", action="store_true", help="a try-out of seconds at sizes that say nothing")
-    g.add_argument("--repeats", type=positive_int, default=repeats, metavar="R", help="timed rounds of each form")
-    g.add_argument("--threads", type=positive_int, default=2, metavar="T", help="CPU threads of PyTorch")
-    g.add_argument("--seed", type=seed_number, default=1, metavar="S", help="seed of everything random")
-    g.add_argument("--json", metavar="FILE", help="also write the result, with machine and versions, to FILE")
-
-
 def machine(device: torch.device | None = None) -> dict[str, Any]:
-    """Names of the processor and the GPU, and how busy the machine was."""
+    """Return the names of the processor and the GPU, and how busy the machine was."""
     cpu = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -61,14 +48,14 @@ def machine(device: torch.device | None = None) -> dict[str, Any]:
 
 
 def provenance(device: torch.device | None = None) -> dict[str, Any]:
-    """What a measurement depends on besides its settings; to be called before it."""
+    """Return what a measurement depends on besides its settings; call this before it."""
     return reproducible.provenance(machine=machine(device))
 
 
 def seconds_of(action: Callable[[], Any], device: torch.device | None = None, *, cpu: bool = False) -> float:
-    """Wall-clock seconds of a call, on a GPU until it has finished; with ``cpu`` what this process took of all cores.
+    """Return the wall-clock seconds of a call, on a GPU until it has finished; with ``cpu``, this process's CPU time.
 
-    CPU time is that of the work alone: a busy machine lengthens it little.
+    A busy machine hardly changes CPU time.
     """
 
     def now() -> float:
@@ -84,16 +71,15 @@ def seconds_of(action: Callable[[], Any], device: torch.device | None = None, *,
 def seconds_in_turn(
     actions: Mapping[str, Callable[[], Any]], *, repeats: int, device: torch.device | None = None, cpu: bool = False
 ) -> dict[str, list[float]]:
-    """Seconds of every action, one after another in each round.
+    """Time every action once per round, so that a machine that slows down meanwhile favors none of them.
 
-    A machine that slows down meanwhile favours none of them. What a first call costs more is left to the caller, who
-    may call each action once before.
+    First calls are not left out: callers run each action once before, if that matters.
 
     Args:
         actions: what to time, by name.
         repeats: rounds.
         device: waited for around each call when it is a GPU.
-        cpu: CPU time, see ``seconds_of``.
+        cpu: measure CPU time, as ``seconds_of`` does.
 
     Returns:
         ``repeats`` times for every name.
@@ -108,10 +94,10 @@ def seconds_in_turn(
 def compare(
     seconds: Mapping[str, Sequence[float]], memory: Mapping[str, Mapping[str, float]] | None = None
 ) -> dict[str, Any]:
-    """The part of a benchmark's result that compares ``ours`` with ``textbook`` (see the module's text).
+    """Compare ``ours`` with ``textbook``; the module's docstring describes the result.
 
     Args:
-        seconds: repetitions of both, from ``seconds_in_turn``; the ratio is the median of those of neighbouring runs.
+        seconds: repetitions of both, from ``seconds_in_turn``; the ratio is the median over rounds.
         memory: ``peak_mb`` and ``before_mb`` of both.
     """
     ratios = [b / a for a, b in zip(seconds["ours"], seconds["textbook"], strict=True)]
@@ -125,15 +111,15 @@ def compare(
             result[name] |= memory[name]
         result["memory_ratio"] = memory["textbook"]["peak_mb"] / memory["ours"]["peak_mb"]
         step = {name: memory[name]["peak_mb"] - memory[name]["before_mb"] for name in FORMULATIONS}
-        # None where a tiny step stayed below what loading the libraries had taken for a moment.
+        # None if a tiny step took less than the peak while libraries were loaded.
         result["step_memory_ratio"] = step["textbook"] / step["ours"] if step["ours"] > 0 else None
     return result
 
 
 def resident_megabytes() -> float:
-    """Largest resident size of this process so far, in MB (10^6 bytes)."""
+    """Return the peak resident size of this process so far, in MB (10^6 bytes)."""
     try:
-        # Not ru_maxrss where it can be helped: a process starts with its parent's.
+        # ru_maxrss is the fallback: a process inherits its parent's.
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024 / 1e6
     except (OSError, StopIteration):
@@ -142,9 +128,9 @@ def resident_megabytes() -> float:
 
 
 def memory_of(action: Callable[[], Any], device: torch.device | None = None) -> dict[str, float]:
-    """Call once: MB at most, and MB before; on a GPU what PyTorch allocated, else the size of the whole process.
+    """Call once and return the peak and the MB before: on a GPU what PyTorch allocated, else the process's size.
 
-    The process's size never goes down, so on a CPU this is for a process that has done nothing else.
+    The peak size of a process never shrinks, so on a CPU call this in a process that has done nothing else.
     """
     if device is None or device.type != "cuda":
         before = resident_megabytes()
@@ -166,7 +152,7 @@ def in_fresh_process(module: str, argv: Sequence[str]) -> dict[str, Any]:
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if result.returncode:
         reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
-        if reason.startswith("error: "):  # said for people already
+        if reason.startswith("error: "):  # written for users already
             raise UserError(reason.removeprefix("error: "))
         raise UserError(
             f"python -m {module} {' '.join(argv)} ended with code {result.returncode} ({reason}); try a smaller size"
@@ -175,7 +161,7 @@ def in_fresh_process(module: str, argv: Sequence[str]) -> dict[str, Any]:
 
 
 def text_table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells in columns, the first one flush left; the last column is as long as it needs to be."""
+    """Align cells in columns: the first flush left, the others flush right, the last one as it is."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
     lines = []
     for first, *others, last in rows:
@@ -185,12 +171,12 @@ def text_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def ratio_text(result: Mapping[str, Any]) -> str:
-    """The median of the time ratios with their range."""
+    """Return the median of the time ratios with their range."""
     ratios = result["time_ratios"]
     return f"{result['time_ratio']:.2f}  ({min(ratios):.2f} to {max(ratios):.2f}, {len(ratios)} pairs)"
 
 
 def place_text(result: Mapping[str, Any]) -> str:
-    """What a result was measured on, for the first line of a table."""
+    """Return what a result was measured on, for the first line of a table."""
     about = result["machine"]
     return about["gpu"] or f"{about['cpu']}, {result['settings']['threads']} threads"

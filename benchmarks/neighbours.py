@@ -1,13 +1,13 @@
-"""The search for neighbours: ours against other exact ways, for each width that a DGCNN layer gives it.
+"""Neighbor search: ours against other exact methods, at each width that a DGCNN layer has.
 
-ours       models/ops/knn.py: one product for each block of the cloud, selection by vector instructions or a kernel
+ours       models/ops/knn.py: one product per tile of the cloud, selection by vector instructions or a kernel
 textbook   all distances of the batch at once, then topk (benchmarks/reference/textbook.py)
-cdist      torch.cdist in blocks of one cloud, then an unsorted topk
-tree       SciPy's k-d tree, a cloud after the other, its query on as many threads as PyTorch; xyz on a CPU only
+cdist      torch.cdist cloud by cloud, then an unsorted topk
+tree       SciPy's k-d tree cloud by cloud, queried with as many threads as PyTorch has; xyz on a CPU only
 plain      on a GPU: ours without Triton kernels (CROSSNET_KERNELS=torch)
 
-All are called in turn, after one call each that is not counted. Beside the times stands which part of the neighbours
-differs from a search in float64: points almost equally distant, where rounding decides.
+The methods are called in turn, after one untimed call each. The last column is the fraction of neighbors that differ
+from a search in float64: where points are almost equally distant, rounding decides.
 
   python -m benchmarks.neighbours
   python -m benchmarks.neighbours --batch 4 --points 8192 --widths 3
@@ -24,52 +24,42 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also run by path
 
 import numpy as np
 import torch
 from scipy.spatial import KDTree
 from torch import Tensor
 
-from benchmarks.measure import add_measuring_arguments, place_text, provenance, seconds_in_turn, text_table
+from benchmarks.frame import Benchmark
+from benchmarks.measure import place_text, seconds_in_turn, text_table
 from benchmarks.reference.textbook import textbook_knn
-from engine.device import resolve_device
 from models.ops.backend import VARIABLE
 from models.ops.knn import knn
-from utils.cli import (
-    HelpFormatter,
-    positive_int,
-    run,
-    write_json,
-)
+from utils.cli import positive_int, run
 from utils.errors import UserError
 
 TREE_WIDTH = 3
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.neighbours", description=__doc__, formatter_class=HelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of what is measured."""
     g = parser.add_argument_group("what is measured")
     g.add_argument("--batch", type=positive_int, default=16, metavar="B", help="clouds")
     g.add_argument("--points", type=positive_int, default=2048, metavar="N", help="points per cloud")
     g.add_argument("--widths", type=positive_int, nargs="+", default=[3, 64, 128], metavar="C", help="channels")
-    g.add_argument("--k", type=positive_int, default=20, help="neighbours per point, itself included")
+    g.add_argument("--k", type=positive_int, default=20, help="neighbors per point, itself included")
     g.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N")
-    add_measuring_arguments(parser, repeats=5)
-    args = parser.parse_args(argv)
-    if args.quick:
-        args.batch, args.points, args.k, args.repeats = 2, 64, 4, 1
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise UserError if there are fewer points than neighbors."""
     if args.k > args.points:
-        raise UserError(f"--k {args.k} neighbours need at least as many points, not --points {args.points}")
-    return args
+        raise UserError(f"--k {args.k} neighbors need at least as many points, not --points {args.points}")
 
 
 def by_cdist(points: Tensor, k: int) -> Tensor:
-    """(B, N, C) -> (B, N, k) by ``torch.cdist``, a cloud after the other."""
+    """(B, N, C) -> (B, N, k) by ``torch.cdist``, cloud by cloud."""
     return torch.stack([torch.cdist(p, p).topk(k, largest=False, sorted=False).indices for p in points])
 
 
@@ -83,13 +73,13 @@ def by_tree(points: Tensor, k: int) -> Tensor:
 
 
 def plain(points: Tensor, k: int) -> Tensor:
-    """Ours without Triton kernels."""
+    """(B, N, C) -> (B, N, k) by ours without Triton kernels."""
     with mock.patch.dict(os.environ, {VARIABLE: "torch"}):
         return knn(points, k)
 
 
 def forms(width: int, device: torch.device) -> dict[str, Callable[[Tensor, int], Tensor]]:
-    """The ways that apply."""
+    """Return the methods for points of this width, by name."""
     found = {"ours": knn, "textbook": lambda points, k: textbook_knn(points.mT, k), "cdist": by_cdist}
     if device.type == "cuda":
         found["plain"] = plain
@@ -98,8 +88,8 @@ def forms(width: int, device: torch.device) -> dict[str, Callable[[Tensor, int],
     return found
 
 
-def measure(args: argparse.Namespace, width: int, device: torch.device) -> dict[str, dict[str, float]]:
-    """Seconds of every way and the share of neighbours that differ from those of float64, by name."""
+def measure_width(args: argparse.Namespace, width: int, device: torch.device) -> dict[str, dict[str, float]]:
+    """Return seconds and the fraction of neighbors that differ from those of float64, by method."""
     generator = torch.Generator().manual_seed(args.seed)
     points = torch.randn(args.batch, args.points, width, generator=generator).to(device)
     exact = by_cdist(points.double(), args.k).sort(-1).values
@@ -116,30 +106,27 @@ def measure(args: argparse.Namespace, width: int, device: torch.device) -> dict[
     }
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Measure, print the table, write the JSON object."""
-    args = parse_args(argv)
-    before, device = torch.get_num_threads(), resolve_device(args.device)
-    torch.set_num_threads(args.threads)
-    about = provenance(device)
-    try:
-        widths = {str(width): measure(args, width, device) for width in args.widths}
-    finally:
-        torch.set_num_threads(before)
-    result: dict[str, Any] = {"widths": widths}
-    result["settings"] = {key: value for key, value in vars(args).items() if key != "json"} | {"device": str(device)}
-    result |= about
+def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Measure every width."""
+    return {"widths": {str(width): measure_width(args, width, device) for width in args.widths}}
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return the result as text."""
+    s = result["settings"]
     rows = [("channels", "way", "ms", "times ours", "differ from float64")]
-    for width, ways in widths.items():
+    for width, ways in result["widths"].items():
         for name, part in ways.items():
             ratio = part["seconds_median"] / ways["ours"]["seconds_median"]
             cells = f"{1e3 * part['seconds_median']:.1f}", f"{ratio:.2f}", f"{part['different']:.1e}"
             rows.append((width, name, *cells))
-    print(f"{args.k} neighbours of {args.batch} x {args.points} points, {place_text(result)}")
-    print(text_table(rows))
-    write_json(args.json, result)
-    return result
+    title = f"{s['k']} neighbors of {s['batch']} x {s['points']} points, {place_text(result)}"
+    return f"{title}\n{text_table(rows)}"
 
+
+QUICK = {"batch": 2, "points": 64, "k": 4, "repeats": 1}
+BENCHMARK = Benchmark("neighbours", __doc__, add_arguments, measure, table, repeats=5, quick=QUICK, check=check)
+main = BENCHMARK.main
 
 if __name__ == "__main__":
     run(main)

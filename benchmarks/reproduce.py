@@ -33,8 +33,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also run by path
 from benchmarks.measure import ROOT, provenance
 from utils.cli import HelpFormatter, run, seed_number, write_json
 from utils.errors import UserError
@@ -69,7 +68,7 @@ class Pretraining:
 
 @dataclass(frozen=True)
 class Made:
-    """Data that a command makes where it is not there: a script and its flags."""
+    """Data that a command makes if it is missing: a script and its flags."""
 
     script: str
     flags: Mapping[str, Any]
@@ -102,7 +101,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan file, checked.
+    """The content of a plan file.
 
     Raises:
         UserError: a row names a table or pretraining that is not in the file, or a name is given twice.
@@ -165,7 +164,7 @@ class Plan:
         return text
 
     def path(self, need: str) -> Path:
-        """Where a needed file lies: ``root/rest`` below the folder of that root."""
+        """Return the path of a needed file, given as ``root/rest``."""
         root, _, rest = need.partition("/")
         return Path(self.roots[root]) / rest
 
@@ -180,7 +179,7 @@ class Plan:
 
 
 def command_line(script: str, flags: Mapping[str, Any]) -> list[str]:
-    """A script's command line; True is a bare flag, a list several values, None and False leave the flag out."""
+    """Return a script's command line; True is a bare flag, a list several values, None and False leave the flag out."""
     words = ["python", script]
     for name, value in flags.items():
         if value is None or value is False:
@@ -205,27 +204,27 @@ class Runner:
         self.plan, self.work, self.results, self.quick = plan, work, results, quick
 
     def flags(self, script: str, flags: Mapping[str, Any]) -> dict[str, Any]:
-        """A row's flags with the roots put in, and the try-out's values in their place."""
+        """Return a row's flags with the roots put in; a try-out's values replace them."""
         merged = {**flags, **self.quick.get(script, {})}
         return {key: self.plan.place(value) if isinstance(value, str) else value for key, value in merged.items()}
 
     def run_folder(self, name: str, seed: int) -> Path:
-        """Where a training run keeps its checkpoints."""
+        """Return the folder of a training run's checkpoints."""
         return self.work / name / f"seed_{seed}"
 
     def training_command(self, name: str, script: str, flags: Mapping[str, Any], seed: int) -> list[str]:
-        """Command line of a training run, which resumes what is there."""
+        """Return the command line of a training run, which resumes an earlier one."""
         folder = self.run_folder(name, seed)
         placed = {"output_dir": folder.parent, "exp_name": folder.name, "seed": seed, "resume": True}
         return command_line(script, {**self.flags(script, flags), **placed})
 
     def needs(self, row: Row) -> list[str]:
-        """The data of a row and of its pretraining."""
+        """Return the data of a row and of its pretraining."""
         pretraining = self.plan.pretrainings[row.pretraining].needs if row.pretraining else ()
         return list(dict.fromkeys([*pretraining, *row.needs]))
 
     def making(self, row: Row) -> dict[Path, list[str]]:
-        """The commands that make a row's data, by the path that each writes."""
+        """Return the commands that make a row's data, by the path that each writes."""
         made = {need: self.plan.made[need] for need in self.needs(row) if need in self.plan.made}
         return {
             self.plan.path(need): command_line(
@@ -235,7 +234,7 @@ class Runner:
         }
 
     def commands(self, row: Row, seed: int) -> list[list[str]]:
-        """All commands of one seed of a row, in order, apart from those that make data."""
+        """Return the commands of one seed of a row, in order, without those that make data."""
         commands, pretrained = [], ""
         if row.pretraining:
             pretraining = self.plan.pretrainings[row.pretraining]
@@ -253,7 +252,7 @@ class Runner:
         return commands
 
     def recorded(self, row: Row, seed: int) -> dict[str, Any] | None:
-        """The record of a finished seed; None where there is none.
+        """Return the record of a finished seed, or None.
 
         Raises:
             UserError: it was made by other commands than the plan's.
@@ -270,18 +269,18 @@ class Runner:
         return record
 
     def identity(self, row: Row) -> dict[str, Any]:
-        """The settings that a record belongs to, apart from where data lies."""
+        """Return the settings that identify a record; where data lies is not among them."""
         pretraining = self.plan.pretrainings[row.pretraining] if row.pretraining else None
         given = {row.script: row.flags, **({PRETRAINING_SCRIPT: pretraining.flags} if pretraining else {})}
         given |= {made.script: made.flags for need, made in self.plan.made.items() if need in self.needs(row)}
         return {script: {**flags, **self.quick.get(script, {})} for script, flags in given.items()}
 
     def missing(self, row: Row) -> list[str]:
-        """Data that a row needs and that is not there; a try-out needs none but the demo set."""
+        """Return the data that a row needs and that is missing; a try-out needs the demo set alone."""
         return [] if self.quick else self.plan.missing(self.needs(row))
 
     def run_seed(self, row: Row, seed: int) -> dict[str, Any]:
-        """Run one seed of a row and record it; returns its scores.
+        """Run one seed of a row and record it; return its scores.
 
         Raises:
             UserError: a command failed; its output is in the row's log.
@@ -289,7 +288,7 @@ class Runner:
         start, commands, making = time.time(), self.commands(row, seed), self.making(row)
         log = self.work / row.name / f"seed_{seed}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        about = provenance()  # of the code that runs, not of one made meanwhile
+        about = provenance()  # before the run: the commit may change meanwhile
         with log.open("a", encoding="utf-8") as output:
             for command in [*(command for path, command in making.items() if not path.exists()), *commands]:
                 print(f"{row.name}, seed {seed}: {shlex.join(command)}", flush=True)
@@ -324,7 +323,7 @@ class Runner:
 
 
 def value_at(scores: Any, path: str) -> float | None:
-    """A number in a script's JSON: keys and list positions with dots between; None where there is none.
+    """Return a number of a script's JSON by its path of keys and list positions, with dots between; None if missing.
 
     ``reported`` is the entry of a fine-tuning run that is reported: the best on held-out data, or else the last.
     """
@@ -341,14 +340,14 @@ def value_at(scores: Any, path: str) -> float | None:
 
 
 def mean_and_deviation(values: Sequence[float]) -> str:
-    """Mean and sample deviation over seeds, as text; a single seed has no deviation."""
+    """Format mean and sample deviation over seeds; a single seed has no deviation."""
     if len(values) == 1:
         return f"{values[0]:.1f} (one seed)"
     return f"{statistics.mean(values):.1f} +- {statistics.stdev(values):.1f}"
 
 
 def write_tables(plan: Plan, results: Path, page: Path) -> None:
-    """Write the page from what is recorded; cells without a record say ``not run``."""
+    """Write the page from the records; cells without one say ``not run``."""
     lines = [
         f"# {plan.title}",
         "",
@@ -393,7 +392,7 @@ def write_tables(plan: Plan, results: Path, page: Path) -> None:
 
 
 def check_row(row: Row, seed: int, *, recorded: Runner, again: Runner, tolerance: float) -> bool:
-    """Run a recorded seed again in a separate folder and compare the table's columns; True where they agree."""
+    """Run a recorded seed again in a separate folder; return whether the table's columns agree."""
     before = json.loads((recorded.results / row.name / f"seed_{seed}" / "scores.json").read_text(encoding="utf-8"))
     shutil.rmtree(again.work, ignore_errors=True)
     after = again.run_seed(row, seed)
@@ -407,7 +406,7 @@ def check_row(row: Row, seed: int, *, recorded: Runner, again: Runner, tolerance
 
 
 def chosen_rows(plan: Plan, patterns: Sequence[str]) -> list[Row]:
-    """The rows whose names match one of the patterns; all without patterns.
+    """Return the rows whose names match one of the patterns; all without patterns.
 
     Raises:
         UserError: a pattern matches none.
@@ -419,7 +418,7 @@ def chosen_rows(plan: Plan, patterns: Sequence[str]) -> list[Row]:
 
 
 def root_setting(text: str) -> tuple[str, str]:
-    """A value of ``--root``."""
+    """Parse a value of ``--root``."""
     name, equals, folder = text.partition("=")
     if not (name and equals and folder):
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH")
@@ -427,7 +426,7 @@ def root_setting(text: str) -> tuple[str, str]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Command line of this script."""
+    """Build the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.reproduce", description=__doc__, formatter_class=HelpFormatter
     )
@@ -458,7 +457,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def prepare(args: argparse.Namespace) -> tuple[Runner, Path]:
-    """The runner of a command line, and the page it writes."""
+    """Return the runner of a command line, and the page it writes."""
     plan = Plan.read(Path(args.plan), dict(args.root))
     work, results, page, quick = Path(args.work_dir), Path(args.results), Path(args.page), {}
     if args.quick:
@@ -470,7 +469,7 @@ def prepare(args: argparse.Namespace) -> tuple[Runner, Path]:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Run the rows that are missing and write the page; returns the state of every chosen row.
+    """Run the missing rows and write the page; return the state of every chosen row.
 
     Raises:
         UserError: a plan that cannot be read, a row that does not exist, or a command that failed.

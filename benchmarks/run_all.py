@@ -1,4 +1,4 @@
-"""Run every benchmark, collect the results, and write a page about them with its pictures, benchmarks.md.
+"""Run every benchmark, collect the results, and write benchmarks.md with its pictures.
 
 Each benchmark runs in a separate process. One that cannot run here, for lack of a package or a GPU, gets the row "not
 run" with the reason. --quick takes sizes that say nothing, to see that everything works. The page of this repository,
@@ -23,8 +23,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also run by path
 
 import torch
 
@@ -57,7 +56,7 @@ class Job(NamedTuple):
 
 
 def jobs(data_root: str | None, gpu: bool) -> list[Job]:
-    """What is run, in order."""
+    """Return the runs, in order."""
     data = f" --data_root {data_root}" if data_root else ""
     run_ = "--shapes 2033 --epochs 6 --num_points 512 --image_model resnet18 --image_size 64 --channels_last"
     run_ += " --workers 0 --seconds 15 --check --device cpu"
@@ -80,7 +79,7 @@ def jobs(data_root: str | None, gpu: bool) -> list[Job]:
         Job("loader", "loader", f"--workers 2{data}"),
         Job("svm", "svm", "--svm_repeats 2"),
         Job("svm_kept", "svm", "--svm_repeats 3 --clouds 4 --points 256", None, KEEP_MEMORY),
-        Job("scores", "metrics", "", "--shapes 50 --points 64"),
+        Job("scores", "metrics", ""),
         Job(
             "estimate",
             "estimate",
@@ -109,7 +108,7 @@ def jobs(data_root: str | None, gpu: bool) -> list[Job]:
 
 
 def check_gpu(out: Path) -> None:
-    """Let ``benchmarks.gpu_check`` pass before anything is measured.
+    """Run ``benchmarks.gpu_check`` before anything is measured.
 
     Raises:
         UserError: a check fails.
@@ -117,11 +116,11 @@ def check_gpu(out: Path) -> None:
     command = ["-m", "benchmarks.gpu_check", "--output_dir", str(out / "gpu")]
     print(f"\n$ python {' '.join(command)}", flush=True)
     if subprocess.run([sys.executable, *command], cwd=ROOT, check=False).returncode:
-        raise UserError(f"the GPU fails a check: see {out / 'gpu' / 'report.html'}; name jobs by --only to go on")
+        raise UserError(f"the GPU fails a check: see {out / 'gpu' / 'report.html'}; --only NAME runs jobs anyway")
 
 
 def run_job(job: Job, *, quick: bool, folder: Path) -> dict[str, Any]:
-    """Run one benchmark in a fresh process; its result with the seconds and the command, or ``not_run``: why not."""
+    """Run one benchmark in a fresh process; return its result or ``not_run``: why, with seconds and command."""
     words = ((job.quick or "") if quick else job.arguments).split()
     out = folder / f"{job.name}.json"
     command = ["-m", f"benchmarks.{job.module}", *words]
@@ -145,89 +144,85 @@ def run_job(job: Job, *, quick: bool, folder: Path) -> dict[str, Any]:
 
 
 def number(value: float) -> str:
-    """Three significant digits, thousands in full."""
+    """Format a number with three significant digits, thousands in full."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A table; the first row is its head."""
+    """Format a table, whose first row is its head."""
     head, *body = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([head, "|" + " --- |" * len(rows[0]), *body])
 
 
 def found(results: dict[str, Any], name: str) -> dict[str, Any] | None:
-    """A benchmark's result, None where it was not run."""
+    """Return a benchmark's result, or None if it was not run."""
     result = results.get(name)
     return None if result is None or "not_run" in result else result
 
 
+# Results of the table of ratios: row without a result, row with one (its settings and numbers put in), unit.
+COMPARED = {
+    ("encoder", "encoder_kept", "encoder_partseg", "encoder_semseg", "gpu_encoder", "gpu_encoder_plain"): (
+        "training step of the encoder",
+        "training step of {model}, {batch} x {points:,} points, k {k}, {device}",
+        "s",
+    ),
+    ("step", "gpu_step"): (
+        "whole pretraining step",
+        "whole pretraining step, {batch} x {points:,} points, two {image_model} at {image_size} px, amp {amp}, "
+        "{device}",
+        "s",
+    ),
+    ("layer", "gpu_layer"): (
+        "one EdgeConv layer against torch_geometric",
+        "one EdgeConv layer against torch_geometric's {textbook_is}, {batch} x {points} points, {device}",
+        "s",
+    ),
+    ("loss", "gpu_loss"): ("NT-Xent against lightly's", "NT-Xent against lightly's, {batch} pairs, {device}", "ms"),
+}
+# Variants that need no row where they were not run: what is special about them.
+VARIANTS = {
+    "encoder_kept": ", both with freed memory kept (see [Encoder step](#encoder-step))",
+    "gpu_encoder_plain": ", ours without Triton kernels",
+}
+
+
 def comparison_rows(results: dict[str, Any]) -> list[list[str]]:
-    """The table of all ratios."""
+    """Return the table of all ratios."""
     rows = [["what", "ours", "textbook", "ratio", "peak memory, MB: ours", "textbook", "ratio"]]
 
-    def add(text: str, part: dict[str, Any] | None, *, unit: str = "s", scale: float = 1.0, why: str = "") -> None:
+    def add(text: str, part: dict[str, Any] | None, unit: str, name: str = "") -> None:
         if part is None:
+            why = results.get(name, {}).get("not_run", "no GPU here" if name.startswith("gpu_") else "")
             rows.append([text, "not run" + (f": {why}" if why else ""), "not run", "", "", "", ""])
             return
+        scale = {"s": 1.0, "ms": 1e3}[unit]
         times = [f"{number(scale * part[form]['seconds_median'])} {unit}" for form in FORMULATIONS]
         memory = ["", "", ""]
         if "memory_ratio" in part:
             memory = [*(number(part[form]["peak_mb"]) for form in FORMULATIONS), f"{part['memory_ratio']:.1f}"]
         rows.append([text, *times, f"**{part['time_ratio']:.1f}**", *memory])
 
-    def reason(name: str) -> str:
-        return results.get(name, {}).get("not_run", "no GPU here" if name.startswith("gpu_") else "")
-
-    of_every_kind = ("encoder", "encoder_kept", "encoder_partseg", "encoder_semseg", "gpu_encoder", "gpu_encoder_plain")
-    for name in of_every_kind:
-        part = found(results, name)
-        text = f"training step of the encoder ({name})"
-        if part:
-            s = part["settings"]
-            text = f"training step of {s['model']}, {s['batch']} x {s['points']:,} points, k {s['k']}, {s['device']}"
-            if name == "encoder_kept":
-                text += ", both with freed memory kept (see [Encoder step](#encoder-step))"
-            if name == "gpu_encoder_plain":
-                text += ", ours without Triton kernels"
-        elif name in ("encoder_kept", "gpu_encoder_plain"):
-            continue
-        add(text, part, why=reason(name))
-    for name in ("step", "gpu_step"):
-        part = found(results, name)
-        text = f"whole pretraining step ({name})"
-        if part:
-            s = part["settings"]
-            text = f"whole pretraining step, {s['batch']} x {s['points']:,} points, two {s['image_model']} at "
-            text += f"{s['image_size']} px, amp {s['amp']}, {s['device']}"
-        add(text, part, why=reason(name))
-    for name in ("layer", "gpu_layer"):
-        part = found(results, name)
-        text = "one EdgeConv layer against torch_geometric"
-        if part:
-            s = part["settings"]
-            text += f"'s {part['textbook_is']}, {s['batch']} x {s['points']} points, {s['device']}"
-        add(text, part, why=reason(name))
-    for name in ("loss", "gpu_loss"):
-        part = found(results, name)
-        text = "NT-Xent against lightly's"
-        if part:
-            text += f", {part['settings']['batch']} pairs, {part['settings']['device']}"
-        add(text, part, unit="ms", scale=1e3, why=reason(name))
+    for names, (without, text, unit) in COMPARED.items():
+        for name in names:
+            if part := found(results, name):
+                add(text.format(**part | part["settings"]) + VARIANTS.get(name, ""), part, unit)
+            elif name not in VARIANTS:
+                add(f"{without} ({name})", None, unit, name)
     loader = found(results, "loader")
-    add("reading a sample, one worker", loader, unit="ms", scale=1e3, why=reason("loader"))
+    add("reading a sample, one worker", loader, "ms", "loader")
     if loader:
         whole = {**loader, "ours": loader["whole"], "time_ratio": loader["whole"]["time_ratio"]}
-        add("the same with the batch augmentation, which is the training device's", whole, unit="ms", scale=1e3)
+        add("the same with the batch augmentation, which is the training device's", whole, "ms")
     svm = found(results, "svm")
     s = svm["settings"] if svm else {}
     size = f", {s['train']:,} + {s['test']:,} x {s['dims']:,}, {s['classes']} classes" if svm else ""
-    add(f"linear SVM{size}", svm and svm["svm"], why=reason("svm"))
+    add(f"linear SVM{size}", svm and svm["svm"], "s", "svm")
     if kept := found(results, "svm_kept"):
-        add(f"linear SVM{size}, both with freed memory kept (see [Linear SVM](#linear-svm))", kept["svm"])
+        add(f"linear SVM{size}, both with freed memory kept (see [Linear SVM](#linear-svm))", kept["svm"], "s")
     size = f", {s['clouds']} clouds of {s['points']:,} points" if svm else ""
-    add(f"feature extraction{size}", svm and svm["features"], why=reason("svm"))
-    scores = found(results, "scores")
-    if scores:
+    add(f"feature extraction{size}", svm and svm["features"], "s", "svm")
+    if scores := found(results, "scores"):
         for text, key in (("masks", "masks"), ("a loop over points", "points")):
             cells = [number(1e3 * scores["seconds"]), number(1e3 * scores[f"loop_over_{key}_seconds"])]
             ratio = f"**{scores[f'times_faster_than_{key}']:.1f}**"
@@ -236,7 +231,7 @@ def comparison_rows(results: dict[str, Any]) -> list[list[str]]:
 
 
 def neighbor_rows(results: dict[str, Any]) -> list[list[str]]:
-    """The table of searches for neighbours; empty where none was run."""
+    """Return the table of neighbor searches; empty if none was run."""
     rows = [["clouds", "channels", "way", "ms", "times ours", "differ"]]
     for name in ("neighbours", "neighbours_8192", "gpu_neighbours"):
         part = found(results, name) or {"widths": {}}
@@ -251,7 +246,7 @@ def neighbor_rows(results: dict[str, Any]) -> list[list[str]]:
 
 
 def sweep(results: dict[str, Any], key: str, names: Sequence[str]) -> list[dict[str, Any]]:
-    """The runs of a sweep that were done, by their setting ``key``."""
+    """Return the finished runs of a sweep, sorted by the setting ``key``."""
     runs = [result for name in names if (result := found(results, name))]
     return sorted(runs, key=lambda result: result["settings"][key])
 
@@ -264,13 +259,13 @@ SWEEPS = {
 
 
 def new_figure(columns: int) -> tuple[Figure, Any]:
-    """A row of axes."""
+    """Make a row of axes."""
     figure = Figure(figsize=(4.2 * columns, 3.4), layout="constrained")
     return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
 def draw_cost(results: dict[str, Any], path: Path) -> bool:
-    """Seconds of a training step against points, k and batch, and clouds per second; False where nothing was run."""
+    """Draw seconds per step against points, k and batch, and clouds per second; return False if nothing was run."""
     if not any(sweep(results, key, names) for key, names in SWEEPS.items()):
         return False
     figure, axes = new_figure(4)
@@ -295,7 +290,7 @@ def draw_cost(results: dict[str, Any], path: Path) -> bool:
 
 
 def draw_shares(bars: dict[str, dict[str, float]], title: str, unit: str, path: Path) -> None:
-    """Stacked bars, one for each form, of its stages."""
+    """Draw a stacked bar of stages for each form."""
     figure, (ax,) = new_figure(1)
     figure.set_size_inches(9, 1.1 + 0.75 * len(bars))
     stages = list(dict.fromkeys(stage for parts in bars.values() for stage in parts))
@@ -312,7 +307,7 @@ def draw_shares(bars: dict[str, dict[str, float]], title: str, unit: str, path: 
 
 
 def draw_memory(step: dict[str, Any], path: Path) -> None:
-    """Peak memory of a step against the batch, in one pass and in chunks."""
+    """Draw the peak memory of a step against the batch, in one pass and in chunks."""
     figure, (ax,) = new_figure(1)
     for chunked, label in ((False, "one pass"), (True, f"chunks of {step['settings']['chunk_size']}")):
         runs = [run_ for run_ in step["large_batches"] if bool(run_["chunk_size"]) == chunked]
@@ -323,7 +318,7 @@ def draw_memory(step: dict[str, Any], path: Path) -> None:
 
 
 def loader_bars(loader: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Milliseconds of the stages: textbook, and ours in the worker and with the training device's part."""
+    """Return the milliseconds by stage of the textbook form, of our worker, and of ours with the batch augmentation."""
     stages = loader["stages_ms"]
     ours = {name.rstrip("*"): value for name, value in stages["ours"].items()}
     return {
@@ -334,7 +329,7 @@ def loader_bars(loader: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def draw_speed(results: dict[str, Any], path: Path) -> bool:
-    """Samples per second of a worker, ours and textbook; False where the loader was not run."""
+    """Draw samples per second of a worker, ours and textbook; return False if the loader was not run."""
     loader = found(results, "loader")
     if not loader:
         return False
@@ -351,7 +346,7 @@ def draw_speed(results: dict[str, Any], path: Path) -> bool:
 
 
 def sections(results: dict[str, Any], folder: Path, link: str) -> list[str]:
-    """Everything below the page's head; draws the pictures into ``folder``."""
+    """Return the page below its head; draw the pictures into ``folder``."""
     text = ["## All ratios", markdown(comparison_rows(results))]
     if draw_cost(results, folder / "cost.png"):
         text += [
@@ -467,7 +462,7 @@ def sections(results: dict[str, Any], folder: Path, link: str) -> list[str]:
 
 
 def roofline_section(results: dict[str, Any]) -> list[str]:
-    """The counted table by stage; results called ``..._before`` are those of an earlier commit."""
+    """Return the counted table by stage; results named ``..._before`` are of an earlier commit."""
     titles = {"roofline_bf16": "bf16", "roofline_ranks": "bf16, 4 cards", "roofline_float32": "float32"}
     columns = [
         (f"{title}{', before' if kind else ''}", part)
@@ -507,7 +502,7 @@ def roofline_section(results: dict[str, Any]) -> list[str]:
 
 
 def write_page(results: dict[str, Any], out: Path) -> Path:
-    """Write ``benchmarks.md`` and the pictures below ``out``; returns the page."""
+    """Write ``benchmarks.md`` and the pictures below ``out``; return the page's path."""
     folder = out / "benchmarks"
     folder.mkdir(parents=True, exist_ok=True)
     runs = [result for result in results["benchmarks"].values() if "machine" in result]
@@ -537,7 +532,7 @@ def write_page(results: dict[str, Any], out: Path) -> Path:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Run everything, or redraw; returns the results by name."""
+    """Run everything, or redraw; return the results by name."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.run_all", description=__doc__, formatter_class=HelpFormatter
     )
@@ -556,7 +551,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(argv)
     if args.data_root and not Path(args.data_root).exists():
         raise UserError(f"--data_root {args.data_root} does not exist; without it the demo's pairs are read")
-    # Never a try-out over measurements of half an hour.
+    # Without separate folders, a try-out would overwrite half an hour of measurements.
     out = Path(args.output_dir or ROOT / "runs" / ("benchmarks_quick" if args.quick else "benchmarks"))
     stored = out / "benchmarks" / RESULTS
     results: dict[str, Any] = {"quick": args.quick, "benchmarks": {}}

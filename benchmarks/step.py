@@ -1,10 +1,10 @@
 r"""The whole pretraining step: time against the textbook form, and memory of large batches with and without chunks.
 
 Time: augmentation of both views, point encoder, both image encoders, losses, backward pass and Adam, for a batch that
-is in memory already. Ours is the model with its images in channels_last; textbook is the same model with the point
-encoder of benchmarks/reference/textbook.py (all edges) and images as they are read. Both in this process, in turn.
+is in memory already. Ours has its images in channels_last; the textbook form has the point encoder of
+benchmarks/reference/textbook.py (all edges) and contiguous images. Both run in this process, in turn.
 Memory: one step in a fresh process for each batch size, in one pass and in chunks (--chunk_size of the training
-script), in which memory stays flat while the loss sees the whole batch.
+script), with which memory stays flat although the loss covers the whole batch.
 
   python -m benchmarks.step                                      # minutes on two cores, sizes in the table
   python -m benchmarks.step --quick
@@ -15,30 +15,18 @@ script), in which memory stays flat while the loss sees the whole batch.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also run by path
 
 import torch
 from torch import nn
 
-from benchmarks.measure import (
-    FORMULATIONS,
-    add_measuring_arguments,
-    compare,
-    in_fresh_process,
-    memory_of,
-    place_text,
-    provenance,
-    ratio_text,
-    seconds_in_turn,
-    text_table,
-)
+from benchmarks.frame import Benchmark
+from benchmarks.measure import FORMULATIONS, compare, memory_of, place_text, ratio_text, seconds_in_turn, text_table
 from benchmarks.reference.textbook import TEXTBOOK_ENCODERS
 from datasets.streams import SampleStreams, Stream
 from datasets.transforms import pretraining_augmentation
@@ -48,31 +36,19 @@ from engine.optim import AMP_DTYPES, autocast
 from models import CrossNet, build_encoder
 from models.base import PointFeatures
 from models.image import IMAGE_ENCODERS
-from utils.cli import (
-    HelpFormatter,
-    positive_int,
-    run,
-    write_json,
-)
+from utils.cli import positive_int, run
 
-QUICK = {
-    **{"batch": 2, "points": 64, "image_model": "resnet18", "image_size": 32, "repeats": 1, "batches": [2, 4]},
-    **{"chunk_size": 2, "memory_points": 64, "memory_image_size": 32},
-}
 EMBEDDING = 1024
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.step", description=__doc__, formatter_class=HelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of what is measured."""
     g = parser.add_argument_group("time against the textbook form")
     g.add_argument("--batch", type=positive_int, default=8, metavar="B", help="objects of a step")
     g.add_argument("--points", type=positive_int, default=2048, metavar="N", help="points of a view")
     g.add_argument("--image_model", choices=list(IMAGE_ENCODERS), default="resnet50", help="both image encoders")
     g.add_argument("--image_size", type=positive_int, default=224, metavar="PX", help="pixels of an image's side")
-    g.add_argument("--k", type=positive_int, default=20, help="neighbours per point, itself included")
+    g.add_argument("--k", type=positive_int, default=20, help="neighbors per point, itself included")
     g = parser.add_argument_group("memory of large batches")
     g.add_argument(
         "--batches", type=positive_int, nargs="+", default=[16, 32, 64, 128], metavar="B", help="objects of a step"
@@ -81,16 +57,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--memory_points", type=positive_int, default=512, metavar="N", help="points of a view")
     g.add_argument("--memory_image_model", choices=list(IMAGE_ENCODERS), default="resnet18", help="image encoders")
     g.add_argument("--memory_image_size", type=positive_int, default=112, metavar="PX", help="pixels of a side")
-    g.add_argument("--only_chunks", action="store_true", help="no steps in one pass, where they do not fit")
+    g.add_argument("--only_chunks", action="store_true", help="skip steps in one pass, if they do not fit")
     g = parser.add_argument_group("both")
     g.add_argument("--amp", choices=list(AMP_DTYPES), default="off", help="mixed precision")
     g.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N")
-    add_measuring_arguments(parser, repeats=2)
-    parser.add_argument("--memory_of", nargs=2, type=int, help=argparse.SUPPRESS)  # batch and chunk of a fresh process
-    args = parser.parse_args(argv)
-    if args.quick:
-        vars(args).update(QUICK)
-    return args
 
 
 def training_step(
@@ -104,7 +74,7 @@ def training_step(
     channels_last: bool,
     chunk_size: int = 0,
 ) -> Callable[[], None]:
-    """A step of a model around ``point_encoder``, on a batch of random numbers, ready to be called."""
+    """Return a function that runs one step of a model with this encoder on a batch of random numbers."""
     device = resolve_device(args.device)
     torch.manual_seed(args.seed)
     model = CrossNet(point_encoder, image_model=image_model).to(device)
@@ -134,8 +104,9 @@ def training_step(
     return step
 
 
-def own_memory(args: argparse.Namespace, batch: int, chunk_size: int) -> dict[str, Any]:
-    """Memory and seconds of one step of this size, in this process."""
+def memory_of_step(args: argparse.Namespace, words: Sequence[str]) -> dict[str, Any]:
+    """Measure memory and seconds of one step, in this process; ``words``: batch and chunk size."""
+    batch, chunk_size = map(int, words)
     step = training_step(
         build_encoder("dgcnn_cls", k=args.k, emb_dims=EMBEDDING),
         args,
@@ -152,15 +123,10 @@ def own_memory(args: argparse.Namespace, batch: int, chunk_size: int) -> dict[st
     return {"batch": batch, "chunk_size": chunk_size or None, "seconds": seconds["step"][0], **memory}
 
 
-def measure(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
-    """Memory first, in fresh processes; then time, in turn."""
-    device = resolve_device(args.device)
-    about = provenance(device)
+def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Measure memory in fresh processes, then time in turn."""
     kinds = (args.chunk_size,) if args.only_chunks else (0, args.chunk_size)
-    sizes = [(batch, chunk) for batch in args.batches for chunk in kinds]
-    memory = [
-        in_fresh_process("benchmarks.step", [*argv, "--memory_of", str(batch), str(chunk)]) for batch, chunk in sizes
-    ]
+    memory = [BENCHMARK.fresh(args, batch, chunk) for batch in args.batches for chunk in kinds]
     encoders = {
         "ours": build_encoder("dgcnn_cls", k=args.k, emb_dims=EMBEDDING),
         "textbook": TEXTBOOK_ENCODERS["dgcnn_cls"](k=args.k, emb_dims=EMBEDDING),
@@ -182,18 +148,11 @@ def measure(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     result = compare(seconds_in_turn(steps, repeats=args.repeats, device=device))
     for name in FORMULATIONS:
         result[name]["shapes_per_s"] = args.batch / result[name]["seconds_median"]
-    names = ("batch", "points", "image_model", "image_size", "k", "amp", "repeats", "seed", "threads", "chunk_size")
-    memory_names = ("memory_points", "memory_image_model", "memory_image_size")
-    return {
-        **result,
-        "large_batches": memory,
-        "settings": {**{n: getattr(args, n) for n in (*names, *memory_names)}, "device": str(device)},
-        **about,
-    }
+    return {**result, "large_batches": memory}
 
 
 class _Features(nn.Module):
-    """Either encoder as ``CrossNet`` expects it."""
+    """Adapts either encoder to ``CrossNet``."""
 
     def __init__(self, encoder: nn.Module, feature_dim: int) -> None:
         super().__init__()
@@ -205,7 +164,7 @@ class _Features(nn.Module):
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result for people."""
+    """Return the result as text."""
     s, ours, textbook = result["settings"], result["ours"], result["textbook"]
     time = [
         ("", "ours", "textbook", "textbook / ours"),
@@ -233,20 +192,12 @@ def table(result: dict[str, Any]) -> str:
     )
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Measure, print the table, write the JSON object."""
-    argv = sys.argv[1:] if argv is None else argv
-    args = parse_args(argv)
-    torch.set_num_threads(args.threads)
-    if args.memory_of:
-        result = own_memory(args, *args.memory_of)
-        print(json.dumps(result))
-        return result
-    result = measure(args, argv)
-    print(table(result))
-    write_json(args.json, result)
-    return result
-
+QUICK = {
+    **{"batch": 2, "points": 64, "image_model": "resnet18", "image_size": 32, "repeats": 1, "batches": [2, 4]},
+    **{"chunk_size": 2, "memory_points": 64, "memory_image_size": 32},
+}
+BENCHMARK = Benchmark("step", __doc__, add_arguments, measure, table, repeats=2, quick=QUICK, part=memory_of_step)
+main = BENCHMARK.main
 
 if __name__ == "__main__":
     run(main)

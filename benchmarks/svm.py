@@ -1,13 +1,12 @@
 """Scoring frozen features: our linear SVM and feature extraction against the plain ones.
 
-- The SVM by one Gram matrix (downstream/svm.py) against ``sklearn.svm.SVC(kernel="linear")``, fit and
-  predict, C as released; how many predictions agree. Features are synthetic: classes are Gaussian clouds in a few
-  dimensions each, mixed at random into all of them, so close together that the SVM makes mistakes, as on real
-  features.
+- The SVM on one Gram matrix (downstream/svm.py) against ``sklearn.svm.SVC(kernel="linear")``: fit and predict, with
+  the released C. The features are synthetic: each class is a Gaussian in a few dimensions, mixed at random into all of
+  them, and the classes are close enough that the SVM makes mistakes, as on real features.
 - Feature extraction in evaluation mode, ours (no edge tensors, batches of 32) against the textbook encoder
   (benchmarks/reference/textbook.py) in batches of 16, the released test batch.
 
-The textbook SVM at the size of ModelNet40 takes minutes: --svm_repeats says how often.
+At ModelNet40's size the textbook SVM takes minutes; --svm_repeats sets its number of rounds.
 
   python -m benchmarks.svm                                         # ModelNet40's size
   python -m benchmarks.svm --train 2460 --test 617 --repeats 3     # a quarter of it
@@ -20,34 +19,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also run by path
 
 import numpy as np
 import torch
 from sklearn.svm import SVC
 
-from benchmarks.measure import (
-    add_measuring_arguments,
-    compare,
-    place_text,
-    provenance,
-    ratio_text,
-    seconds_in_turn,
-    text_table,
-)
+from benchmarks.frame import Benchmark
+from benchmarks.measure import compare, place_text, ratio_text, seconds_in_turn, text_table
 from benchmarks.reference.textbook import TEXTBOOK_ENCODERS
 from downstream.features import evaluating, extract_features
 from downstream.svm import RELEASED_C, linear_svm
 from models import build_encoder
-from utils.cli import HelpFormatter, positive_float, positive_int, run, write_json
+from utils.cli import positive_float, positive_int, run
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.svm", description=__doc__, formatter_class=HelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of what is measured."""
     g = parser.add_argument_group("what is measured")
     g.add_argument("--train", type=positive_int, default=9840, metavar="N", help="training samples")
     g.add_argument("--test", type=positive_int, default=2468, metavar="N", help="test samples")
@@ -57,16 +45,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--clouds", type=positive_int, default=64, metavar="N", help="clouds whose features are extracted")
     g.add_argument("--points", type=positive_int, default=1024, metavar="N", help="points per cloud")
     g.add_argument("--svm_repeats", type=positive_int, default=1, metavar="R", help="rounds of the SVM")
-    add_measuring_arguments(parser, repeats=3)
-    args = parser.parse_args(argv)
-    if args.quick:
-        args.train, args.test, args.classes, args.dims = 120, 60, 4, 32
-        args.clouds, args.points, args.svm_repeats, args.repeats = 4, 64, 1, 1
-    return args
 
 
 def synthetic_features(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Training and test features (n, D) float32 of overlapping classes, with their labels; no value is negative."""
+    """Return features of overlapping classes, (n, D) float32 and not negative, and labels: training set, test set."""
     rng = np.random.default_rng(args.seed)
     inner = min(64, args.dims)
     centers = rng.normal(size=(args.classes, inner))
@@ -76,12 +58,12 @@ def synthetic_features(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray
         labels = np.arange(count) % args.classes
         hidden = centers[labels] + 1.8 * rng.normal(size=(count, inner))
         noise = 0.3 * rng.normal(size=(count, args.dims))
-        out += [np.maximum(hidden @ mixing + noise, 0).astype(np.float32), labels]  # as after an activation
+        out += [np.maximum(hidden @ mixing + noise, 0).astype(np.float32), labels]  # as after a ReLU
     return tuple(out)
 
 
 def measure_svm(args: argparse.Namespace) -> dict[str, Any]:
-    """Fit and predict, both forms in turn."""
+    """Time fit and predict of both forms in turn."""
     train_x, train_y, test_x, test_y = synthetic_features(args)
     predicted: dict[str, np.ndarray] = {}
 
@@ -99,7 +81,7 @@ def measure_svm(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_features(args: argparse.Namespace) -> dict[str, Any]:
-    """Evaluation-mode features of random clouds, both encoders with the same weights in turn."""
+    """Time both encoders in turn, with the same weights, on random clouds in evaluation mode."""
     torch.manual_seed(args.seed)
     encoder = build_encoder("dgcnn_cls")
     plain = TEXTBOOK_ENCODERS["dgcnn_cls"]()
@@ -118,13 +100,18 @@ def measure_features(args: argparse.Namespace) -> dict[str, Any]:
     seconds_in_turn(actions, repeats=1)
     result = compare(seconds_in_turn(actions, repeats=args.repeats))
     scale = np.abs(features["textbook"]).max()
-    # Neighbours of almost equal distance may change places in float32: the largest difference would be of those.
+    # Not the maximum: in float32, neighbors at almost equal distances may swap.
     result["median_relative_difference"] = float(np.median(np.abs(features["ours"] - features["textbook"]) / scale))
     return result
 
 
+def measure(args: argparse.Namespace, _: torch.device) -> dict[str, Any]:
+    """Measure both."""
+    return {"svm": measure_svm(args), "features": measure_features(args)}
+
+
 def table(result: dict[str, Any]) -> str:
-    """The result for people."""
+    """Return the result as text."""
     settings, svm, features = result["settings"], result["svm"], result["features"]
     rows = [("", "ours", "textbook", "textbook / ours")]
     for text, part in (
@@ -143,22 +130,9 @@ def table(result: dict[str, Any]) -> str:
     )
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Measure, print the table, write the JSON object."""
-    args = parse_args(argv)
-    before = torch.get_num_threads()
-    torch.set_num_threads(args.threads)
-    about = provenance()
-    try:
-        result: dict[str, Any] = {"svm": measure_svm(args), "features": measure_features(args)}
-    finally:
-        torch.set_num_threads(before)
-    result["settings"] = {key: value for key, value in vars(args).items() if key != "json"}
-    result |= about
-    print(table(result))
-    write_json(args.json, result)
-    return result
-
+QUICK = {"train": 120, "test": 60, "classes": 4, "dims": 32, "svm_repeats": 1, "clouds": 4, "points": 64, "repeats": 1}
+BENCHMARK = Benchmark("svm", __doc__, add_arguments, measure, table, quick=QUICK)
+main = BENCHMARK.main
 
 if __name__ == "__main__":
     run(main)

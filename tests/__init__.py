@@ -1,1 +1,1 @@
-"""Tests. A package, so that spawned processes can import what the tests share."""
+"""Tests. A package, so that commands and other processes can import what the tests share."""

@@ -1,4 +1,4 @@
-"""Compile the Triton kernels for GPUs, on a machine without one; tests/models/ops/test_backend.py cannot do that.
+"""Compile the Triton kernels for GPUs on a machine without one.
 
 The interpreter runs kernels that a compiler may reject. Here every launch of the functions in
 models/ops/triton_kernels.py is compiled to machine code instead of being run, for tensors like those of an
@@ -39,7 +39,7 @@ ALIGNED = [["tt.divisibility", 16]]  # as Triton finds pointers and round sizes 
 
 
 class CompileOnly:
-    """Stands for a kernel: a launch compiles it and runs nothing."""
+    """Replaces a kernel: a launch compiles it and runs nothing."""
 
     def __init__(self, kernel: JITFunction, capability: int, done: Callable[[str, str], None]) -> None:
         self.kernel, self.target, self.done = kernel, GPUTarget("cuda", capability, 32), done
@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> list[str]:
     parser.prog = "python -m tests.compile_kernels"
     parser.add_argument("--capability", type=int, nargs="+", default=[75, 80, 90], metavar="CC", help="75 is 7.5")
     parser.add_argument("--points", type=int, default=2048, metavar="N", help="points of a cloud")
-    parser.add_argument("--k", type=int, default=20, help="neighbours per point")
+    parser.add_argument("--k", type=int, default=20, help="neighbors per point")
     parser.add_argument("--width", type=int, default=128, metavar="C", help="channels of a layer")
     args = parser.parse_args(argv)
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):  # its ASTSource has other arguments before

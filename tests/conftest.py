@@ -1,6 +1,8 @@
 """Settings and fixtures of all tests."""
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,31 @@ settings.load_profile("repeatable")
 
 
 @pytest.fixture(autouse=True)
-def seeded():
+def seeded() -> None:
     """Seed every test, so that it sees the same random numbers alone or in the whole suite."""
     torch.manual_seed(0)
+
+
+# Fixtures import what they need only now: Triton must not be imported before the variable above is set.
+
+
+@pytest.fixture
+def small_runs() -> Iterator[None]:
+    """Train with a tiny image network and without pictures of the curves."""
+    from tests.support import small_run
+
+    with small_run.small_runs():
+        yield
+
+
+@pytest.fixture(scope="session")
+def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of all tiny sets: pairs, labeled clouds, parts, rooms. Tests must not change it."""
+    from tests.support import pairs, segmentation_sets
+
+    root = tmp_path_factory.mktemp("data")
+    pairs.write_pairs(root, 16, unpaired=1)
+    pairs.write_demo_set(root)
+    segmentation_sets.write_parts(root)
+    segmentation_sets.write_rooms(root, segmentation_sets.ROOMS, blocks=1)
+    return root

@@ -1,8 +1,6 @@
 """Invalid user input: exit code 2, one clear message without a traceback, nothing overwritten."""
 
 import multiprocessing
-import subprocess
-import sys
 
 import h5py
 import numpy as np
@@ -12,18 +10,16 @@ import torch
 import train_crossnet_con as train
 from datasets import pack
 from downstream.classification import main as classify
-from engine.checkpoint import save_checkpoint
-from engine.load_model import describe_encoder
 from models import build_encoder
-from models.image import IMAGE_ENCODERS
-from tests.support.pairs import cloud, cloud_path, contents, view_path, write_demo_set, write_pairs, write_ply
-from tests.support.small_run import ROOT, TinyImageNet, arguments
+from tests.support.checkpoints import save_encoder
+from tests.support.commands import command
+from tests.support.files import contents, cut
+from tests.support.pairs import cloud, cloud_path, view_path, write_demo_set, write_pairs, write_ply
+from tests.support.paths import ROOT
+from tests.support.small_run import arguments
 from utils.cli import run
 
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
-    monkeypatch.setitem(IMAGE_ENCODERS, "resnet18", TinyImageNet)
+pytestmark = pytest.mark.usefixtures("small_runs")
 
 
 @pytest.fixture
@@ -32,10 +28,7 @@ def data(tmp_path):
     root = tmp_path / "data"
     write_pairs(root, 5)
     write_demo_set(root)
-    encoder = build_encoder("pointnet_cls", emb_dims=8)
-    save_checkpoint(
-        tmp_path / "encoder.pth", {"encoder": describe_encoder(encoder), "point_encoder": encoder.state_dict()}
-    )
+    save_encoder(tmp_path / "encoder.pth", build_encoder("pointnet_cls", emb_dims=8))
     return root
 
 
@@ -66,10 +59,6 @@ def refused(module, argv, capsys, folder, *shown):
 
 def first(root):
     return sorted(str(p.relative_to(root / "ShapeNet"))[:-4] for p in (root / "ShapeNet").rglob("*.ply"))[0]
-
-
-def cut(path):
-    path.write_bytes(path.read_bytes()[:-30])
 
 
 def empty(root):
@@ -218,8 +207,7 @@ def test_wrong_settings_of_packing(flags, shown, data, tmp_path, capsys):
 
 def test_by_path_from_another_folder(tmp_path):
     """The script itself, as users start it."""
-    command = [sys.executable, str(ROOT / "train_crossnet_con.py"), "--data_root", "nothing", "--device", "cpu"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500)
+    done = command(ROOT / "train_crossnet_con.py", "--data_root", "nothing", "--device", "cpu", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("error: nothing does not exist") and len(done.stderr.splitlines()) == 1
     assert not any(contents(tmp_path).values())

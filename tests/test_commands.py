@@ -1,42 +1,10 @@
 """Every command of the project runs by path and as a module, from anywhere, with nothing on PYTHONPATH."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("benchmarks", "data", "datasets", "docs", "downstream", "engine", "models", "utils")
-
-# Reads lines of "m|p script" and prints the line and the exit code of each. The libraries are loaded once; each command
-# runs in a child that starts as a fresh interpreter does: with the script's folder, or the current one, on the path.
-RUNNER = """
-import contextlib, io, os, runpy, sys
-import h5py, matplotlib.pyplot, mpl_toolkits.mplot3d, numpy, PIL.Image, plyfile, torch, torchvision, tqdm, trimesh
-import scipy.spatial, sklearn.manifold, sklearn.model_selection, sklearn.svm, torch.utils.data
-
-root = sys.argv[1]
-for line in sys.stdin:
-    how, script = line.split()
-    if os.fork() == 0:
-        code = 99
-        try:
-            sys.argv = [script, "--help"]
-            os.chdir(root if how == "m" else "/")
-            sys.path[0] = os.getcwd() if how == "m" else os.path.dirname(os.path.join(root, script))
-            with contextlib.redirect_stdout(io.StringIO()) as out:
-                if how == "m":
-                    runpy.run_module(script, run_name="__main__", alter_sys=True)
-                else:
-                    runpy.run_path(os.path.join(root, script), run_name="__main__")
-        except SystemExit as end:
-            code = end.code or 0 if "usage:" in out.getvalue() else 98
-        except BaseException as error:
-            print(script, repr(error), file=sys.stderr)
-        os._exit(code)
-    print(how, script, os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
-"""
+from tests.support.commands import FOLDERS, command
+from tests.support.paths import ROOT
 
 
 def commands():
@@ -71,16 +39,11 @@ def test_every_documented_command_is_there():
 
 
 def test_every_command_runs_by_path_and_as_a_module():
-    lines = [f"p {path}" for path in commands()]
-    lines += [f"m {module}" for module in sorted(documented_modules())]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, "-c", RUNNER, str(ROOT)],
-        input="\n".join(lines),
-        env=environment | {"MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1"},
-        cwd="/",
-        capture_output=True,
-        text=True,
-    )
-    results = dict(line.rsplit(" ", 1) for line in done.stdout.splitlines())
-    assert {line: results.get(line) for line in lines} == dict.fromkeys(lines, "0"), done.stderr
+    calls = [((ROOT / path,), "/") for path in commands()]
+    calls += [(("-m", module), ROOT) for module in sorted(documented_modules())]
+    failed = {}
+    for words, folder in calls:
+        done = command(*words, "--help", cwd=folder)
+        if done.returncode or "usage:" not in done.stdout:
+            failed[words] = done.stderr
+    assert not failed

@@ -5,27 +5,12 @@ import torch
 
 from downstream.classification import finetune
 from engine.checkpoint import load_checkpoint
-from engine.run_folder import RunFolder
-from models.image import IMAGE_ENCODERS
-from tests.support.pairs import write_demo_set, write_pairs
 from tests.support.several import run_together
-from tests.support.small_run import TinyImageNet, arguments
+from tests.support.small_run import arguments
 from train_crossnet_con import main
 from utils.reproducible import deterministic
 
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
-    monkeypatch.setitem(IMAGE_ENCODERS, "resnet18", TinyImageNet)
-    monkeypatch.setattr(RunFolder, "draw_curves", lambda self: None)
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data")
-    write_pairs(root, 8)
-    write_demo_set(root)
-    return root
+pytestmark = pytest.mark.usefixtures("small_runs")
 
 
 def bits(path):
@@ -40,9 +25,9 @@ def all_equal(paths):
     assert first and all(other == first for other in others)
 
 
-def test_pretraining_repeats(root, tmp_path):
+def test_pretraining_repeats(data_root, tmp_path):
     def pretrain(name, *more):
-        main(arguments(root, tmp_path, "--epochs", 2, "--eval_every", 0, "--exp_name", name, *more))
+        main(arguments(data_root, tmp_path, "--epochs", 2, "--eval_every", 0, "--exp_name", name, *more))
         return tmp_path / name / "last.pth"
 
     runs = [
@@ -54,19 +39,21 @@ def test_pretraining_repeats(root, tmp_path):
     assert bits(pretrain("other", "--seed", 2)) != bits(runs[0])
 
 
-def test_pretraining_in_two_processes_repeats(root, tmp_path):
+def test_pretraining_in_two_processes_repeats(data_root, tmp_path):
     flags = ("--epochs", 2, "--eval_every", 0, "--batch_size", 2, "--deterministic")
 
     def twice():
         for name, workers in (("a", 0), ("b", 1)):
-            main(arguments(root, tmp_path, *flags, "--exp_name", name, "--workers", workers))
+            main(arguments(data_root, tmp_path, *flags, "--exp_name", name, "--workers", workers))
 
     run_together(twice, tmp_path / "logs")
     all_equal([tmp_path / "a" / "last.pth", tmp_path / "b" / "last.pth"])
 
 
-def test_fine_tuning_repeats(root, tmp_path):
-    common = f"--dataset demo --data_root {root} --output_dir {tmp_path} --device cpu --epochs 2 --k 4 --emb_dims 16"
+def test_fine_tuning_repeats(data_root, tmp_path):
+    common = (
+        f"--dataset demo --data_root {data_root} --output_dir {tmp_path} --device cpu --epochs 2 --k 4 --emb_dims 16"
+    )
     for name, more in (("a", "--workers 0"), ("b", "--workers 2 --deterministic")):
         torch.rand(3)  # what was drawn before does not matter
         finetune.main([*common.split(), *"--num_points 24 --batch_size 6 --exp_name".split(), name, *more.split()])

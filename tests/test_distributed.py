@@ -1,16 +1,18 @@
 """Pretraining and fine-tuning in two processes (gloo): same results as in one process, and a joint end on failure."""
 
+import contextlib
 import json
 import logging
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 import torch
+from torch.distributed import run
 
 import train_crossnet_con as pretraining
 from datasets.shapenet_render import ShapeNetRender, collate_pairs
@@ -18,14 +20,14 @@ from downstream.classification import finetune
 from downstream.segmentation import main_partseg, main_semseg
 from engine import launch
 from engine.checkpoint import load_checkpoint
-from engine.run_folder import RunFolder
 from engine.task import Run
 from models import CrossNet
-from models.image import IMAGE_ENCODERS
-from tests.support.pairs import cloud_path, write_demo_set, write_pairs
+from tests.support.comparing import assert_close, metrics
+from tests.support.pairs import cloud_path, write_pairs
+from tests.support.paths import ROOT
 from tests.support.segmentation_sets import write_parts, write_rooms
-from tests.support.several import exit_codes, output_of, run_together, start_together
-from tests.support.small_run import ROOT, TinyImageNet, arguments
+from tests.support.several import exit_codes, output_of, redirect, run_together, start_together
+from tests.support.small_run import arguments, small_runs
 from train_crossnet_con import Pretraining
 from utils.cli import EXIT_TERMINATED
 from utils.errors import UserError
@@ -40,53 +42,40 @@ def double(tensors):
     return {**tensors, **floats}
 
 
-def make_small(patch):
-    """Use a tiny image network, float64, no plots and short timeouts; forked processes inherit this."""
+@contextlib.contextmanager
+def float64_runs():
+    """Small runs in float64 with short timeouts; forked processes inherit this."""
     inputs_of = Pretraining.inputs_of
-    patch.setitem(IMAGE_ENCODERS, "resnet18", TinyImageNet)
-    patch.setattr(RunFolder, "draw_curves", lambda self: None)
-    patch.setattr(pretraining, "CrossNet", lambda *args, **kwargs: CrossNet(*args, **kwargs).double())
-    patch.setattr(Pretraining, "collate", staticmethod(lambda samples: double(collate_pairs(samples))))
-    patch.setattr(Pretraining, "inputs_of", lambda self, batch, *, epoch: double(inputs_of(self, batch, epoch=epoch)))
-    patch.setattr(launch, "BEAT_SECONDS", 0.3)
-    patch.setattr(launch, "BEATS_UNTIL_LOST", 200)
+    with small_runs() as patch:
+        patch.setattr(pretraining, "CrossNet", lambda *args, **kwargs: CrossNet(*args, **kwargs).double())
+        patch.setattr(Pretraining, "collate", staticmethod(lambda samples: double(collate_pairs(samples))))
+        patch.setattr(
+            Pretraining, "inputs_of", lambda self, batch, *, epoch: double(inputs_of(self, batch, epoch=epoch))
+        )
+        patch.setattr(launch, "BEAT_SECONDS", 0.3)
+        patch.setattr(launch, "BEATS_UNTIL_LOST", 200)
+        yield patch
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch):
-    make_small(monkeypatch)
+def small():
+    with float64_runs():
+        yield
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    """Write 16 pairs and a labeled set."""
-    root = tmp_path_factory.mktemp("data")
-    write_pairs(root, 16)
-    write_demo_set(root)
-    return root
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def assert_same(ours, theirs, *, tolerance=1e-9):
+def assert_same_runs(ours, theirs, *, tolerance=1e-9):
     """Check that two run folders agree up to the order of sums: weights, statistics, optimizer, scores."""
     ours_last, theirs_last = (load_checkpoint(folder / "last.pth") for folder in (ours, theirs))
     for part in ("point_encoder", "heads_and_image_encoders", "head"):
         if part in theirs_last:
-            assert ours_last[part].keys() == theirs_last[part].keys()
-            for name, value in theirs_last[part].items():
-                torch.testing.assert_close(ours_last[part][name], value, rtol=0, atol=tolerance, msg=name)
+            assert_close(ours_last[part], theirs_last[part], tolerance=tolerance)
     for number, state in theirs_last["optimizer"]["state"].items():
-        for name, value in state.items():
-            found = ours_last["optimizer"]["state"][number][name]
-            torch.testing.assert_close(found, value, rtol=0, atol=tolerance, msg=f"{name} of parameter {number}")
+        assert_close(ours_last["optimizer"]["state"][number], state, tolerance=tolerance)
     varying = {"seconds", "waited", "sums"}
-    ours_stand, theirs_stand = (
+    our_progress, their_progress = (
         {k: v for k, v in last["progress"].items() if k not in varying} for last in (ours_last, theirs_last)
     )
-    assert ours_stand == theirs_stand
+    assert our_progress == their_progress
     varying = {"shapes_per_s", "data_wait"}
     records = [[{k: v for k, v in r.items() if k not in varying} for r in metrics(folder)] for folder in (ours, theirs)]
     assert len(records[0]) == len(records[1])
@@ -113,24 +102,23 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def of_two(root, tmp_path_factory):
+def of_two(data_root, tmp_path_factory):
     """Train every case with two processes, started once."""
     out = tmp_path_factory.mktemp("two")
 
     def main():
         for name, flags in CASES.items():
-            pretraining.main(arguments(root, out, *SHORT, *flags, "--batch_size", 4, "--exp_name", name))
+            pretraining.main(arguments(data_root, out, *SHORT, *flags, "--batch_size", 4, "--exp_name", name))
 
-    with pytest.MonkeyPatch.context() as patch:
-        make_small(patch)
+    with float64_runs():
         run_together(main, out / "logs")
     return out
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_processes_train_what_one_with_the_doubled_batch_trains(root, of_two, tmp_path, case):
-    pretraining.main(arguments(root, tmp_path, *SHORT, *CASES[case], "--batch_size", 8))
-    assert_same(of_two / case, tmp_path / "crossnet")
+def test_two_processes_train_what_one_with_the_doubled_batch_trains(data_root, of_two, tmp_path, case):
+    pretraining.main(arguments(data_root, tmp_path, *SHORT, *CASES[case], "--batch_size", 8))
+    assert_same_runs(of_two / case, tmp_path / "crossnet")
     assert {path.name for path in (of_two / case).iterdir()} == {"last.pth", "config.json", "metrics.jsonl", "run.log"}
     assert json.loads((of_two / case / "config.json").read_text())["processes"] == 2
 
@@ -140,8 +128,8 @@ def test_only_the_main_process_writes_to_the_screen(of_two):
     assert second == "" and first.count("objects in 2 process(es)") == len(CASES)
 
 
-def test_without_shared_statistics_the_result_is_another(root, of_two, tmp_path):
-    run_together(lambda: pretraining.main(arguments(root, tmp_path, *SHORT, "--no_sync_bn")), tmp_path)
+def test_without_shared_statistics_the_result_is_another(data_root, of_two, tmp_path):
+    run_together(lambda: pretraining.main(arguments(data_root, tmp_path, *SHORT, "--no_sync_bn")), tmp_path)
     ours, theirs = (metrics(folder)[-1]["loss"] for folder in (tmp_path / "crossnet", of_two / "con, both"))
     assert ours != pytest.approx(theirs, rel=1e-3)
 
@@ -150,12 +138,11 @@ PROBED = ("--epochs", 2, "--eval_every", 1, "--save_every", 0)
 
 
 @pytest.fixture(scope="module")
-def whole(root, tmp_path_factory):
+def whole(data_root, tmp_path_factory):
     """An uninterrupted run of one process, probed."""
     out = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
-        make_small(patch)
-        pretraining.main(arguments(root, out, *PROBED, "--batch_size", 8))
+    with float64_runs():
+        pretraining.main(arguments(data_root, out, *PROBED, "--batch_size", 8))
     return out / "crossnet"
 
 
@@ -172,9 +159,9 @@ def terminate_in(step, rank):
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
-def test_a_stopped_run_goes_on_with_another_number_of_processes(root, whole, tmp_path, before, after):
+def test_a_stopped_run_goes_on_with_another_number_of_processes(data_root, whole, tmp_path, before, after):
     def main(processes, *flags):
-        pretraining.main(arguments(root, tmp_path, *PROBED, "--batch_size", 8 // processes, *flags))
+        pretraining.main(arguments(data_root, tmp_path, *PROBED, "--batch_size", 8 // processes, *flags))
 
     def interrupted():
         terminate_in(2, before - 1)
@@ -185,7 +172,7 @@ def test_a_stopped_run_goes_on_with_another_number_of_processes(root, whole, tmp
     assert output_of(tmp_path / "logs").count("stopped by SIGTERM at step 3") == 1
     assert load_checkpoint(tmp_path / "crossnet" / "last.pth")["progress"]["step"] == 3
     run_together(lambda: main(after, "--resume"), tmp_path / "logs", after)
-    assert_same(tmp_path / "crossnet", whole)
+    assert_same_runs(tmp_path / "crossnet", whole)
     assert load_checkpoint(tmp_path / "crossnet" / "best.pth")["progress"]["best"] > 0
 
 
@@ -198,12 +185,12 @@ def test_a_stopped_run_goes_on_with_another_number_of_processes(root, whole, tmp
     ],
 )
 def test_another_global_batch_is_an_error_that_names_what_fits(
-    root, whole, tmp_path, monkeypatch, processes, batch, message
+    data_root, whole, tmp_path, monkeypatch, processes, batch, message
 ):
     monkeypatch.setattr("engine.task.world_size", lambda: processes)
     monkeypatch.setattr("engine.resume.world_size", lambda: processes)
     monkeypatch.setattr("engine.task.wrap_ddp", lambda model: model)
-    argv = arguments(root, tmp_path, *PROBED, "--batch_size", batch, "--resume", whole / "last.pth")
+    argv = arguments(data_root, tmp_path, *PROBED, "--batch_size", batch, "--resume", whole / "last.pth")
     with pytest.raises(UserError, match=message):
         pretraining.main(argv)
 
@@ -214,7 +201,7 @@ def one_message(folder, codes, message):
     assert text.count("error:") == 1 and "Traceback" not in text, text
 
 
-def test_an_error_in_all_processes_or_in_one_ends_all_with_one_message(root, tmp_path):
+def test_an_error_in_all_processes_or_in_one_ends_all_with_one_message(data_root, tmp_path):
     codes = exit_codes(
         start_together(lambda: pretraining.main(arguments(tmp_path / "absent", tmp_path)), tmp_path / "a")
     )
@@ -253,7 +240,7 @@ def fail_in_step(how, victim=1):
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_process_ends_the_other_with_a_message(root, tmp_path, victim):
+def test_a_killed_process_ends_the_other_with_a_message(data_root, tmp_path, victim):
     def main():
         original = Run.optimizer_step
 
@@ -263,7 +250,7 @@ def test_a_killed_process_ends_the_other_with_a_message(root, tmp_path, victim):
             original(self)
 
         Run.optimizer_step = update
-        pretraining.main(arguments(root, tmp_path, *SHORT))
+        pretraining.main(arguments(data_root, tmp_path, *SHORT))
 
     begin = time.monotonic()
     codes = exit_codes(start_together(main, tmp_path / "logs"))
@@ -272,7 +259,7 @@ def test_a_killed_process_ends_the_other_with_a_message(root, tmp_path, victim):
     one_message(tmp_path / "logs", codes, "gone.* killed, perhaps for want of memory.* --resume")
 
 
-def test_a_process_that_torchrun_ends_because_another_is_gone_still_says_so(root, tmp_path):
+def test_a_process_that_torchrun_ends_because_another_is_gone_still_says_so(data_root, tmp_path):
     """This includes a signal that arrives after the loop has failed and before the message is written."""
 
     def main():
@@ -287,7 +274,7 @@ def test_a_process_that_torchrun_ends_because_another_is_gone_still_says_so(root
 
         pretraining.train = train
         fail_in_step(lambda: os.kill(os.getpid(), signal.SIGKILL), 1)
-        pretraining.main(arguments(root, tmp_path, *SHORT))
+        pretraining.main(arguments(data_root, tmp_path, *SHORT))
 
     codes = exit_codes(start_together(main, tmp_path / "logs"))
     assert codes == [launch.EXIT_LOST_PROCESS, -signal.SIGKILL]
@@ -305,13 +292,13 @@ def test_a_process_ended_outside_of_training_ends_soon(tmp_path):
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_process_that_stands_still_ends_the_other(root, tmp_path, monkeypatch, victim):
+def test_a_process_that_stands_still_ends_the_other(data_root, tmp_path, monkeypatch, victim):
     """This includes the process that hosts the store, without which nothing answers."""
     monkeypatch.setattr(launch, "BEATS_UNTIL_LOST", 10)
 
     def main():
         fail_in_step(lambda: os.kill(os.getpid(), signal.SIGSTOP), victim)
-        pretraining.main(arguments(root, tmp_path, *SHORT))
+        pretraining.main(arguments(data_root, tmp_path, *SHORT))
 
     processes = start_together(main, tmp_path / "logs")
     assert exit_codes([processes[1 - victim]]) == [launch.EXIT_LOST_PROCESS]
@@ -320,7 +307,7 @@ def test_a_process_that_stands_still_ends_the_other(root, tmp_path, monkeypatch,
     one_message(tmp_path / "logs", [1], f"process {victim} has been silent for 3 seconds.* --resume")
 
 
-def test_the_process_in_which_all_meet_stands_still_at_once(root, tmp_path, monkeypatch):
+def test_the_process_in_which_all_meet_stands_still_at_once(data_root, tmp_path, monkeypatch):
     """It freezes before its first heartbeat, so its store does not answer."""
     monkeypatch.setattr(launch, "BEAT_SECONDS", 1.5)
     monkeypatch.setattr(launch, "BEATS_UNTIL_LOST", 4)
@@ -328,7 +315,7 @@ def test_the_process_in_which_all_meet_stands_still_at_once(root, tmp_path, monk
     def main():
         if launch.rank() == 0:
             os.kill(os.getpid(), signal.SIGSTOP)
-        pretraining.main(arguments(root, tmp_path, *SHORT))
+        pretraining.main(arguments(data_root, tmp_path, *SHORT))
 
     processes = start_together(main, tmp_path / "logs")
     processes[1].join(60)
@@ -338,47 +325,53 @@ def test_the_process_in_which_all_meet_stands_still_at_once(root, tmp_path, monk
     one_message(tmp_path / "logs", [1], "process 0 has been silent for 6 seconds.* --resume")
 
 
-def test_a_process_that_hangs_ends_the_others_after_the_timeout(root, tmp_path, monkeypatch):
+def test_a_process_that_hangs_ends_the_others_after_the_timeout(data_root, tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "TIMEOUT", launch.timedelta(seconds=6))
 
     def main():
         fail_in_step(lambda: time.sleep(600))
-        pretraining.main(arguments(root, tmp_path, *SHORT))
+        pretraining.main(arguments(data_root, tmp_path, *SHORT))
 
     codes = exit_codes(start_together(main, tmp_path / "logs"))
     assert codes == [launch.EXIT_LOST_PROCESS] * 2
     one_message(tmp_path / "logs", codes, "another process does not answer, as process 0 found")
 
 
-def torchrun(*argv):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*command, "-m", "tests.support.small_run", *argv], cwd=ROOT, env=environment, **pipes)
+def torchrun(folder, *argv):
+    """Start torchrun in a fork of this process, which spares it the imports; its two processes are fresh ones."""
+
+    def agent():
+        redirect(folder / "torchrun.log")
+        os.chdir(ROOT)
+        run.main(["--standalone", "--nproc_per_node=2", "-m", "tests.support.small_run", *argv])
+
+    process = multiprocessing.get_context("fork").Process(target=agent)
+    process.start()
+    return process
 
 
 def wait_for(file, text, process):
     """Wait until a running process has written ``text`` to a file."""
-    while process.poll() is None:
+    while process.is_alive():
         if file.exists() and text in file.read_text():
             return
         time.sleep(0.002)
-    raise AssertionError(process.communicate()[0])
+    raise AssertionError(f"{file} never said {text!r}")
 
 
-def test_torchrun_stopped_and_a_rank_killed_loses_nothing(root, tmp_path):
+def test_torchrun_stopped_and_a_rank_killed_loses_nothing(data_root, tmp_path):
     """This is the only test with torchrun; in float32, because its processes do not inherit float64."""
     flags = ("--epochs", 2, "--eval_every", 0, "--save_every", 1, "--batch_size", 1)  # sixteen steps of two pairs
-    argv = [*arguments(root, tmp_path, *flags), "--resume"]
+    argv = [*arguments(data_root, tmp_path, *flags), "--resume"]
     log = tmp_path / "crossnet" / "run.log"
-    process = torchrun(*argv)
+    process = torchrun(tmp_path, *argv)
     wait_for(log, "step 2/16", process)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode and output.count("stopped by SIGTERM at step") == 1, output
+    process.terminate()
+    (code,), output = exit_codes([process]), output_of(tmp_path)
+    assert code and output.count("stopped by SIGTERM at step") == 1, output
     stopped = load_checkpoint(tmp_path / "crossnet" / "last.pth")["progress"]["step"]
     assert 2 <= stopped < 8
-    process = torchrun(*argv)
+    process = torchrun(tmp_path, *argv)
     wait_for(log, f"step {stopped + 2}/16", process)
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
     victim = next(
@@ -386,8 +379,8 @@ def test_torchrun_stopped_and_a_rank_killed_loses_nothing(root, tmp_path):
     )
     os.kill(victim, signal.SIGKILL)
     begin = time.monotonic()
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode and time.monotonic() - begin < 60, output
+    (code,), output = exit_codes([process]), output_of(tmp_path)
+    assert code and time.monotonic() - begin < 60, output
     assert output.count("error: another process is gone") == 1 and "--resume" in output, output
     killed = load_checkpoint(tmp_path / "crossnet" / "last.pth")["progress"]["step"]
     assert killed > stopped
@@ -413,18 +406,18 @@ def fine_tuning_in_float64(monkeypatch):
     monkeypatch.setattr(finetune.Clouds, "__getitem__", lambda self, i: (item(self, i)[0].double(), item(self, i)[1]))
 
 
-def test_fine_tuning_in_two_processes_is_fine_tuning_in_one(root, tmp_path, fine_tuning_in_float64):
+def test_fine_tuning_in_two_processes_is_fine_tuning_in_one(data_root, tmp_path, fine_tuning_in_float64):
     """This includes augmentation, dropout, validation and test."""
     logging.getLogger("crossnet").handlers.clear()
     report = tmp_path / "report.json"
-    run_together(lambda: fine_tune(root, tmp_path / "two", "--batch_size", 3, "--json", report), tmp_path / "logs")
-    (expected,) = fine_tune(root, tmp_path / "one", "--batch_size", 6)["runs"]
-    assert_same(tmp_path / "two" / "a", tmp_path / "one" / "a", tolerance=1e-7)
+    run_together(lambda: fine_tune(data_root, tmp_path / "two", "--batch_size", 3, "--json", report), tmp_path / "logs")
+    (expected,) = fine_tune(data_root, tmp_path / "one", "--batch_size", 6)["runs"]
+    assert_same_runs(tmp_path / "two" / "a", tmp_path / "one" / "a", tolerance=1e-7)
     (found,) = json.loads(report.read_text())["runs"]
     assert found["best"] == expected["best"] and found["last"] == expected["last"]
     assert (tmp_path / "two" / "a" / "result.json").exists()
     # Again, and by another number of processes: the finished run gives its result.
-    assert fine_tune(root, tmp_path / "two", "--batch_size", 6, "--resume")["runs"][0]["last"] == found["last"]
+    assert fine_tune(data_root, tmp_path / "two", "--batch_size", 6, "--resume")["runs"][0]["last"] == found["last"]
 
 
 def test_fine_tuned_trained_and_scored_by_two_processes_scores_the_same_in_one(tmp_path):

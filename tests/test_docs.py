@@ -1,27 +1,21 @@
 """What the pages show works: their Python, and the files and links that they name."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
 
-from engine.checkpoint import save_checkpoint
-from engine.load_model import describe_encoder, encoder_from_checkpoint
+from engine.load_model import encoder_from_checkpoint
 from models import ENCODERS, CrossNet, build_encoder
+from tests.support.checkpoints import save_encoder
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "data/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BY_NAME = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
 def python_blocks(page):
     return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-
-
-def save_encoder(path, encoder):
-    path.parent.mkdir(parents=True)
-    save_checkpoint(path, {"encoder": describe_encoder(encoder), "point_encoder": encoder.state_dict()})
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/evaluation.md"])

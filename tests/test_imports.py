@@ -3,7 +3,8 @@
 import ast
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.support.paths import ROOT
+
 # From the ground up. The last are commands that call the others' commands: nothing but tests may import them.
 ORDER = ("utils", "models", "datasets", "engine", "downstream", "data", "commands")
 COMMANDS = (

@@ -3,9 +3,9 @@
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
 import torch
@@ -15,12 +15,11 @@ from downstream.classification import finetune
 from downstream.classification import main as linear_svm
 from downstream.segmentation import main_partseg, main_semseg
 from models import build_encoder
-from models.image import IMAGE_ENCODERS
 from models.projection_heads import point_projection
 from models.task_heads import Classification, PartSegmentation, SemanticSegmentation
-from tests.support.pairs import write_pairs
-from tests.support.segmentation_sets import write_parts, write_rooms
-from tests.support.small_run import ROOT, TinyImageNet
+from tests.support.checkpoints import save_published
+from tests.support.files import write_h5
+from tests.support.paths import ROOT
 from utils.errors import UserError
 
 SCRIPTS = {
@@ -137,12 +136,10 @@ REFUSE = [
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(data_root, tmp_path_factory):
     """A folder with ``data`` and with ``released``, files of the released scripts."""
     place = tmp_path_factory.mktemp("place")
-    write_pairs(place / "data", 16)
-    write_parts(place / "data")
-    write_rooms(place / "data", [f"Area_{area}_{kind}_1" for area in range(1, 7) for kind in ("hall", "office")])
+    shutil.copytree(data_root, place / "data")
     write_modelnet40(place / "data" / "modelnet40_ply_hdf5_2048")
     (place / "released" / "sem").mkdir(parents=True)
     (place / "released" / "some").mkdir()
@@ -158,28 +155,24 @@ def place(tmp_path_factory):
         "some/model_5.t7": SemanticSegmentation(encoders["semseg"], num_classes=13),
         **{f"sem/model_{area}.t7": SemanticSegmentation(encoders["semseg"], num_classes=13) for area in range(1, 7)},
     }
-    for name, model in models.items():  # in DataParallel's names, as released
-        state = {f"module.{key}": value for key, value in model.published_state_dict().items()}
-        torch.save(state, place / "released" / name)
+    for name, model in models.items():
+        save_published(place / "released" / name, model)
     return place
 
 
 def write_modelnet40(folder):
     """Two training clouds and a test cloud of each class."""
-    folder.mkdir()
     for seed, (split, count) in enumerate((("train", 80), ("test", 40))):
-        with h5py.File(folder / f"ply_data_{split}0.h5", "w") as file:
-            file["data"] = np.random.default_rng(seed).normal(size=(count, 24, 3)).astype("f4")
-            file["label"] = (np.arange(count) % 40)[:, None].astype("u1")
+        points = np.random.default_rng(seed).normal(size=(count, 24, 3)).astype("f4")
+        labels = (np.arange(count) % 40)[:, None].astype("u1")
+        write_h5(folder / f"ply_data_{split}0.h5", data=points, label=labels)
         (folder / f"{split}_files.txt").write_text(f"data/modelnet40_ply_hdf5_2048/ply_data_{split}0.h5\n")
     (folder / "shape_names.txt").write_text("".join(f"class{i}\n" for i in range(40)))
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch, place):
+def inside(monkeypatch, place, small_runs):
     monkeypatch.chdir(place)
-    monkeypatch.setitem(IMAGE_ENCODERS, "resnet18", TinyImageNet)
-    monkeypatch.setattr("engine.run_folder.RunFolder.draw_curves", lambda folder: None)  # a second per epoch
 
 
 @pytest.mark.parametrize(("script", "line", "settings"), RUN)

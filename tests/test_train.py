@@ -4,7 +4,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import types
 
@@ -16,33 +15,20 @@ from datasets.transforms import RandomSubset
 from engine import faults, loop
 from engine.checkpoint import load_checkpoint, save_checkpoint
 from engine.load_model import crossnet_from_checkpoint, encoder_from_checkpoint
-from engine.run_folder import CHECKPOINTS, RunFolder
+from engine.run_folder import CHECKPOINTS
 from engine.task import Progress, Run
-from models.image import IMAGE_ENCODERS
-from tests.robustness.faults import REFERENCE, equal, metrics, same_end, wait_for
-from tests.support.pairs import cloud, cloud_path, contents, write_demo_set, write_pairs, write_ply
-from tests.support.small_run import ROOT, TinyImageNet, arguments
+from tests.robustness.faults import REFERENCE, same_end, wait_for
+from tests.support.comparing import equal, metrics
+from tests.support.files import contents, cut
+from tests.support.pairs import cloud, cloud_path, write_demo_set, write_pairs, write_ply
+from tests.support.several import exit_codes, output_of, start_together
+from tests.support.small_run import arguments, small_runs
 from train_crossnet_con import LinearProbe, Pretraining, build_parser, main
+from utils.cli import EXIT_TERMINATED
 from utils.errors import CheckpointError, DataError, UserError
 
+pytestmark = pytest.mark.usefixtures("small_runs")
 KEYS = ["epoch", "step", "loss", "loss_intra", "loss_cross", "lr", "shapes_per_s", "data_wait"]
-
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch, request):
-    """A tiny image network; no pictures of curves but where they are looked at."""
-    monkeypatch.setitem(IMAGE_ENCODERS, "resnet18", TinyImageNet)
-    if "curves" not in request.keywords:
-        monkeypatch.setattr(RunFolder, "draw_curves", lambda self: None)
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    """16 pairs and a labelled set."""
-    root = tmp_path_factory.mktemp("data")
-    write_pairs(root, 16, unpaired=1)
-    write_demo_set(root)
-    return root
 
 
 def train(root, out, *more):
@@ -50,12 +36,11 @@ def train(root, out, *more):
 
 
 @pytest.fixture(scope="module")
-def reference(root, tmp_path_factory):
+def reference(data_root, tmp_path_factory):
     """An uninterrupted run."""
     out = tmp_path_factory.mktemp("reference")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(IMAGE_ENCODERS, "resnet18", TinyImageNet)
-        record = train(root, out, *REFERENCE, "--json", out / "result.json")
+    with small_runs(curves=True):
+        record = train(data_root, out, *REFERENCE, "--json", out / "result.json")
     return out / "crossnet", record
 
 
@@ -113,24 +98,27 @@ def test_checkpoint_rebuilds_the_whole_model(reference, tmp_path):
         crossnet_from_checkpoint(tmp_path / "a.pth")
 
 
-def test_the_loss_falls_far_below_chance(root, tmp_path, monkeypatch):
+def test_the_loss_falls_far_below_chance(data_root, tmp_path, monkeypatch):
     # Without augmentation an object's two views are told from the others' soon.
     monkeypatch.setattr("train_crossnet_con.pretraining_augmentation", RandomSubset)
     flags = ("--epochs", 10, "--eval_every", 0, "--save_every", 0, "--log_every", 100, "--image_modality", "rgb")
-    train(root, tmp_path, *flags, "--num_points", 48)
+    train(data_root, tmp_path, *flags, "--num_points", 48)
     losses = [record["loss_intra"] for record in metrics(tmp_path / "crossnet")]
     assert losses[-1] < 0.5 * math.log(2 * 4 - 1) and losses[-1] < losses[0], losses
 
 
-def test_sigterm_to_the_whole_group_saves_and_ends_cleanly(root, reference, tmp_path):
-    argv = arguments(root, tmp_path, *REFERENCE, "--workers", "1", "--save_every", "0")
-    command = [sys.executable, "-m", "tests.support.small_run", *argv]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
+def test_sigterm_to_the_whole_group_saves_and_ends_cleanly(data_root, reference, tmp_path):
+    argv = arguments(data_root, tmp_path, *REFERENCE, "--workers", "1", "--save_every", "0")
+
+    def alone():
+        os.setsid()  # a process group of this run and its data worker
+        main(argv)
+
+    (process,) = start_together(alone, tmp_path / "logs", 1)
     wait_for(tmp_path / "crossnet" / "run.log", "step 2/12")
     os.killpg(process.pid, signal.SIGTERM)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 143, output
+    codes, output = exit_codes([process]), output_of(tmp_path / "logs")
+    assert codes == [EXIT_TERMINATED], output
     assert "Traceback" not in output and output.count("stopped by SIGTERM at step") == 1
     stopped = load_checkpoint(tmp_path / "crossnet" / "last.pth")["progress"]
     assert 2 <= stopped["step"] < 12 and stopped["samples"] == 4 * (stopped["step"] - 4 * stopped["epoch"])
@@ -139,7 +127,7 @@ def test_sigterm_to_the_whole_group_saves_and_ends_cleanly(root, reference, tmp_
 
 
 @pytest.mark.parametrize("when", ["step", "last step of an epoch", "probe"])
-def test_sigterm_at_any_moment_loses_nothing(root, reference, tmp_path, monkeypatch, when):
+def test_sigterm_at_any_moment_loses_nothing(data_root, reference, tmp_path, monkeypatch, when):
     step, probe = Run.step, LinearProbe.__call__
 
     def terminating_step(self, batch):
@@ -156,11 +144,11 @@ def test_sigterm_at_any_moment_loses_nothing(root, reference, tmp_path, monkeypa
         patch.setattr(Run, "step", terminating_step)
         if when == "probe":
             patch.setattr(LinearProbe, "__call__", terminating_probe)
-        train(root, tmp_path, *REFERENCE)
+        train(data_root, tmp_path, *REFERENCE)
     assert caught.value.code == 143 and signal.getsignal(signal.SIGTERM) == before
     progress = load_checkpoint(tmp_path / "crossnet" / "last.pth")["progress"]
     assert progress["step"] == {"step": 6}.get(when, 8)
-    train(root, tmp_path, *REFERENCE, "--resume")
+    train(data_root, tmp_path, *REFERENCE, "--resume")
     same_end(tmp_path / "crossnet", reference[0])
 
 
@@ -172,10 +160,10 @@ def copy_run(reference, tmp_path, *names):
     return folder
 
 
-def test_a_finished_run_resumes_to_its_own_end(root, reference, tmp_path):
+def test_a_finished_run_resumes_to_its_own_end(data_root, reference, tmp_path):
     folder = copy_run(reference, tmp_path)
     before = contents(folder)
-    assert train(root, tmp_path, *REFERENCE, "--resume") == reference[1]
+    assert train(data_root, tmp_path, *REFERENCE, "--resume") == reference[1]
     after = contents(folder)
     assert all(after[name] == before[name] for name in ("last.pth", "best.pth", "metrics.jsonl", "curves.png"))
 
@@ -188,20 +176,20 @@ def refused(root, out, message, *more, kind=UserError):
     assert contents(out) == before
 
 
-def test_an_existing_run_is_kept(root, reference, tmp_path):
+def test_an_existing_run_is_kept(data_root, reference, tmp_path):
     copy_run(reference, tmp_path)
-    refused(root, tmp_path, "holds an earlier run .*--resume.*--overwrite", *REFERENCE)
-    refused(root, tmp_path, "holds an earlier run", *REFERENCE, "--resume", reference[0] / "last.pth")
+    refused(data_root, tmp_path, "holds an earlier run .*--resume.*--overwrite", *REFERENCE)
+    refused(data_root, tmp_path, "holds an earlier run", *REFERENCE, "--resume", reference[0] / "last.pth")
     absent = tmp_path / "absent"
     for flag, value in (("--batch_size", 17), ("--num_points", 49), ("--list", absent), ("--device", "foo")):
-        refused(root, tmp_path, str(value), *REFERENCE, "--overwrite", flag, value)
+        refused(data_root, tmp_path, str(value), *REFERENCE, "--overwrite", flag, value)
     refused(tmp_path / "nothing", tmp_path, "does not exist", *REFERENCE, "--overwrite", kind=DataError)
 
 
-def test_overwrite_starts_again(root, reference, tmp_path):
+def test_overwrite_starts_again(data_root, reference, tmp_path):
     folder = copy_run(reference, tmp_path)
     (folder / "notes.txt").write_text("mine")
-    train(root, tmp_path, "--epochs", 1, "--eval_every", 0, "--overwrite")
+    train(data_root, tmp_path, "--epochs", 1, "--eval_every", 0, "--overwrite")
     assert [r["step"] for r in metrics(folder)] == [4]
     assert not (folder / "best.pth").exists() and (folder / "notes.txt").read_text() == "mine"
 
@@ -209,23 +197,23 @@ def test_overwrite_starts_again(root, reference, tmp_path):
 @pytest.mark.parametrize(
     "change", ["--lr 0.002", "--k 5", "--epochs 4", "--batch_size 5", "--seed 2", "--use_sgd", "--objective ave"]
 )
-def test_resume_with_other_settings_is_an_error_that_names_them(root, reference, tmp_path, change):
+def test_resume_with_other_settings_is_an_error_that_names_them(data_root, reference, tmp_path, change):
     copy_run(reference, tmp_path)
     flag = change.split()[0]
-    refused(root, tmp_path, f"other settings .*{flag} .* there, .* here", *REFERENCE, *change.split(), "--resume")
+    refused(data_root, tmp_path, f"other settings .*{flag} .* there, .* here", *REFERENCE, *change.split(), "--resume")
 
 
-def test_a_finished_run_says_how_its_weights_can_be_trained_further(root, reference, tmp_path):
+def test_a_finished_run_says_how_its_weights_can_be_trained_further(data_root, reference, tmp_path):
     folder = copy_run(reference, tmp_path)
     says = r"--epochs 3 there, 4 here.*nor extended where its learning rate follows .*--model_path \S+/last.pth "
-    refused(root, tmp_path, says, *REFERENCE, "--epochs", 4, "--resume")
+    refused(data_root, tmp_path, says, *REFERENCE, "--epochs", 4, "--resume")
     # What the message advises.
     more = (*REFERENCE, "--epochs", 1, "--exp_name", "more", "--model_path", folder / "last.pth")
-    assert train(root, tmp_path, *more)["epoch"] == 1
+    assert train(data_root, tmp_path, *more)["epoch"] == 1
 
 
 @pytest.mark.parametrize("fails", ["wandb", "workers", "first batch"])
-def test_a_start_that_fails_leaves_the_folder_as_it_was(root, reference, tmp_path, monkeypatch, fails):
+def test_a_start_that_fails_leaves_the_folder_as_it_was(data_root, reference, tmp_path, monkeypatch, fails):
     def fail(*args, **kwargs):
         raise UserError("not today")
 
@@ -236,30 +224,30 @@ def test_a_start_that_fails_leaves_the_folder_as_it_was(root, reference, tmp_pat
     }
     with monkeypatch.context() as patch:
         patch.setattr(name[fails], fail)
-        refused(root, tmp_path / "new", "not today", *REFERENCE)
+        refused(data_root, tmp_path / "new", "not today", *REFERENCE)
         folder = copy_run(reference, tmp_path)
-        refused(root, tmp_path, "not today", *REFERENCE, "--overwrite")
+        refused(data_root, tmp_path, "not today", *REFERENCE, "--overwrite")
         (folder / "metrics.jsonl").unlink()
-    record = train(root, tmp_path / "new", "--epochs", 1, "--eval_every", 0)  # no --overwrite is needed
+    record = train(data_root, tmp_path / "new", "--epochs", 1, "--eval_every", 0)  # no --overwrite is needed
     assert record["epoch"] == 1
-    train(root, tmp_path, "--epochs", 1, "--eval_every", 0, "--overwrite")
+    train(data_root, tmp_path, "--epochs", 1, "--eval_every", 0, "--overwrite")
     assert not list(folder.glob("*.replaced")) and not (folder / "best.pth").exists()
 
 
-def test_resume_with_other_shapes_or_another_kind_of_file_is_an_error(root, reference, tmp_path):
+def test_resume_with_other_shapes_or_another_kind_of_file_is_an_error(data_root, reference, tmp_path):
     folder = copy_run(reference, tmp_path)
-    ids = ShapeNetRender(root).ids
+    ids = ShapeNetRender(data_root).ids
     (tmp_path / "list.txt").write_text("\n".join(ids[:15]))
     flags = (*REFERENCE, "--list", tmp_path / "list.txt", "--resume")
-    refused(root, tmp_path, "other shapes", *flags, kind=CheckpointError)
+    refused(data_root, tmp_path, "other shapes", *flags, kind=CheckpointError)
     encoder = load_checkpoint(folder / "last.pth")
     save_checkpoint(folder / "encoder.pth", {key: encoder[key] for key in ("encoder", "point_encoder")})
     flags = (*REFERENCE, "--resume", folder / "encoder.pth")
-    refused(root, tmp_path, "not a pretraining checkpoint", *flags, kind=CheckpointError)
-    refused(root, tmp_path, "does not exist", *REFERENCE, "--resume", folder / "absent.pth", kind=CheckpointError)
+    refused(data_root, tmp_path, "not a pretraining checkpoint", *flags, kind=CheckpointError)
+    refused(data_root, tmp_path, "does not exist", *REFERENCE, "--resume", folder / "absent.pth", kind=CheckpointError)
 
 
-def test_a_run_with_the_earlier_point_head_cannot_resume_but_its_encoder_can_be_used(root, reference, tmp_path):
+def test_a_run_with_the_earlier_point_head_cannot_resume_but_its_encoder_can_be_used(data_root, reference, tmp_path):
     folder = tmp_path / "crossnet"
     shutil.copytree(reference[0], folder)
     payload = load_checkpoint(folder / "last.pth")
@@ -268,31 +256,26 @@ def test_a_run_with_the_earlier_point_head_cannot_resume_but_its_encoder_can_be_
     save_checkpoint(folder / "last.pth", payload)
     message = "point head's hidden layer had 1024 units .*of commit .*--model_path"
     with pytest.raises(CheckpointError, match=message):
-        train(root, tmp_path, *REFERENCE, "--resume")
+        train(data_root, tmp_path, *REFERENCE, "--resume")
     few = ("--epochs", 1, "--eval_every", 0, "--exp_name", "again", "--model_path", folder / "last.pth")
-    assert train(root, tmp_path, *few)["epoch"] == 1
+    assert train(data_root, tmp_path, *few)["epoch"] == 1
 
 
-def test_settings_that_change_nothing_learned_may_change_on_resume(root, reference, tmp_path):
+def test_settings_that_change_nothing_learned_may_change_on_resume(data_root, reference, tmp_path):
     folder = copy_run(reference, tmp_path)
-    flags = ("--svm_c", 1, "--save_every", 0, "--workers", 1, "--eval_root", root, "--log_every", 3)
-    assert train(root, tmp_path, *REFERENCE, *flags, "--resume") == reference[1]
+    flags = ("--svm_c", 1, "--save_every", 0, "--workers", 1, "--eval_root", data_root, "--log_every", 3)
+    assert train(data_root, tmp_path, *REFERENCE, *flags, "--resume") == reference[1]
     assert (folder / "best.pth").read_bytes() == (reference[0] / "best.pth").read_bytes()
 
 
-def cut_in_half(path):
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
-
-
 @pytest.mark.parametrize("damaged", [["last.pth"], ["last.pth", "previous.pth"]])
-def test_a_damaged_checkpoint_is_set_aside_for_the_newest_whole_one(root, reference, tmp_path, damaged):
+def test_a_damaged_checkpoint_is_set_aside_for_the_newest_whole_one(data_root, reference, tmp_path, damaged):
     folder = copy_run(reference, tmp_path)
     for name in damaged:
-        cut_in_half(folder / name)
+        cut(folder / name)
     left = {name: load_checkpoint(folder / name)["progress"]["step"] for name in CHECKPOINTS if name not in damaged}
     before = contents(folder)
-    train(root, tmp_path, *REFERENCE, "--resume")
+    train(data_root, tmp_path, *REFERENCE, "--resume")
     same_end(folder, reference[0])
     for name in damaged:
         assert (folder / f"{name}.damaged").read_bytes() == before[name]
@@ -301,11 +284,11 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_newest_whole_one(root, refere
     assert f"continuing from {folder / newest}, the newest intact one" in (folder / "run.log").read_text()
 
 
-def test_a_best_checkpoint_that_is_damaged_too_is_found_again(root, reference, tmp_path):
+def test_a_best_checkpoint_that_is_damaged_too_is_found_again(data_root, reference, tmp_path):
     folder = copy_run(reference, tmp_path)
     for name in ("last.pth", "best.pth"):
-        cut_in_half(folder / name)
-    train(root, tmp_path, *REFERENCE, "--resume")
+        cut(folder / name)
+    train(data_root, tmp_path, *REFERENCE, "--resume")
     assert (folder / "best.pth.damaged").exists()
     assert load_checkpoint(folder / "best.pth")["progress"]["epoch"] == 3
     ours, theirs = (load_checkpoint(path / "last.pth") for path in (folder, reference[0]))
@@ -342,24 +325,24 @@ def test_a_signal_waits_until_a_checkpoint_is_written():
         signal.signal(signal.SIGUSR1, before)
 
 
-def test_a_damaged_checkpoint_stays_where_it_is_if_the_run_cannot_go_on(root, reference, tmp_path):
+def test_a_damaged_checkpoint_stays_where_it_is_if_the_run_cannot_go_on(data_root, reference, tmp_path):
     folder = copy_run(reference, tmp_path)
-    cut_in_half(folder / "last.pth")
+    cut(folder / "last.pth")
     help_text = "last.pth is damaged.*--resume without a path"
-    refused(root, tmp_path, help_text, *REFERENCE, "--resume", folder / "last.pth", kind=CheckpointError)
-    refused(root, tmp_path, "other settings", *REFERENCE, "--lr", "0.5", "--resume", kind=CheckpointError)
+    refused(data_root, tmp_path, help_text, *REFERENCE, "--resume", folder / "last.pth", kind=CheckpointError)
+    refused(data_root, tmp_path, "other settings", *REFERENCE, "--lr", "0.5", "--resume", kind=CheckpointError)
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_is_never_started_over(root, reference, tmp_path):
+def test_a_run_whose_checkpoints_are_all_damaged_is_never_started_over(data_root, reference, tmp_path):
     folder = copy_run(reference, tmp_path)
     for name in CHECKPOINTS:
-        cut_in_half(folder / name)
-    refused(root, tmp_path, "no intact checkpoint: .*are damaged.*--overwrite", *REFERENCE, "--resume")
+        cut(folder / name)
+    refused(data_root, tmp_path, "no intact checkpoint: .*are damaged.*--overwrite", *REFERENCE, "--resume")
 
 
-def test_resume_into_a_new_folder_leaves_the_old_one_and_finds_a_best_again(root, reference, tmp_path):
+def test_resume_into_a_new_folder_leaves_the_old_one_and_finds_a_best_again(data_root, reference, tmp_path):
     before = contents(reference[0])
-    train(root, tmp_path, *REFERENCE, "--resume", reference[0] / "previous.pth", "--exp_name", "other")
+    train(data_root, tmp_path, *REFERENCE, "--resume", reference[0] / "previous.pth", "--exp_name", "other")
     assert contents(reference[0]) == before
     assert [r["epoch"] for r in metrics(tmp_path / "other")] == [3] and (tmp_path / "other" / "best.pth").is_file()
     ours, theirs = (load_checkpoint(folder / "last.pth") for folder in (tmp_path / "other", reference[0]))
@@ -367,9 +350,9 @@ def test_resume_into_a_new_folder_leaves_the_old_one_and_finds_a_best_again(root
 
 
 @pytest.mark.parametrize("save_every", [1, 0])
-def test_a_loss_that_is_not_finite_stops_with_a_message_and_finite_checkpoints(root, tmp_path, save_every):
+def test_a_loss_that_is_not_finite_stops_with_a_message_and_finite_checkpoints(data_root, tmp_path, save_every):
     with pytest.raises(UserError, match=r"not finite at step \d+ \(epoch 1\).*lower --lr"):
-        train(root, tmp_path, *REFERENCE, "--lr", "1e30", "--save_every", save_every)
+        train(data_root, tmp_path, *REFERENCE, "--lr", "1e30", "--save_every", save_every)
     folder = tmp_path / "crossnet"
     assert not (folder / "metrics.jsonl").exists()
     if (folder / "last.pth").exists():
@@ -378,29 +361,29 @@ def test_a_loss_that_is_not_finite_stops_with_a_message_and_finite_checkpoints(r
         assert all(tensor.isfinite().all() for tensor in tensors)
 
 
-def test_weights_that_are_not_finite_are_never_saved(root, tmp_path, monkeypatch):
+def test_weights_that_are_not_finite_are_never_saved(data_root, tmp_path, monkeypatch):
     def break_weights(self):
         if self.progress.step == 2:
             self.task.model.point_head[0].weight.data[0, 0] = math.inf  # the loss before it was finite
 
     monkeypatch.setattr(Run, "optimizer_step", break_weights)
     with pytest.raises(UserError, match="some weights are not finite at step 3"):
-        train(root, tmp_path, *REFERENCE, "--save_every", 1)
+        train(data_root, tmp_path, *REFERENCE, "--save_every", 1)
     assert load_checkpoint(tmp_path / "crossnet" / "last.pth")["progress"]["step"] == 2
 
 
 @pytest.fixture(scope="module")
-def short(root, tmp_path_factory):
+def short(data_root, tmp_path_factory):
     """Flags of a run of two steps."""
     path = tmp_path_factory.mktemp("list") / "list.txt"
-    path.write_text("\n".join(ShapeNetRender(root).ids[:8]))
+    path.write_text("\n".join(ShapeNetRender(data_root).ids[:8]))
     return ("--list", path, "--epochs", 1, "--eval_every", 0)
 
 
 @pytest.mark.parametrize("modality", ["both", "rgb", "gray"])
 @pytest.mark.parametrize("objective", ["con", "ave"])
-def test_every_objective_and_modality_trains(root, tmp_path, short, objective, modality):
-    record = train(root, tmp_path, *short, "--objective", objective, "--image_modality", modality, "--alpha", 0.5)
+def test_every_objective_and_modality_trains(data_root, tmp_path, short, objective, modality):
+    record = train(data_root, tmp_path, *short, "--objective", objective, "--image_modality", modality, "--alpha", 0.5)
     weights = load_checkpoint(tmp_path / "crossnet" / "last.pth")["heads_and_image_encoders"]
     built = {name.split(".")[1] for name in weights if name.startswith("image_encoders")}
     assert built == ({"rgb", "gray"} if modality == "both" else {modality})
@@ -410,50 +393,50 @@ def test_every_objective_and_modality_trains(root, tmp_path, short, objective, m
 
 
 @pytest.mark.parametrize("model", ["dgcnn_cls", "dgcnn_seg", "dgcnn_semseg", "pointnet_cls", "pointnet_partseg"])
-def test_every_encoder_pretrains(root, tmp_path, short, model):
-    train(root, tmp_path, *short, "--model", model)
+def test_every_encoder_pretrains(data_root, tmp_path, short, model):
+    train(data_root, tmp_path, *short, "--model", model)
     assert encoder_from_checkpoint(tmp_path / "crossnet" / "last.pth", model=model).emb_dims == 16
 
 
 @pytest.mark.parametrize(
     "flags", ["--amp bf16", "--amp fp16", "--channels_last", "--mask_same_object", "--background released"]
 )
-def test_switches_train(root, tmp_path, short, flags):
-    plain = train(root, tmp_path, *short, "--exp_name", "plain")
-    record = train(root, tmp_path, *short, *flags.split())
+def test_switches_train(data_root, tmp_path, short, flags):
+    plain = train(data_root, tmp_path, *short, "--exp_name", "plain")
+    record = train(data_root, tmp_path, *short, *flags.split())
     assert math.isfinite(record["loss"])
     close = pytest.approx(plain["loss"], rel=0.15)
     assert record["loss"] == (pytest.approx(plain["loss"], rel=1e-3) if flags == "--channels_last" else close)
     assert record["loss"] != plain["loss"] or flags == "--channels_last"
 
 
-def test_compiled_parts_train_what_plain_ones_train(root, tmp_path, short, monkeypatch):
+def test_compiled_parts_train_what_plain_ones_train(data_root, tmp_path, short, monkeypatch):
     """Traced and called through PyTorch's compiler; without its code generator, which needs a C++ compiler."""
-    plain = train(root, tmp_path, *short, "--exp_name", "plain")
+    plain = train(data_root, tmp_path, *short, "--exp_name", "plain")
     compiled, original = [], torch.nn.Module.compile
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda self: (compiled.append(self), original(self, backend="eager"))
     )
-    record = train(root, tmp_path, *short, "--compile")
+    record = train(data_root, tmp_path, *short, "--compile")
     assert len(compiled) == 5  # two image encoders, three heads
     assert record["loss"] == pytest.approx(plain["loss"], rel=1e-5)
     encoder_from_checkpoint(tmp_path / "crossnet" / "last.pth")
 
 
-def test_one_chunk_trains_what_no_chunks_train(root, tmp_path, short):
+def test_one_chunk_trains_what_no_chunks_train(data_root, tmp_path, short):
     ends = []
     for flags in ((), ("--chunk_size", 4), ("--chunk_size", 2), ("--amp", "bf16", "--chunk_size", 2)):
-        train(root, tmp_path, *short, "--overwrite", *flags)
+        train(data_root, tmp_path, *short, "--overwrite", *flags)
         ends.append(load_checkpoint(tmp_path / "crossnet" / "last.pth")["point_encoder"])
     assert equal(ends[0], ends[1])
     assert not equal(ends[0], ends[2]) and not equal(ends[2], ends[3])
 
 
-def test_accumulated_batches_are_one_step_with_the_mean_of_their_losses(root, tmp_path, short):
+def test_accumulated_batches_are_one_step_with_the_mean_of_their_losses(data_root, tmp_path, short):
     """A rate too small to change anything: the losses of eight batches, two a step, and of the same batches alone."""
     flags = (*short, "--epochs", 1, "--lr", "1e-30", "--save_every", 0)
-    alone = train(root, tmp_path, *flags, "--exp_name", "a")
-    both = train(root, tmp_path, *flags, "--exp_name", "b", "--accumulate", 2)
+    alone = train(data_root, tmp_path, *flags, "--exp_name", "a")
+    both = train(data_root, tmp_path, *flags, "--exp_name", "b", "--accumulate", 2)
     assert (alone["step"], both["step"]) == (2 * both["step"], alone["step"] // 2)
     assert both["loss"] == pytest.approx(alone["loss"], rel=1e-5)
 
@@ -465,12 +448,12 @@ def test_accumulated_batches_are_one_step_with_the_mean_of_their_losses(root, tm
         (("--accumulate", 5), "--batch_size 4 x --accumulate 5 is larger .*16 pairs; use --batch_size 3 or less"),
     ],
 )
-def test_impossible_parts_of_a_batch_are_refused(root, tmp_path, flags, message):
+def test_impossible_parts_of_a_batch_are_refused(data_root, tmp_path, flags, message):
     with pytest.raises(UserError, match=message):
-        train(root, tmp_path, *flags)
+        train(data_root, tmp_path, *flags)
 
 
-def test_learning_rates_of_both_schedules_and_optimizers(root, tmp_path, short):
+def test_learning_rates_of_both_schedules_and_optimizers(data_root, tmp_path, short):
     rates = []
     step = Run.optimizer_step
 
@@ -481,9 +464,9 @@ def test_learning_rates_of_both_schedules_and_optimizers(root, tmp_path, short):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, "optimizer_step", note)
         two = (*short, "--epochs", 2, "--save_every", 0)
-        train(root, tmp_path, *two, "--exp_name", "a")
-        train(root, tmp_path, *two, "--exp_name", "b", "--lr_schedule", "released")
-        train(root, tmp_path, *two, "--exp_name", "c", "--use_sgd", "--lr", "1e-4")
+        train(data_root, tmp_path, *two, "--exp_name", "a")
+        train(data_root, tmp_path, *two, "--exp_name", "b", "--lr_schedule", "released")
+        train(data_root, tmp_path, *two, "--exp_name", "c", "--use_sgd", "--lr", "1e-4")
     cosine = [(1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)]
     released = [(1 + math.cos(math.pi * step / 2)) / 2 for step in range(4)]
     expected = [("Adam", 1e-3 * x) for x in cosine] + [("Adam", 1e-3 * x) for x in released]
@@ -492,20 +475,20 @@ def test_learning_rates_of_both_schedules_and_optimizers(root, tmp_path, short):
     assert [rate for _, rate in rates] == pytest.approx([rate for _, rate in expected], abs=1e-12)
 
 
-def test_wandb_gets_the_metrics_only_when_asked(root, tmp_path, short, monkeypatch):
+def test_wandb_gets_the_metrics_only_when_asked(data_root, tmp_path, short, monkeypatch):
     sent = []
     run = types.SimpleNamespace(log=lambda record, step: sent.append((record, step)), finish=lambda: sent.append("end"))
     stub = types.SimpleNamespace(init=lambda **kwargs: sent.append(kwargs["mode"]) or run)
     monkeypatch.setitem(sys.modules, "wandb", stub)
-    train(root, tmp_path, *short, "--exp_name", "a")
+    train(data_root, tmp_path, *short, "--exp_name", "a")
     assert sent == []
-    record = train(root, tmp_path, *short, "--exp_name", "b", "--wandb", "offline")
+    record = train(data_root, tmp_path, *short, "--exp_name", "b", "--wandb", "offline")
     assert sent == ["offline", (record, 2), "end"]
 
 
 @pytest.mark.parametrize("select_on, best", [("val", 2), ("test", 1)])
 def test_best_is_chosen_on_held_out_training_clouds_or_as_released_on_the_test_set(
-    root, tmp_path, short, monkeypatch, select_on, best
+    data_root, tmp_path, short, monkeypatch, select_on, best
 ):
     scores = iter([(10.0, 90.0), (30.0, 1.0), (20.0, 50.0)])
 
@@ -514,15 +497,15 @@ def test_best_is_chosen_on_held_out_training_clouds_or_as_released_on_the_test_s
         return {"demo_val_accuracy": val, "demo_test_accuracy": test}
 
     monkeypatch.setattr(LinearProbe, "__call__", scripted)
-    train(root, tmp_path, *short, "--epochs", 3, "--eval_every", 1, "--select_on", select_on)
+    train(data_root, tmp_path, *short, "--epochs", 3, "--eval_every", 1, "--select_on", select_on)
     folder = tmp_path / "crossnet"
     assert load_checkpoint(folder / "best.pth")["progress"]["epoch"] == best
     assert load_checkpoint(folder / "last.pth")["progress"]["epoch"] == 3
     assert [r["demo_test_accuracy"] for r in metrics(folder)] == [90, 1, 50]
 
 
-def test_the_probe_holds_out_training_clouds_of_every_class(root):
-    probe = LinearProbe("demo", root, num_points=24)
+def test_the_probe_holds_out_training_clouds_of_every_class(data_root):
+    probe = LinearProbe("demo", data_root, num_points=24)
     assert sorted([*probe.fit, *probe.held_out]) == list(range(30))
     assert torch.tensor(probe.train.labels[probe.held_out]).bincount().tolist() == [2, 2, 2]
 
@@ -533,8 +516,10 @@ def test_a_probe_with_few_clouds_holds_out_what_it_can(tmp_path):
     assert len(probe.held_out) == 2 and len(probe.fit) == 7
 
 
-def test_training_starts_from_a_checkpoint_with_its_k(root, reference, tmp_path, short):
-    argv = [a for a in arguments(root, tmp_path, *short, "--model_path", reference[0] / "last.pth", "--lr", "1e-12")]
+def test_training_starts_from_a_checkpoint_with_its_k(data_root, reference, tmp_path, short):
+    argv = [
+        a for a in arguments(data_root, tmp_path, *short, "--model_path", reference[0] / "last.pth", "--lr", "1e-12")
+    ]
     for flag in ("--k", "--emb_dims"):
         del argv[argv.index(flag) : argv.index(flag) + 2]
     main(argv)
@@ -544,7 +529,7 @@ def test_training_starts_from_a_checkpoint_with_its_k(root, reference, tmp_path,
     torch.testing.assert_close(payload["point_encoder"]["conv1.0.weight"], start)
 
 
-def test_unreadable_samples_are_skipped_and_counted_and_stop_the_run_when_many(root, tmp_path, caplog):
+def test_unreadable_samples_are_skipped_and_counted_and_stop_the_run_when_many(data_root, tmp_path, caplog):
     training = object.__new__(Pretraining)
     progress, training.dataset = Progress(read=96), range(150)
     with caplog.at_level(logging.WARNING, "crossnet"):
@@ -576,7 +561,7 @@ def test_clouds_of_uneven_size_train(tmp_path, monkeypatch):
         train(tmp_path / "data", tmp_path, *flags, "--overwrite", "--num_points", 300)
 
 
-def test_saving_counts_neither_as_training_nor_as_waiting(root, tmp_path, short, monkeypatch):
+def test_saving_counts_neither_as_training_nor_as_waiting(data_root, tmp_path, short, monkeypatch):
     clock = [0.0]
 
     def passing(seconds, function):
@@ -590,7 +575,7 @@ def test_saving_counts_neither_as_training_nor_as_waiting(root, tmp_path, short,
     monkeypatch.setattr(Run, "step", passing(3, Run.step))
     monkeypatch.setattr(loop, "save", passing(100, loop.save))
     monkeypatch.setattr(ShapeNetRender, "_read", passing(0.25, ShapeNetRender._read))
-    record = train(root, tmp_path, *short, "--save_every", 1)
+    record = train(data_root, tmp_path, *short, "--save_every", 1)
     assert record["shapes_per_s"] == pytest.approx(4 / 4) and record["data_wait"] == pytest.approx(1 / 4)
 
 
@@ -608,8 +593,8 @@ def test_every_flag_is_explained():
     assert {key: defaults[key] for key in released} == released
 
 
-def test_released_widths_apply_from_scratch(root, tmp_path, short):
-    argv = arguments(root, tmp_path, *short)
+def test_released_widths_apply_from_scratch(data_root, tmp_path, short):
+    argv = arguments(data_root, tmp_path, *short)
     for flag in ("--k", "--emb_dims"):
         del argv[argv.index(flag) : argv.index(flag) + 2]
     main(argv)
@@ -618,8 +603,10 @@ def test_released_widths_apply_from_scratch(root, tmp_path, short):
 
 
 @pytest.mark.parametrize(("objective", "given", "used"), [("con", (), 0.2), ("ave", (), 0.1), ("ave", (0.5,), 0.5)])
-def test_temperature_defaults_to_the_objectives_released_one(root, tmp_path, short, objective, given, used):
-    main(arguments(root, tmp_path, *short, "--objective", objective, *(f"--temperature={value}" for value in given)))
+def test_temperature_defaults_to_the_objectives_released_one(data_root, tmp_path, short, objective, given, used):
+    main(
+        arguments(data_root, tmp_path, *short, "--objective", objective, *(f"--temperature={value}" for value in given))
+    )
     assert load_checkpoint(tmp_path / "crossnet" / "last.pth")["arguments"]["temperature"] == used
 
 

@@ -20,7 +20,7 @@ def textbook_knn(x: Tensor, k: int) -> Tensor:
 
 
 def edge_features(x: Tensor, index: Tensor) -> Tensor:
-    """[x_j - x_i ; x_i] for all neighbours j of i: (B, C, N), (B, N, k) -> (B, 2C, N, k)."""
+    """[x_j - x_i ; x_i] for all neighbors j of i: (B, C, N), (B, N, k) -> (B, 2C, N, k)."""
     points = x.transpose(1, 2)
     cloud = torch.arange(len(x), device=x.device)[:, None, None]
     neighbor = points[cloud, index]  # (B, N, k, C)
@@ -104,7 +104,7 @@ class TextbookDGCNNSemSeg(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return pooled (B, E) and local (B, 192, N) features of clouds (B, 3 or 9, N)."""
-        graph = x[:, 6:9] if x.shape[1] == 9 else x  # the room-normalised coordinates of an S3DIS block
+        graph = x[:, 6:9] if x.shape[1] == 9 else x  # the room-normalized coordinates of an S3DIS block
         x1 = textbook_edge_conv(x, textbook_knn(graph, self.k), self.conv1, self.conv2)
         x2 = textbook_edge_conv(x1, textbook_knn(x1, self.k), self.conv3, self.conv4)
         x3 = textbook_edge_conv(x2, textbook_knn(x2, self.k), self.conv5)

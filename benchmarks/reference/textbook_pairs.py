@@ -43,7 +43,7 @@ def augment_cloud(points: np.ndarray) -> Tensor:
 
 
 class TextbookPairs(Dataset):
-    """(view 1, view 2, colour image, gray image) of every shape with a rendering.
+    """(view 1, view 2, color image, gray image) of every shape with a rendering.
 
     Args:
         root: the released folder layout.

@@ -10,9 +10,7 @@ import torch
 
 from benchmarks import dynamic_edgeconv, estimate, loader, losses, measure, neighbours, run_all, svm
 from benchmarks.reference.textbook_pairs import TextbookPairs, augment_cloud
-from models.image import IMAGE_ENCODERS
 from tests.support.pairs import write_pairs
-from tests.support.small_run import TinyImageNet
 from utils.errors import UserError
 
 
@@ -68,7 +66,8 @@ def test_loader_compares_equal_work_on_pairs_of_any_source(tmp_path, capsys):
 
 def test_both_data_paths_give_tensors_of_the_same_sizes_and_ranges(tmp_path):
     write_pairs(tmp_path / "data", 6, points=40)
-    args = loader.parse_args(["--data_root", str(tmp_path / "data"), "--batch", "6", "--image_size", "24"])
+    argv = ["--data_root", str(tmp_path / "data"), "--batch", "6", "--image_size", "24"]
+    args = loader.BENCHMARK.parse_args(argv)
     ours, textbook = loader.prepare(args, tmp_path)
     path = loader.DataPath(ours, args)
     (batch,) = path.read()
@@ -107,8 +106,8 @@ def test_ways_to_neighbors_find_the_same(tmp_path, capsys):
     for ways in result["widths"].values():
         for part in ways.values():
             assert part["different"] < 0.02 and part["seconds_median"] > 0
-    assert "4 neighbours of 2 x 64 points" in capsys.readouterr().out
-    with pytest.raises(UserError, match="--k 9 neighbours need at least as many points, not --points 8"):
+    assert "4 neighbors of 2 x 64 points" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--k 9 neighbors need at least as many points, not --points 8"):
         neighbours.main(["--k", "9", "--points", "8"])
 
 
@@ -121,7 +120,7 @@ def test_the_plain_way_uses_no_kernels_and_leaves_the_choice_as_it_was(monkeypat
 
 
 def test_synthetic_features_overlap():
-    args = svm.parse_args(["--train", "300", "--test", "100", "--classes", "5", "--dims", "64"])
+    args = svm.BENCHMARK.parse_args(["--train", "300", "--test", "100", "--classes", "5", "--dims", "64"])
     train_x, train_y, test_x, test_y = svm.synthetic_features(args)
     assert train_x.shape == (300, 64) and test_x.dtype == np.float32 and train_x.min() == 0
     assert sorted(set(train_y)) == list(range(5))
@@ -157,10 +156,9 @@ SMALL = (
 
 
 @pytest.fixture
-def here(monkeypatch):
-    """Fresh processes run in this one, with a small image network; their arguments are kept."""
+def here(monkeypatch, small_runs):
+    """Run fresh processes in this one; return the list of their arguments."""
     asked = []
-    monkeypatch.setitem(IMAGE_ENCODERS, "resnet18", TinyImageNet)
     monkeypatch.setattr(estimate, "in_fresh_process", lambda module, argv: asked.append(argv) or estimate.main(argv))
     return asked
 

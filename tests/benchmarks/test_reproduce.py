@@ -12,6 +12,7 @@ from data import make_shapes
 from downstream.classification import few_shot, finetune
 from downstream.classification import main as classification
 from downstream.segmentation import main_partseg, main_semseg
+from tests.support.commands import command
 from utils.errors import UserError
 
 PARSERS = {
@@ -155,7 +156,13 @@ def test_a_command_that_fails_is_named_with_its_log_and_nothing_is_recorded(proj
     assert not (tmp_path / "results/runs").exists()
 
 
-def test_a_real_row_at_a_tiny_size(tmp_path):
+def test_a_real_row_at_a_tiny_size(tmp_path, monkeypatch):
+    def run(argv, *, stdout, **_):
+        done = command(*argv[1:])
+        stdout.write(done.stdout + done.stderr)
+        return done
+
+    monkeypatch.setattr(reproduce.subprocess, "run", run)
     small = """
 model = "pointnet_cls"
 emb_dims = 16

@@ -4,14 +4,11 @@ import json
 
 import pytest
 
-from benchmarks import step
-from models.image import IMAGE_ENCODERS
-from tests.support.small_run import TinyImageNet
+from benchmarks import frame, step
 
 
-def test_times_of_both_forms_and_memory_of_each_batch(monkeypatch, capsys, tmp_path):
-    monkeypatch.setitem(IMAGE_ENCODERS, "resnet18", TinyImageNet)
-    monkeypatch.setattr(step, "in_fresh_process", lambda module, argv: step.main(argv))
+def test_times_of_both_forms_and_memory_of_each_batch(monkeypatch, capsys, tmp_path, small_runs):
+    monkeypatch.setattr(frame, "in_fresh_process", lambda module, argv: step.main(argv))
     result = step.main(["--quick", "--threads", "1", "--json", str(tmp_path / "step.json")])
     assert [(m["batch"], m["chunk_size"]) for m in result["large_batches"]] == [(2, None), (2, 2), (4, None), (4, 2)]
     assert all(m["seconds"] > 0 and m["peak_mb"] >= m["before_mb"] for m in result["large_batches"])

@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import h5py
@@ -18,31 +16,20 @@ from data.pair_folder import write_ply
 from data.unpack import KNOWN_MD5
 from datasets import pack
 from datasets.shapenet_part import PartTaxonomy
-from tests.support.segmentation_sets import write_parts, write_text_release
+from tests.support.commands import command
+from tests.support.files import cut, write_h5
+from tests.support.paths import DEMO
+from tests.support.segmentation_sets import write_part_text, write_parts
 from tests.support.shape_files import write_class_folders, write_meshes, write_point_cloud_datasets, write_resampled
 from utils.errors import DataError
 
-ROOT = Path(__file__).resolve().parents[2]
 REAL = os.environ.get("CROSSNET_REAL_DATA", "")
 needs_real = pytest.mark.skipif(not REAL, reason="CROSSNET_REAL_DATA names no folder with real data")
 MODELNET, PART, ROOMS = "modelnet40_ply_hdf5_2048", "shapenet_part_seg_hdf5_data", "indoor3d_sem_seg_hdf5_data"
 
 
-def h5(path, **arrays):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with h5py.File(path, "w") as file:
-        file.update(arrays)
-    return path
-
-
 def clouds(count, points=4, channels=3):
     return np.random.default_rng(0).random((count, points, channels), dtype=np.float32)
-
-
-def cut(path):
-    """Remove the last third of a file."""
-    data = path.read_bytes()
-    path.write_bytes(data[: len(data) * 2 // 3])
 
 
 def add_pairs(root, count=3):
@@ -55,21 +42,21 @@ def add_pairs(root, count=3):
 
 def add_modelnet(root, train, test, name=MODELNET):
     for split, labels in (("train", train), ("test", test)):
-        h5(root / name / f"ply_data_{split}0.h5", data=clouds(len(labels)), label=np.array(labels, "u1")[:, None])
+        write_h5(root / name / f"ply_data_{split}0.h5", data=clouds(len(labels)), label=np.array(labels, "u1")[:, None])
         (root / name / f"{split}_files.txt").write_text(f"data/{name}/ply_data_{split}0.h5\n")
 
 
 def add_part(root):
     for split, count in (("train", 5), ("val", 2), ("test", 3)):
         labels = {"label": np.zeros((count, 1), "u1"), "pid": np.zeros((count, 4), "u1")}
-        h5(root / PART / f"ply_data_{split}0.h5", data=clouds(count), **labels)
+        write_h5(root / PART / f"ply_data_{split}0.h5", data=clouds(count), **labels)
         (root / PART / f"{split}_hdf5_file_list.txt").write_text(f"ply_data_{split}0.h5\n")
 
 
 def add_rooms(root, name=ROOMS, blocks=(3, 2)):
     for number, count in enumerate(blocks):
         labels = {key: np.zeros((count, 4), "u1") for key in ("label", "index")}
-        h5(root / name / f"ply_data_all_{number}.h5", data=clouds(count, 4, 9), **labels)
+        write_h5(root / name / f"ply_data_all_{number}.h5", data=clouds(count, 4, 9), **labels)
     listed = [f"{ROOMS}/ply_data_all_{number}.h5\n" for number in range(len(blocks))]
     (root / name / "all_files.txt").write_text("".join(listed))
     (root / name / "room_filelist.txt").write_text("Area_1_office_1\n" * sum(blocks))
@@ -81,7 +68,7 @@ def root(tmp_path):
     add_pairs(tmp_path)
     add_modelnet(tmp_path, [0, 1, 8], [39, 35])
     for split, count in (("train", 3), ("test", 2)):
-        h5(tmp_path / "ScanObjectNN" / "main_split" / f"{split}.h5", data=clouds(count), label=np.arange(count))
+        write_h5(tmp_path / "ScanObjectNN" / "main_split" / f"{split}.h5", data=clouds(count), label=np.arange(count))
     add_part(tmp_path)
     add_rooms(tmp_path)
     add_rooms(tmp_path, ROOMS + "_test", (1,))
@@ -169,46 +156,42 @@ DAMAGE = {
     "truncated h5": (f"{MODELNET}/ply_data_test0.h5", cut, {"ModelNet40", "ModelNet10"}),
     "no label": (
         f"{MODELNET}/ply_data_train0.h5",
-        lambda path: h5(path, data=clouds(3)),
+        lambda path: write_h5(path, data=clouds(3)),
         {"ModelNet40", "ModelNet10"},
     ),
     "NaN": (
         "ScanObjectNN/main_split/test.h5",
-        lambda path: h5(path, data=clouds(2) * np.nan, label=np.zeros(2)),
+        lambda path: write_h5(path, data=clouds(2) * np.nan, label=np.zeros(2)),
         {"ScanObjectNN OBJ_BG"},
     ),
     "label too large": (
         "ScanObjectNN/main_split/train.h5",
-        lambda path: h5(path, data=clouds(2), label=np.array([3, 15])),
+        lambda path: write_h5(path, data=clouds(2), label=np.array([3, 15])),
         {"ScanObjectNN OBJ_BG"},
     ),
     "no pid": (
         f"{PART}/ply_data_val0.h5",
-        lambda path: h5(path, data=clouds(2), label=np.zeros((2, 1))),
+        lambda path: write_h5(path, data=clouds(2), label=np.zeros((2, 1))),
         {"ShapeNetPart"},
     ),
     "fewer labels": (
         f"{PART}/ply_data_test0.h5",
-        lambda path: h5(path, data=clouds(2), label=np.zeros((1, 1)), pid=np.zeros((2, 4))),
+        lambda path: write_h5(path, data=clouds(2), label=np.zeros((1, 1)), pid=np.zeros((2, 4))),
         {"ShapeNetPart"},
     ),
     "gone but listed": (f"{PART}/ply_data_train0.h5", Path.unlink, {"ShapeNetPart"}),
     "six channels": (
         f"{ROOMS}/ply_data_all_1.h5",
-        lambda path: h5(path, data=clouds(2, 4, 6), label=np.zeros((2, 4))),
+        lambda path: write_h5(path, data=clouds(2, 4, 6), label=np.zeros((2, 4))),
         {"S3DIS blocks"},
     ),
     "no point numbers": (
         f"{ROOMS}_test/ply_data_all_0.h5",
-        lambda path: h5(path, data=clouds(1, 4, 9), label=np.zeros((1, 4))),
+        lambda path: write_h5(path, data=clouds(1, 4, 9), label=np.zeros((1, 4))),
         {"S3DIS whole rooms"},
     ),
     "empty h5": (f"{ROOMS}/ply_data_all_0.h5", lambda path: path.write_bytes(b""), {"S3DIS blocks"}),
-    "rooms cut": (
-        f"{ROOMS}_test/room_filelist.txt",
-        lambda path: path.write_text(""),
-        {"S3DIS whole rooms"},
-    ),
+    "rooms cut": (f"{ROOMS}_test/room_filelist.txt", lambda path: path.write_text(""), {"S3DIS whole rooms"}),
 }
 
 
@@ -266,7 +249,7 @@ def test_a_missing_shard_of_a_packed_file_is_named(root):
     with h5py.File(packed, "r+") as file:
         points = file["points"][()]
         del file["points"]
-        h5(shard, points=points)
+        write_h5(shard, points=points)
         layout = h5py.VirtualLayout(points.shape, points.dtype)
         layout[:] = h5py.VirtualSource(shard.name, "points", points.shape)
         file.create_virtual_dataset("points", layout)
@@ -277,7 +260,7 @@ def test_a_missing_shard_of_a_packed_file_is_named(root):
 
 
 def test_the_demo_set_of_the_repository_is_sound():
-    rows = check(ROOT / "data" / "demo", full=True)
+    rows = check(DEMO, full=True)
     sets = ("pairs", "labelled", "parts", "rooms, blocks", "rooms, whole")
     assert {rows[f"demo {name}"].state for name in sets} == {"ok"}
     assert rows["demo pairs"].found["pairs"] > 500
@@ -312,18 +295,13 @@ def test_long_lists_of_broken_files_are_cut(root):
     assert "file 19" in text and "file 20" not in text and "and 10 more" in text
 
 
-def run_script(*words, by_path=False):
-    command = [str(ROOT / "data" / "check_data.py")] if by_path else ["-m", "data.check_data"]
-    return subprocess.run([sys.executable, *command, *words], cwd=ROOT, capture_output=True, text=True, timeout=240)
-
-
 def test_exit_codes_of_the_script(root):
-    sound = run_script("--data_root", str(root), by_path=True)
+    sound = command("data/check_data.py", "--data_root", root)
     assert sound.returncode == 0 and "ModelNet40" in sound.stdout, sound.stderr
     cut(root / MODELNET / "ply_data_test0.h5")
-    bad = run_script("--data_root", str(root))
+    bad = command("-m", "data.check_data", "--data_root", root)
     assert bad.returncode == 1 and "ply_data_test0.h5" in bad.stdout, bad.stderr
-    absent = run_script("--data_root", str(root / "none"))
+    absent = command("-m", "data.check_data", "--data_root", root / "none")
     assert absent.returncode == 2 and absent.stderr.startswith("error: ") and "Traceback" not in absent.stderr
 
 
@@ -392,7 +370,7 @@ def test_damaged_and_missing_files_of_the_other_layouts_are_named(tmp_path):
 def test_parts_of_point_cloud_datasets_are_counted(tmp_path):
     for split, count in (("train", 5), ("val", 2), ("test", 3)):
         labels = {"label": np.zeros((count, 1), "u1"), "seg": np.zeros((count, 4), "u1")}
-        h5(tmp_path / "shapenetpart_hdf5_2048" / f"{split}0.h5", data=clouds(count), **labels)
+        write_h5(tmp_path / "shapenetpart_hdf5_2048" / f"{split}0.h5", data=clouds(count), **labels)
     row = check(tmp_path)["ShapeNetPart"]
     assert (row.state, row.found) == ("partial", {"train": 5, "val": 2, "test": 3})
     assert row.notes == ["HDF5 of PointCloudDatasets"]
@@ -408,7 +386,8 @@ TEXT_SHAPES = {
 @pytest.mark.parametrize("normals", [True, False])
 def test_the_text_release_is_counted_and_read(tmp_path, normals):
     folder = tmp_path / ("shapenetcore_partanno_segmentation_benchmark_v0" + "_normal" * normals)
-    write_text_release(folder, normals=normals, shapes=TEXT_SHAPES)
+    names = {name for shapes in TEXT_SHAPES.values() for _, name in shapes}
+    write_part_text(folder, TEXT_SHAPES, normals=names if normals else ())
     row = check(tmp_path)["ShapeNetPart"]
     assert (row.state, row.found, row.notes) == ("partial", {"train": 2, "val": 1, "test": 1}, ["text release"])
     assert row.expected["train"] == 12137 and row.get.endswith(" shapenetpart")
@@ -432,7 +411,7 @@ def test_part_data_with_tables_of_its_own_is_not_a_broken_shapenetpart(tmp_path,
     assert broken(tmp_path / "hdf5")[0] == {"own parts"}
     taxonomy = PartTaxonomy.build(["box", "rod"], [2, 1], synsets=["9", "8"])
     shapes = {split: [("9", split), ("8", split)] for split in ("train", "val", "test")}
-    write_text_release(tmp_path / "text", normals=False, shapes=shapes, taxonomy=taxonomy)
+    write_part_text(tmp_path / "text", shapes, taxonomy=taxonomy)
     (tmp_path / "text" / "overallid_to_catid_partid.json").write_text('[["9", 1], ["9", 2], ["8", 1]]')
     ((name, row),) = check(tmp_path / "text").items()
     assert (name, row.state, row.found) == ("own parts", "ok", {"train": 2, "val": 2, "test": 2})
@@ -488,7 +467,7 @@ def test_clouds_of_ones_own_are_the_only_row_where_there_is_nothing_else(tmp_pat
     assert report["broken"] == 1 and list(report["sets"]) == ["own labeled clouds"]
     assert "rod/1.xyz" in capsys.readouterr().out
     for split, count in (("train", 5), ("test", 3)):
-        h5(tmp_path / "b" / f"{split}.h5", data=clouds(count), label=np.arange(count))
+        write_h5(tmp_path / "b" / f"{split}.h5", data=clouds(count), label=np.arange(count))
     (row,) = check(tmp_path / "b").values()
     assert (row.state, row.found) == ("ok", {"train": 5, "test": 3})
 

@@ -14,9 +14,8 @@ from sklearn.neighbors import KDTree
 
 from data.demo_makers import make_demo
 from tests.support.opengl import needs_opengl
+from tests.support.paths import DEMO
 from utils.errors import DataError, UserError
-
-DEMO = make_demo.Path(make_demo.__file__).parents[1] / "demo"
 
 
 @pytest.fixture(scope="module")

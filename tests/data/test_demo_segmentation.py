@@ -7,9 +7,9 @@ import pytest
 from data.demo_makers import demo_parts, demo_rooms, make_demo, make_demo_segmentation
 from datasets.s3dis import AREAS, BLOCK_FOLDER, CLASS_NAMES, ROOM_FOLDER, S3DIS, S3DISRooms, area_of
 from datasets.shapenet_part import ShapeNetPart
+from tests.support.paths import DEMO
 from utils.errors import DataError, UserError
 
-DEMO = make_demo.Path(make_demo.__file__).parents[1] / "demo"
 PART_FOLDER = make_demo_segmentation.PART_FOLDER
 FOLDERS = (PART_FOLDER, BLOCK_FOLDER, ROOM_FOLDER)
 

@@ -4,13 +4,12 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from tests.data.test_unpack import files_in, link, make_tar, make_zip
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 IDS = (
     "1F9XIhF1qngLt-GtdnOnXiTsXH84YtrbC",
     "1UUY729-4VK_igjKUzLn_ygm3LxwW23pX",

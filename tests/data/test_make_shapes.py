@@ -12,9 +12,8 @@ from data import make_shapes
 from data.procedural import KINDS
 from datasets.shapenet_part import ShapeNetPart
 from datasets.shapenet_render import ShapeNetRender
-from models.image import IMAGE_ENCODERS
 from tests.support.opengl import needs_opengl
-from tests.support.small_run import TinyImageNet, arguments
+from tests.support.small_run import arguments
 from train_crossnet_con import main as pretrain
 from utils.errors import UserError
 
@@ -25,15 +24,9 @@ def make(out, *more, shapes=12):
     return make_shapes.main(["--shapes", str(shapes), "--out", str(out), *SMALL, *map(str, more)])
 
 
-def contents(path):
+def arrays(path):
     with h5py.File(path) as file:
         return {name: file[name][()] for name in file}
-
-
-def assert_same(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +64,7 @@ def test_pictures_show_the_shape_on_a_transparent_background(made):
     assert Image.open(made[0].with_suffix(".png")).size == (1120, 4 * 112)
 
 
-def test_it_pretrains(made, tmp_path, monkeypatch):
-    monkeypatch.setitem(IMAGE_ENCODERS, "resnet18", TinyImageNet)
+def test_it_pretrains(made, tmp_path, small_runs):
     metrics = pretrain(arguments(made[0], tmp_path, "--epochs", 1, "--exp_name", "run", "--eval_every", 0))
     assert np.isfinite(metrics["loss"])
 
@@ -80,9 +72,9 @@ def test_it_pretrains(made, tmp_path, monkeypatch):
 def test_the_result_does_not_depend_on_processes_or_on_how_many_shapes_there_are(made, tmp_path, monkeypatch):
     monkeypatch.setattr(make_shapes, "BLOCK", 5)
     make(tmp_path / "two.h5", "--views", "2", "--workers", "2")
-    assert_same(contents(tmp_path / "two.h5"), contents(made[0]))
+    np.testing.assert_equal(arrays(tmp_path / "two.h5"), arrays(made[0]))
     make(tmp_path / "seven.h5", "--views", "2", shapes=7)
-    np.testing.assert_array_equal(contents(tmp_path / "seven.h5")["points"], contents(made[0])["points"][:7])
+    np.testing.assert_array_equal(arrays(tmp_path / "seven.h5")["points"], arrays(made[0])["points"][:7])
 
 
 def test_a_stopped_run_continues_and_gives_the_same_file(made, tmp_path, monkeypatch):
@@ -105,7 +97,7 @@ def test_a_stopped_run_continues_and_gives_the_same_file(made, tmp_path, monkeyp
         make(out, "--views", "2", "--seed", "2")
     make(out, "--views", "2")
     assert numbers == list(range(5, 12))
-    assert_same(contents(out), contents(made[0]))
+    np.testing.assert_equal(arrays(out), arrays(made[0]))
 
 
 def test_a_file_that_is_there_is_kept(made):
@@ -116,16 +108,16 @@ def test_a_file_that_is_there_is_kept(made):
 
 
 def test_another_seed_or_level_gives_other_shapes(made, tmp_path):
-    first = contents(made[0])["points"]
+    first = arrays(made[0])["points"]
     make(tmp_path / "seed.h5", "--seed", "2")
     make(tmp_path / "level.h5", "--level", "2")
-    assert not any((contents(tmp_path / f"{n}.h5")["points"] == first).all((1, 2)).any() for n in ("seed", "level"))
+    assert not any((arrays(tmp_path / f"{n}.h5")["points"] == first).all((1, 2)).any() for n in ("seed", "level"))
 
 
 def test_a_part_set_has_the_official_layout(made, tmp_path):
     counts = make(tmp_path / "shapes.h5", "--views", "2", "--part_set", tmp_path / "parts")
     assert counts["part_set"] == {"train": 10, "val": 1, "test": 1}
-    packed = contents(made[0])
+    packed = arrays(made[0])
     test = ShapeNetPart(tmp_path / "parts", "test")
     assert test.taxonomy.part_names == KINDS and test.taxonomy.category_names == ("generated",)
     np.testing.assert_array_equal(test.points[0], packed["points"][9])

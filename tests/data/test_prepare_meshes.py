@@ -21,9 +21,9 @@ from datasets import ShapeNetRender
 from datasets.untrusted import read_ply
 from downstream.classification.main import main as svm
 from tests.support.opengl import needs_opengl
+from tests.support.paths import ROOT
 from utils.errors import DataError, UserError
 
-ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--num_points", "64", "--views", "2", "--image_size", "16", "--workers", "1"]
 
 

@@ -3,7 +3,6 @@
 import builtins
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,9 +21,9 @@ from data.rendering import (
 from data.rendering.cameras import aim
 from data.rendering.renderer import create_context
 from tests.support.opengl import needs_opengl
+from tests.support.paths import ROOT
 from utils.errors import DataError, UserError
 
-ROOT = Path(__file__).resolve().parents[2]
 QUAD = np.array([[0, 1, 2], [0, 2, 3]])
 FRONT = Camera(azimuth=0, elevation=0, fill=1.0)
 

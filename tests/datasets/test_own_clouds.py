@@ -1,11 +1,11 @@
 import unicodedata
 
-import h5py
 import numpy as np
 import pytest
 
 from datasets.own_clouds import OwnClouds, find_class_folders
 from datasets.registry import find_datasets, open_classification_set
+from tests.support.files import write_h5
 from tests.support.pairs import cloud
 from tests.support.shape_files import STRETCH, write_class_folders, write_shape
 from utils.errors import DataError, UserError
@@ -46,9 +46,8 @@ def test_class_names_are_one_whatever_system_wrote_them(tmp_path):
 @pytest.mark.parametrize("names", ["ply_data_{}0.h5", "{}.h5", "my_{}_2.h5"])
 def test_hdf5_files_of_any_classes(tmp_path, names):
     for split, count in (("train", 6), ("test", 3)):
-        with h5py.File(tmp_path / names.format(split), "w") as file:
-            file["data"] = np.stack([cloud(i, 12) for i in range(count)])
-            file["label"] = np.arange(count) % 3
+        points = np.stack([cloud(i, 12) for i in range(count)])
+        write_h5(tmp_path / names.format(split), data=points, label=np.arange(count) % 3)
     assert OwnClouds(tmp_path, "train").class_names == ("class 0", "class 1", "class 2")
     (tmp_path / "shape_names.txt").write_bytes("Bär\r\nAmeise\r\nWal\r\n".encode("utf-16"))
     dataset = OwnClouds(tmp_path, "train", num_points=5)

@@ -1,6 +1,5 @@
 import json
 import shutil
-from pathlib import Path
 
 import h5py
 import numpy as np
@@ -9,10 +8,10 @@ import pytest
 from datasets import pack
 from datasets.pair_sources import FolderSource, PackedSource
 from datasets.shapenet_render import ShapeNetRender
-from tests.support.pairs import cloud, cloud_path, contents, view_path, write_pairs, write_ply
+from tests.support.files import contents
+from tests.support.pairs import cloud, cloud_path, view_path, write_pairs, write_ply
+from tests.support.paths import DEMO
 from utils.errors import DataError, UserError
-
-DEMO = Path(__file__).resolve().parents[2] / "data" / "demo"
 
 
 @pytest.fixture

@@ -17,29 +17,11 @@ from datasets.s3dis_prepare import (
     room_file,
     write_room,
 )
+from tests.support.segmentation_sets import write_raw_room
 from utils.errors import DataError, UserError
 
 N = 32  # points of a block
 SMALL = ["--num_points", str(N), "--min_points", "10"]
-
-
-def write_raw_room(
-    root, area, room, *, size=(2.3, 1.2, 2.0), points=400, seed=0, objects=("floor_1", "chair_1", "stairs_1")
-):
-    """Write one raw room; returns its points (M, 6) and the class name of each, in the order of the sorted files."""
-    generator = np.random.default_rng([seed, area])
-    folder = root / f"Area_{area}" / room / "Annotations"
-    folder.mkdir(parents=True)
-    parts, names = [], []
-    for name in sorted(objects):
-        xyz = generator.uniform(0, size, (points // len(objects), 3)) + (-7, 11, 0.5)
-        rgb = generator.integers(0, 256, xyz.shape)
-        values = np.concatenate([xyz.round(3), rgb], axis=1)
-        lines = [f"{x:.3f} {y:.3f} {z:.3f} {r:.0f} {g:.0f} {b:.0f}" for x, y, z, r, g, b in values]
-        (folder / f"{name}.txt").write_text("\n".join(lines) + "\n")
-        parts.append(values)
-        names += [name.split("_")[0]] * len(values)
-    return np.concatenate(parts), names
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 from datasets.scanobjectnn import VARIANTS, ScanObjectNN, resolve_variant
+from tests.support.files import cut, write_h5
 from utils.errors import DataError, UserError
 
 OFFICIAL = {
@@ -17,12 +18,8 @@ OFFICIAL = {
 
 def write(path, value, *, size=6, column=False):
     """Write two clouds whose coordinates are all ``value``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with h5py.File(path, "w") as file:
-        file["data"] = np.full((2, size, 3), value, np.float32)
-        file["label"] = np.array([[14], [3]] if column else [14, 3])
-        file["mask"] = np.zeros((2, size))
-    return path
+    labels = np.array([[14], [3]] if column else [14, 3])
+    return write_h5(path, data=np.full((2, size, 3), value, np.float32), label=labels, mask=np.zeros((2, size)))
 
 
 @pytest.mark.parametrize("parent", ["h5_files", "ScanObjectNN/h5_files", "ScanObjectNN", "."])
@@ -99,10 +96,9 @@ def test_missing_and_damaged_files_are_named(tmp_path):
     with pytest.raises(DataError, match="no array 'label' .*it holds 'data', 'mask'") as error:
         ScanObjectNN(tmp_path, "train")
     assert str(path) in str(error.value)
-    path.write_bytes(path.read_bytes()[:200])
+    cut(path)
     with pytest.raises(DataError, match="truncated"):
         ScanObjectNN(tmp_path, "train")
-    with h5py.File(path, "w") as file:
-        file["data"], file["label"] = np.zeros((1, 6, 3)), np.array([15])
+    write_h5(path, data=np.zeros((1, 6, 3)), label=np.array([15]))
     with pytest.raises(DataError, match="below 15"):
         ScanObjectNN(tmp_path, "train")

@@ -5,15 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from datasets.shapenet_part import (
-    PartTaxonomy,
-    ShapeNetPart,
-    draw_rows,
-    official_taxonomy,
-    part_colors,
-    read_taxonomy,
-)
-from tests.support.segmentation_sets import write_text_release
+from datasets.shapenet_part import PartTaxonomy, ShapeNetPart, draw_rows, official_taxonomy, part_colors, read_taxonomy
+from tests.support.files import write_h5
+from tests.support.segmentation_sets import write_part_text
 from utils.errors import DataError, UserError
 
 FOLDER = "shapenet_part_seg_hdf5_data"
@@ -29,18 +23,14 @@ def parts_for(categories, *, size, taxonomy=None, seed=0):
     return np.array(rows, dtype="u1").reshape(len(categories), size)
 
 
-def write_h5(path, categories, *, size=8, seed=0, taxonomy=None, **arrays):
+def write(path, categories, *, size=8, seed=0, taxonomy=None, **arrays):
     """Write one official-style file; ``arrays`` replaces or (None) removes its arrays."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "data": np.random.default_rng(seed).uniform(-1, 1, (len(categories), size, 3)).astype("f4"),
         "label": np.array(categories, dtype="u1")[:, None],
         "pid": parts_for(categories, size=size, taxonomy=taxonomy, seed=seed),
     } | arrays
-    with h5py.File(path, "w") as file:
-        for key, value in content.items():
-            if value is not None:
-                file[key] = value
+    write_h5(path, **content)
     return content
 
 
@@ -59,10 +49,10 @@ def write_tables(folder, names, counts, *, synsets=None):
 def root(tmp_path):
     """Two train files, listed in reverse order with another machine's folder, a val and a test file."""
     folder = tmp_path / FOLDER
-    first = write_h5(folder / "ply_data_train0.h5", [0, CHAIR, 15], seed=1)
-    second = write_h5(folder / "ply_data_train1.h5", [CHAIR, MUG], seed=2, label=np.array([CHAIR, MUG], "u1"))
-    val = write_h5(folder / "ply_data_val0.h5", [CHAIR], seed=3)
-    test = write_h5(folder / "ply_data_test0.h5", [15, CHAIR], seed=4)
+    first = write(folder / "ply_data_train0.h5", [0, CHAIR, 15], seed=1)
+    second = write(folder / "ply_data_train1.h5", [CHAIR, MUG], seed=2, label=np.array([CHAIR, MUG], "u1"))
+    val = write(folder / "ply_data_val0.h5", [CHAIR], seed=3)
+    test = write(folder / "ply_data_test0.h5", [15, CHAIR], seed=4)
     (folder / "train_hdf5_file_list.txt").write_text("./hdf5_data/ply_data_train1.h5\nhdf5_data/ply_data_train0.h5\n")
     (folder / "val_hdf5_file_list.txt").write_text("ply_data_val0.h5\n")
     return tmp_path, [second, first, val, test]
@@ -181,14 +171,14 @@ def damaged_files():
 def test_damaged_content_is_named(tmp_path, case):
     arrays, message = damaged_files()[case]
     path = tmp_path / FOLDER / "ply_data_train0.h5"
-    write_h5(path, [CHAIR, MUG], **arrays)
+    write(path, [CHAIR, MUG], **arrays)
     with pytest.raises(DataError, match=message) as error:
         ShapeNetPart(tmp_path, "train")
     assert str(path) in str(error.value) and "data.check_data" in str(error.value)
 
 
 def test_a_set_of_more_parts_is_told_what_it_lacks(tmp_path):
-    write_h5(tmp_path / FOLDER / "ply_data_train0.h5", [0], pid=np.full((1, 8), 93, "u1"))
+    write(tmp_path / FOLDER / "ply_data_train0.h5", [0], pid=np.full((1, 8), 93, "u1"))
     needed = r"A set of other categories needs all_object_categories\.txt and overallid_to_catid_partid\.json"
     with pytest.raises(DataError, match=needed):
         ShapeNetPart(tmp_path, "train")
@@ -201,7 +191,7 @@ def test_missing_and_unequal_files_are_named(root):
     (path / FOLDER / "ply_data_train0.h5").unlink()
     with pytest.raises(DataError, match=r"ply_data_train0\.h5 is missing; train_hdf5_file_list\.txt lists it"):
         ShapeNetPart(path, "train")
-    write_h5(path / FOLDER / "ply_data_train0.h5", [1], size=9)
+    write(path / FOLDER / "ply_data_train0.h5", [1], size=9)
     with pytest.raises(DataError, match="different size .*train1.h5: 8, ply_data_train0.h5: 9"):
         ShapeNetPart(path, "train")
     assert ShapeNetPart(path, "train", num_points=8).points.shape == (3, 8, 3)
@@ -210,7 +200,7 @@ def test_missing_and_unequal_files_are_named(root):
 
 
 def test_modelnet_is_not_taken_for_it(tmp_path):
-    write_h5(tmp_path / "ply_data_train0.h5", [1], pid=None)
+    write(tmp_path / "ply_data_train0.h5", [1], pid=None)
     (tmp_path / "train_files.txt").write_text("ply_data_train0.h5\n")
     with pytest.raises(DataError, match="no ShapeNetPart"):
         ShapeNetPart(tmp_path, "train")
@@ -243,13 +233,13 @@ def test_a_set_of_19_categories_and_94_parts(tmp_path):
     names, counts = [f"Thing {i}" for i in range(19)], [3] * 9 + [6] * 9 + [13]
     folder = tmp_path / "my_parts"
     taxonomy = write_tables(folder, names, counts)
-    written = write_h5(folder / "ply_data_train0.h5", list(range(19)), taxonomy=taxonomy)
+    written = write(folder / "ply_data_train0.h5", list(range(19)), taxonomy=taxonomy)
     dataset = ShapeNetPart(folder, "train")
     assert dataset.taxonomy == taxonomy and dataset.taxonomy.num_parts == 94
     np.testing.assert_array_equal(dataset.parts, written["pid"])
     assert dataset.parts.max() > 80
     assert len(ShapeNetPart(folder, "train", class_choice="thing 18")) == 1
-    write_h5(folder / "ply_data_train0.h5", [0], pid=np.full((1, 8), 94, "u1"))
+    write(folder / "ply_data_train0.h5", [0], pid=np.full((1, 8), 94, "u1"))
     with pytest.raises(DataError, match=r"in 0\.\.93, as the set has 19 categories with 94 parts"):
         ShapeNetPart(folder, "train")
 
@@ -323,7 +313,8 @@ SHAPES = {
 
 @pytest.mark.parametrize("normals", [True, False])
 def test_text_release(tmp_path, normals):
-    written = write_text_release(tmp_path / (TEXT + "_normal" * normals), normals=normals, shapes=SHAPES)
+    names = [name for rows in SHAPES.values() for _, name in rows]
+    written = write_part_text(tmp_path / (TEXT + "_normal" * normals), SHAPES, normals=names if normals else ())
     dataset = ShapeNetPart(tmp_path, "trainval", num_points=30)
     np.testing.assert_array_equal(dataset.categories, [MUG, CHAIR, CHAIR, CHAIR])
     for row, name in enumerate(("m1", "c1", "c2", "c3")):
@@ -339,7 +330,7 @@ def test_text_release(tmp_path, normals):
 
 
 def test_what_is_drawn_from_the_text_release_depends_on_seed_and_shape_alone(tmp_path):
-    write_text_release(tmp_path / TEXT, normals=False, shapes=SHAPES)
+    write_part_text(tmp_path / TEXT, SHAPES)
 
     def drawn(**arguments):
         return ShapeNetPart(tmp_path, "train", num_points=12, **arguments)
@@ -353,7 +344,7 @@ def test_what_is_drawn_from_the_text_release_depends_on_seed_and_shape_alone(tmp
 
 def test_damage_in_the_text_release_is_named(tmp_path):
     folder = tmp_path / TEXT
-    write_text_release(folder, normals=False, shapes=SHAPES)
+    write_part_text(folder, SHAPES)
     labels, points = folder / "03797390/points_label/m2.seg", folder / "03797390/points/m2.pts"
     sound = labels.read_text()
     for text, message in (
@@ -403,7 +394,6 @@ def write_point_cloud_datasets(root, *, within=False):
     """The layout of PointCloudDatasets: train0.h5 and so on, parts in ``seg``."""
     taxonomy = official_taxonomy()
     folder = root / "shapenetpart_hdf5_2048"
-    folder.mkdir(parents=True)
     generator = np.random.default_rng(0)
     expected = {}
     for split, files in (("train", 2), ("val", 1), ("test", 1)):
@@ -414,10 +404,9 @@ def write_point_cloud_datasets(root, *, within=False):
             parts[:, 0] = 0
             whole = parts + np.asarray(taxonomy.part_starts)[categories][:, None]
             expected.setdefault(split, []).append(whole)
-            with h5py.File(folder / f"{split}{number}.h5", "w") as file:
-                file["data"] = generator.normal(size=(4, 6, 3)).astype("f4")
-                file["label"] = categories[:, None].astype("u1")
-                file["seg"] = (parts if within else whole).astype("u1")
+            arrays = {"label": categories[:, None].astype("u1"), "seg": (parts if within else whole).astype("u1")}
+            points = generator.normal(size=(4, 6, 3)).astype("f4")
+            write_h5(folder / f"{split}{number}.h5", data=points, **arrays)
     return folder, {split: np.concatenate(parts) for split, parts in expected.items()}
 
 

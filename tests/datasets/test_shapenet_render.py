@@ -10,17 +10,13 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from datasets.pack import pack
-from datasets.pair_sources import (
-    FolderSource,
-    PackedSource,
-    choose_shapes,
-    open_source,
-    read_shape_list,
-)
+from datasets.pair_sources import FolderSource, PackedSource, choose_shapes, open_source, read_shape_list
 from datasets.sampler import SampleKey
 from datasets.shapenet_render import ShapeNetRender, collate_pairs
 from datasets.transforms import RenderPixels
 from datasets.untrusted import decode_image, read_ply
+from tests.support.comparing import equal
+from tests.support.files import cut
 from tests.support.pairs import cloud, cloud_path, files_opened, png, view_path, write_pairs, write_ply
 from utils.errors import DataError
 
@@ -33,16 +29,6 @@ def packed_copy(root, out):
 
 def dataset(root, **kwargs):
     return ShapeNetRender(root, **({"transform": RenderPixels(16)} | kwargs))
-
-
-def equal(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
 
 
 @pytest.fixture(scope="module")
@@ -177,10 +163,6 @@ def damaged(root, tmp_path, name, how):
     shutil.copytree(root, copy)
     how(copy, name)
     return copy
-
-
-def cut(path):
-    path.write_bytes(path.read_bytes()[:-20])
 
 
 def no_pictures(root, name):

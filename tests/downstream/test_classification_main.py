@@ -1,24 +1,18 @@
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from downstream.classification import main as script
 from downstream.figures import draw_confusion_matrix
-from engine.checkpoint import save_checkpoint
-from engine.load_model import describe_encoder
 from models import build_encoder
+from tests.support.checkpoints import save_encoder
+from tests.support.commands import command
+from tests.support.files import cut, write_h5
 from utils.errors import CheckpointError, DataError, UserError
 from utils.files import sha256
 
-ROOT = Path(__file__).resolve().parents[2]
 LABELS = {"train": [2] * 9 + [8] * 8 + [33] * 7, "test": [33] * 4 + [2] * 5 + [8] * 4}
 SMALL = ["--random_init", "--emb_dims", "8", "--k", "3", "--num_points", "16", "--device", "cpu", "--batch_size", "8"]
 
@@ -34,19 +28,13 @@ def shapes(labels, seed, size=20):
 def root(tmp_path):
     """A data root with a small ModelNet of three classes."""
     folder = tmp_path / "data" / "modelnet40_ply_hdf5_2048"
-    folder.mkdir(parents=True)
     for seed, (split, labels) in enumerate(LABELS.items()):
-        with h5py.File(folder / f"ply_data_{split}0.h5", "w") as file:
-            file["data"], file["label"] = shapes(labels, seed), np.array(labels, "u1")[:, None]
+        write_h5(folder / f"ply_data_{split}0.h5", data=shapes(labels, seed), label=np.array(labels, "u1")[:, None])
     return tmp_path / "data"
 
 
-def save_encoder(path, seed=0, name="dgcnn_cls", **kwargs):
-    torch.manual_seed(seed)
-    encoder = build_encoder(name, **({"emb_dims": 8} | kwargs))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(path, {"encoder": describe_encoder(encoder), "point_encoder": encoder.state_dict()})
-    return path
+def small_encoder():
+    return build_encoder("dgcnn_cls", emb_dims=8, k=4)
 
 
 def run(root, *arguments):
@@ -113,7 +101,7 @@ def test_calibration_changes_the_features(root):
 
 
 def test_checkpoints_are_rebuilt_without_flags_and_identified(root, tmp_path, capsys):
-    paths = [save_encoder(tmp_path / name / "last.pth", seed, k=4) for seed, name in enumerate("ab")]
+    paths = [save_encoder(tmp_path / name / "last.pth", small_encoder()) for name in "ab"]
     metrics = run(root, "--model_path", *paths, "--shots", "--num_points", 16)
     assert [record["model_path"] for record in metrics["runs"]] == list(map(str, paths))
     assert [record["name"] for record in metrics["runs"]] == list(map(str, paths))  # last.pth alone would be ambiguous
@@ -126,7 +114,7 @@ def test_checkpoints_are_rebuilt_without_flags_and_identified(root, tmp_path, ca
 
 
 def test_calibrating_a_checkpoint_warns(root, tmp_path, capsys):
-    path = save_encoder(tmp_path / "last.pth", k=4)
+    path = save_encoder(tmp_path / "last.pth", small_encoder())
     run(root, "--model_path", path, "--shots", "--num_points", 16, "--calibrate_bn")
     assert "warning: --calibrate_bn replaces" in capsys.readouterr().out
 
@@ -156,10 +144,7 @@ def test_demo_and_scanobjectnn_are_read_by_their_names(root, capsys):
     for split, labels in LABELS.items():
         targets = {33: 14, 8: 4, 2: 0}
         for path in (root / f"demo_hdf5/ply_data_{split}0.h5", root / f"ScanObjectNN/main_split/{split}.h5"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with h5py.File(path, "w") as file:
-                file["data"] = shapes(labels, 3)
-                file["label"] = np.array([targets[label] for label in labels])
+            write_h5(path, data=shapes(labels, 3), label=np.array([targets[label] for label in labels]))
     common = ["--data_root", str(root), *SMALL, "--shots"]
     assert script.main(["--dataset", "demo", *common])["test_clouds"] == 13
     metrics = script.main(["--dataset", "scanobjectnn", *common])
@@ -174,7 +159,7 @@ def test_a_missing_set_is_told_from_a_damaged_one(root):
     with pytest.raises(DataError, match=r"no DemoShapes .*found there: --dataset modelnet10\)"):
         script.main(["--dataset", "demo", "--data_root", str(root), *SMALL])
     path = root / "modelnet40_ply_hdf5_2048" / "ply_data_test0.h5"
-    path.write_bytes(path.read_bytes()[:500])
+    cut(path)
     with pytest.raises(DataError, match="truncated") as error:
         run(root, *SMALL)
     assert "found there" not in str(error.value)
@@ -222,14 +207,14 @@ def test_wrong_settings_are_refused(root, arguments, message):
 
 
 def test_settings_that_do_not_go_together(root, tmp_path):
-    path = save_encoder(tmp_path / "last.pth", k=4)
+    path = save_encoder(tmp_path / "last.pth", small_encoder())
     with pytest.raises(UserError, match="--seeds"):
         run(root, "--model_path", path, "--seeds", 1, 2)
     with pytest.raises(UserError, match="--k: pointnet_cls has no such setting"):
         run(root, "--random_init", "--model", "pointnet_cls", "--k", 3, "--num_points", 16)
     with pytest.raises(CheckpointError, match="holds a dgcnn_cls, not the pointnet_cls"):
         run(root, "--model_path", path, "--model", "pointnet_cls", "--num_points", 16)
-    path.write_bytes(path.read_bytes()[:1000])
+    cut(path)
     with pytest.raises(CheckpointError, match=str(path)):
         run(root, "--model_path", path, "--num_points", 16)
 
@@ -251,13 +236,9 @@ def test_the_parser_refuses(arguments, capsys):
     assert "error:" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [["downstream/classification/main.py"], ["-m", "downstream.classification.main"]])
-def test_runs_by_path_and_as_a_module_and_reports_errors_in_one_message(command, tmp_path):
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    arguments = ["--random_init", "--dataset", "modelnet40", "--data_root", str(tmp_path)]
-    done = subprocess.run(
-        [sys.executable, *command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+@pytest.mark.parametrize("words", [["downstream/classification/main.py"], ["-m", "downstream.classification.main"]])
+def test_runs_by_path_and_as_a_module_and_reports_errors_in_one_message(words, tmp_path):
+    done = command(*words, "--random_init", "--dataset", "modelnet40", "--data_root", tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("error: no ModelNet40 in") and "Traceback" not in done.stderr
     assert "data/download_data.sh modelnet40" in done.stderr

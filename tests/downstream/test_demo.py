@@ -8,20 +8,13 @@ import pytest
 from matplotlib.figure import Figure
 
 from downstream import demo, demo_report
-from models.image import IMAGE_ENCODERS
-from tests.support.pairs import write_demo_set, write_pairs
-from tests.support.segmentation_sets import write_parts, write_rooms
-from tests.support.small_run import TinyImageNet
 from utils import reproducible
 from utils.errors import UserError
 
-ROOMS = [f"Area_{area}_{kind}_1" for area in range(1, 7) for kind in ("hall", "office")]
-
 
 @pytest.fixture
-def root(tmp_path, monkeypatch):
-    """A data root of every set that the demo reads, and settings of a few steps."""
-    monkeypatch.setitem(IMAGE_ENCODERS, "resnet18", TinyImageNet)
+def run(data_root, tmp_path, monkeypatch, small_runs):
+    """Return a function that runs the demo on tiny sets, with settings of a few steps."""
     monkeypatch.setattr(
         "engine.run_folder.RunFolder.draw_curves", lambda folder: Figure().savefig(folder / "curves.png")
     )
@@ -35,21 +28,16 @@ def root(tmp_path, monkeypatch):
             pictures={**task.pictures, "items": 1},
         )
         monkeypatch.setitem(demo.SEGMENTATION, name, tiny)
-    data = tmp_path / "data"
-    write_pairs(data)
-    write_demo_set(data)
-    write_parts(data)
-    write_rooms(data, ROOMS, blocks=1)
-    return data
+
+    def call(*arguments):
+        words = ["--data_root", data_root, "--output_dir", tmp_path / "out", "--device", "cpu", *arguments]
+        return demo.main([str(word) for word in words])
+
+    return call
 
 
-def run(root, *arguments):
-    words = ["--data_root", root, "--output_dir", root.parent / "out", "--device", "cpu", *arguments]
-    return demo.main([str(word) for word in words])
-
-
-def test_every_task_is_done_without_and_with_pretraining_and_shown(root, tmp_path, capsys):
-    report = run(root, "--epochs", 1, "--num_points", 24)
+def test_every_task_is_done_without_and_with_pretraining_and_shown(run, tmp_path, capsys):
+    report = run("--epochs", 1, "--num_points", 24)
     out = tmp_path / "out"
     assert json.loads((out / "report.json").read_text()) == report
     for name in ("untrained", "pretrained"):
@@ -83,8 +71,8 @@ def no_pictures(monkeypatch):
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_both_starts_have_the_same_encoder_and_budget(root, tmp_path):
-    run(root, "--tasks", "parts", "rooms")
+def test_both_starts_have_the_same_encoder_and_budget(run, tmp_path):
+    run("--tasks", "parts", "rooms")
     for name in demo.SEGMENTATION:
         folder = tmp_path / "out" / name
         scratch, pretrained = (json.loads((folder / f"{s}_1" / "config.json").read_text()) for s in demo.STARTS)
@@ -99,9 +87,9 @@ def test_both_starts_have_the_same_encoder_and_budget(root, tmp_path):
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_a_stopped_demo_continues_and_keeps_its_finished_parts(root, tmp_path, monkeypatch, capsys):
+def test_a_stopped_demo_continues_and_keeps_its_finished_parts(run, tmp_path, monkeypatch, capsys):
     arguments = ("--tasks", "parts", "--seeds", 3)
-    whole = run(root, *arguments, "--output_dir", tmp_path / "whole")
+    whole = run(*arguments, "--output_dir", tmp_path / "whole")
     assert not (tmp_path / "whole" / demo.UNFINISHED).exists()
     calls, task = [], demo.SEGMENTATION["parts"]
 
@@ -113,12 +101,12 @@ def test_a_stopped_demo_continues_and_keeps_its_finished_parts(root, tmp_path, m
 
     monkeypatch.setitem(demo.SEGMENTATION, "parts", task._replace(script=counted))
     with pytest.raises(KeyboardInterrupt):
-        run(root, *arguments)
+        run(*arguments)
     assert "the same command continues it and keeps its finished parts" in capsys.readouterr().out
     out = tmp_path / "out"
     kept = {path: path.stat().st_mtime_ns for path in (out / "parts" / "pretraining_3").glob("*.pth")}
     assert kept and (out / demo.UNFINISHED).exists()
-    report = run(root, *arguments)
+    report = run(*arguments)
     assert len(calls) == 3 and f"kept: {out / 'parts' / 'scratch_3.json'}" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in kept} == kept  # pretraining was not repeated
     assert (report["continued"], whole["continued"]) == (True, False) and not (out / demo.UNFINISHED).exists()
@@ -135,23 +123,23 @@ def test_a_stopped_demo_continues_and_keeps_its_finished_parts(root, tmp_path, m
         (["--tasks", "rooms", "--resume"], "stopped demo with other tasks: --overwrite starts over"),
     ],
 )
-def test_a_stopped_demo_of_other_settings_or_code_starts_over(arguments, message, root, tmp_path, monkeypatch, capsys):
+def test_a_stopped_demo_of_other_settings_or_code_starts_over(arguments, message, run, monkeypatch, capsys):
     monkeypatch.setattr(demo, "make_report", lambda args, folder: (_ for _ in ()).throw(KeyboardInterrupt))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(reproducible, "git_commit", lambda: "another")
-        run(root, "--tasks", "parts")
+        run("--tasks", "parts")
     monkeypatch.setattr(demo, "make_report", lambda args, folder: {"kept": args.keep})
     if "rooms" in arguments:
         with pytest.raises(UserError, match=message):
-            run(root, *arguments)
+            run(*arguments)
     else:
-        assert run(root, *arguments) == {"kept": message == "kept"}
+        assert run(*arguments) == {"kept": message == "kept"}
         assert message in capsys.readouterr().out + "kept"
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_several_seeds_give_mean_and_deviation(root, tmp_path):
-    report = run(root, "--tasks", "parts", "--seeds", 3, 8)
+def test_several_seeds_give_mean_and_deviation(run, tmp_path):
+    report = run("--tasks", "parts", "--seeds", 3, 8)
     assert "untrained" not in report and "rooms" not in report
     score = report["parts"]["scratch"]["instance_miou"]
     assert len(score["values"]) == 2 and score["values"][0] != score["values"][1]

@@ -1,7 +1,6 @@
 import io
 import sys
 
-import h5py
 import numpy as np
 import pytest
 import torch
@@ -10,6 +9,7 @@ from torch import nn
 from datasets.registry import find_datasets, open_classification_set
 from downstream.features import calibrate_batch_norm, extract_features
 from models import ENCODERS, PointFeatures, build_encoder
+from tests.support.files import Terminal, cut, write_h5
 from utils.errors import DataError, UserError
 
 
@@ -102,10 +102,6 @@ def test_wrong_calls():
 
 
 def test_a_short_job_shows_progress_on_a_terminal_alone(monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
     for stream, progress, shown in ((io.StringIO(), True, 0), (Terminal(), True, 1), (Terminal(), False, 0)):
         monkeypatch.setattr(sys, "stderr", stream)
         extract_features(Recorder(), clouds(), progress=progress, text="my features")
@@ -206,24 +202,22 @@ def test_an_encoder_without_batch_norm_is_left_alone():
     assert calibrate_batch_norm(model, clouds()) == 0 and model.inputs == []
 
 
-def write_h5(path, labels):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with h5py.File(path, "w") as file:
-        file["data"], file["label"] = clouds(len(labels)), np.array(labels, "u1")
+def write_labeled(path, labels):
+    return write_h5(path, data=clouds(len(labels)), label=np.array(labels, "u1"))
 
 
 def test_data_sets_are_found_where_they_lie(tmp_path):
     assert find_datasets(tmp_path / "absent") == find_datasets(tmp_path) == []
     modelnet = tmp_path / "modelnet40_ply_hdf5_2048"
-    write_h5(modelnet / "ply_data_train0.h5", [1, 39])
+    write_labeled(modelnet / "ply_data_train0.h5", [1, 39])
     assert find_datasets(tmp_path) == []  # a split is missing
-    write_h5(modelnet / "ply_data_test0.h5", [1, 8])
+    write_labeled(modelnet / "ply_data_test0.h5", [1, 8])
     assert find_datasets(tmp_path) == ["modelnet10"]
-    write_h5(modelnet / "ply_data_test0.h5", [1, 39])
+    write_labeled(modelnet / "ply_data_test0.h5", [1, 39])
     assert find_datasets(tmp_path) == ["modelnet40", "modelnet10"]
     for split in ("train", "test"):
-        write_h5(tmp_path / "demo_hdf5" / f"ply_data_{split}0.h5", [0, 1])
-        write_h5(tmp_path / "ScanObjectNN" / "main_split" / f"{split}.h5", [0, 1])
+        write_labeled(tmp_path / "demo_hdf5" / f"ply_data_{split}0.h5", [0, 1])
+        write_labeled(tmp_path / "ScanObjectNN" / "main_split" / f"{split}.h5", [0, 1])
     assert find_datasets(tmp_path) == ["modelnet40", "modelnet10", "scanobjectnn", "demo"]
     for name in find_datasets(tmp_path):
         assert len(open_classification_set(name, tmp_path, "train", num_points=5)) > 0
@@ -233,9 +227,7 @@ def test_data_sets_are_found_where_they_lie(tmp_path):
 
 def test_a_damaged_set_is_found_and_fails_when_it_is_opened(tmp_path):
     for split in ("train", "test"):
-        path = tmp_path / "modelnet40_ply_hdf5_2048" / f"ply_data_{split}0.h5"
-        write_h5(path, [1, 39])
-        path.write_bytes(path.read_bytes()[:100])
+        cut(write_labeled(tmp_path / "modelnet40_ply_hdf5_2048" / f"ply_data_{split}0.h5", [1, 39]))
     assert "modelnet40" in find_datasets(tmp_path)
     with pytest.raises(DataError, match="truncated"):
         open_classification_set("modelnet40", tmp_path, "train")

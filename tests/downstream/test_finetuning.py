@@ -17,12 +17,8 @@ from models import build_encoder
 from models.task_heads import Classification
 from utils.errors import CheckpointError, UserError
 
+pytestmark = pytest.mark.usefixtures("small_runs")
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch):
-    monkeypatch.setattr("engine.run_folder.RunFolder.draw_curves", lambda folder: None)  # a second per epoch
 
 
 class Balls(Dataset):

@@ -46,8 +46,7 @@ def test_few_shot(root):
     assert origin(metrics)["clouds"] == 15
 
 
-def test_fine_tuning(root, tmp_path, monkeypatch):
-    monkeypatch.setattr("engine.run_folder.RunFolder.draw_curves", lambda folder: None)
+def test_fine_tuning(root, tmp_path, small_runs):
     place = ("--output_dir", tmp_path, "--exp_name", "a", "--workers", 0)
     metrics = run(finetune, root, *SMALL, *place, "--epochs", 1, "--batch_size", 6)
     assert origin(metrics, "train")["clouds"] == 30

@@ -3,8 +3,6 @@
 import csv
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import h5py
@@ -19,13 +17,12 @@ from downstream import predict as script
 from downstream.finetuning import scores_of
 from downstream.segmentation import drawing
 from downstream.segmentation.main_semseg import predict_room
-from engine.checkpoint import save_checkpoint
-from engine.load_model import describe_encoder, describe_fine_tuned
 from models import build_encoder
 from models.task_heads import Classification, PartSegmentation, SemanticSegmentation
-from utils.errors import DataError, UserError
+from tests.support.checkpoints import save_encoder, save_model
+from tests.support.commands import command
+from utils.errors import CheckpointError, DataError, UserError
 
-ROOT = Path(__file__).resolve().parents[2]
 RNG = np.random.default_rng(0)
 PART_TABLE = {
     "category_names": ["brick", "cone"],
@@ -37,8 +34,7 @@ PART_TABLE = {
 
 def save(path, task, encoder, table=None, **sizes):
     torch.manual_seed(0)
-    save_checkpoint(path, {**describe_fine_tuned(task(encoder, **sizes)), "table": table or {}})
-    return path
+    return save_model(path, task(encoder, **sizes), table=table or {})
 
 
 def run(tmp_path, model, *inputs, out="out"):
@@ -163,12 +159,7 @@ def test_classes_of_meshes_and_clouds_in_a_folder(tmp_path):
 @pytest.fixture
 def encoder(tmp_path):
     torch.manual_seed(0)
-    model = build_encoder("dgcnn_cls", k=4, emb_dims=16)
-    save_checkpoint(
-        tmp_path / "pre.pth",
-        {"kind": "pretraining", "encoder": describe_encoder(model), "point_encoder": model.state_dict()},
-    )
-    return tmp_path / "pre.pth"
+    return save_encoder(tmp_path / "pre.pth", build_encoder("dgcnn_cls", k=4, emb_dims=16), kind="pretraining")
 
 
 def test_features_and_their_neighbors(encoder, tmp_path):
@@ -235,9 +226,9 @@ def test_bad_files_are_named_and_skipped_and_the_exit_code_says_so(encoder, tmp_
     (tmp_path / "cut.off").write_text("OFF\n4 4 0\n0 0 0\n2 0 0\n")
     (tmp_path / "empty.ply").write_bytes(b"")
     write_cloud(tmp_path / "few.ply", RNG.normal(size=(3, 3)))
-    command = [sys.executable, ROOT / "downstream" / "predict.py", "--model_path", encoder, "--num_points", "32"]
     inputs = [tmp_path / name for name in ("good.off", "cut.off", "empty.ply", "few.ply", "missing.ply")]
-    done = subprocess.run([*command, "--output_dir", tmp_path / "out", *inputs], capture_output=True, text=True)
+    flags = ("--model_path", encoder, "--num_points", 32, "--output_dir", tmp_path / "out")
+    done = command("downstream/predict.py", *flags, *inputs)
     assert done.returncode == 1, done.stderr
     for name in ("cut.off", "empty.ply", "few.ply", "missing.ply"):
         assert f"skipped: {tmp_path / name}" in done.stdout

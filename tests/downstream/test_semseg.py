@@ -8,31 +8,14 @@ import torch
 from datasets.s3dis import CLASS_NAMES, S3DIS
 from downstream import finetuning
 from downstream.segmentation import main_semseg as script
-from engine.checkpoint import save_checkpoint
-from engine.load_model import describe_encoder, describe_fine_tuned, fine_tuned_from_checkpoint
+from engine.load_model import fine_tuned_from_checkpoint
 from models import build_encoder
 from models.task_heads import PartSegmentation, SemanticSegmentation
-from tests.support.segmentation_sets import write_rooms
+from tests.support.checkpoints import save_encoder, save_model
+from tests.support.segmentation_sets import ROOMS, write_rooms
 from utils.errors import CheckpointError, DataError, UserError
 
-SMALL = ["--k", "4", "--emb_dims", "16", "--batch_size", "4", "--epochs", "1"]
-ROOMS = [f"Area_{area}_{kind}_1" for area in range(1, 7) for kind in ("hall", "office")]
-
-
-@pytest.fixture
-def root(tmp_path, monkeypatch):
-    monkeypatch.setattr("engine.run_folder.RunFolder.draw_curves", lambda folder: None)  # a second per epoch
-    write_rooms(tmp_path / "data", ROOMS, blocks=1)
-    return tmp_path / "data"
-
-
-def run(root, *arguments, small=SMALL):
-    runs = ["--data_root", root, "--output_dir", root.parent / "runs", "--exp_name", "a", "--workers", 0]
-    return script.main([str(a) for a in (*runs, "--device", "cpu", *small, *arguments)])
-
-
-def evaluate(root, path, *arguments):
-    return run(root, "--eval", "--model_path", path, *arguments, small=[])
+SMALL = ["--k", 4, "--emb_dims", 16, "--batch_size", 4, "--epochs", 1]
 
 
 def build(in_channels=3, k=4, emb_dims=16, classes=13):
@@ -41,10 +24,8 @@ def build(in_channels=3, k=4, emb_dims=16, classes=13):
     return SemanticSegmentation(encoder, num_classes=classes)
 
 
-def save_model(path, **kwargs):
-    model = build(**kwargs)
-    save_checkpoint(path, {**describe_fine_tuned(model), "table": {"class_names": CLASS_NAMES, "train_areas": [1]}})
-    return model
+def save_rooms(path, **kwargs):
+    return save_model(path, build(**kwargs), table={"class_names": CLASS_NAMES, "train_areas": [1]})
 
 
 def published_names(state):
@@ -58,9 +39,9 @@ def published_names(state):
     return published
 
 
-def test_one_area_trains_and_both_protocols_are_scored_by_name(root, tmp_path, capsys):
+def test_one_area_trains_and_both_protocols_are_scored_by_name(run, evaluate, tmp_path, capsys):
     report = tmp_path / "m.json"
-    metrics = run(root, "--protocol", "both", "--epochs", 15, "--lr", 0.01, "--in_channels", 9, "--json", report)
+    metrics = run("--protocol", "both", "--epochs", 15, "--lr", 0.01, "--in_channels", 9, "--json", report)
     assert json.loads(report.read_text()) == metrics
     (record,) = metrics["runs"]
     assert record["test_area"] == 5 and record["train_areas"] == [1, 2, 3, 4, 6]
@@ -73,11 +54,11 @@ def test_one_area_trains_and_both_protocols_are_scored_by_name(root, tmp_path, c
     assert (folder / "confusion_blocks.png").stat().st_size and (folder / "confusion_rooms.png").stat().st_size
     output = capsys.readouterr().out
     assert "protocol blocks: OA" in output and "protocol rooms: OA" in output and "not in mIoU: beam" in output
-    again = evaluate(root, folder / "best.pth", "--protocol", "both")["runs"][0]
+    again = evaluate(folder / "best.pth", "--protocol", "both")["runs"][0]
     assert again["test"] == record["best"]["test"]
 
 
-def test_six_folds_in_one_call_go_on_where_they_stopped(root, tmp_path, monkeypatch):
+def test_six_folds_in_one_call_go_on_where_they_stopped(run, evaluate, tmp_path, monkeypatch):
     trained, start = [], finetuning.train
 
     def train(run):
@@ -88,39 +69,39 @@ def test_six_folds_in_one_call_go_on_where_they_stopped(root, tmp_path, monkeypa
 
     monkeypatch.setattr(finetuning, "train", train)
     with pytest.raises(KeyboardInterrupt):
-        run(root, "--test_area", "all")
+        run("--test_area", "all")
     with pytest.raises(UserError, match=r"area_3 is not finished \(it was not started\).*--resume"):
-        evaluate(root, tmp_path / "runs" / "a", "--test_area", "all")
+        evaluate(tmp_path / "runs" / "a", "--test_area", "all")
     with pytest.raises(UserError, match="holds an earlier run"):
-        run(root, "--test_area", "all")
-    metrics = run(root, "--test_area", "all", "--resume")
+        run("--test_area", "all")
+    metrics = run("--test_area", "all", "--resume")
     assert trained == ["area_1", "area_2", "area_3", "area_3", "area_4", "area_5", "area_6"]
     assert [record["test_area"] for record in metrics["runs"]] == [1, 2, 3, 4, 5, 6]
     matrices = [np.array(record["best"]["test"]["blocks"]["confusion"]) for record in metrics["runs"]]
     assert metrics["six_fold"]["blocks"]["confusion"] == sum(matrices).tolist() and np.sum(matrices) == 12 * 64
-    again = evaluate(root, tmp_path / "runs" / "a", "--test_area", "all")
+    again = evaluate(tmp_path / "runs" / "a", "--test_area", "all")
     assert again["six_fold"] == metrics["six_fold"]
 
 
-def test_train_area_trains_on_those_alone_and_never_on_the_tested_one(root):
-    record = run(root, "--test_area", 6, "--train_area", "1,2", 4)["runs"][0]
+def test_train_area_trains_on_those_alone_and_never_on_the_tested_one(run):
+    record = run("--test_area", 6, "--train_area", "1,2", 4)["runs"][0]
     assert record["train_areas"] == [1, 2, 4] and record["training_samples"] == 3
     with pytest.raises(UserError, match="names only area 5, which is the tested one"):
-        run(root, "--test_area", 5, "--train_area", "5", "--overwrite")
+        run("--test_area", 5, "--train_area", "5", "--overwrite")
 
 
-def test_the_released_train_area_leaves_the_tested_area_out(root):
+def test_the_released_train_area_leaves_the_tested_area_out(run):
     for number, areas in ((5, [1, 2, 3, 4, 6]), (1, [2, 3, 4, 5, 6])):
-        (record,) = run(root, "--train_area", "1,2,3,4,5,6", "--test_area", number, "--overwrite")["runs"]
+        (record,) = run("--train_area", "1,2,3,4,5,6", "--test_area", number, "--overwrite")["runs"]
         assert record["train_areas"] == areas and record["test_area"] == number
 
 
-def test_few_labels_by_room_and_by_point_on_a_frozen_encoder(root, tmp_path, capsys):
+def test_few_labels_by_room_and_by_point_on_a_frozen_encoder(run, evaluate, tmp_path, capsys):
     encoder = build().encoder
-    save_checkpoint(tmp_path / "pre.pth", {"encoder": describe_encoder(encoder), "point_encoder": encoder.state_dict()})
+    save_encoder(tmp_path / "pre.pth", encoder)
     few = ["--batch_size", 4, "--epochs", 1, "--pretrain_path", tmp_path / "pre.pth"]
     probe = ["--freeze_encoder", "--head", "linear", "--point_label_fraction", 0.05]
-    metrics = run(root, *probe, "--label_fraction", 0.4, 0.7, small=few)
+    metrics = run(*probe, "--label_fraction", 0.4, 0.7, small=few)
     assert [(r["label_fraction"], r["training_samples"], r["held_out_rooms"]) for r in metrics["runs"]] == [
         (0.4, 2, 2),
         (0.7, 4, 4),
@@ -130,11 +111,11 @@ def test_few_labels_by_room_and_by_point_on_a_frozen_encoder(root, tmp_path, cap
     saved = torch.load(path, weights_only=True)
     assert all(torch.equal(value, saved["point_encoder"][key]) for key, value in encoder.state_dict().items())
     assert list(saved["head"]) == ["linear.weight", "linear.bias"]
-    assert evaluate(root, path)["runs"][0]["test"] == metrics["runs"][0]["last"]["test"]
+    assert evaluate(path)["runs"][0]["test"] == metrics["runs"][0]["last"]["test"]
     with pytest.raises(UserError, match="--test_area all takes one --label_fraction"):
-        run(root, "--test_area", "all", "--label_fraction", 0.4, 0.7)
+        run("--test_area", "all", "--label_fraction", 0.4, 0.7)
     with pytest.raises(UserError, match="--label_fraction 0: expected more than 0"):
-        run(root, "--label_fraction", 0, "--overwrite")
+        run("--label_fraction", 0, "--overwrite")
 
 
 def test_labeled_rooms_are_a_share_and_follow_from_the_seed():
@@ -147,25 +128,25 @@ def test_labeled_rooms_are_a_share_and_follow_from_the_seed():
     assert script.labeled_rooms(rooms, 0.1, 4) != script.labeled_rooms(rooms, 0.1, 3)
 
 
-def test_published_weights_of_nine_channels_are_scored(root, tmp_path):
+def test_published_weights_of_nine_channels_are_scored(evaluate, data_root, tmp_path):
     model = build(in_channels=9, k=20)
     state = published_names(model.published_state_dict())
     assert {"module.conv1.0.weight", "module.bn1.running_var", "module.conv9.weight"} <= state.keys()
     assert state["module.conv1.0.weight"].shape == (64, 18, 1, 1)
     torch.save(state, tmp_path / "model_6.t7")
     path = tmp_path / "model_6.t7"
-    metrics = evaluate(root, path, "--in_channels", 9, "--test_area", 6)
+    metrics = evaluate(path, "--in_channels", 9, "--test_area", 6)
     loaded = fine_tuned_from_checkpoint(path, SemanticSegmentation)[0].eval()
-    block, labels = S3DIS(root, [6], in_channels=9)[0]
+    block, labels = S3DIS(data_root, [6], in_channels=9)[0]
     with torch.no_grad():
         torch.testing.assert_close(loaded(block.T[None]), model.eval()(block.T[None]), rtol=0, atol=0)
     assert np.sum(metrics["runs"][0]["test"]["blocks"]["confusion"]) == 2 * 64
     with pytest.raises(CheckpointError, match="takes 9 values per point; --in_channels 3"):
-        evaluate(root, path, "--in_channels", 3)
+        evaluate(path, "--in_channels", 3)
     del state["module.conv8.0.weight"]
     torch.save(state, path)
     with pytest.raises(CheckpointError, match=r"model_6\.t7 does not fit the head .* 1 missing: conv8\.0\.weight"):
-        evaluate(root, path)
+        evaluate(path)
 
 
 def test_a_room_is_put_together_from_the_mean_over_its_blocks():
@@ -180,53 +161,51 @@ def test_a_room_is_put_together_from_the_mean_over_its_blocks():
         script.predict_room(passes, 3, "a")
 
 
-def test_a_pretrained_encoder_of_three_channels_starts_the_run_and_nine_are_refused(root, tmp_path):
+def test_a_pretrained_encoder_of_three_channels_starts_the_run_and_nine_are_refused(run, tmp_path):
     encoder = build().encoder
-    save_checkpoint(tmp_path / "pre.pth", {"encoder": describe_encoder(encoder), "point_encoder": encoder.state_dict()})
+    save_encoder(tmp_path / "pre.pth", encoder)
     few = ["--batch_size", 4, "--epochs", 1]
-    record = run(root, "--pretrain_path", tmp_path / "pre.pth", small=few)["runs"][0]
+    record = run("--pretrain_path", tmp_path / "pre.pth", small=few)["runs"][0]
     assert record["pretrain_path"] == str(tmp_path / "pre.pth")
     with pytest.raises(CheckpointError, match="an encoder of 3 values per point; --in_channels 9"):
-        run(root, "--pretrain_path", tmp_path / "pre.pth", "--in_channels", 9, "--overwrite", small=few)
+        run("--pretrain_path", tmp_path / "pre.pth", "--in_channels", 9, "--overwrite", small=few)
     assert (tmp_path / "runs/a/last.pth").exists()
 
 
-def test_whole_rooms_need_their_blocks_and_the_command_is_named_before_training(tmp_path):
+def test_whole_rooms_need_their_blocks_and_the_command_is_named_before_training(run, tmp_path):
     write_rooms(tmp_path / "data", ROOMS, blocks=1, whole=False)
     with pytest.raises(DataError, match="Make them from the raw rooms: python -m datasets.s3dis_prepare"):
-        run(tmp_path / "data", "--protocol", "rooms")
+        run("--protocol", "rooms", root=tmp_path / "data")
     assert not (tmp_path / "runs").exists()
 
 
-def test_bad_input_is_named(root, tmp_path):
-    save_model(tmp_path / "m.pth", classes=7)
+def test_bad_input_is_named(run, evaluate, tmp_path):
+    save_rooms(tmp_path / "m.pth", classes=7)
     with pytest.raises(CheckpointError, match="has 7 classes, but S3DIS has 13"):
-        evaluate(root, tmp_path / "m.pth")
+        evaluate(tmp_path / "m.pth")
     parts = PartSegmentation(build_encoder("dgcnn_partseg", k=4, emb_dims=16), num_categories=2, num_parts=5)
-    save_checkpoint(tmp_path / "parts.pth", describe_fine_tuned(parts))
+    save_model(tmp_path / "parts.pth", parts)
     with pytest.raises(CheckpointError, match="holds a model for part segmentation; expected a model for semantic"):
-        evaluate(root, tmp_path / "parts.pth")
+        evaluate(tmp_path / "parts.pth")
     with pytest.raises(UserError, match="--train_area names no area"):
-        run(root, "--train_area", ",")
+        run("--train_area", ",")
     with pytest.raises(UserError, match="must be a run folder, or a pattern such as"):
-        evaluate(root, tmp_path / "m.pth", "--test_area", "all")
-    for name in ROOMS[8:10]:
-        room_list = root / "indoor3d_sem_seg_hdf5_data" / "room_filelist.txt"
-        room_list.write_text(room_list.read_text().replace(name, ROOMS[0]))
+        evaluate(tmp_path / "m.pth", "--test_area", "all")
+    write_rooms(tmp_path / "data", [room for room in ROOMS if "Area_5" not in room])
     with pytest.raises(DataError, match="no room of area 5; it has rooms of the areas 1, 2, 3, 4, 6"):
-        run(root)
+        run(root=tmp_path / "data")
 
 
-def test_scoring_on_an_area_that_was_trained_on_is_warned_of(root, tmp_path, capsys):
-    save_model(tmp_path / "m.pth")
-    evaluate(root, tmp_path / "m.pth", "--test_area", 1, "--confusion_matrix", tmp_path / "c.png")
+def test_scoring_on_an_area_that_was_trained_on_is_warned_of(evaluate, tmp_path, capsys):
+    save_rooms(tmp_path / "m.pth")
+    evaluate(tmp_path / "m.pth", "--test_area", 1, "--confusion_matrix", tmp_path / "c.png")
     assert "was trained on area 1" in capsys.readouterr().out and (tmp_path / "c.png").stat().st_size
 
 
-def test_saved_predictions_give_the_scores_again_by_a_literal_loop(root, tmp_path):
-    save_model(tmp_path / "m.pth")
+def test_saved_predictions_give_the_scores_again_by_a_literal_loop(evaluate, tmp_path):
+    save_rooms(tmp_path / "m.pth")
     arguments = ("--test_area", 5, "--protocol", "both", "--save_predictions", tmp_path / "p.h5")
-    scores = evaluate(root, tmp_path / "m.pth", *arguments)["runs"][0]["test"]
+    scores = evaluate(tmp_path / "m.pth", *arguments)["runs"][0]["test"]
     with h5py.File(tmp_path / "p.h5") as file:
         area = file["area_5"]
         assert sorted(area["rooms"]) == ["Area_5_hall_1", "Area_5_office_1"]

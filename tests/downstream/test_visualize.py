@@ -9,10 +9,9 @@ from plyfile import PlyData
 from datasets.s3dis import CLASS_COLORS
 from downstream.segmentation import drawing
 from downstream.segmentation import visualize as script
-from engine.checkpoint import save_checkpoint
-from engine.load_model import describe_fine_tuned
 from models import build_encoder
 from models.task_heads import Classification, PartSegmentation, SemanticSegmentation
+from tests.support.checkpoints import save_model
 from tests.support.segmentation_sets import write_parts, write_rooms
 from utils.errors import CheckpointError, UserError
 
@@ -24,7 +23,7 @@ def run(tmp_path, *arguments):
 
 def save(path, task, encoder, **sizes):
     torch.manual_seed(0)
-    save_checkpoint(path, describe_fine_tuned(task(encoder, **sizes)))
+    save_model(path, task(encoder, **sizes))
 
 
 def read(path):

@@ -16,7 +16,9 @@ from torch import nn
 from engine.checkpoint import checkpoint_errors, load_checkpoint, save_checkpoint
 from engine.load_model import describe_encoder, encoder_from_checkpoint, encoder_from_flags, load_strictly
 from models import ENCODERS, PointEncoder, build_encoder
-from tests.support.pairs import contents
+from tests.support.checkpoints import encoder_payload, save_encoder
+from tests.support.comparing import equal
+from tests.support.files import contents, cut
 from utils.cli import check_writable
 from utils.errors import CheckpointError, UserError
 
@@ -29,6 +31,17 @@ KWARGS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def names_without_weights(monkeypatch):
+    """Give the encoders that are built for the names of their tensors no weights, which take a second to fill."""
+
+    def build(name, **kwargs):
+        with torch.device("meta"):
+            return build_encoder(name, **kwargs)
+
+    monkeypatch.setattr("engine.published_weights.build_encoder", build)
+
+
 def make(name, **kwargs):
     """An encoder whose batch norms have seen data."""
     encoder = build_encoder(name, **(KWARGS[name] | kwargs))
@@ -39,27 +52,16 @@ def make(name, **kwargs):
     return encoder
 
 
-def save(encoder, path, **more):
-    save_checkpoint(path, {"encoder": describe_encoder(encoder), "point_encoder": encoder.state_dict(), **more})
-    return path
-
-
 def same(a, b):
     x = torch.randn(2, a.in_channels, 12)
-    a, b = a.eval(), b.eval()
-    states = a.state_dict(), b.state_dict()
-    return (
-        type(a) is type(b)
-        and states[0].keys() == states[1].keys()
-        and all(torch.equal(states[0][key], states[1][key]) for key in states[0])
-        and torch.equal(a(x).pooled, b(x).pooled)
-    )
+    outputs = (net.eval()(x).pooled for net in (a, b))
+    return type(a) is type(b) and equal(a.state_dict(), b.state_dict()) and torch.equal(*outputs)
 
 
 @pytest.mark.parametrize("name", ENCODERS)
 def test_every_encoder_comes_back_without_any_flag(name, tmp_path):
     encoder = make(name)
-    back = encoder_from_checkpoint(save(encoder, tmp_path / "new" / "a.pth", other=[1, "x", {"y": None}]))
+    back = encoder_from_checkpoint(save_encoder(tmp_path / "new" / "a.pth", encoder, other=[1, "x", {"y": None}]))
     assert describe_encoder(back) == {"name": name, "kwargs": KWARGS[name]}
     assert back.training and same(encoder, back)
     assert torch.load(tmp_path / "new" / "a.pth", weights_only=True)["other"] == [1, "x", {"y": None}]
@@ -212,7 +214,7 @@ def test_numbers_of_numpy_that_are_none_are_refused(code, data, tmp_path):
 def test_what_cannot_be_loaded_says_what_it_holds_and_how_to_save_it(tmp_path):
     torch.save({"epoch": 3, "model": {"note": "none"}, "lr": 0.1}, tmp_path / "a.pth")
     refuse(tmp_path / "a.pth", r"it holds 'epoch' \(int\), 'model' \(dict\), 'lr' \(float\)")
-    torch.save(make("pointnet_cls"), tmp_path / "whole.pth")
+    torch.save_encoder(tmp_path / "whole.pth", make("pointnet_cls"))
     refuse(
         tmp_path / "whole.pth", r"plain types \(models\.pointnet\.\w+\).*weights_only=False\)\.state_dict\(\), NEW_FILE"
     )
@@ -233,7 +235,7 @@ def test_bare_weights_that_fit_no_encoder_exactly_are_not_guessed(tmp_path):
 
 
 def encoder_keys(name):
-    return build_encoder(name).state_dict()
+    return build_encoder(name, emb_dims=8).state_dict()
 
 
 def test_released_names_of_encoders_open_too(tmp_path):
@@ -251,7 +253,7 @@ def refuse(path, message, **kwargs):
 
 
 def test_another_model_is_an_error(tmp_path):
-    path = save(make("pointnet_cls"), tmp_path / "a.pth")
+    path = save_encoder(tmp_path / "a.pth", make("pointnet_cls"))
     refuse(path, "holds a pointnet_cls, not the dgcnn_cls", model="dgcnn_cls")
     torch.save(published("dgcnn_cls")[1], tmp_path / "b.pth")
     refuse(tmp_path / "b.pth", "does not fit the encoder dgcnn_semseg: tensors .*conv6.0.weight", model="dgcnn_semseg")
@@ -271,14 +273,14 @@ def test_tensors_that_do_not_fit_are_named(tmp_path):
         refuse(tmp_path / "a.pth", message, model="dgcnn_cls", k=5)
     encoder = make("dgcnn_cls")
     broken = {key: value for key, value in encoder.state_dict().items() if not key.startswith("conv5")}
-    save_checkpoint(tmp_path / "b.pth", {"encoder": describe_encoder(encoder), "point_encoder": broken})
+    save_checkpoint(tmp_path / "b.pth", encoder_payload(encoder, point_encoder=broken))
     refuse(tmp_path / "b.pth", r"tensors 6 missing: conv5.0.weight, conv5.1.weight, conv5.1.bias \.\.\.")
     with pytest.raises(CheckpointError, match="x.pth does not fit a layer: tensors 1 missing: bias"):
         load_strictly(nn.Linear(2, 2), {"weight": torch.zeros(2, 2)}, path="x.pth", what="a layer")
 
 
 def test_k_of_the_checkpoint_is_the_default_and_another_is_used_with_a_warning(tmp_path, caplog):
-    path = save(make("dgcnn_cls"), tmp_path / "a.pth")
+    path = save_encoder(tmp_path / "a.pth", make("dgcnn_cls"))
     assert encoder_from_checkpoint(path).k == encoder_from_checkpoint(path, k=5).k == 5
     assert caplog.text == ""
     assert encoder_from_checkpoint(path, k=9).k == 9
@@ -299,28 +301,29 @@ def test_k_of_the_checkpoint_is_the_default_and_another_is_used_with_a_warning(t
 )
 def test_checkpoints_of_other_versions_are_refused(change, message, tmp_path):
     encoder = make("dgcnn_cls")
-    payload = {"format": 1, "encoder": describe_encoder(encoder), "point_encoder": encoder.state_dict()}
-    torch.save(payload | change, tmp_path / "a.pth")
+    torch.save(encoder_payload(encoder, format=1) | change, tmp_path / "a.pth")
     refuse(tmp_path / "a.pth", message)
 
 
-def truncated(data):
-    return data[: len(data) // 2]
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[data.index(bytes(4000)) + 100] = 1
+    path.write_bytes(data)
 
 
-def flipped(data):
-    where = data.index(bytes(4000)) + 100
-    return data[:where] + b"\1" + data[where + 1 :]
-
-
-DAMAGE = {"truncated": truncated, "flipped": flipped, "empty": lambda data: b"", "text": lambda data: b"hello world\n"}
+DAMAGE = {
+    "truncated": cut,
+    "flipped": flip,
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_bytes(b"hello world\n"),
+}
 
 
 @pytest.mark.parametrize("how", DAMAGE)
 def test_damaged_files_are_refused(how, tmp_path):
     path = tmp_path / "a.pth"
-    save(make("pointnet_cls"), path, zeros=torch.zeros(1000))
-    path.write_bytes(DAMAGE[how](path.read_bytes()))
+    save_encoder(path, make("pointnet_cls"), zeros=torch.zeros(1000))
+    DAMAGE[how](path)
     refuse(path, "a.pth is damaged")
 
 
@@ -356,7 +359,7 @@ def test_code_in_a_checkpoint_is_refused_and_never_run(form, tmp_path):
         torch.save(content, tmp_path / "bomb.pth", _use_new_zipfile_serialization=form == "zip")
     refuse(tmp_path / "bomb.pth", "is refused.*could run code")
     assert not (tmp_path / "ran").exists()
-    torch.save(make("pointnet_cls"), tmp_path / "module.pth")
+    torch.save_encoder(tmp_path / "module.pth", make("pointnet_cls"))
     refuse(tmp_path / "module.pth", "is refused", model="pointnet_cls")
 
 
@@ -366,7 +369,7 @@ def full_disk(*args, **kwargs):
 
 @pytest.mark.parametrize("fails", ["write", "fsync", "replace", "torch.save"])
 def test_a_failing_write_leaves_the_old_checkpoint(fails, tmp_path, monkeypatch):
-    path = save(make("pointnet_cls"), tmp_path / "a.pth")
+    path = save_encoder(tmp_path / "a.pth", make("pointnet_cls"))
     before = contents(tmp_path)
     if fails == "write":
         (tmp_path / "a.pth.tmp").symlink_to("/dev/full")
@@ -435,7 +438,7 @@ def test_unwritable_folders_are_one_clear_error(tmp_path):
 
 
 def test_a_compressed_checkpoint_is_refused_before_it_is_unpacked(tmp_path):
-    path = save(make("pointnet_cls"), tmp_path / "a.pth")
+    path = save_encoder(tmp_path / "a.pth", make("pointnet_cls"))
     with zipfile.ZipFile(path) as old, zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as bomb:
         for name in old.namelist():
             bomb.writestr(name, old.read(name) + (bytes(10 << 20) if name.endswith("data/0") else b""))
@@ -460,7 +463,7 @@ def test_a_length_that_an_older_file_claims_takes_no_memory(tmp_path):
 )
 def test_tensors_whose_values_are_not_stored_are_refused(tensor, tmp_path):
     encoder = make("pointnet_cls")
-    save(encoder, tmp_path / "a.pth", other={"deep": [tensor]})
+    save_encoder(tmp_path / "a.pth", encoder, other={"deep": [tensor]})
     refuse(tmp_path / "a.pth", "a.pth is damaged or no checkpoint .a tensor in it")
 
 
@@ -485,17 +488,17 @@ def test_weights_that_are_not_finite_or_of_another_type_are_named(value, tmp_pat
     encoder = make("pointnet_cls")
     state = encoder.state_dict()
     state["conv2.weight"][3] = value
-    save_checkpoint(tmp_path / "a.pth", {"encoder": describe_encoder(encoder), "point_encoder": state})
+    save_checkpoint(tmp_path / "a.pth", encoder_payload(encoder, point_encoder=state))
     refuse(tmp_path / "a.pth", "tensors 1 not finite: conv2.weight")
     state["conv2.weight"] = torch.zeros_like(state["conv2.weight"], dtype=torch.complex64)
     state["bn1.num_batches_tracked"] = torch.tensor(1.5)
-    save_checkpoint(tmp_path / "a.pth", {"encoder": describe_encoder(encoder), "point_encoder": state})
+    save_checkpoint(tmp_path / "a.pth", encoder_payload(encoder, point_encoder=state))
     refuse(tmp_path / "a.pth", "2 of another type: .*conv2.weight is torch.complex64")
 
 
 def test_entries_that_are_missing_or_of_another_kind_are_one_error(tmp_path):
     encoder = make("pointnet_cls")
-    good = {"encoder": describe_encoder(encoder), "point_encoder": encoder.state_dict()}
+    good = encoder_payload(encoder)
     for change in ({"encoder": 3}, {"encoder": {"name": "pointnet_cls"}}, {"point_encoder": [1]}, {"encoder": {}}):
         save_checkpoint(tmp_path / "a.pth", good | change)
         refuse(tmp_path / "a.pth", "does not hold what this version writes")
@@ -528,7 +531,7 @@ class OfPlainTypes(PointEncoder):
 def test_an_encoder_with_settings_of_any_plain_type_is_rebuilt(tmp_path, monkeypatch):
     monkeypatch.setitem(ENCODERS, "plain", OfPlainTypes)
     encoder = OfPlainTypes(wide=False, widths=(2, 6), slope=0.5, kind="b")
-    payload = {"encoder": describe_encoder(encoder), "point_encoder": encoder.state_dict()}
+    payload = encoder_payload(encoder)
     save_checkpoint(tmp_path / "a.pth", payload)
     back = encoder_from_checkpoint(tmp_path / "a.pth")
     assert back.config() == encoder.config() == {"wide": False, "widths": (2, 6), "slope": 0.5, "kind": "b"}

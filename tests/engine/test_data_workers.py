@@ -1,5 +1,6 @@
 """Data workers: a lost batch never makes a run hang, and loaders do not touch the global generator."""
 
+import multiprocessing
 import resource
 import threading
 import time
@@ -30,6 +31,14 @@ class Numbers(Dataset):
 
 def collate(samples):
     return {"values": torch.stack([s["values"] for s in samples]), "beside": [s["beside"] for s in samples]}
+
+
+@pytest.fixture(autouse=True)
+def no_process_left():
+    """Kill data workers that hang: PyTorch waits for each when its loader is deleted, whenever that is."""
+    yield
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def load(dataset, workers=2, collate=collate):

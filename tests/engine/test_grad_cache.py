@@ -8,13 +8,9 @@ from torch import nn
 
 from engine.grad_cache import backward_in_chunks
 from models import CrossNet, build_encoder
-from models.image import IMAGE_ENCODERS
-from tests.support.small_run import TinyImageNet
+from tests.support.comparing import assert_close
 
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
-    monkeypatch.setitem(IMAGE_ENCODERS, "resnet18", TinyImageNet)
+pytestmark = pytest.mark.usefixtures("small_runs")
 
 
 class Noisy(nn.Module):
@@ -59,12 +55,6 @@ def reference(model, inputs, number):
     return losses
 
 
-def assert_same(actual, expected):
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(actual[name], value, rtol=1e-9, atol=1e-12, msg=lambda text, n=name: f"{n}: {text}")
-
-
 @pytest.mark.parametrize(("chunk_size", "number"), [(2, 3), (3, 3), (4, 2), (7, 1), (100, 1)])
 def test_gradients_losses_and_statistics_equal_one_pass_with_statistics_of_chunks(chunk_size, number):
     model, inputs = example()
@@ -73,8 +63,8 @@ def test_gradients_losses_and_statistics_equal_one_pass_with_statistics_of_chunk
     expected = reference(other, inputs, number)
     assert not losses.total.requires_grad
     torch.testing.assert_close(torch.stack(losses), torch.stack(expected))
-    assert_same(gradients(model), gradients(other))
-    assert_same(dict(model.named_buffers()), dict(other.named_buffers()))
+    assert_close(gradients(model), gradients(other), tolerance=1e-12)
+    assert_close(dict(model.named_buffers()), dict(other.named_buffers()), tolerance=1e-12)
 
 
 @pytest.mark.parametrize(("objective", "modality"), [("con", "rgb"), ("ave", "both"), ("ave", "gray")])
@@ -83,7 +73,7 @@ def test_every_objective_and_modality(objective, modality):
     other = copy.deepcopy(model)
     backward_in_chunks(model, inputs, chunk_size=4)
     reference(other, inputs, 2)
-    assert_same(gradients(model), gradients(other))
+    assert_close(gradients(model), gradients(other), tolerance=1e-12)
 
 
 def test_with_statistics_that_do_not_depend_on_the_batch_it_is_the_plain_step():
@@ -93,7 +83,7 @@ def test_with_statistics_that_do_not_depend_on_the_batch_it_is_the_plain_step():
     expected = other(**inputs)
     expected.total.backward()
     torch.testing.assert_close(torch.stack(losses), torch.stack(expected).detach())
-    assert_same(gradients(model), gradients(other))
+    assert_close(gradients(model), gradients(other), tolerance=1e-12)
 
 
 def test_random_numbers_are_replayed_and_go_on_as_after_a_single_pass():
@@ -105,7 +95,7 @@ def test_random_numbers_are_replayed_and_go_on_as_after_a_single_pass():
     torch.manual_seed(5)
     reference(other, inputs, 2)
     assert torch.equal(torch.rand(3), following)
-    assert_same(gradients(model), gradients(other))
+    assert_close(gradients(model), gradients(other), tolerance=1e-12)
 
 
 def test_gradients_are_added_and_scaled():
@@ -113,7 +103,7 @@ def test_gradients_are_added_and_scaled():
     backward_in_chunks(model, inputs, chunk_size=4)
     once = gradients(model)
     backward_in_chunks(model, inputs, chunk_size=4, scale=lambda loss: loss * 3)
-    assert_same(gradients(model), {name: 4 * value for name, value in once.items()})
+    assert_close(gradients(model), {name: 4 * value for name, value in once.items()}, tolerance=1e-12)
 
 
 def test_what_is_kept_for_the_backward_pass_is_that_of_a_chunk():

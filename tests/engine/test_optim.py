@@ -5,19 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from engine.optim import (
-    autocast,
-    cosine_lr,
-    grad_scaler,
-    learning_rate,
-    set_learning_rate,
-)
-from utils.reproducible import (
-    random_states,
-    restore_random_states,
-    seed_everything,
-    versions,
-)
+from engine.optim import autocast, cosine_lr, grad_scaler, learning_rate, set_learning_rate
+from utils.reproducible import random_states, restore_random_states, seed_everything, versions
 
 
 def draws():
@@ -42,7 +31,7 @@ def test_states_of_the_generators_come_back():
 
 def test_the_generators_of_gpus_are_left_alone_by_a_run_on_the_cpu(monkeypatch):
     def claimed(*_):
-        raise AssertionError("CUDA was initialised")
+        raise AssertionError("CUDA was initialized")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "_lazy_init", claimed)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from engine.checkpoint import save_checkpoint
 from engine.run_folder import RUN_FILES, RunFolder, WandbMirror
-from tests.support.pairs import contents
+from tests.support.files import contents
 from utils.errors import UserError
 
 

@@ -21,29 +21,23 @@ from models.ops.batch_norm import SyncBatchNorm
 from models.ops.edge_conv import edge_conv, edge_conv_two_layers
 from models.ops.knn import flatten_neighbors, knn
 from models.ops.layers import edge_block
-from utils.collectives import (
-    all_reduce_sum,
-    gather_with_grad,
-    is_main,
-    rank,
-    world_size,
-)
+from utils.collectives import all_reduce_sum, gather_with_grad, is_main, rank, world_size
 
 PROCESSES = 2
 
 
 def part_of(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
-    """This process's rows, of which process i has ``sizes[i]``; all of them in a single process."""
+    """Return this process's rows, ``sizes[i]`` in process i; all rows in a single process."""
     return x if world_size() == 1 else x.split(sizes)[rank()]
 
 
 def normal(*shape: int, seed: int) -> Tensor:
-    """Float64 numbers that are the same in every process."""
+    """Return float64 numbers that are the same in every process."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def nt_xent_case(**kwargs) -> dict[str, Tensor]:
-    """NT-Xent of 6 pairs: mean loss and its gradient with respect to this part's rows."""
+    """Compute NT-Xent of 6 pairs: mean loss and its gradient with respect to this part's rows."""
     a, b = (part_of(normal(6, 5, seed=seed), (3, 3)).requires_grad_() for seed in (1, 2))
     objects = kwargs.pop("objects", None)
     if objects is not None:
@@ -55,7 +49,7 @@ def nt_xent_case(**kwargs) -> dict[str, Tensor]:
 
 
 def objective_case(objective: str, *, mask: bool) -> dict[str, Tensor]:
-    """CrossNet's objective of 4 objects: mean losses, and the gradient with respect to this part's projections."""
+    """Compute CrossNet's objective of 4 objects: mean losses, gradients with respect to this part's projections."""
     z = [part_of(normal(4, 5, seed=seed), (2, 2)).requires_grad_() for seed in range(4)]
     losses = crossnet_objective((z[0], z[1]), rgb=z[2], gray=z[3], objective=objective, mask_same_object=mask)
     losses.total.backward()
@@ -64,7 +58,7 @@ def objective_case(objective: str, *, mask: bool) -> dict[str, Tensor]:
 
 
 def sync_batch_norm_case(*shape: int, sizes: tuple[int, ...], train: bool = True) -> dict[str, Tensor]:
-    """Batch norm far from zero mean: output, gradients, buffers; the loss is a sum over the rows of all processes."""
+    """Normalize rows far from zero: output, gradients, buffers; the loss is a sum over the rows of all processes."""
     norm = SyncBatchNorm(shape[1]).double().train(train)
     with torch.no_grad():
         norm.weight.copy_(normal(shape[1], seed=5))
@@ -78,7 +72,7 @@ def sync_batch_norm_case(*shape: int, sizes: tuple[int, ...], train: bool = True
 
 
 def edge_conv_case(layers: int, *, sizes: tuple[int, ...]) -> dict[str, Tensor]:
-    """EdgeConv, whose statistics must cover the clouds of all processes."""
+    """Compute EdgeConv, whose statistics must cover the clouds of all processes."""
     torch.manual_seed(3)
     blocks = SyncBatchNorm.convert(nn.ModuleList([edge_block(6, 7), edge_block(7, 5)][:layers])).double()
     with torch.no_grad():
@@ -113,7 +107,7 @@ def crossnet_case(encoder: str) -> dict[str, Tensor]:
 
 
 def helpers_case() -> dict[str, Tensor]:
-    """Rows of all processes in rank order, and the gradient of a sum across processes."""
+    """Gather the rows of all processes in rank order, and the gradient of a sum across processes."""
     x = part_of(torch.arange(4.0), (2, 2)).requires_grad_()
     everything = gather_with_grad(x)
     (everything * torch.arange(1.0, 5)).sum().backward()  # every process has the same loss: the gradients add up
@@ -142,7 +136,7 @@ CASES: dict[str, Callable[[], dict[str, Tensor]]] = {
 
 
 def main(process: int, folder: str) -> None:
-    """One of the processes: run every case, write the results to ``folder``."""
+    """Run every case in one of the processes and write the results to ``folder``."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=process, world_size=PROCESSES)
     results = {name: case() for name, case in CASES.items()}

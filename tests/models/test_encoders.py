@@ -10,6 +10,7 @@ from benchmarks.reference.textbook import TEXTBOOK_ENCODERS
 from engine.load_model import describe_encoder
 from models import ENCODERS, CrossNet, PointFeatures, build_encoder, encoder_arguments, resolve_encoder_name
 from models.base import pooled_features
+from tests.support.comparing import assert_close
 
 K, WIDTH = 5, 16
 # Name, further arguments, width of the pooled feature, channels of the local one.
@@ -67,10 +68,7 @@ def test_dgcnn_equals_the_textbook(layout, train):
     reference.load_state_dict(encoder.state_dict())  # strict: the names agree, both ways
     x = clouds(encoder)
     actual, expected = run(encoder, x, train=train), run(reference, x, train=train)
-    assert actual.keys() == expected.keys()
-    for key, value in expected.items():
-        tolerance = 1e-9 * max(1.0, value.abs().max().item())
-        torch.testing.assert_close(actual[key], value, rtol=0, atol=tolerance, msg=lambda t, key=key: f"{key}: {t}")
+    assert_close(actual, expected, tolerance=1e-9)
 
 
 @EVERY_DGCNN

@@ -5,26 +5,24 @@ import torch
 import torch.multiprocessing as mp
 
 from tests.models import processes
+from tests.support.comparing import assert_close
+from tests.support.small_run import small_runs
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    """Every case's results, per process; one start for all, since each process imports torch."""
+    """Every case's results, per process."""
     folder = tmp_path_factory.mktemp("processes")
-    mp.spawn(processes.main, args=(str(folder),), nprocs=processes.PROCESSES)
+    with small_runs():
+        mp.start_processes(processes.main, (str(folder),), processes.PROCESSES, start_method="fork")
     return [torch.load(folder / f"{process}.pt", weights_only=True) for process in range(processes.PROCESSES)]
 
 
+@pytest.mark.usefixtures("small_runs")
 @pytest.mark.parametrize("case", processes.CASES)
 def test_two_processes_equal_one(two_processes, case):
     expected = processes.CASES[case]()
     first, second = (results[case] for results in two_processes)
-    assert first.keys() == second.keys() == expected.keys()
-    for name, value in expected.items():
-        if name.startswith("rows"):
-            actual = torch.cat([first[name], second[name]])
-        else:
-            actual = first[name]
-            torch.testing.assert_close(second[name], actual, rtol=1e-12, atol=1e-12)  # the processes agree
-        tolerance = 1e-9 * max(1.0, value.abs().max().item())
-        torch.testing.assert_close(actual, value, rtol=0, atol=tolerance, msg=lambda text, n=name: f"{n}: {text}")
+    rows = [name for name in expected if name.startswith("rows")]
+    assert_close(second, first, tolerance=1e-12, without=rows)  # the processes agree
+    assert_close({**first, **{name: torch.cat([first[name], second[name]]) for name in rows}}, expected, tolerance=1e-9)

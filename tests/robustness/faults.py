@@ -1,8 +1,8 @@
-r"""Break runs on purpose, again and again, and see that nothing is lost.
+r"""Break runs on purpose, again and again, and check that nothing is lost.
 
 Each fault trains a tiny model on tiny pairs (12 steps, 3 epochs, a checkpoint every 2 steps, two probes), breaks it at
-a random moment, goes on with --resume, and compares the end with that of an uninterrupted run: weights, optimiser,
-scores and metrics must be the same bit for bit. What should be refused must end with one message and change nothing.
+a random moment, resumes it, and compares the end with that of an uninterrupted run: weights, optimizer, scores and
+metrics must be the same bit for bit. What should be refused must end with one message and change nothing.
 
 commands:
   python -m tests.robustness.faults --repeat 20 --json faults.json
@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import ctypes
 import io
-import json
 import logging
 import multiprocessing
 import os
@@ -27,7 +26,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +40,14 @@ from datasets.shapenet_render import ShapeNetRender
 from downstream.classification import finetune
 from downstream.classification import main as classification
 from engine.checkpoint import load_checkpoint, save_checkpoint
-from engine.run_folder import CHECKPOINTS, RunFolder
+from engine.run_folder import CHECKPOINTS
 from engine.task import Run
-from models.image import IMAGE_ENCODERS
 from tests.data.test_unpack import UNSAFE
 from tests.robustness.fuzz import mutate
-from tests.support.pairs import cloud_path, contents, view_path, write_demo_set, write_pairs
-from tests.support.small_run import TinyImageNet, arguments
+from tests.support.comparing import equal, metrics
+from tests.support.files import contents
+from tests.support.pairs import cloud_path, view_path, write_demo_set, write_pairs
+from tests.support.small_run import arguments, small_runs
 from train_crossnet_con import main
 from utils.cli import EXIT_TERMINATED, EXIT_USER_ERROR, HelpFormatter, positive_int, run, write_json
 from utils.errors import DamagedCheckpointError, DataError, UserError
@@ -61,29 +61,13 @@ SPEED = {"shapes_per_s", "data_wait"}
 # --- the uninterrupted run, and what is compared with it ---
 
 
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    """Records of a run."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def without_speed(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return records without the fields that differ from run to run."""
     return [{key: value for key, value in record.items() if key not in SPEED} for record in records]
 
 
-def equal(a: Any, b: Any) -> bool:
-    """Bitwise equality of trees of tensors."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
-
-
 def same_end(folder: Path, reference: Path) -> None:
-    """The run ended bitwise as the uninterrupted one did, and left no temporary file."""
+    """Check that a run ended bit for bit as the uninterrupted one, and left no temporary file."""
     for name in ("last.pth", "best.pth"):
         ours, theirs = load_checkpoint(folder / name), load_checkpoint(reference / name)
         for part in ("point_encoder", "heads_and_image_encoders", "optimizer", "scaler", "random"):
@@ -95,23 +79,12 @@ def same_end(folder: Path, reference: Path) -> None:
     assert not list(folder.glob("*.tmp"))
 
 
-@contextlib.contextmanager
-def small() -> Iterator[None]:
-    """A tiny image network and no pictures of curves."""
-    network, draw = IMAGE_ENCODERS["resnet18"], RunFolder.draw_curves
-    IMAGE_ENCODERS["resnet18"], RunFolder.draw_curves = TinyImageNet, lambda self: None
-    try:
-        yield
-    finally:
-        IMAGE_ENCODERS["resnet18"], RunFolder.draw_curves = network, draw
-
-
 def _train(script: Callable[[list[str]], Any], argv: list[str], harm: Callable[[], None] | None, output: Path) -> None:
     """Run in a separate process, with its output in a file."""
     sys.stdout = sys.stderr = open(output, "a", buffering=1)  # noqa: SIM115 - until the process ends
     os.dup2(sys.stdout.fileno(), 2)
     logging.getLogger().handlers.clear()
-    with small():
+    with small_runs():
         if harm:
             harm()
         run(lambda: script(argv))
@@ -129,7 +102,7 @@ def remove(out: Path) -> None:
 
 
 def in_child(function: Callable[..., None], *args: Any) -> int:
-    """Call a function in a forked process; returns its exit code, negative for a signal."""
+    """Call a function in a forked process; return its exit code, negative for a signal."""
     process = multiprocessing.get_context("fork").Process(target=function, args=args)
     process.start()
     process.join()
@@ -137,7 +110,7 @@ def in_child(function: Callable[..., None], *args: Any) -> int:
 
 
 class Place:
-    """Data, an uninterrupted run on it, and room for runs that are broken.
+    """Data, an uninterrupted run on it, and folders for runs that are broken.
 
     Args:
         folder: scratch space.
@@ -152,24 +125,24 @@ class Place:
         self.size = (self.reference / "best.pth").stat().st_size
 
     def new(self) -> Path:
-        """A folder for a run."""
+        """Make a folder for a run."""
         self.count += 1
         path = self.folder / f"try{self.count}"
         path.mkdir()
         return path
 
     def copy(self) -> Path:
-        """A folder with the finished run."""
+        """Make a folder with the finished run."""
         out = self.new()
         shutil.copytree(self.reference, out / "crossnet")
         return out
 
     def arguments(self, out: Path, *more: Any) -> list[str]:
-        """Command line of a run."""
+        """Return the command line of a run."""
         return arguments(self.root, out, *REFERENCE, *more)
 
     def train(self, out: Path, *more: Any, harm: Callable[[], None] | None = None) -> int:
-        """Run the script in a process, after ``harm`` was called in it; returns its exit code."""
+        """Call ``harm`` in a process and run the script in it; return its exit code."""
         return in_child(_train, main, self.arguments(out, *more), harm, screen(out))
 
     def output(self, out: Path) -> str:
@@ -177,7 +150,7 @@ class Place:
         return screen(out).read_text()
 
     def finish(self, out: Path, *more: Any) -> None:
-        """Go on, compare the end with the uninterrupted run, and clean up."""
+        """Resume, compare the end with the uninterrupted run, and clean up."""
         screen(out).unlink(missing_ok=True)  # data workers that were orphaned may complain there
         assert self.train(out, *(more or ("--resume",))) == 0, self.output(out)
         same_end(out / "crossnet", self.reference)
@@ -189,12 +162,12 @@ class Place:
 
 
 def die() -> None:
-    """As the system's memory killer, kill -9 or a power cut end a process."""
+    """End this process as the memory killer, kill -9 or a power cut do."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def at_step(step: int, act: Callable[[], None]) -> Callable[[], None]:
-    """Harm: act in the middle of a step, between its forward and its backward pass."""
+    """Return a function that makes a step call ``act`` between its forward and its backward pass."""
 
     def harm() -> None:
         original = Run.optimizer_step
@@ -234,7 +207,7 @@ class _DyingFile(io.FileIO):
 
 
 def _note_saves(journal: Path) -> None:
-    """Write down every save that has returned."""
+    """Record every save that has returned."""
 
     def save(path: Path, payload: dict[str, Any], keep: Path | None) -> None:
         save_checkpoint(path, payload, keep=keep)
@@ -328,7 +301,7 @@ def sigkill_while_saving(place: Place, rng: random.Random) -> None:
 
 
 def wait_for(file: Path, text: str) -> None:
-    """Until a running process has written ``text`` into a file."""
+    """Wait until a running process has written ``text`` to a file."""
     give_up = time.monotonic() + 500
     while time.monotonic() < give_up:
         if file.exists() and text in file.read_text():
@@ -353,7 +326,7 @@ def sigkill_from_outside(place: Place, rng: random.Random) -> None:
 
 
 def sigterm(place: Place, rng: random.Random) -> None:
-    """SIGTERM in the middle of a step: the run saves, says how to go on, and ends with code 143."""
+    """SIGTERM in the middle of a step: the run saves, says how to resume, and ends with code 143."""
     out = place.new()
     step = rng.randrange(STEPS - 1)
     harm = at_step(step, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -379,7 +352,7 @@ _REMOUNT = 32
 
 
 def _small_disk(folder: Path, size: int) -> Callable[[int], None]:
-    """Mount a disk of ``size`` bytes, which only this process sees; returns what changes its size.
+    """Mount a disk of ``size`` bytes that only this process sees; return a function that changes its size.
 
     Raises:
         PermissionError: this system does not let a process do that.
@@ -404,7 +377,7 @@ NOT_PERMITTED = 77
 
 
 def _fill_a_disk(place: Place, out: Path, size: int) -> None:
-    """In a separate process, which alone sees the small disk: train until it is full, free space, resume."""
+    """Train until the disk is full, enlarge it, resume; in a process that alone sees the small disk."""
     try:
         resize = _small_disk(out, size)
     except PermissionError:
@@ -436,7 +409,7 @@ SHAPES = 120
 
 
 def _many_pairs(place: Place) -> tuple[Path, list[str]]:
-    """A larger set: less than 1 % of it may be bad."""
+    """Write a larger set, of which less than 1 % may be bad; return its folder and ids."""
     root = place.folder / "many"
     if not root.exists():
         write_pairs(root, SHAPES, points=24, views=1)
@@ -444,7 +417,7 @@ def _many_pairs(place: Place) -> tuple[Path, list[str]]:
 
 
 def _unreadable(path: Path) -> None:
-    """Reading this path is an input/output error, as from a disk with a bad sector."""
+    """Make reading a path an input/output error, as a bad sector does."""
     path.unlink()
     path.symlink_to("/proc/self/mem")
 
@@ -458,7 +431,7 @@ _DAMAGE: tuple[Callable[[Path], Any], ...] = (
 
 
 def _little_shared_memory(place: Place, out: Path, size: int) -> None:
-    """In a process that alone sees the small /dev/shm: train until a batch does not fit, enlarge it, continue."""
+    """Train until a batch does not fit, enlarge /dev/shm, resume; in a process that alone sees it."""
     try:
         resize = _small_disk(_SHARED_MEMORY, size)
     except PermissionError:
@@ -483,13 +456,24 @@ def shared_memory_full(place: Place, rng: random.Random) -> None:
     shutil.rmtree(out)
 
 
+@contextlib.contextmanager
+def restored(files: Iterable[Path]) -> Iterator[None]:
+    """Put files back as they were, whatever happens to them inside."""
+    kept = {path: path.read_bytes() for path in files}
+    try:
+        yield
+    finally:
+        for path, content in kept.items():
+            path.unlink(missing_ok=True)
+            path.write_bytes(content)
+
+
 def bad_sample(place: Place, rng: random.Random) -> None:
     """One of 120 samples cannot be read: it is skipped, counted and named; with --strict_data the run stops."""
     root, ids = _many_pairs(place)
     out = place.new()
     name = rng.choice(ids[1:])
     files = [cloud_path(root, name)] if rng.random() < 0.5 else sorted(view_path(root, name).parent.glob("*.png"))
-    kept = {path: path.read_bytes() for path in files}
     damage = rng.choice(_DAMAGE)
 
     def harm() -> None:
@@ -503,22 +487,16 @@ def bad_sample(place: Place, rng: random.Random) -> None:
         train_crossnet_con.train = train
 
     flags = ("--data_root", root, "--epochs", 1, "--eval_every", 0, "--batch_size", 8, "--workers", 1)
-    try:
+    with restored(files):
         code = place.train(out, *flags, harm=harm)
-        assert code == 0, place.output(out)
-        log = (out / "crossnet" / "run.log").read_text()
-        skipped = [line for line in log.splitlines() if "skipped: " in line]
-        assert len(skipped) == 1 and name in skipped[0], log
-        assert load_checkpoint(out / "crossnet" / "last.pth")["progress"]["bad"] == 1
-        for path, content in kept.items():
-            path.unlink(missing_ok=True)
-            path.write_bytes(content)
+    assert code == 0, place.output(out)
+    log = (out / "crossnet" / "run.log").read_text()
+    skipped = [line for line in log.splitlines() if "skipped: " in line]
+    assert len(skipped) == 1 and name in skipped[0], log
+    assert load_checkpoint(out / "crossnet" / "last.pth")["progress"]["bad"] == 1
+    with restored(files):
         assert place.train(out, *flags, "--strict_data", "--overwrite", harm=harm) == EXIT_USER_ERROR
-        assert name in place.output(out).split("error: ")[1]
-    finally:
-        for path, content in kept.items():
-            path.unlink(missing_ok=True)
-            path.write_bytes(content)
+    assert name in place.output(out).split("error: ")[1]
     shutil.rmtree(out)
 
 
@@ -527,18 +505,14 @@ def many_bad_samples(place: Place, rng: random.Random) -> None:
     root, ids = _many_pairs(place)
     out = place.new()
     names = rng.sample(ids[8:], 3)
-    kept = {path: path.read_bytes() for path in (cloud_path(root, name) for name in names)}
-    try:
-        for path in kept:
+    files = [cloud_path(root, name) for name in names]
+    with restored(files):
+        for path in files:
             rng.choice(_DAMAGE[:3])(path)
         flags = ("--data_root", root, "--epochs", 1, "--eval_every", 0, "--batch_size", 8)
         assert place.train(out, *flags) == EXIT_USER_ERROR
-        message = place.output(out).split("error: ")[1]
-        assert "more than 1 %" in message and any(name in message for name in names)
-    finally:
-        for path, content in kept.items():
-            path.unlink(missing_ok=True)
-            path.write_bytes(content)
+    message = place.output(out).split("error: ")[1]
+    assert "more than 1 %" in message and any(name in message for name in names)
     shutil.rmtree(out)
 
 
@@ -567,7 +541,7 @@ def damaged_checkpoint(place: Place, rng: random.Random) -> None:
 
 
 def still_reads(path: Path, changed: bytes) -> bool:
-    """Write changed bytes into a checkpoint; whether it still is one, which then holds what it held."""
+    """Write changed bytes to a checkpoint; return whether it can still be read (and then holds the same)."""
     before = load_checkpoint(path)
     whole = path.read_bytes()
     path.write_bytes(changed)
@@ -669,9 +643,8 @@ def unsafe_archive(place: Place, rng: random.Random) -> None:
         assert contents(out) == before
     shutil.rmtree(out)
 
-    # Each fault, and what it costs the user.
 
-
+# Each fault, and what it costs the user.
 SINCE = "nothing but the steps since the last checkpoint, which are repeated bit for bit"
 FAULTS: dict[str, tuple[Callable[[Place, random.Random], None], str]] = {
     function.__name__: (function, lost)
@@ -738,16 +711,23 @@ def break_runs(names: list[str], folder: Path, *, repeat: int, seed: int) -> dic
     return results
 
 
-def main_of_faults(argv: list[str] | None = None) -> dict[str, Any]:
-    """Break runs; returns the table."""
+def parse_args(
+    argv: list[str] | None, *, command: str, description: str, faults: Iterable[str], repeat: int
+) -> argparse.Namespace:
+    """Read the command line of a command that tries faults."""
     parser = argparse.ArgumentParser(
-        prog="python -m tests.robustness.faults", description=__doc__, formatter_class=HelpFormatter
+        prog=f"python -m tests.robustness.{command}", description=description, formatter_class=HelpFormatter
     )
-    parser.add_argument("--repeat", type=positive_int, default=20, metavar="N", help="tries of each fault")
-    parser.add_argument("--only", nargs="+", choices=list(FAULTS), default=list(FAULTS), help="these faults only")
+    parser.add_argument("--repeat", type=positive_int, default=repeat, metavar="N", help="tries of each fault")
+    parser.add_argument("--only", nargs="+", choices=list(faults), default=list(faults), help="these faults only")
     parser.add_argument("--seed", type=int, default=1, metavar="S", help="of the moments chosen")
     parser.add_argument("--json", metavar="FILE", help="also write the table to FILE as one JSON object")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main_of_faults(argv: list[str] | None = None) -> dict[str, Any]:
+    """Break runs; return the table."""
+    args = parse_args(argv, command="faults", description=__doc__, faults=FAULTS, repeat=20)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         results = break_runs(args.only, Path(folder), repeat=args.repeat, seed=args.seed)

@@ -1,9 +1,8 @@
-r"""Lose one of two processes, again and again, and see that nothing is lost.
+r"""Lose one of two processes, again and again, and check that nothing is lost.
 
 Each try trains a tiny model in two processes (gloo, float64, 12 steps, a checkpoint every 2 steps, two probes), breaks
-it at a random moment, goes on with --resume in one process or in two, and compares the end with that of an
-uninterrupted run of one process: weights, optimiser, scores and metrics agree to 1e-9. The time is how long the other
-process lived on.
+it at a random moment, resumes it in one process or in two, and compares the end with that of an uninterrupted run of
+one process: weights, optimizer, scores and metrics agree to 1e-9. The time is how long the other process lived on.
 
 commands:
   python -m tests.robustness.rank_faults --repeat 20 --json ranks.json
@@ -12,7 +11,6 @@ commands:
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import random
@@ -24,19 +22,19 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import torch
 
 import train_crossnet_con as pretraining
 from engine import launch
 from engine.checkpoint import load_checkpoint
 from engine.task import Run
+from tests.robustness.faults import parse_args
 from tests.support.pairs import write_demo_set, write_pairs
 from tests.support.several import exit_codes, output_of, run_together, start_together
 from tests.support.small_run import arguments
-from tests.test_distributed import assert_same, make_small
+from tests.test_distributed import assert_same_runs, float64_runs
 from train_crossnet_con import Pretraining
-from utils.cli import EXIT_TERMINATED, EXIT_USER_ERROR, HelpFormatter, positive_int, run, write_json
+from utils.cli import EXIT_TERMINATED, EXIT_USER_ERROR, run, write_json
 from utils.errors import UserError
 
 BEAT_SECONDS, BEATS_UNTIL_LOST = launch.BEAT_SECONDS, launch.BEATS_UNTIL_LOST
@@ -45,7 +43,7 @@ SETTINGS = ("--epochs", 6, "--eval_every", 3, "--save_every", 2)
 
 
 class Place:
-    """Data, an uninterrupted run, and room for others.
+    """Data, an uninterrupted run, and folders for others.
 
     Args:
         folder: scratch space.
@@ -58,7 +56,7 @@ class Place:
         run_together(lambda: self.train(1, folder / "whole"), folder / "logs", 1)
 
     def train(self, processes: int, out: Path, *more: str) -> None:
-        """One of the processes of a run."""
+        """Run one of the processes of a run."""
         pretraining.main(arguments(self.root, out, *SETTINGS, "--batch_size", 8 // processes, *more))
 
     def broken(self, act: Callable[[], None], rng: random.Random) -> tuple[list[int | None], int, float]:
@@ -92,17 +90,17 @@ class Place:
         processes = start_together(main, out / "logs")
         (other,) = exit_codes([processes[1 - victim]])
         lived_on = time.time() - float(moment.read_text())
-        os.kill(processes[victim].pid, signal.SIGCONT)  # one that stands still learns that the others are gone
+        os.kill(processes[victim].pid, signal.SIGCONT)  # a stopped process learns that the others are gone
         codes = exit_codes(processes)
         self.text = output_of(out / "logs")
         assert "Traceback" not in self.text, self.text
         return codes, victim, lived_on
 
     def finish(self, rng: random.Random) -> None:
-        """Go on in one process or in two, and compare the end."""
+        """Resume in one process or in two, and compare the end."""
         processes = rng.randint(1, 2)
         run_together(lambda: self.train(processes, self.folder / "try", "--resume"), self.folder / "logs", processes)
-        assert_same(self.folder / "try" / "crossnet", self.folder / "whole" / "crossnet")
+        assert_same_runs(self.folder / "try" / "crossnet", self.folder / "whole" / "crossnet")
 
 
 def killed(place: Place, rng: random.Random) -> float:
@@ -152,18 +150,12 @@ FAULTS = {fault.__name__: fault for fault in (killed, silent, terminated, failed
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
-    """Try every fault; returns how often, and the longest and the mean time that the other process lived on."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--repeat", type=positive_int, default=5, metavar="N", help="tries of each fault")
-    parser.add_argument("--only", nargs="+", choices=list(FAULTS), default=list(FAULTS), help="faults to try")
-    parser.add_argument("--seed", type=int, default=1, metavar="S", help="of the moments")
-    parser.add_argument("--json", metavar="FILE", help="write the result there")
-    args = parser.parse_args(argv)
+    """Try every fault; return how often, and the longest and the mean time that the other process lived on."""
+    args = parse_args(argv, command="rank_faults", description=__doc__, faults=FAULTS, repeat=5)
     torch.set_num_threads(1)
     logging.getLogger().handlers.clear()
     result = {}
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        make_small(patch)
+    with tempfile.TemporaryDirectory() as folder, float64_runs() as patch:
         patch.setattr(launch, "BEAT_SECONDS", BEAT_SECONDS)
         patch.setattr(launch, "BEATS_UNTIL_LOST", BEATS_UNTIL_LOST)
         place = Place(Path(folder))

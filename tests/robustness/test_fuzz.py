@@ -9,18 +9,12 @@ import zlib
 
 import pytest
 
-from models.image import IMAGE_ENCODERS
 from tests.robustness import fuzz as module
 from tests.robustness.fuzz import TARGETS, Target, defects, fuzz, main, mutate
-from tests.support.small_run import TinyImageNet
 from utils.errors import DataError, UserError
 
+pytestmark = pytest.mark.usefixtures("small_runs")
 VALID = bytes(range(256))
-
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
-    monkeypatch.setitem(IMAGE_ENCODERS, "resnet18", TinyImageNet)
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -1,4 +1,4 @@
-"""Whether this machine can render."""
+"""Skip tests that render on machines that cannot."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Tiny pretraining pairs in the released folder layout, and helpers for files."""
+"""Tiny pretraining pairs in the released folder layout, and a tiny labeled set."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import h5py
 import numpy as np
 from PIL import Image
 from plyfile import PlyData, PlyElement
+
+from tests.support.files import write_h5
 
 MODES = ("RGBA", "RGB", "L", "P")
 SIZES = ((20, 20), (33, 17), (8, 40))
@@ -85,20 +86,13 @@ def write_pairs(root: Path, shapes: int = 12, *, points: int = 48, views: int = 
 def write_demo_set(root: Path, *, points: int = 40, train: int = 10, test: int = 4) -> None:
     """Write a labeled set of balls, plates and rods, read as ``demo``, with ``train`` and ``test`` clouds per class."""
     folder = root / "demo_hdf5"
-    folder.mkdir(parents=True)
     stretch = np.array([[1, 1, 1], [1, 0.1, 1], [0.1, 1, 0.1]])
     for seed, (split, count) in enumerate((("train", train), ("test", test))):
         labels = np.arange(3 * count) % 3
         clouds = np.random.default_rng(seed).normal(size=(len(labels), points, 3)) * stretch[labels][:, None] / 3
-        with h5py.File(folder / f"ply_data_{split}0.h5", "w") as file:
-            file["data"], file["label"] = clouds.astype("f4"), labels[:, None].astype("u1")
+        write_h5(folder / f"ply_data_{split}0.h5", data=clouds.astype("f4"), label=labels[:, None].astype("u1"))
         (folder / f"{split}_files.txt").write_text(f"ply_data_{split}0.h5\n")
     (folder / "shape_names.txt").write_text("ball\nplate\nrod\n")
-
-
-def contents(folder: Path) -> dict[str, bytes | None]:
-    """Return every file below a folder with its bytes, every folder with None."""
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
 
 
 _opened: list[str] | None = None

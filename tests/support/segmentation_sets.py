@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 
 import h5py
 import numpy as np
 
 from datasets.shapenet_part import PartTaxonomy, official_taxonomy
+from tests.support.files import write_h5
 
 OWN_CATEGORIES = {"brick": 2, "cone": 3}
+# Two rooms of each area.
+ROOMS = [f"Area_{area}_{kind}_1" for area in range(1, 7) for kind in ("hall", "office")]
 
 
 def part_clouds(counts: Sequence[int], categories: np.ndarray, points: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -59,59 +62,9 @@ def write_parts(
         labels = np.arange(number) % len(counts)
         clouds, parts = part_clouds(counts, labels, points, seed)
         name = f"ply_data_{split}0.h5"
-        with h5py.File(folder / name, "w") as file:
-            file["data"], file["label"], file["pid"] = clouds, labels.astype("u1")[:, None], parts.astype("u1")
+        write_h5(folder / name, data=clouds, label=labels.astype("u1")[:, None], pid=parts.astype("u1"))
         (folder / f"{split}_hdf5_file_list.txt").write_text(f"hdf5_data/{name}\n")
     return folder
-
-
-def write_text_release(
-    folder: Path,
-    *,
-    normals: bool,
-    shapes: Mapping[str, Sequence[tuple[str, str]]],
-    size: int = 30,
-    taxonomy: PartTaxonomy | None = None,
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Write the text release with shapes {split: [(synset, id)]}.
-
-    Args:
-        folder: of the set.
-        normals: as with the release with normals, which has one file per shape.
-        shapes: synset and id of the shapes, by split.
-        size: points of a shape.
-        taxonomy: of the set; None: the published one. Another one needs its table of parts.
-
-    Returns:
-        Points (size, 3) and parts from 0 within the category (size,), by id.
-    """
-    taxonomy = taxonomy or official_taxonomy()
-    lines = [
-        f"{name.capitalize()}\t{synset}" for name, synset in zip(taxonomy.category_names, taxonomy.synsets, strict=True)
-    ]
-    (folder / "train_test_split").mkdir(parents=True)
-    (folder / "synsetoffset2category.txt").write_text("\n".join(lines) + "\n")
-    written = {}
-    for split in ("train", "val", "test"):
-        rows = shapes.get(split, [])
-        names = [f"shape_data/{synset}/{name}" for synset, name in rows]
-        (folder / "train_test_split" / f"shuffled_{split}_file_list.json").write_text(json.dumps(names))
-        for synset, name in rows:
-            generator = np.random.default_rng(len(written))
-            category = taxonomy.synsets.index(synset)
-            points = generator.uniform(-1, 3, (size, 3)).round(5)
-            local = generator.integers(taxonomy.part_counts[category], size=size)
-            written[name] = points, local
-            if normals:
-                (folder / synset).mkdir(exist_ok=True)
-                table = np.concatenate([points, points, local[:, None] + taxonomy.part_starts[category]], axis=1)
-                np.savetxt(folder / synset / f"{name}.txt", table, fmt="%.6f")
-            else:
-                for kind in ("points", "points_label"):
-                    (folder / synset / kind).mkdir(parents=True, exist_ok=True)
-                np.savetxt(folder / synset / "points" / f"{name}.pts", points, fmt="%.5f")
-                np.savetxt(folder / synset / "points_label" / f"{name}.seg", local + 1, fmt="%d")
-    return written
 
 
 def room_blocks(blocks: int, points: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -130,11 +83,9 @@ def room_blocks(blocks: int, points: int, seed: int) -> tuple[np.ndarray, np.nda
 def write_rooms(root: Path, rooms: Sequence[str], *, blocks: int = 2, points: int = 64, whole: bool = True) -> None:
     """Write ``indoor3d_sem_seg_hdf5_data`` and, where ``whole``, the room-wise ``..._test`` below ``root``."""
     folder = root / "indoor3d_sem_seg_hdf5_data"
-    folder.mkdir(parents=True)
     sets = [room_blocks(blocks, points, seed) for seed, _ in enumerate(rooms)]
-    with h5py.File(folder / "ply_data_all_0.h5", "w") as file:
-        file["data"] = np.concatenate([data for data, _ in sets])
-        file["label"] = np.concatenate([labels for _, labels in sets]).astype("u1")
+    data, labels = (np.concatenate(parts) for parts in zip(*sets, strict=True))
+    write_h5(folder / "ply_data_all_0.h5", data=data, label=labels.astype("u1"))
     (folder / "all_files.txt").write_text(f"{folder.name}/ply_data_all_0.h5\n")
     (folder / "room_filelist.txt").write_text("".join(f"{room}\n" * blocks for room in rooms))
     if not whole:
@@ -151,3 +102,73 @@ def write_rooms(root: Path, rooms: Sequence[str], *, blocks: int = 2, points: in
             file.attrs.update(room=room, room_points=blocks * points, room_low=[0.0, 0, 0], room_high=[4.0, 5, 3])
     (test / "all_files.txt").write_text("".join(f"{room}.h5\n" for room in rooms))
     (test / "room_filelist.txt").write_text("".join(f"{room}\n" * (blocks + 1) for room in rooms))
+
+
+def write_part_text(
+    folder: Path,
+    shapes: Mapping[str, Sequence[tuple[str, str]]],
+    *,
+    normals: Container[str] = (),
+    size: int = 30,
+    taxonomy: PartTaxonomy | None = None,
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Write ShapeNetPart's text release.
+
+    Args:
+        folder: of the release; made.
+        shapes: (synset, name) of each shape, by split.
+        normals: names of shapes in the form with normals, one file each.
+        size: points of a shape.
+        taxonomy: categories and parts; None: the published ones. Others need their table of parts.
+
+    Returns:
+        For each name, points (N, 3) and parts (N,) numbered from 0 within the category.
+    """
+    taxonomy = taxonomy or official_taxonomy()
+    names = zip(taxonomy.category_names, taxonomy.synsets, strict=True)
+    (folder / "train_test_split").mkdir(parents=True)
+    (folder / "synsetoffset2category.txt").write_text("".join(f"{n.capitalize()}\t{synset}\n" for n, synset in names))
+    written = {}
+    for split in ("train", "val", "test"):
+        rows = shapes.get(split, [])
+        listed = [f"shape_data/{synset}/{name}" for synset, name in rows]
+        (folder / "train_test_split" / f"shuffled_{split}_file_list.json").write_text(json.dumps(listed))
+        for synset, name in rows:
+            generator = np.random.default_rng(len(written))
+            category = taxonomy.synsets.index(synset)
+            points = generator.uniform(-1, 3, (size, 3)).round(5)
+            local = generator.integers(taxonomy.part_counts[category], size=size)
+            written[name] = points, local
+            for kind in ("points", "points_label"):
+                (folder / synset / kind).mkdir(parents=True, exist_ok=True)
+            if name in normals:
+                table = np.column_stack([points, points, local + taxonomy.part_starts[category]])
+                np.savetxt(folder / synset / f"{name}.txt", table, fmt="%.6f")
+            else:
+                np.savetxt(folder / synset / "points" / f"{name}.pts", points, fmt="%.5f")
+                np.savetxt(folder / synset / "points_label" / f"{name}.seg", local + 1, fmt="%d")
+    return written
+
+
+def write_raw_room(
+    root: Path,
+    area: int,
+    room: str,
+    *,
+    size: tuple[float, float, float] = (2.3, 1.2, 2.0),
+    points: int = 400,
+    seed: int = 0,
+    objects: Sequence[str] = ("floor_1", "chair_1", "stairs_1"),
+) -> tuple[np.ndarray, list[str]]:
+    """Write a raw room of S3DIS; return its points (M, 6) and their class names, in the order of the sorted files."""
+    generator = np.random.default_rng([seed, area])
+    folder = root / f"Area_{area}" / room / "Annotations"
+    folder.mkdir(parents=True)
+    parts, names = [], []
+    for name in sorted(objects):
+        xyz = generator.uniform(0, size, (points // len(objects), 3)) + (-7, 11, 0.5)
+        values = np.concatenate([xyz.round(3), generator.integers(0, 256, xyz.shape)], axis=1)
+        np.savetxt(folder / f"{name}.txt", values, fmt=["%.3f"] * 3 + ["%.0f"] * 3)
+        parts.append(values)
+        names += [name.split("_")[0]] * len(values)
+    return np.concatenate(parts), names

@@ -22,15 +22,20 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _one_of(count: int, rank: int, port: int, log: Path, main: Callable[[], Any]) -> None:
-    """Set the environment as torchrun does, and redirect the output to a file."""
-    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in numbers.items()}, MASTER_ADDR="127.0.0.1")
+def redirect(log: Path) -> None:
+    """Send the output of this process to a file."""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for descriptor in (1, 2):
         os.dup2(output, descriptor)
     sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
     logging.getLogger().handlers.clear()
+
+
+def _one_of(count: int, rank: int, port: int, log: Path, main: Callable[[], Any]) -> None:
+    """Set the environment as torchrun does, and redirect the output to a file."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in numbers.items()}, MASTER_ADDR="127.0.0.1")
+    redirect(log)
     launch(main)
 
 

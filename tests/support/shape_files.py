@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import h5py
 import numpy as np
 
 from datasets.modelnet import MODELNET40_CLASSES
+from tests.support.files import write_h5
 from tests.support.pairs import write_ply
 
 STRETCH = {"ball": (1, 1, 1), "plate": (1, 0.1, 1), "rod": (0.1, 1, 0.1), "beam": (1, 0.1, 0.3), "egg": (1, 1.6, 1)}
@@ -98,10 +98,8 @@ def write_meshes(root: Path, name: str = "ModelNet40") -> Path:
 def write_point_cloud_datasets(root: Path, name: str = "modelnet40", *, points: int = 30) -> Path:
     """Write the HDF5 files of PointCloudDatasets: ``train0.h5``, ``train1.h5``, ``test0.h5``."""
     folder = root / f"{name}_hdf5_2048"
-    folder.mkdir(parents=True)
     labels = [MODELNET40_CLASSES.index(label) for label in MODELNET_CLASSES] if name == "modelnet40" else [0, 9]
-    for number, (file, repeat) in enumerate((("train0", 1), ("train1", 1), ("test0", 1))):
-        with h5py.File(folder / f"{file}.h5", "w") as h5:
-            h5["data"] = np.random.default_rng(number).normal(size=(len(labels) * repeat, points, 3)).astype("f4")
-            h5["label"] = np.array(labels * repeat, "u1")[:, None]
+    for number, file in enumerate(("train0", "train1", "test0")):
+        clouds = np.random.default_rng(number).normal(size=(len(labels), points, 3)).astype("f4")
+        write_h5(folder / f"{file}.h5", data=clouds, label=np.array(labels, "u1")[:, None])
     return folder

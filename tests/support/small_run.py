@@ -6,20 +6,33 @@ image network. ``python -m tests.support.small_run ARGUMENTS`` runs the script w
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import torch
 
 from benchmarks.reference.tiny_image_net import TinyImageNet
 from engine.launch import launch
+from engine.run_folder import RunFolder
 from models.image import IMAGE_ENCODERS
 from train_crossnet_con import main
 
-ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = (
     "--device cpu --num_points 24 --k 4 --emb_dims 16 --image_model resnet18 --image_size 16 --batch_size 4 "
     "--workers 0 --eval_points 24 --log_every 1"
 )
+
+
+@contextlib.contextmanager
+def small_runs(*, curves: bool = False) -> Iterator[pytest.MonkeyPatch]:
+    """Train with the tiny image network inside, by default without pictures of the curves (a second per epoch)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(IMAGE_ENCODERS, "resnet18", TinyImageNet)
+        if not curves:
+            patch.setattr(RunFolder, "draw_curves", lambda self: None)
+        yield patch
 
 
 def arguments(root: Path, out: Path, *more: str) -> list[str]:
@@ -32,5 +45,5 @@ def arguments(root: Path, out: Path, *more: str) -> list[str]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    IMAGE_ENCODERS["resnet18"] = TinyImageNet
-    launch(main)
+    with small_runs(curves=True):
+        launch(main)

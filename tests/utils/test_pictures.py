@@ -1,6 +1,5 @@
 """Pictures are drawn whatever MPLBACKEND says, and one that cannot be drawn costs nothing else."""
 
-import os
 import re
 import subprocess
 import sys
@@ -10,38 +9,40 @@ import pytest
 
 from downstream.demo_report import embedded
 from engine.run_folder import RunFolder
-from tests.support.pairs import contents
+from tests.support.files import contents
+from tests.support.paths import ROOT
 from utils.errors import UserError, warn_on_failure
 from utils.pictures import Figure, save_figure
 
-ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOK = "module://matplotlib_inline.backend_inline"  # what a notebook's `!python` passes on
+# Draws in a process for each backend; all have PyTorch of the first, and none Matplotlib.
 DRAW = """
-import sys
-from engine.run_folder import RunFolder
-folder = RunFolder(sys.argv[1])
-folder.append_metrics({"epoch": 1, "loss": 1.0, "lr": 0.1})
-folder.draw_curves()
-import matplotlib, os
-from downstream import figures
-print(os.environ["MPLBACKEND"], matplotlib.rcParams._get("backend"))
+import os, sys, torch
+for backend in sys.argv[2:]:
+    if os.fork():
+        assert os.wait()[1] == 0
+        continue
+    os.environ["MPLBACKEND"] = backend
+    from engine.run_folder import RunFolder
+    folder = RunFolder(os.path.join(sys.argv[1], backend))
+    folder.append_metrics({"epoch": 1, "loss": 1.0, "lr": 0.1})
+    folder.draw_curves()
+    import matplotlib
+    from downstream import figures
+    print(os.environ["MPLBACKEND"], matplotlib.rcParams._get("backend"))
+    break
 """
 
 
-@pytest.mark.parametrize(("backend", "kept"), [(NOTEBOOK, False), ("svg", True)])
-def test_pictures_are_drawn_with_the_variables_of_a_notebook(backend, kept, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", DRAW, str(tmp_path / "run")],
-        cwd=ROOT,
-        env={**os.environ, "MPLBACKEND": backend},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def test_pictures_are_drawn_with_the_variables_of_a_notebook(tmp_path):
+    command = [sys.executable, "-c", DRAW, str(tmp_path), NOTEBOOK, "svg"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
-    environment, used = done.stdout.splitlines()[-1].split(maxsplit=1)
-    assert environment == backend and (used == backend) == kept  # a notebook's own choice stays where it is installed
+    # A notebook's own choice stays where it is installed.
+    for line, backend, kept in zip(done.stdout.splitlines()[-2:], (NOTEBOOK, "svg"), (False, True), strict=True):
+        assert (tmp_path / backend / "curves.png").read_bytes().startswith(b"\x89PNG")
+        environment, used = line.split(maxsplit=1)
+        assert environment == backend and (used == backend) == kept
 
 
 def test_everything_gets_matplotlib_from_the_module_that_sets_the_backend_aside():

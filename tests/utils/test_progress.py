@@ -1,11 +1,11 @@
 """Progress of long jobs where nobody sits at a terminal."""
 
-import io
 import sys
 import time
 
 import pytest
 
+from tests.support.files import Terminal
 from utils import progress as module
 from utils.progress import progress
 
@@ -59,10 +59,6 @@ def test_a_hidden_job_writes_nothing(log):
 
 
 def test_a_terminal_gets_a_bar(monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     work(3, 0.001)

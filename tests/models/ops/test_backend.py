@@ -4,7 +4,6 @@ import logging
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +15,8 @@ from models.ops import backend
 from models.ops.edge_conv import edge_conv
 from models.ops.knn import flatten_neighbors, knn
 from models.ops.layers import edge_block
+from tests.support.comparing import assert_close
+from tests.support.paths import ROOT
 from utils.errors import UserError
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
@@ -26,7 +27,6 @@ VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 pytestmark = pytest.mark.skipif(
     DEVICE.type == "cpu" and VERSION < (3, 1), reason="no GPU, and Triton 3.0's interpreter does not write its outputs"
 )
-ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
@@ -47,6 +47,12 @@ def unchecked(monkeypatch, chosen):
 def first_of_the_largest(values, k):
     """Places of the k largest, ascending; of equal ones the first."""
     return values.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
+
+
+def nearest(points, k):
+    """(B, N, C) -> (B, N, k) places of the k nearest points, ascending; of equally distant ones the first."""
+    distances = (points[:, :, None] - points[:, None]).square().sum(-1)
+    return first_of_the_largest(-distances.flatten(0, 1), k).unflatten(0, distances.shape[:2])
 
 
 @pytest.mark.parametrize("n", [1, 5, 32, 45])
@@ -81,11 +87,9 @@ def test_selection_with_values_that_are_not_numbers_names_different_places():
 
 @pytest.mark.parametrize("coordinates", [1, 3, 4])
 def test_nearest_points(coordinates):
-    points = torch.randn(2, 21, coordinates)
-    points[1, 5:15] = points[1, 0]  # as input dropout leaves them
-    distances = (points[:, :, None] - points[:, None]).square().sum(-1)
-    expected = first_of_the_largest(-distances.flatten(0, 1), 6).unflatten(0, (2, 21))
-    torch.testing.assert_close(triton_kernels.nearest(points.to(DEVICE), 6).cpu(), expected)
+    points = torch.randn(2, 11, coordinates)
+    points[1, 3:8] = points[1, 0]  # as input dropout leaves them
+    torch.testing.assert_close(triton_kernels.nearest(points.to(DEVICE), 4).cpu(), nearest(points, 4))
 
 
 def test_selection_from_padded_rows_reads_none_of_the_padding():
@@ -133,7 +137,7 @@ def test_neighbors_by_products_of_a_ragged_cloud(unchecked):
 
 
 def test_nearest_points_of_a_strided_cloud():
-    points = torch.randn(3, 2, 12).to(DEVICE).permute(1, 2, 0)
+    points = torch.randn(3, 2, 7).to(DEVICE).permute(1, 2, 0)
     torch.testing.assert_close(triton_kernels.nearest(points, 3), triton_kernels.nearest(points.contiguous(), 3))
 
 
@@ -143,7 +147,7 @@ def test_edges_against_autograd(points, k, width):
     grad_scale, constant, about = torch.randn(3, width).to(DEVICE)
     sign = torch.where(constant < 0, -1.0, 1.0)
     neighbors = torch.rand(points, points).topk(k, dim=1).indices.to(DEVICE)
-    neighbors[: points // 2, -1] = neighbors[: points // 2, 0]  # a row may be the same row's neighbour twice
+    neighbors[: points // 2, -1] = neighbors[: points // 2, 0]  # a row may be the same row's neighbor twice
     exact_a, exact_c = (x.double().requires_grad_() for x in (a, c))
     h = exact_a[neighbors] + exact_c[:, None]
     extremes = (h * sign).amax(1) * sign
@@ -175,14 +179,6 @@ def test_what_is_not_a_number_stays_among_the_extremes():
     assert extremes.isnan().flatten().tolist() == [True, True, False]
 
 
-def assert_same(found, expected, tolerance):
-    """Both name the same tensors, which differ by rounding."""
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        atol = tolerance * max(1.0, value.abs().max().item())
-        torch.testing.assert_close(found[name], value, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
-
-
 def layer_outcome(x, neighbors, clouds, train):
     """Output, gradients and buffers of one EdgeConv."""
     torch.manual_seed(1)
@@ -210,11 +206,11 @@ def test_a_layer_is_the_same_in_both_forms(unchecked, train):
         outcome["x"][11] += outcome["x"][14:20].sum(0)
         outcome["x"][14:20] = 0
         del outcome["1.weight"]  # at a gain of zero all edges tie
-    assert_same(found, plain, 1e-5)
+    assert_close(found, plain, tolerance=1e-5)
 
 
 def test_an_encoder_is_the_same_in_both_forms(unchecked):
-    clouds = torch.randn(2, 3, 14).to(DEVICE)
+    clouds = torch.randn(2, 3, 9).to(DEVICE)
     outcomes = []
     for choice in ("torch", "triton"):
         unchecked(choice)
@@ -223,68 +219,91 @@ def test_an_encoder_is_the_same_in_both_forms(unchecked):
         pooled, local = encoder(clouds)
         (pooled.square().sum() + local.sum()).backward()
         outcomes.append({"pooled": pooled, "local": local, **{n: p.grad for n, p in encoder.named_parameters()}})
-    assert_same(*outcomes, 1e-4)
+    assert_close(*outcomes, tolerance=1e-4)
 
 
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_the_check_at_first_use_passes(chosen, caplog, context):
+def test_the_check_at_first_use_passes(chosen, caplog):
     chosen("triton")
-    with caplog.at_level(logging.INFO, logger="crossnet.kernels"), context():
+    with caplog.at_level(logging.INFO, logger="crossnet.kernels"), torch.inference_mode():
         assert backend.backend_for(torch.zeros(1, device=DEVICE)) is triton_kernels
         assert backend.backend_for(torch.zeros(1, device=DEVICE)) is triton_kernels
     assert len(caplog.records) == 1 and "CROSSNET_KERNELS=torch turns them off" in caplog.text
 
 
-PUBLIC = ("nearest", "largest", "edge_extremes", "edge_gradients")
+# --- the check at first use, of kernels in plain operations: the interpreter takes seconds for each ---
 
 
-@pytest.mark.parametrize("wrong", PUBLIC)
-def test_a_kernel_that_is_wrong_is_noticed(wrong):
+def edge_extremes(a, c, neighbors, sign, *, about):
+    h = a[neighbors] + c[:, None]
+    extremes, place = (h * sign).max(1)
+    sums = torch.zeros(2, a.shape[1]) if about is None else [((h - about) ** power).sum((0, 1)) for power in (1, 2)]
+    return extremes * sign, neighbors.gather(1, place), *sums
+
+
+def edge_gradients(a, c, neighbors, grad_scale, constant, grad_at_argmax, argmax):
+    a, c = (x.detach().requires_grad_() for x in (a, c))
+    h = a[neighbors] + c[:, None]
+    energy = (grad_scale * h.square() / 2 + constant * h).sum()
+    energy = energy + (grad_at_argmax * (a.gather(0, argmax.long()) + c)).sum()
+    return torch.autograd.grad(energy, (a, c))
+
+
+PLAIN = {"nearest": nearest, "largest": first_of_the_largest}
+PLAIN |= {"edge_extremes": edge_extremes, "edge_gradients": edge_gradients}
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_the_check_computes_gradients_whatever_its_caller_needs(chosen, monkeypatch, context):
+    monkeypatch.setitem(sys.modules, "models.ops.triton_kernels", SimpleNamespace(**PLAIN))
+    chosen("triton")
+    with context():
+        assert backend.backend_for(torch.zeros(1, device=DEVICE)).nearest is nearest
+
+
+def wrong_everywhere(name):
     def spoiled(*inputs, **named):
-        out = getattr(triton_kernels, wrong)(*inputs, **named)
-        if torch.is_tensor(out):
-            return (out + 1) % 12
-        return out[0], out[1] + 1, *out[2:]
+        out = PLAIN[name](*inputs, **named)
+        return (out + 1) % 12 if torch.is_tensor(out) else (out[0], out[1] + 1, *out[2:])
 
-    faulty = SimpleNamespace(**{name: getattr(triton_kernels, name) for name in PUBLIC} | {wrong: spoiled})
-    with pytest.raises(RuntimeError, match="differ from the plain formula"):
-        backend.check(faulty, DEVICE)
+    return spoiled
 
 
 def ties_are_lost(values, k):
-    out = triton_kernels.largest(values, k)
+    out = first_of_the_largest(values, k)
     ties = (values.sort(1, descending=True).values.diff(dim=1)[:, k - 1] == 0)[:, None]
     return torch.where(ties, torch.zeros_like(out), out)
 
 
 def one_place_twice(points, k):
-    out = triton_kernels.nearest(points, k)
+    out = nearest(points, k)
     out[..., 1] = torch.where(out[..., 0] == 0, out[..., 0], out[..., 1])
     return out
 
 
 def nothing_without_moments(*inputs, about):
-    extremes, *others = triton_kernels.edge_extremes(*inputs, about=about)
+    extremes, *others = edge_extremes(*inputs, about=about)
     return extremes * (about is not None), *others
 
 
 def nothing_from_short_places(*inputs):
-    return tuple(part * (inputs[-1].dtype != torch.int16) for part in triton_kernels.edge_gradients(*inputs))
+    return tuple(part * (inputs[-1].dtype != torch.int16) for part in edge_gradients(*inputs))
 
 
 @pytest.mark.parametrize(
     ("name", "fault"),
     [
+        *((name, wrong_everywhere(name)) for name in PLAIN),
         ("largest", ties_are_lost),
         ("nearest", one_place_twice),
         ("edge_extremes", nothing_without_moments),
         ("edge_gradients", nothing_from_short_places),
     ],
 )
-def test_a_kernel_that_is_wrong_in_one_case_only_is_noticed(name, fault):
-    faulty = SimpleNamespace(**{public: getattr(triton_kernels, public) for public in PUBLIC} | {name: fault})
+def test_a_kernel_that_is_wrong_always_or_in_one_case_is_noticed(name, fault):
+    cpu = torch.device("cpu")
+    backend.check(SimpleNamespace(**PLAIN), cpu)
     with pytest.raises(RuntimeError, match="differ from the plain formula"):
-        backend.check(faulty, DEVICE)
+        backend.check(SimpleNamespace(**PLAIN | {name: fault}), cpu)
 
 
 def test_without_working_kernels_the_plain_form_runs_with_a_warning(monkeypatch, chosen, caplog):

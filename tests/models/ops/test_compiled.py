@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from models.ops import compiled, pooling
-from tests.models.ops.test_pooling import assert_same, example, ours, outcome, plain
+from tests.models.ops.test_pooling import example, ours, outcome, plain
+from tests.support.comparing import assert_close
 
 
 def doubled(x):
@@ -60,7 +61,7 @@ def test_the_pooled_layer_in_its_fused_form_equals_the_plain_modules(monkeypatch
     monkeypatch.setattr(pooling, "fused", graph)
     inputs = example(points=points, gains="non-zero")
     actual, expected = outcome(ours(mean), *inputs, mean=mean), outcome(plain, *inputs, mean=mean)
-    assert_same(actual, expected, tolerance=1e-11)
+    assert_close(actual, expected, tolerance=1e-11)
 
 
 def test_the_fused_gradient_is_the_plain_one_to_the_last_bit():

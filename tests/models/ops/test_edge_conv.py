@@ -13,6 +13,7 @@ from models.ops import tiles
 from models.ops.edge_conv import edge_conv, edge_conv_two_layers
 from models.ops.knn import flatten_neighbors, knn
 from models.ops.layers import edge_block
+from tests.support.comparing import assert_close
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4}
 EVERY_GAMMA = "both signs and zero"
@@ -65,16 +66,6 @@ def textbook(x, index, blocks):
     return textbook_edge_conv(x, index, *blocks)
 
 
-def assert_same(actual, expected, *, tolerance, without=()):
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        if name not in without:
-            scale = max(1.0, value.abs().max().item())
-            torch.testing.assert_close(
-                actual[name], value, rtol=0, atol=tolerance * scale, msg=lambda text, name=name: f"{name}: {text}"
-            )
-
-
 def without_undefined(gammas, widths):
     """At a gain of zero all edges tie, so the gain's own gradient is not unique; everything else is."""
     return (f"grad of {len(widths) - 2}.1.weight",) if gammas == EVERY_GAMMA else ()
@@ -90,7 +81,7 @@ def test_edge_conv_equals_the_textbook(widths, gammas, train, dtype):
     index = knn(x.mT, 6)
     actual, expected = (outcome(f, x, index, blocks, train=train) for f in (ours, textbook))
     assert actual["output"].dtype == dtype
-    assert_same(actual, expected, tolerance=TOLERANCE[dtype], without=without_undefined(gammas, widths))
+    assert_close(actual, expected, tolerance=TOLERANCE[dtype], without=without_undefined(gammas, widths))
 
 
 @pytest.mark.parametrize("k", [1, 2, 8, 9])
@@ -101,7 +92,7 @@ def test_every_k_from_one_to_all_points_and_a_batch_of_one(widths, batch, k):
     blocks = blocks_of(widths, gammas=EVERY_GAMMA)
     index = knn(x.mT, k)
     actual, expected = (outcome(f, x, index, blocks) for f in (ours, textbook))
-    assert_same(actual, expected, tolerance=1e-10, without=without_undefined(EVERY_GAMMA, widths))
+    assert_close(actual, expected, tolerance=1e-10, without=without_undefined(EVERY_GAMMA, widths))
 
 
 def test_a_gain_of_zero_has_a_subgradient():
@@ -122,7 +113,7 @@ def test_running_statistics_over_several_steps(widths, momentum):
     blocks = blocks_of(widths, momentum=momentum)
     index = knn(x.mT, 5)
     actual, expected = (outcome(f, x, index, blocks, steps=3) for f in (ours, textbook))
-    assert_same(actual, expected, tolerance=1e-10)
+    assert_close(actual, expected, tolerance=1e-10)
     assert actual["0.1.num_batches_tracked"] == 3  # the backward computes blocks again, and does not count them again
 
 
@@ -137,7 +128,7 @@ def test_batch_norm_without_running_statistics_or_parameters(widths, train):
     x = torch.randn(2, 3, 12, dtype=torch.float64)
     index = knn(x.mT, 5)
     actual, expected = (outcome(f, x, index, blocks, train=train) for f in (ours, textbook))
-    assert_same(actual, expected, tolerance=1e-10)
+    assert_close(actual, expected, tolerance=1e-10)
 
 
 def test_batch_norm_with_neither_parameters_nor_buffers():
@@ -146,7 +137,7 @@ def test_batch_norm_with_neither_parameters_nor_buffers():
     x = torch.randn(2, 3, 12, dtype=torch.float64)
     index = knn(x.mT, 5)
     actual, expected = (outcome(f, x, index, [block]) for f in (ours, textbook))
-    assert_same(actual, expected, tolerance=1e-10)
+    assert_close(actual, expected, tolerance=1e-10)
 
 
 @pytest.mark.parametrize("widths", [(3, 6), (3, 6, 5)], ids=["one layer", "two layers"])
@@ -161,7 +152,7 @@ def test_duplicated_points(widths):
         gradient = result["grad of x"]
         gradient[..., 0] += gradient[..., 10:].sum(2)
         result["grad of x"] = gradient[..., :10]
-    assert_same(actual, expected, tolerance=1e-10)
+    assert_close(actual, expected, tolerance=1e-10)
 
 
 @pytest.mark.parametrize("widths", [(3, 6), (3, 6, 5)], ids=["one layer", "two layers"])
@@ -180,7 +171,7 @@ def test_two_layers_in_blocks_of_any_size(monkeypatch, budget, train):
     blocks = blocks_of((3, 7, 6), gammas=EVERY_GAMMA)
     index = knn(x.mT, 5)
     actual, expected = (outcome(f, x, index, blocks, train=train) for f in (ours, textbook))
-    assert_same(actual, expected, tolerance=1e-10, without=without_undefined(EVERY_GAMMA, (3, 7, 6)))
+    assert_close(actual, expected, tolerance=1e-10, without=without_undefined(EVERY_GAMMA, (3, 7, 6)))
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
@@ -192,7 +183,7 @@ def test_one_layer_in_blocks_of_whole_clouds(monkeypatch, budget, train):
     layers = blocks_of((3, 7), gammas=EVERY_GAMMA)
     index = knn(x.mT, 5)
     actual, expected = (outcome(f, x, index, layers, train=train) for f in (ours, textbook))
-    assert_same(actual, expected, tolerance=1e-10, without=without_undefined(EVERY_GAMMA, (3, 7)))
+    assert_close(actual, expected, tolerance=1e-10, without=without_undefined(EVERY_GAMMA, (3, 7)))
 
 
 def test_one_layer_on_a_cloud_of_more_points_than_two_bytes_count():
@@ -200,7 +191,7 @@ def test_one_layer_on_a_cloud_of_more_points_than_two_bytes_count():
     index = torch.randint(40_000, (1, 40_000, 3))
     layers = blocks_of((2, 3), gammas=EVERY_GAMMA)
     actual, expected = (outcome(f, x, index, layers) for f in (ours, textbook))
-    assert_same(actual, expected, tolerance=1e-8, without=without_undefined(EVERY_GAMMA, (2, 3)))
+    assert_close(actual, expected, tolerance=1e-8, without=without_undefined(EVERY_GAMMA, (2, 3)))
 
 
 def test_rows_that_are_not_so_many_clouds_are_refused():
@@ -256,7 +247,7 @@ def test_edge_conv_under_autocast_is_that_of_float32(widths):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return ours(*inputs)
 
-    assert_same(outcome(mixed, x, index, blocks), outcome(ours, x, index, blocks), tolerance=0)
+    assert_close(outcome(mixed, x, index, blocks), outcome(ours, x, index, blocks), tolerance=0)
 
 
 @pytest.mark.parametrize("widths", [(3, 6), (3, 6, 5)], ids=["one layer", "two layers"])

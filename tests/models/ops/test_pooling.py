@@ -9,6 +9,7 @@ from torch import nn
 from models.ops import pooling
 from models.ops.layers import point_block
 from models.ops.pooling import pool_pointwise
+from tests.support.comparing import assert_close
 
 
 def plain(layers, clouds, block):
@@ -47,14 +48,6 @@ def ours(mean):
     return lambda *inputs: pool_pointwise(*inputs, with_mean=mean)
 
 
-def assert_same(actual, expected, *, tolerance):
-    for name, value in expected.items():
-        scale = max(1.0, value.abs().max().item())
-        torch.testing.assert_close(
-            actual[name], value, rtol=0, atol=tolerance * scale, msg=lambda text, name=name: f"{name}: {text}"
-        )
-
-
 @pytest.mark.parametrize("mean", [False, True])
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("budget", [1, 50, 8 * 17, 10**6], ids="block of {}".format)
@@ -68,7 +61,7 @@ def test_equals_the_plain_modules(monkeypatch, mean, train, budget):
     for result in (actual, expected):
         for name in skip:
             result[name] = result[name][1:]
-    assert_same(actual, expected, tolerance=1e-11)
+    assert_close(actual, expected, tolerance=1e-11)
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
@@ -76,7 +69,7 @@ def test_float32_agrees_over_several_groups_of_points(train):
     inputs = example(dtype=torch.float32, points=70, gains="non-zero")
     inputs[2].train(train)
     actual, expected = (outcome(f, *inputs, mean=True) for f in (ours(True), plain))
-    assert_same(actual, expected, tolerance=1e-5)
+    assert_close(actual, expected, tolerance=1e-5)
 
 
 def test_identical_points_share_one_gradient():
@@ -91,7 +84,7 @@ def test_identical_points_share_one_gradient():
             gradient = result[f"grad of layer {i}"].unflatten(0, (clouds, -1))
             gradient[:, 0] += gradient[:, 10:].sum(1)
             result[f"grad of layer {i}"] = gradient[:, :10]
-    assert_same(actual, expected, tolerance=1e-11)
+    assert_close(actual, expected, tolerance=1e-11)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -110,7 +103,7 @@ def test_without_parameters_or_running_statistics():
     layers, clouds, block = example()
     block[1] = nn.BatchNorm1d(8, affine=False, track_running_stats=False)
     actual, expected = (outcome(f, layers, clouds, block, mean=True) for f in (ours(True), plain))
-    assert_same(actual, expected, tolerance=1e-11)
+    assert_close(actual, expected, tolerance=1e-11)
 
 
 def test_a_large_offset_does_not_cancel_the_variance():

@@ -6,15 +6,7 @@ import pytest
 import torch
 
 from models.ops import tiles
-from models.ops.tiles import (
-    in_degree,
-    mark_places,
-    neighbor_max,
-    neighbor_sum,
-    tiles_of_clouds,
-    transposed_sum,
-    unmark,
-)
+from models.ops.tiles import in_degree, mark_places, neighbor_max, neighbor_sum, tiles_of_clouds, transposed_sum, unmark
 
 
 @pytest.mark.parametrize("budget", [1, 7, 60, 61, 130, 10**6])

@@ -1,0 +1,106 @@
+"""The frame of a benchmark's command: read the flags, measure, print a table, write one JSON object.
+
+The JSON object holds what the benchmark measured and
+
+- ``settings``: the flags, the device and what else was chosen;
+- ``machine``, ``versions``, ``git_commit``: see ``benchmarks.measure.provenance``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from benchmarks.measure import in_fresh_process, provenance
+from engine.device import resolve_device
+from utils.cli import HelpFormatter, positive_int, seed_number, write_json
+
+# Flags that do not belong to the settings of a result: they name places on this machine or how it was called.
+NOT_SETTINGS = ("json", "data_root", "picture", "part", "argv")
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A benchmark and its command line.
+
+    Attributes:
+        name: module below ``benchmarks``.
+        description: text of ``--help``.
+        add_arguments: adds the flags that say what is measured.
+        measure: (flags, device) -> result; may add to ``settings``.
+        table: result -> text.
+        repeats: default of ``--repeats``; None: the benchmark has no rounds, and neither this flag nor ``--quick``.
+        quick: values of flags with ``--quick``.
+        threads: default of ``--threads``.
+        check: raises UserError if the flags do not fit together.
+        part: (flags, words) -> what ``fresh`` returns.
+    """
+
+    name: str
+    description: str
+    add_arguments: Callable[[argparse.ArgumentParser], Any]
+    measure: Callable[[argparse.Namespace, torch.device], dict[str, Any]]
+    table: Callable[[dict[str, Any]], str]
+    repeats: int | None = 3
+    quick: Mapping[str, Any] = field(default_factory=dict)
+    threads: int = 2
+    check: Callable[[argparse.Namespace], None] = lambda args: None
+    part: Callable[[argparse.Namespace, Sequence[str]], dict[str, Any]] | None = None
+
+    def parse_args(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
+        """Read the command line.
+
+        Raises:
+            UserError: flags that do not fit together.
+        """
+        parser = argparse.ArgumentParser(
+            prog=f"python -m benchmarks.{self.name}", description=self.description, formatter_class=HelpFormatter
+        )
+        self.add_arguments(parser)
+        g = parser.add_argument_group("how")
+        if self.repeats is not None:
+            g.add_argument("--quick", action="store_true", help="a try-out of seconds at sizes that say nothing")
+            g.add_argument(
+                "--repeats", type=positive_int, default=self.repeats, metavar="R", help="timed rounds of each form"
+            )
+        g.add_argument("--threads", type=positive_int, default=self.threads, metavar="T", help="CPU threads of PyTorch")
+        g.add_argument("--seed", type=seed_number, default=1, metavar="S", help="seed of everything random")
+        g.add_argument("--json", metavar="FILE", help="also write the result, with machine and versions, to FILE")
+        parser.add_argument("--part", nargs="+", help=argparse.SUPPRESS)  # what ``fresh`` asks a process for
+        args = parser.parse_args(argv)
+        args.argv = list(sys.argv[1:] if argv is None else argv)
+        if vars(args).get("quick"):
+            vars(args).update(self.quick)
+        self.check(args)
+        return args
+
+    def fresh(self, args: argparse.Namespace, *words: object) -> dict[str, Any]:
+        """Return ``part`` of the same flags and these words, computed in a fresh process."""
+        return in_fresh_process(f"benchmarks.{self.name}", [*args.argv, "--part", *map(str, words)])
+
+    def main(self, argv: Sequence[str] | None = None) -> dict[str, Any]:
+        """Measure, print the table, write the JSON object."""
+        args = self.parse_args(argv)
+        device, before = resolve_device(getattr(args, "device", "cpu")), torch.get_num_threads()
+        torch.set_num_threads(args.threads)
+        try:
+            if args.part:
+                result = self.part(args, args.part)
+                print(json.dumps(result))
+                return result
+            about = provenance(device)
+            result = self.measure(args, device)
+        finally:
+            torch.set_num_threads(before)
+        settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
+        result["settings"] = {**settings, "device": str(device), **result.get("settings", {})}
+        result |= about
+        print(self.table(result))
+        write_json(args.json, result)
+        return result
