@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engine.checkpoint import checkpoint_errors, load_checkpoint
 from engine.load_model import misfits
-from engine.published_weights import find_state, published_arguments, published_encoder_state
+from engine.published_weights import find_state, published_arguments, split_published_state
 from models import ENCODERS, build_encoder
 from models.task_heads import TASKS
 from utils.errors import CheckpointError
@@ -67,7 +67,7 @@ def _others(payload: Mapping[str, Any], path: Path) -> dict[str, Any]:
         return {"origin": "no tensors that could be weights"}
     fits = []
     for name in ENCODERS:
-        own = published_encoder_state(state.tensors, name)[0]
+        own = split_published_state(state.tensors, name)[0]
         fit = _fit(own, name, published_arguments(own, name), path)
         fits.append({**fit, "left_out": len(state.tensors) - len(own)})
     about = {"origin": "weights of another origin", "weights": state.describe()}

@@ -20,8 +20,9 @@ from engine.load_model import crossnet_from_checkpoint, encoder_from_checkpoint
 from models import build_encoder, pretrained
 from models.image import IMAGE_ENCODERS
 from tests.support.pairs import write_demo_set, write_pairs
+from tests.support.paths import ROOT
 from tests.support.segmentation_sets import write_parts, write_rooms
-from tests.support.small_run import ROOT, TinyImageNet, arguments
+from tests.support.small_run import TinyImageNet, arguments
 from tests.support.weights import TINY, publish_tiny, save_pretraining, tiny_encoder
 from utils.errors import CheckpointError, UserError
 from utils.files import sha256

@@ -431,7 +431,7 @@ def test_own_pairs_are_not_an_unfinished_shapenet(tmp_path, capsys):
     assert row.state == "partial"
     assert row.get == f"python -m data.prepare_meshes --meshes {tmp_path / 'ShapeNet'} --out data/mine"
     for split in ("train", "test"):
-        h5(tmp_path / "labeled_hdf5" / f"ply_data_{split}0.h5", data=clouds(2), label=np.arange(2))
+        write_h5(tmp_path / "labeled_hdf5" / f"ply_data_{split}0.h5", data=clouds(2), label=np.arange(2))
         (tmp_path / "labeled_hdf5" / f"{split}_files.txt").write_text(f"labeled_hdf5/ply_data_{split}0.h5\n")
     (tmp_path / "labeled_hdf5" / "shape_names.txt").write_text("a\nb\n")
     assert list(check(tmp_path)) == ["own pairs", "own labeled clouds"]
@@ -451,8 +451,8 @@ def test_own_meshes_and_clouds_are_told_of_the_commands_that_prepare_them(tmp_pa
         np.save(tmp_path / "two" / name, clouds(1, 8)[0])
     main(["--data_root", str(tmp_path / "two")])
     printed = capsys.readouterr().out
-    for command in ("prepare_meshes --meshes", "prepare_clouds --clouds"):
-        assert f"python -m data.{command} {tmp_path / 'two'} " in printed
+    for prepare in ("prepare_meshes --meshes", "prepare_clouds --clouds"):
+        assert f"python -m data.{prepare} {tmp_path / 'two'} " in printed
     mesh.write_text("OFF\n3 1 0\n0 0 0\n")
     assert broken(tmp_path / "one")[0] == {"own meshes and clouds"}
 

@@ -21,7 +21,7 @@ from models import build_encoder
 from models.task_heads import Classification, PartSegmentation, SemanticSegmentation
 from tests.support.checkpoints import save_encoder, save_model
 from tests.support.commands import command
-from utils.errors import CheckpointError, DataError, UserError
+from utils.errors import DataError, UserError
 
 RNG = np.random.default_rng(0)
 PART_TABLE = {
