@@ -1,16 +1,16 @@
-r"""Pretrain a point-cloud encoder with CrossNet (Wu et al., IEEE TMM 2023): no labels, clouds and renderings only.
+r"""Pretrain a point-cloud encoder with CrossNet (Wu et al., IEEE TMM 2023), from clouds and renderings without labels.
 
 Examples:
-  # the defaults (docs/fidelity.md: the released ones) on ShapeNet; scores on ModelNet40 when it is in --data_root
+  # ShapeNet with the default settings (docs/fidelity.md), scored on ModelNet40 if that is in --data_root
   python train_crossnet_con.py --data_root data --exp_name crossnet
 
-  # go on after a stop; the result is the one of an uninterrupted run
+  # resume a stopped run; the result is that of an uninterrupted one
   python train_crossnet_con.py --data_root data --exp_name crossnet --resume
 
   # four GPUs, a global batch of 32 pairs (docs/distributed.md)
   torchrun --nproc_per_node=4 train_crossnet_con.py --data_root data --exp_name crossnet --batch_size 8
 
-  # a small machine: fewer points, smaller images, a smaller image network
+  # small machines: fewer points, smaller images, a smaller image network
   python train_crossnet_con.py --data_root data/demo --exp_name small --epochs 10 --batch_size 64 \
       --num_points 512 --image_size 64 --image_model resnet18
 
@@ -91,52 +91,54 @@ from utils.released_flags import IN_PRETRAINING, Switch, add_released_flags, mod
 from utils.reproducible import seed_everything
 
 logger = logging.getLogger("crossnet")
-PARTS = ("point_encoder", "heads_and_image_encoders")  # a checkpoint's entries with the weights of a CrossNet
-# Settings of the probe change nothing that is learned; which shapes are listed is checked by their names.
+PARTS = ("point_encoder", "heads_and_image_encoders")  # checkpoint entries with the weights of a CrossNet
+# Free on resume: the probe does not affect training, and the fingerprint covers the shapes that --list selects.
 PROBE_SETTINGS = {"eval_every", "eval_dataset", "eval_root", "eval_points", "svm_c", "select_on", "list"}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Command line of this script; docs/fidelity.md says which defaults are not the released ones."""
+    """Build the command line of this script; docs/fidelity.md lists defaults that differ from the release."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add_common_arguments(parser)
     add_run_arguments(parser, exp_name="crossnet", save_every=500)
     g = parser.add_argument_group("data")
     g.add_argument(
-        "--list", metavar="FILE", help="use only these shapes: one <synset>/<model_id>, or <model_id>, a line"
+        "--list",
+        metavar="FILE",
+        help="use only the shapes in FILE, one <synset>/<model_id> or <model_id> per line",
     )
     g.add_argument(
         "--num_points",
         type=positive_int,
         metavar="N",
-        help="points of a view, a random subset of a larger cloud for each view (default: all points, as released)",
+        help="points per view, drawn at random from larger clouds (default: all points, as released)",
     )
-    g.add_argument(
-        "--image_size", type=positive_int, default=224, metavar="PX", help="renderings are resized to PX x PX"
-    )
+    g.add_argument("--image_size", type=positive_int, default=224, metavar="PX", help="resize renderings to PX x PX")
     g.add_argument(
         "--views",
         type=positive_int,
         default=1,
         metavar="V",
-        help="pictures of an object in the cross-modal term, which is the mean over them; distinct where the shape has "
-        "as many. The image encoders take V times as long",
+        help="renderings per object, over which the cross-modal term is averaged; distinct if the shape has enough. "
+        "The image encoders take V times as long",
     )
     g.add_argument(
         "--background",
         choices=list(BACKGROUNDS),
         default="black",
-        help="behind transparent renderings; released: alpha is dropped, the hidden color shows",
+        help="background of transparent renderings; released: drop alpha, which shows the hidden colors",
     )
     g.add_argument(
-        "--strict_data", action="store_true", help="stop at the first unreadable sample; default: at more than 1 %%"
+        "--strict_data",
+        action="store_true",
+        help="stop at the first unreadable sample (default: at more than 1 %%)",
     )
     g.add_argument(
         "--val_fraction",
         type=fraction,
         default=0.0,
         metavar="F",
-        help="share of the pairs to hold out of training, 2 at least; every epoch is judged on them, without labels",
+        help="fraction of the pairs to hold out, at least 2 pairs; every epoch is scored on them, without labels",
     )
     g = parser.add_argument_group("point encoder")
     g.add_argument(
@@ -150,7 +152,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--k",
         type=positive_int,
         metavar="K",
-        help="neighbours per point, itself included, of DGCNN (default: 20, or that of --model_path)",
+        help="DGCNN: neighbors per point, itself included (default: 20, or that of --model_path)",
     )
     g.add_argument(
         "--emb_dims",
@@ -159,12 +161,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="width of the embedding (default: 1024, or that of --model_path)",
     )
     g.add_argument(
-        "--dropout", type=float, default=0.5, metavar="P", help="kept for the heads of fine-tuning; no effect here"
+        "--dropout", type=float, default=0.5, metavar="P", help="no effect: only the heads of fine-tuning have dropout"
     )
     g.add_argument(
         "--model_path",
         metavar="FILE",
-        help="start from the encoder of this checkpoint, or of this repository's weights for --model: pretrained "
+        help="initialize the encoder from this checkpoint; 'pretrained' means this repository's weights for --model "
         "(default: random weights)",
     )
     g = parser.add_argument_group("objective")
@@ -172,37 +174,40 @@ def build_parser() -> argparse.ArgumentParser:
         "--objective",
         choices=OBJECTIVES,
         default="con",
-        help="con: both views against both images; ave: the views' mean against each image",
+        help="con: contrast both views with both images; ave: contrast the mean of the views with each image",
     )
     g.add_argument("--image_modality", choices=MODALITIES, default="both", help="image branches to build")
     g.add_argument(
-        "--image_model", choices=list(IMAGE_ENCODERS), default="resnet50", help="image encoders, random start"
+        "--image_model", choices=list(IMAGE_ENCODERS), default="resnet50", help="image encoders, randomly initialized"
     )
     g.add_argument("--alpha", type=non_negative_float, default=1.0, metavar="A", help="weight of the cross-modal term")
     g.add_argument(
-        "--temperature", type=positive_float, metavar="T", help="of NT-Xent (default: 0.2 with con, 0.1 with ave)"
+        "--temperature",
+        type=positive_float,
+        metavar="T",
+        help="of NT-Xent (default: 0.2 for con, 0.1 for ave)",
     )
     g.add_argument(
         "--mask_same_object",
         action="store_true",
-        help="ablation of con: an object's other view and image are no negatives",
+        help="ablation of con: exclude the object's other view and image from the negatives",
     )
-    g = parser.add_argument_group("optimisation")
-    g.add_argument("--batch_size", type=positive_int, default=32, metavar="B", help="objects per process and step")
+    g = parser.add_argument_group("optimization")
+    g.add_argument("--batch_size", type=positive_int, default=32, metavar="B", help="objects per batch and process")
     g.add_argument(
         "--accumulate",
         type=positive_int,
         default=1,
         metavar="A",
-        help="batches per optimiser step, their gradients averaged; this adds no negatives: every batch has its own "
-        "loss. For more negatives in little memory use a large --batch_size with --chunk_size",
+        help="batches per optimizer step, whose gradients are averaged. This adds no negatives, since each batch has "
+        "its own loss; for more negatives in little memory, use a large --batch_size with --chunk_size",
     )
     g.add_argument(
         "--chunk_size",
         type=positive_int,
         metavar="C",
-        help="compute a batch in chunks of C objects: the memory of C, the loss and the negatives of --batch_size, "
-        "exact but for batch statistics, which are those of a chunk; takes about a third longer (default: off)",
+        help="compute each batch in chunks of C objects: memory of C objects, negatives of the whole batch, about a "
+        "third slower; exact, except that batch statistics are those of a chunk (default: off)",
     )
     g.add_argument("--epochs", type=positive_int, default=250, metavar="E", help="passes over the data")
     g.add_argument(
@@ -210,63 +215,65 @@ def build_parser() -> argparse.ArgumentParser:
         type=positive_float,
         default=1e-3,
         metavar="LR",
-        help="highest learning rate of Adam; SGD takes 100 x this",
+        help="peak learning rate of Adam; SGD uses 100 x this",
     )
     g.add_argument("--weight_decay", type=non_negative_float, default=1e-5, metavar="WD", help="L2 penalty")
-    g.add_argument("--use_sgd", action=Switch, help="SGD with momentum instead of Adam, for all encoders")
-    g.add_argument("--momentum", type=non_negative_float, default=0.9, metavar="M", help="of SGD")
+    g.add_argument("--use_sgd", action=Switch, help="use SGD with momentum instead of Adam")
+    g.add_argument("--momentum", type=non_negative_float, default=0.9, metavar="M", help="momentum of SGD")
     g.add_argument(
         "--lr_schedule",
         choices=LR_SCHEDULES,
         default="cosine",
-        help="cosine: from --lr to 0 once over the run; released: the released code steps its cosine at every batch, "
-        "so that the rate swings between --lr and 0 with a period of 2 x --epochs steps and never settles",
+        help="cosine: from --lr to 0 over the run; released: as the released code, which steps the cosine every batch, "
+        "so that the rate oscillates between --lr and 0 with a period of 2 x --epochs steps",
     )
     g.add_argument(
         "--ema",
         type=fraction,
         default=0.0,
         metavar="D",
-        help="also keep an exponential moving average of all weights, of which a step keeps the share D, such as 0.99: "
-        "scored beside them (ema_...) and written to last_ema.pth; it changes nothing that is trained (default: off)",
+        help="also keep an exponential moving average of all weights with this decay, such as 0.99: it is scored as "
+        "ema_... and saved as last_ema.pth, and does not affect training (default: off)",
     )
     g = parser.add_argument_group("speed")
     g.add_argument(
         "--amp",
         choices=list(AMP_DTYPES),
         default="off",
-        help="mixed precision; neighbours, EdgeConv and loss stay float32. off: float32, but "
-        "PyTorch lets cuDNN round the factors of convolutions to TF32, 10 bits (torch.backends.cudnn.allow_tf32)",
+        help="mixed precision; neighbor search, EdgeConv and loss remain in float32. off: float32, except that PyTorch "
+        "lets cuDNN use TF32 for convolutions (torch.backends.cudnn.allow_tf32)",
     )
     g.add_argument(
-        "--channels_last", action="store_true", help="memory layout of the image encoders; faster on most devices"
+        "--channels_last",
+        action="store_true",
+        help="channels-last memory format for images; faster on most devices",
     )
-    g.add_argument("--compile", action="store_true", help="torch.compile the image encoders and heads")
+    g.add_argument("--compile", action="store_true", help="compile the image encoders and all heads with torch.compile")
     g = parser.add_argument_group("linear-SVM probe")
     g.add_argument(
         "--eval_every",
         type=non_negative_int,
         default=1,
         metavar="EPOCHS",
-        help="epochs between probes; 0 = never. A GPU waits while a CPU fits the SVM: 10 spares most of it",
+        help="epochs between probes, 0 for none; the GPU is idle while the CPU fits the SVM, 10 avoids most of that",
     )
     g.add_argument(
         "--eval_dataset",
         nargs="+",
         default=["auto"],
         choices=["auto", *CLASSIFICATION_SETS],
-        help="sets to score on; auto: those found in --data_root. The first decides best.pth",
+        help="data sets of the probe; auto: all found in --data_root. The first one selects best.pth",
     )
-    g.add_argument("--eval_root", metavar="DIR", help="folder of the probe's sets (default: --data_root)")
-    g.add_argument("--eval_points", type=positive_int, default=1024, metavar="N", help="points per cloud")
+    g.add_argument("--eval_root", metavar="DIR", help="folder of these data sets (default: --data_root)")
+    g.add_argument("--eval_points", type=positive_int, default=1024, metavar="N", help="points per cloud of the probe")
     g.add_argument("--test_batch_size", type=positive_int, default=32, metavar="B", help="clouds per forward pass")
-    g.add_argument("--svm_c", type=positive_float, default=0.01, metavar="C", help="of the linear SVM")
+    g.add_argument("--svm_c", type=positive_float, default=0.01, metavar="C", help="C of the linear SVM")
     g.add_argument(
         "--select_on",
         choices=("val", "test", "pairs"),
         default="val",
-        help="best.pth by the probe on held-out training clouds (val) or, as released, on the test set, or by the "
-        "least loss on the pairs of --val_fraction",
+        help="select best.pth by the probe on held-out training clouds (val) or, as released, on the test set, or by "
+        "the loss on the pairs of --val_fraction",
     )
     add_released_flags(parser, IN_PRETRAINING, datasets=("shapenet", "shapenetrender"))
     return parser
@@ -274,7 +281,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 @dataclass(kw_only=True)
 class PretrainConfig(RunConfig):
-    """Settings of a pretraining run; ``temperature`` is resolved, ``k`` and ``emb_dims`` once the encoder is built."""
+    """Settings of a pretraining run; ``k`` and ``emb_dims`` may be None until the encoder is built."""
 
     list: str | None
     num_points: int | None
@@ -309,7 +316,7 @@ class PretrainConfig(RunConfig):
 
 
 class Pretraining(Task):
-    """CrossNet on pairs of a cloud and a rendering.
+    """Pretraining of CrossNet on pairs of a cloud and renderings.
 
     Args:
         config: settings of the run.
@@ -366,7 +373,11 @@ class Pretraining(Task):
             )
 
     def check_sizes(self) -> None:
-        """Stop early where the settings do not fit the data."""
+        """Fail early if the settings do not fit the data.
+
+        Raises:
+            UserError: naming the flag and a value that fits.
+        """
         config, size, processes = self.config, len(self.dataset), world_size()
         if size < config.batch_size * processes * config.accumulate:
             times = f" x --accumulate {config.accumulate}" if config.accumulate > 1 else ""
@@ -376,11 +387,13 @@ class Pretraining(Task):
                 f"pairs; use --batch_size {size // (processes * config.accumulate)} or less"
             )
         if config.select_on == "pairs" and not config.val_fraction:
-            raise UserError("--select_on pairs needs pairs that are held out of training, such as --val_fraction 0.05")
+            raise UserError("--select_on pairs needs held-out pairs; add, for example, --val_fraction 0.05")
         if config.batch_size * (1 if config.no_sync_bn else processes) < 2:
-            raise UserError("--batch_size 1 gives the loss no negatives and batch norm no statistics; use 2 or more")
+            raise UserError(
+                "--batch_size 1 leaves no negatives for the loss and no statistics for batch norm; use 2 or more"
+            )
         if config.chunk_size == 1:
-            raise UserError("--chunk_size 1 gives batch norm no statistics; use 2 or more")
+            raise UserError("--chunk_size 1 leaves no statistics for batch norm; use 2 or more")
         if config.num_points and config.num_points > self.dataset.cloud_size:
             raise UserError(
                 f"--num_points {config.num_points} is more than the clouds of {config.data_root} have: "
@@ -388,22 +401,22 @@ class Pretraining(Task):
             )
         points = config.num_points or self.dataset.cloud_size
         if config.k is not None and config.k > points:
-            raise UserError(f"--k {config.k} neighbours of clouds of {points} points: choose a k of at most {points}")
+            raise UserError(f"--k {config.k} neighbors in clouds of {points} points; use --k {points} or less")
 
     def build_point_encoder(self) -> nn.Module:
-        """The encoder to train, from random weights or from ``--model_path``."""
+        """Build the encoder, with random weights or those of ``--model_path``."""
         config = self.config
         wanted = {"k": config.k, "emb_dims": config.emb_dims}
         if config.model_path:
             encoder = encoder_from_checkpoint(config.model_path, model=config.model, **wanted)
         else:
             encoder = encoder_from_flags(config.model, **wanted)
-        # From here on, and in checkpoints, the settings are those in use.
+        # Checkpoints record the values in use, not None.
         config.resolve(k=getattr(encoder, "k", None), emb_dims=encoder.emb_dims)
         return encoder
 
     def build_probes(self) -> list[LinearProbe]:
-        """The probes that ``--eval_dataset`` asks for; none where nothing is found."""
+        """Build the probes of ``--eval_dataset``; an empty list if no data set is found."""
         config = self.config
         if config.eval_every == 0:
             return []
@@ -418,7 +431,7 @@ class Pretraining(Task):
         ]
 
     def fingerprint(self) -> str:
-        """Which shapes are trained on, in which order, and which are held out."""
+        """Return a hash of the training shapes, in order, and the held-out ones."""
         names = [*self.dataset.ids, *(f"held out: {name}" for name in self.held_out)]
         return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
@@ -430,7 +443,7 @@ class Pretraining(Task):
         )
 
     def learning_rate(self, step: int) -> float:
-        """Rate of a step, counted from 0."""
+        """Return the learning rate of a step, counted from 0."""
         config = self.config
         return learning_rate(
             step,
@@ -441,7 +454,7 @@ class Pretraining(Task):
         )
 
     def parts(self, batch: dict[str, Any]) -> Iterator[tuple[dict[str, Any], bool]]:
-        """``accumulate`` batches that make one step, each with whether it is the last one."""
+        """Yield the ``accumulate`` batches of a step, each with whether it is the last."""
         tensors = {name: value for name, value in batch.items() if name != "bad"}
         number = self.config.accumulate
         split = zip(*(value.tensor_split(number) for value in tensors.values()), strict=True)
@@ -451,7 +464,7 @@ class Pretraining(Task):
     def forward_backward(
         self, part: dict[str, Any], progress: Progress, *, scale: Callable[[torch.Tensor], torch.Tensor]
     ) -> torch.Tensor:
-        """Add a part's gradients; returns (3,) total, intra- and cross-modal loss."""
+        """Accumulate the gradients of a part; return total, intra- and cross-modal loss (3,)."""
         config, inputs = self.config, self.inputs_of(part, epoch=progress.epoch)
 
         def scaled(loss: torch.Tensor) -> torch.Tensor:
@@ -471,7 +484,7 @@ class Pretraining(Task):
         return torch.stack([losses.total, losses.intra, losses.cross]).detach().float()
 
     def inputs_of(self, batch: dict[str, torch.Tensor], *, epoch: int) -> dict[str, torch.Tensor]:
-        """A batch on the device, its clouds in two augmented views, its renderings augmented: what the model takes."""
+        """Move a batch to the device and augment it; return the model's inputs: two views of clouds, and images."""
         config = self.config
         tensors = {
             name: batch[name].to(self.device, non_blocking=True) for name in ("index", "points", "counts", "pixels")
@@ -490,13 +503,17 @@ class Pretraining(Task):
         return {"view1": view1, "view2": view2, **images}
 
     def count_bad_samples(self, batch: dict[str, Any], progress: Progress) -> None:
-        """Log unreadable samples that others stand in for; stop when they are more than 1 % of those read."""
+        """Log unreadable samples, which the data set replaces by others.
+
+        Raises:
+            UserError: more than 1 % of the samples read are unreadable.
+        """
         progress.read += len(batch["index"]) * world_size()
         messages = all_gather_strings(batch["bad"])
         for message in messages:
             progress.bad += 1
             logger.warning("skipped: %s", message)
-        # Of the data set, while less than one epoch has been read.
+        # During the first epoch: more than 1 % of the data set.
         if progress.bad > 0.01 * max(progress.read, len(self.dataset)):
             raise UserError(
                 f"{progress.bad} of {progress.read} samples could not be read, more than 1 %; the last one: {message}"
@@ -505,16 +522,16 @@ class Pretraining(Task):
             )
 
     def after_step(self) -> None:
-        """Move the averaged weights toward the new ones."""
+        """Update the weight average."""
         if self.averaged is not None:
             self.averaged.update_parameters(self.model)
 
     def models_to_score(self) -> dict[str, CrossNet]:
-        """The model and, with ``--ema``, its average, by what the names of their scores begin with."""
+        """Return the model and, with ``--ema``, its average, keyed by the prefix of their scores."""
         return {"": self.model} if self.averaged is None else {"": self.model, "ema_": self.averaged.module}
 
     def validate(self) -> tuple[dict[str, float], float | None]:
-        """Score the model on the held-out pairs; the least loss chooses ``best.pth`` if ``--select_on`` says so."""
+        """Score the model on the held-out pairs; with ``--select_on pairs`` the lowest loss selects ``best.pth``."""
         if self.averaged is not None and self.config.no_sync_bn:
             broadcast_tensors(self.averaged.buffers())
         if self.pair_validation is None:
@@ -530,7 +547,7 @@ class Pretraining(Task):
         return scores, -scores["val_loss"] if self.config.select_on == "pairs" else None
 
     def evaluate(self) -> tuple[dict[str, float], float | None]:
-        """Score the encoder by the probes; the first one chooses ``best.pth`` unless held-out pairs do."""
+        """Score the encoder with the probes; the first one selects ``best.pth``, unless held-out pairs do."""
         scores: dict[str, float] = {}
         for prefix, model in self.models_to_score().items():
             for probe in self.probes:
@@ -541,7 +558,7 @@ class Pretraining(Task):
         return scores, scores[f"{self.probes[0].dataset}_{self.config.select_on}_accuracy"]
 
     def weights(self) -> dict[str, Any]:
-        """The point encoder on its own, so that it loads without the rest; then the rest; then both averaged."""
+        """Return checkpoint entries: the point encoder, which also loads alone; the rest; both averaged."""
         weights = self.weights_of(self.model)
         if self.averaged is not None:
             averaged = self.weights_of(self.averaged.module)
@@ -549,11 +566,11 @@ class Pretraining(Task):
         return weights
 
     def averaged_weights(self) -> dict[str, Any] | None:
-        """The averaged model as ``weights`` has the newest one; for ``last_ema.pth``."""
+        """Return the averaged model in the form of ``weights``, for ``last_ema.pth``; None without ``--ema``."""
         return None if self.averaged is None else self.weights_of(self.averaged.module)
 
     def weights_of(self, model: CrossNet) -> dict[str, Any]:
-        """See ``weights``."""
+        """Return the checkpoint entries of a model."""
         return {
             "encoder": describe_encoder(model.point_encoder),
             "point_encoder": model.point_encoder.state_dict(),
@@ -564,7 +581,11 @@ class Pretraining(Task):
         }
 
     def load_weights(self, payload: Mapping[str, Any], path: Path) -> None:
-        """Load what ``weights`` gave."""
+        """Load the entries that ``weights`` returned.
+
+        Raises:
+            CheckpointError: tensors are missing or do not fit.
+        """
         hidden = payload["heads_and_image_encoders"].get("point_head.0.bias")
         if hidden is not None and len(hidden) != self.model.point_head[0].out_features:
             raise CheckpointError(
@@ -580,17 +601,17 @@ class Pretraining(Task):
     def load_weights_of(
         self, model: CrossNet, encoder: Mapping[str, Any], rest: Mapping[str, Any], *, path: Path
     ) -> None:
-        """Load the ``PARTS`` of a model."""
+        """Load the entries ``PARTS`` of a checkpoint into a model."""
         load_strictly(model.point_encoder, encoder, path=path, what=f"--model {self.config.model}")
         state = {f"point_encoder.{key}": value for key, value in encoder.items()}
         load_strictly(model, {**state, **rest}, path=path, what="these settings")
 
     def log_start(self) -> None:
-        """Log what is trained on what."""
+        """Log the data set, the length of the run and the device."""
         dataset = self.dataset
         points = self.config.num_points or dataset.cloud_size
         logger.info(
-            "%s; %d shapes without rendering left out; %d points a view; "
+            "%s; %d shapes without rendering left out; %d points per view; "
             "%d steps of %d objects in %d process(es) on %s",
             *(dataset, len(dataset.skipped), points, self.total_steps),
             *(self.sampler.global_batch, world_size(), self.device),
@@ -605,7 +626,7 @@ class Pretraining(Task):
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Pretrain; returns the last epoch's record."""
+    """Pretrain; return the record of the last epoch."""
     config = PretrainConfig.from_flags(build_parser().parse_args(argv))
     folder = RunFolder(Path(config.output_dir) / config.exp_name, overwrite=config.overwrite, resume=config.resume)
     if config.json and is_main():

@@ -180,7 +180,7 @@ class Code:
         ("cut.pth", ["cut.pth is damaged"]),
         ("none.pth", ["none.pth does not exist"]),
         ("code.pth", ["code.pth is refused", "could run code"]),
-        ("text.pth", ["text.pth is damaged or no checkpoint"]),
+        ("text.pth", ["text.pth is damaged or not a checkpoint"]),
     ],
 )
 def test_wrong_checkpoints_of_classification(name, shown, data, tmp_path, capsys):

@@ -444,7 +444,7 @@ def test_accumulated_batches_are_one_step_with_the_mean_of_their_losses(data_roo
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--chunk_size", 1), "--chunk_size 1 gives batch norm no statistics"),
+        (("--chunk_size", 1), "--chunk_size 1 leaves no statistics for batch norm"),
         (("--accumulate", 5), "--batch_size 4 x --accumulate 5 is larger .*16 pairs; use --batch_size 3 or less"),
     ],
 )

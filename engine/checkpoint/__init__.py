@@ -1,6 +1,6 @@
-"""Checkpoint files: plain types only, written in one step, loaded with ``weights_only=True``.
+"""Checkpoint files: plain types only, written atomically, loaded with ``weights_only=True``.
 
-``python -m engine.checkpoint`` says what is in a file and exports encoders (``__main__.py``).
+``python -m engine.checkpoint`` describes files and exports encoders (``__main__.py``).
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from utils.errors import CheckpointError, DamagedCheckpointError, UserError
 from utils.weight_files import SUFFIX, read_weights
 
 FORMAT = 1
-OURS = {"format", "kind", "point_encoder"}  # entries of our checkpoints, none of which published files have
-# Types of what a checkpoint holds.
+OURS = {"format", "kind", "point_encoder"}  # entries of our checkpoints, which published files lack
+# Types that a checkpoint may contain.
 _STORED = (Mapping, Set, list, tuple, str, bytes, int, float, complex, NoneType, Tensor)
 logger = logging.getLogger("crossnet")
 
 
 def save_checkpoint(path: str | os.PathLike[str], payload: Mapping[str, Any], *, keep: Path | None = None) -> None:
-    """Write a checkpoint; whoever looks sees the old file or the whole new one.
+    """Write a checkpoint atomically: readers see either the old file or the complete new one.
 
     Args:
-        path: the file.
+        path: file to write.
         payload: plain types and tensors.
-        keep: where the old file stays, in the place of what is there.
+        keep: file to move the old checkpoint to, replacing what is there.
 
     Raises:
-        UserError: the file cannot be written; the old one is still there.
+        UserError: the file cannot be written; the old one is unchanged.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
@@ -64,10 +64,10 @@ def save_checkpoint(path: str | os.PathLike[str], payload: Mapping[str, Any], *,
 
 
 def _keep(path: Path, keep: Path) -> bool:
-    """Give a file a second name, so that it is never without one; where files cannot have two, its other name.
+    """Hard-link ``path`` to ``keep``, or rename it on file systems without hard links.
 
     Returns:
-        Whether the file has lost its first name.
+        Whether the file was renamed, so that ``path`` no longer exists.
     """
     second = keep.with_name(keep.name + ".tmp")
     second.unlink(missing_ok=True)
@@ -77,7 +77,7 @@ def _keep(path: Path, keep: Path) -> bool:
         os.replace(path, keep)
         return True
     os.replace(second, keep)
-    second.unlink(missing_ok=True)  # replacing a file by itself leaves both names
+    second.unlink(missing_ok=True)  # rename does nothing if both names are links to one file
     return False
 
 
@@ -87,8 +87,9 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     Files that end in ``.safetensors`` are read as such, all others as what torch.save writes.
 
     Raises:
-        DamagedCheckpointError: damaged, or no checkpoint.
-        CheckpointError: missing, of another format number, or it holds objects other than tensors and plain types.
+        DamagedCheckpointError: the file is damaged or not a checkpoint.
+        CheckpointError: the file is missing, has another format number, or holds objects other than tensors and plain
+            types.
     """
     path = Path(path)
     if path.is_dir():
@@ -104,21 +105,21 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _from_safetensors(path: Path) -> dict[str, Any]:
-    """Content of a safetensors file, in the form of a checkpoint where this version wrote it."""
+    """Read a safetensors file; return the form of a checkpoint if this version wrote it."""
     tensors, about = read_weights(path)
     return {**about, "point_encoder": tensors} if about else dict(tensors)
 
 
 def _from_torch(path: Path) -> Any:
-    """Content of what torch.save wrote."""
+    """Read a file that torch.save wrote, and check it."""
     try:
         _check_zip_sizes(path)
         payload = _load(path)
-        # torch does not look at the checksums that it writes; a published file may be written without any.
+        # torch.load does not verify the checksums that torch.save writes; published files may lack them.
         damaged = _wrong_checksum(path) if isinstance(payload, dict) and not OURS.isdisjoint(payload) else None
         _check_tensors(payload)
-    except Exception as error:  # torch raises many kinds on damaged files
-        if "GLOBAL" in str(error) and not _wrong_checksum(path):  # pickle's word for a name to import and call
+    except Exception as error:  # torch raises many kinds for damaged files
+        if "GLOBAL" in str(error) and not _wrong_checksum(path):  # pickle's opcode for a name to import
             raise CheckpointError(_refusal(path, str(error))) from error
         if _is_torchscript(path):
             raise CheckpointError(
@@ -128,7 +129,7 @@ def _from_torch(path: Path) -> Any:
         known = isinstance(error, (RuntimeError, EOFError, ValueError)) and str(error)
         reason = str(error).split(". ")[0].splitlines()[0] if known else "not what torch.save writes"
         again = "train or copy it again"
-        raise DamagedCheckpointError(f"{path} is damaged or no checkpoint ({reason}); {again}") from error
+        raise DamagedCheckpointError(f"{path} is damaged or not a checkpoint ({reason}); {again}") from error
     if damaged:
         raise DamagedCheckpointError(f"{path} is damaged (wrong checksum of {damaged}); train or copy it again")
     return payload
@@ -146,16 +147,16 @@ def _refusal(path: Path, error: str) -> str:
 
 
 class _Bounded(io.BufferedReader):
-    """A file that is never asked for more than is left of it: a length that it claims would be allocated first."""
+    """File whose reads never exceed its size: a damaged length field would otherwise be allocated first."""
 
     def read(self, size: int | None = -1) -> bytes:
-        """See ``io.BufferedReader.read``."""
+        """Read at most what is left of the file."""
         left = max(0, os.fstat(self.fileno()).st_size - self.tell())
         return super().read(left if size is None or size < 0 else min(size, left))
 
 
 def _load(path: Path) -> Any:
-    """Content of a checkpoint in PyTorch's zip form or its older one."""
+    """Load a checkpoint in PyTorch's zip format or its legacy format."""
     if zipfile.is_zipfile(path):
         with plain_objects():
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -164,7 +165,7 @@ def _load(path: Path) -> Any:
 
 
 def _wrong_checksum(path: Path) -> str | None:
-    """The first member of a zip file that is not what was written, or the file's name where it is cut off."""
+    """Return the first zip member with a wrong checksum, or the file name if the archive is truncated."""
     try:
         return zipfile.ZipFile(path).testzip() if zipfile.is_zipfile(path) else None
     except Exception:  # zipfile raises many kinds too
@@ -176,18 +177,18 @@ def _is_torchscript(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except Exception:  # zipfile raises many kinds on damaged files
+    except Exception:  # zipfile raises many kinds for damaged files
         return False
 
 
 def _check_zip_sizes(path: Path) -> None:
-    """See that a zip file's members are stored as they are, as torch.save does: others could unpack to any size.
+    """Check that zip members are uncompressed, as torch.save writes them: compressed ones could unpack to any size.
 
     Raises:
-        ValueError: they are packed, or together larger than the file.
+        ValueError: members are compressed, or together larger than the file.
     """
     if not zipfile.is_zipfile(path):
-        return  # PyTorch's older form
+        return  # PyTorch's legacy format
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
     if any(member.compress_type != zipfile.ZIP_STORED for member in members):
@@ -197,13 +198,13 @@ def _check_zip_sizes(path: Path) -> None:
 
 
 def _check_tensors(payload: Any) -> None:
-    """See that all tensors of a payload are ordinary ones: dense, on the CPU, each value stored.
+    """Check that all tensors of a payload are dense, on the CPU and fully stored.
 
     Raises:
-        ValueError: there is another one.
+        ValueError: a tensor is not.
     """
     left, seen = [payload], set()
-    while left:  # without recursion, and each object once: a file may nest and share them without end
+    while left:  # iterative, each object once: files may nest deeply, or in cycles
         item = left.pop()
         if id(item) in seen:
             continue
@@ -214,17 +215,17 @@ def _check_tensors(payload: Any) -> None:
             left.extend(item)
         elif isinstance(item, Tensor):
             if item.layout is not torch.strided or item.is_quantized or item.device.type != "cpu":
-                raise ValueError("a tensor in it is sparse, quantised or on no device")
+                raise ValueError("a tensor in it is sparse, quantized or not on the CPU")
             if item.nbytes > item.untyped_storage().nbytes():
                 raise ValueError(f"a tensor in it claims {item.nbytes:,} bytes that are not stored")
 
 
 @contextlib.contextmanager
 def checkpoint_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Inside, whatever is wrong with what a checkpoint holds is an error that names the file.
+    """Convert errors about the content of a checkpoint into ones that name the file.
 
     Raises:
-        CheckpointError: an entry is missing, of another type, or of a size that nothing can have.
+        CheckpointError: an entry is missing, or has the wrong type or an impossible size.
     """
     try:
         yield
@@ -232,7 +233,7 @@ def checkpoint_errors(path: str | os.PathLike[str]) -> Iterator[None]:
         raise
     except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         if isinstance(error, AttributeError) and not isinstance(error.obj, _STORED):
-            raise  # of an object that no checkpoint holds: a mistake of this program
+            raise  # not an object from a checkpoint: a bug of ours
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise CheckpointError(
             f"{path} does not hold what this version writes ({type(error).__name__}: {reason}); train or copy it again"

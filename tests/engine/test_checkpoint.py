@@ -208,7 +208,7 @@ def test_numbers_of_numpy_that_are_none_are_refused(code, data, tmp_path):
             return np.float64(1).__reduce__()[0], (Dtype(), data)
 
     torch.save({"best": Scalar()}, tmp_path / "a.pth")
-    refuse(tmp_path / "a.pth", "is damaged or no checkpoint")
+    refuse(tmp_path / "a.pth", "is damaged or not a checkpoint")
 
 
 def test_what_cannot_be_loaded_says_what_it_holds_and_how_to_save_it(tmp_path):
@@ -337,7 +337,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
         refuse(tmp_path / "dict.pth", "neither one of our checkpoints nor a state dict", model="dgcnn_cls")
     with zipfile.ZipFile(tmp_path / "zip.pth", "w") as archive:
         archive.writestr("data", "x")
-    refuse(tmp_path / "zip.pth", "is damaged or no checkpoint")
+    refuse(tmp_path / "zip.pth", "is damaged or not a checkpoint")
 
 
 class Bomb:
@@ -449,7 +449,7 @@ def test_a_length_that_an_older_file_claims_takes_no_memory(tmp_path):
     path = tmp_path / "older.pth"
     path.write_bytes(b"\x80\x02X" + (2**31 - 1).to_bytes(4, "little") + b"text")  # a text of 2 GB
     tracemalloc.start()
-    with pytest.raises(CheckpointError, match="older.pth is damaged or no checkpoint"):
+    with pytest.raises(CheckpointError, match="older.pth is damaged or not a checkpoint"):
         load_checkpoint(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -464,7 +464,7 @@ def test_a_length_that_an_older_file_claims_takes_no_memory(tmp_path):
 def test_tensors_whose_values_are_not_stored_are_refused(tensor, tmp_path):
     encoder = make("pointnet_cls")
     save_encoder(tmp_path / "a.pth", encoder, other={"deep": [tensor]})
-    refuse(tmp_path / "a.pth", "a.pth is damaged or no checkpoint .a tensor in it")
+    refuse(tmp_path / "a.pth", "a.pth is damaged or not a checkpoint .a tensor in it")
 
 
 @pytest.mark.parametrize(
