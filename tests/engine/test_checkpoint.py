@@ -214,7 +214,7 @@ def test_numbers_of_numpy_that_are_none_are_refused(code, data, tmp_path):
 def test_what_cannot_be_loaded_says_what_it_holds_and_how_to_save_it(tmp_path):
     torch.save({"epoch": 3, "model": {"note": "none"}, "lr": 0.1}, tmp_path / "a.pth")
     refuse(tmp_path / "a.pth", r"it holds 'epoch' \(int\), 'model' \(dict\), 'lr' \(float\)")
-    torch.save_encoder(tmp_path / "whole.pth", make("pointnet_cls"))
+    torch.save(make("pointnet_cls"), tmp_path / "whole.pth")
     refuse(
         tmp_path / "whole.pth", r"plain types \(models\.pointnet\.\w+\).*weights_only=False\)\.state_dict\(\), NEW_FILE"
     )
@@ -359,7 +359,7 @@ def test_code_in_a_checkpoint_is_refused_and_never_run(form, tmp_path):
         torch.save(content, tmp_path / "bomb.pth", _use_new_zipfile_serialization=form == "zip")
     refuse(tmp_path / "bomb.pth", "is refused.*could run code")
     assert not (tmp_path / "ran").exists()
-    torch.save_encoder(tmp_path / "module.pth", make("pointnet_cls"))
+    torch.save(make("pointnet_cls"), tmp_path / "module.pth")
     refuse(tmp_path / "module.pth", "is refused", model="pointnet_cls")
 
 

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import resource
+import signal
 import threading
 import time
 
@@ -37,8 +38,11 @@ def collate(samples):
 def no_process_left():
     """Kill data workers that hang: PyTorch waits for each when its loader is deleted, whenever that is."""
     yield
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's would raise
     for process in multiprocessing.active_children():
         process.kill()
+        process.join()
+    signal.signal(signal.SIGCHLD, handler)
 
 
 def load(dataset, workers=2, collate=collate):
