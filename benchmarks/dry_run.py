@@ -32,6 +32,7 @@ if __package__ in (None, ""):
 
 import torch
 from torch import Tensor
+from torchvision.models.resnet import BasicBlock, ResNet
 
 import train_crossnet_con as pretraining
 from benchmarks.emulated_gpu import EmulatedGpu, emulated_gpu
@@ -82,12 +83,12 @@ class Case:
     form: str  # of the encoder's inner loops
     variant: str = "plain"
     processes: int = 1
-    resnet: bool = False  # a real ResNet-18 in the place of one convolution
+    resnet: bool = False  # a real ResNet, of 10 layers, in the place of one convolution
 
     def __str__(self) -> str:
         """Show what is particular."""
         parts = [self.task, self.encoder, f"amp {self.amp}", self.form, self.variant]
-        return ", ".join(parts + ["ResNet-18"] * self.resnet + [f"{self.processes} ranks"] * (self.processes > 1))
+        return ", ".join(parts + ["ResNet"] * self.resnet + [f"{self.processes} ranks"] * (self.processes > 1))
 
     @property
     def row(self) -> str:
@@ -128,6 +129,11 @@ def cases() -> list[Case]:
     return list(dict.fromkeys(found))
 
 
+def short_resnet(weights: None = None) -> ResNet:
+    """Return a ResNet of ten layers."""
+    return ResNet(BasicBlock, [1, 1, 1, 1])
+
+
 @contextlib.contextmanager
 def small_networks(case: Case) -> Iterator[None]:
     """Inside, image networks are small, and what has no part in a step is left out."""
@@ -142,8 +148,8 @@ def small_networks(case: Case) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(torch.amp.GradScaler, "__init__", scaler))
         stack.enter_context(mock.patch.object(RunFolder, "draw_curves", lambda self: None))
-        if not case.resnet:
-            stack.enter_context(mock.patch.dict(IMAGE_ENCODERS, {"resnet18": TinyImageNet}))
+        network = short_resnet if case.resnet else TinyImageNet
+        stack.enter_context(mock.patch.dict(IMAGE_ENCODERS, {"resnet18": network}))
         if case.variant == "mixed image sizes":
             stack.enter_context(mock.patch.object(RenderPixels, "__call__", uneven))
         yield

@@ -2,8 +2,18 @@
 
 The real training step runs at the settings given, in a separate process: a warm-up step, then steps until the time is
 up, two at least. Then the loader alone. A second process repeats this with half the batch; from both follow the memory
-per object and the largest batch that fits into --memory_gb. Of processes that train together only one is measured: what
-they lose by talking to each other, or by sharing a machine, is not in the estimate; --check trains with all of them.
+per object and the largest batch that fits into --memory_gb. What comes on top of the steps:
+
+- checkpoints: one is written, into the system's temporary folder, and timed; last.pth is written after every epoch and
+  every --save_every steps, best.pth at every probe at most.
+- linear-SVM probes, every --eval_every epochs: the features of one batch of clouds are timed and scaled to the probe's
+  sets; the SVM is timed at their size, on made-up features. The sets are those that training would find; without
+  --data_root and --eval_root, one of ModelNet40's size.
+- several processes: only one is measured. Each all-reduce of batch statistics and of the loss, which the step waits
+  for, adds --all_reduce_us. Gradients travel beside the backward pass and are left out; so is what processes lose by
+  waiting for each other or by sharing a machine. --check trains with all of them.
+
+Held-out pairs (--val_fraction) are not counted.
 
 All flags of train_crossnet_con.py count: --batch_size, --num_points, --image_model, --image_size, --model, --k, --amp,
 --workers and so on. Name your data with --data_root, and its reading is measured as it is. Without, the demo's
@@ -26,6 +36,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from math import lcm
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +45,11 @@ if __package__ in (None, ""):
 
 import numpy as np
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import train_crossnet_con
 from benchmarks.measure import (
+    ALL_REDUCE_SECONDS,
     ROOT,
     in_fresh_process,
     place_text,
@@ -45,13 +58,20 @@ from benchmarks.measure import (
     seconds_of,
     text_table,
 )
+from benchmarks.svm import parse_args as svm_settings
+from benchmarks.svm import synthetic_features
 from datasets.pack import pack
 from datasets.pair_sources import PairSource, open_source
+from downstream.features import extract_features
+from downstream.svm import linear_svm
 from engine.device import resolve_device
 from engine.faults import data_workers
+from engine.grad_cache import chunk_count
 from engine.loop import train
+from engine.resume import save
 from engine.run_folder import RunFolder
 from engine.task import Run
+from models import CrossNet
 from utils.cli import (
     HelpFormatter,
     positive_float,
@@ -65,6 +85,7 @@ from utils.reproducible import deterministic
 RELEASED_POINTS = 2048
 # Batches of a stand-in: fewer would not show the loader at work.
 BATCHES = 6
+MODELNET40 = {"dataset": "a set of ModelNet40's size", "train": 9840, "test": 2468, "classes": 40}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
@@ -82,12 +103,20 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, l
         "--memory_gb", type=positive_float, metavar="GB", help="say which batch fits into so much (10^9 bytes)"
     )
     g.add_argument("--data_root", metavar="DIR", help="pairs to read (default: a stand-in)")
+    g.add_argument(
+        "--all_reduce_us",
+        type=positive_float,
+        metavar="US",
+        help="microseconds of one small all-reduce between the processes (default, assumed: "
+        + ", ".join(f"{1e6 * seconds:.0f} on {kind}" for kind, seconds in ALL_REDUCE_SECONDS.items())
+        + ")",
+    )
     g = parser.add_argument_group("how")
     g.add_argument("--seconds", type=positive_float, default=40.0, metavar="S", help="of timed steps")
     g.add_argument("--threads", type=positive_int, metavar="T", help="CPU threads of PyTorch (default: its own choice)")
     g.add_argument("--check", action="store_true", help="then train an epoch of the data and compare")
     g.add_argument("--json", metavar="FILE", help="also write the result to FILE")
-    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)  # what the fresh processes run
+    parser.add_argument("--measure", choices=("all", "steps"), help=argparse.SUPPRESS)  # what the fresh processes run
     args, training = parser.parse_known_args(argv)
     training_parser = train_crossnet_con.build_parser()
     training_parser.error = parser.error  # a mistake shows this command's usage, not the training script's
@@ -127,7 +156,7 @@ class StandIn:
 
 
 @contextlib.contextmanager
-def started(training: list[str], threads: int | None) -> Iterator[Run]:
+def started(training: list[str], threads: int | None, *, with_probes: bool = False) -> Iterator[Run]:
     """The training script's run, built and ready for a step, in a folder that goes away."""
     before = torch.get_num_threads()
     if threads:
@@ -135,21 +164,22 @@ def started(training: list[str], threads: int | None) -> Iterator[Run]:
     try:
         with tempfile.TemporaryDirectory(prefix="crossnet-estimate-") as folder:
             args = train_crossnet_con.build_parser().parse_args([*training, "--output_dir", folder])
-            args.eval_every = 0
+            args.eval_every = args.eval_every if with_probes else 0
             task = train_crossnet_con.Pretraining(train_crossnet_con.PretrainConfig.from_flags(args))
             yield Run(task, RunFolder(Path(folder) / args.exp_name))
     finally:
         torch.set_num_threads(before)
 
 
-def measure_batch(training: list[str], *, seconds: float, threads: int | None) -> dict[str, float]:
-    """Time and memory of the step at these settings, and the time of the loader alone.
+def measure_batch(training: list[str], *, seconds: float, threads: int | None, only_steps: bool) -> dict[str, Any]:
+    """Time and memory of the step at these settings, the time of the loader alone, and what comes between steps.
 
     Returns:
-        ``step_seconds`` and ``load_seconds`` per batch, ``peak_mb``, ``before_mb``, ``steps`` that were timed.
+        ``step_seconds`` and ``load_seconds`` per batch, ``peak_mb``, ``before_mb``, ``steps`` that were timed; unless
+        ``only_steps`` also what ``measure_between_steps`` returns.
     """
     with (
-        started(training, threads) as run_,
+        started(training, threads, with_probes=True) as run_,
         deterministic(run_.config.deterministic),
         data_workers(run_.task) as loader,
     ):
@@ -172,18 +202,77 @@ def measure_batch(training: list[str], *, seconds: float, threads: int | None) -
             if time.perf_counter() - start > seconds:
                 break
         load = (time.perf_counter() - start) / count
+        more = {} if only_steps else measure_between_steps(run_)
     return {
         "step_seconds": float(np.median(times)),
         "load_seconds": load,
         "peak_mb": peak,
         "before_mb": before,
         "steps": len(times),
+        **more,
     }
 
 
-def predict(
-    args: argparse.Namespace, full: dict[str, float], half: dict[str, float] | None, run_: Any
-) -> dict[str, Any]:
+def measure_between_steps(run_: Run) -> dict[str, Any]:
+    """What a checkpoint and a probe's features cost, and what must be known of the run for the rest.
+
+    Returns:
+        ``checkpoint_seconds`` of one; ``cloud_seconds`` of one cloud's features and their number ``dims``;
+        ``probe_sets``, the sizes of the sets that the run would score on; ``all_reduces`` of a step.
+    """
+    task, config = run_.task, run_.config
+    encoder, batch = task.model.point_encoder, config.test_batch_size
+    clouds = np.random.default_rng(0).random((batch, config.eval_points, 3), dtype=np.float32)
+
+    def features() -> None:
+        extract_features(encoder, clouds, batch_size=batch, progress=False)  # ends with a copy to the CPU
+
+    features()
+    return {
+        "checkpoint_seconds": seconds_of(lambda: save(run_, "last.pth"), task.device),
+        "cloud_seconds": seconds_of(features, task.device) / batch,
+        "dims": encoder.feature_dim,
+        "probe_sets": [
+            {
+                "dataset": probe.dataset,
+                "train": len(probe.train),
+                "test": len(probe.test),
+                "classes": len(np.unique(probe.train.labels)),
+            }
+            for probe in task.probes
+        ],
+        "all_reduces": all_reduces_of_step(task.model, config),
+    }
+
+
+def all_reduces_of_step(model: CrossNet, config: train_crossnet_con.PretrainConfig) -> int:
+    """All-reduces of a step under several processes, but for those of gradients, which overlap.
+
+    Each batch norm needs one in either direction, one after the other: its statistics depend on the layer before. In
+    chunks every chunk goes forward twice. The loss gathers both sides of each NT-Xent, with gradient.
+    """
+    norms = 0 if config.no_sync_bn else sum(isinstance(module, _BatchNorm) for module in model.modules())
+    passes = 3 * chunk_count(config.batch_size, config.chunk_size) if config.chunk_size else 2
+    images = len(model.image_encoders)
+    pairs = 1 + (1 if config.objective == "con" and images == 2 else images)
+    numbers_of_objects = config.mask_same_object and config.objective == "con" and images == 2
+    return config.accumulate * (passes * norms + 4 * pairs + numbers_of_objects)
+
+
+def svm_seconds(train: int, test: int, *, classes: int, dims: int) -> float:
+    """Seconds of a probe's two SVMs: one is timed on made-up features, the other has 80 % of its training clouds."""
+    sizes = {"train": train, "test": test, "classes": classes, "dims": dims}
+    sample = synthetic_features(svm_settings([word for key, n in sizes.items() for word in (f"--{key}", str(n))]))
+    return (1 + 0.8**2) * seconds_of(lambda: linear_svm(*sample))
+
+
+def count_checkpoints(*, steps: int, epochs: int, save_every: int, probes: int) -> int:
+    """How often a run of ``steps`` an epoch writes a checkpoint, where every probe finds the best weights so far."""
+    between = steps * epochs // save_every - steps * epochs // lcm(steps, save_every) if save_every else 0
+    return epochs + between + probes
+
+
+def predict(args: argparse.Namespace, full: dict[str, Any], half: dict[str, Any] | None, run_: Any) -> dict[str, Any]:
     """What the measurements say about the run.
 
     Args:
@@ -192,20 +281,39 @@ def predict(
         half: at half of it, or None where that is too small.
         run_: the training script's settings.
     """
-    batch = run_.batch_size
-    step, load = full["step_seconds"], full["load_seconds"]
+    batch, objects = run_.batch_size, run_.batch_size * run_.accumulate * args.gpus
+    all_reduces = full["all_reduces"] if args.gpus > 1 else 0
+    step, load = full["step_seconds"] + all_reduces * args.all_reduce_us / 1e6, full["load_seconds"]
     # Workers read while the device computes; without workers one comes after the other.
     per_step = max(step, load) if run_.workers else step + load
-    steps = args.shapes // (batch * args.gpus)
+    steps = args.shapes // objects
     if not steps:
-        raise UserError(f"--shapes {args.shapes} do not fill one global batch of {batch * args.gpus}")
+        raise UserError(f"--shapes {args.shapes} do not fill one global batch of {objects}")
+    sets = full["probe_sets"]
+    probes = -(-args.epochs // run_.eval_every) if sets else 0
+    features = sum(found["train"] + found["test"] for found in sets) * full["cloud_seconds"] / args.gpus
+    svm = sum(svm_seconds(found["train"], found["test"], classes=found["classes"], dims=full["dims"]) for found in sets)
+    checkpoints = count_checkpoints(steps=steps, epochs=args.epochs, save_every=run_.save_every, probes=probes)
+    hours = {
+        "steps": steps * args.epochs * per_step / 3600,
+        "probes": probes * (features + svm) / 3600,
+        "checkpoints": checkpoints * full["checkpoint_seconds"] / 3600,
+    }
     result = {
         "seconds_per_step": per_step,
         "step_seconds": step,
         "load_seconds": load,
-        "shapes_per_s": batch * args.gpus / per_step,
+        "all_reduces": all_reduces,
+        "all_reduce_seconds": all_reduces * args.all_reduce_us / 1e6,
+        "shapes_per_s": objects / per_step,
         "steps": steps * args.epochs,
-        "hours": steps * args.epochs * per_step / 3600,
+        "hours": sum(hours.values()),
+        "hours_of": hours,
+        "probes": probes,
+        "probe_sets": sets,
+        "probe_seconds": {"features": features, "svm": svm},
+        "checkpoints": checkpoints,
+        "checkpoint_seconds": full["checkpoint_seconds"],
         "bottleneck": "reading data" if load > step else "the training step",
         "peak_mb": full["peak_mb"],
         "mb_per_object": None,
@@ -248,9 +356,16 @@ def train_together(training: list[str], threads: int | None, processes: int) -> 
 
 
 def check(
-    training: list[str], full: dict[str, float], *, batch: int, workers: bool, threads: int | None, processes: int
+    training: list[str], predicted: float, *, objects: int, threads: int | None, processes: int
 ) -> dict[str, float]:
     """Train an epoch of the data measured with, in as many processes as the run would have, and compare.
+
+    Args:
+        training: flags of the training script.
+        predicted: seconds per step.
+        objects: of a step, over all processes.
+        threads: CPU threads of PyTorch in each process.
+        processes: how many.
 
     Returns:
         Predicted and measured seconds per step and the error in per cent.
@@ -260,9 +375,7 @@ def check(
     """
     training = [*training, "--epochs", "1", "--save_every", "0"]
     record = train_alone(training, threads) if processes == 1 else train_together(training, threads, processes)
-    measured = batch * processes / record["shapes_per_s"]
-    step, load = full["step_seconds"], full["load_seconds"]
-    predicted = max(step, load) if workers else step + load
+    measured = objects / record["shapes_per_s"]
     return {
         "processes": processes,
         "steps": record["step"],
@@ -279,9 +392,22 @@ def table(result: dict[str, Any]) -> str:
         ("shapes per second", f"{result['shapes_per_s']:.1f}"),
         ("seconds per step", f"{result['seconds_per_step']:.3f}"),
         ("  the step", f"{result['step_seconds']:.3f}"),
+    ]
+    if result["all_reduces"]:
+        each = f"{s['all_reduce_us']:g} us each, {'given' if s['all_reduce_given'] else 'assumed'}"
+        rows.append((f"    {result['all_reduces']} all-reduces of it, {each}", f"{result['all_reduce_seconds']:.3f}"))
+    hours, probe = result["hours_of"], result["probe_seconds"]
+    names = " and ".join(found["dataset"] for found in result["probe_sets"]) or "no set"
+    rows += [
         ("  reading a batch", f"{result['load_seconds']:.3f}"),
         ("bottleneck", result["bottleneck"]),
-        (f"{result['steps']:,} steps, hours", f"{result['hours']:.1f}"),
+        ("hours", f"{result['hours']:.1f}"),
+        (f"  {result['steps']:,} steps", f"{hours['steps']:.2f}"),
+        (f"  {result['probes']} probes on {names}", f"{hours['probes']:.2f}"),
+        ("    features of one, seconds, scaled", f"{probe['features']:.1f}"),
+        ("    SVMs of one, seconds", f"{probe['svm']:.1f}"),
+        (f"  {result['checkpoints']} checkpoints at most", f"{hours['checkpoints']:.2f}"),
+        ("    one, seconds", f"{result['checkpoint_seconds']:.2f}"),
         ("peak memory, MB", f"{result['peak_mb']:.0f}"),
     ]
     if result["mb_per_object"] is not None:
@@ -308,38 +434,46 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args, training = parse_args(argv)
     if args.measure:
         training = [*training, "--data_root", args.data_root]
-        result = measure_batch(training, seconds=args.seconds, threads=args.threads)
+        result = measure_batch(training, seconds=args.seconds, threads=args.threads, only_steps=args.measure == "steps")
         print(json.dumps(result))
         return result
     run_ = train_crossnet_con.build_parser().parse_args(training)
     device = resolve_device(run_.device)
     about = provenance(device)
-    batch = run_.batch_size
+    given = args.all_reduce_us is not None
+    args.all_reduce_us = args.all_reduce_us if given else 1e6 * ALL_REDUCE_SECONDS[device.type]
+    batch, objects = run_.batch_size, run_.batch_size * run_.accumulate * args.gpus
+    assumes_sets = run_.eval_every > 0 and args.data_root is None and run_.eval_root is None
     with tempfile.TemporaryDirectory(prefix="crossnet-estimate-") as folder:
         if args.data_root is None:
             points = run_.num_points or RELEASED_POINTS
-            source = StandIn(open_source(ROOT / "data" / "demo"), shapes=BATCHES * batch * args.gpus, points=points)
+            source = StandIn(open_source(ROOT / "data" / "demo"), shapes=BATCHES * objects, points=points)
             data = str(Path(folder) / "pairs.h5")
             pack(source, data, chosen=list(range(len(source.ids))), name="stand-in")
         else:
             data = str(Path(args.data_root).absolute())
 
-        def measured(size: int, share: float) -> dict[str, float]:
-            own = ["--measure", "--seconds", str(share * args.seconds), "--data_root", data]
+        def measured(what: str, size: int, share: float) -> dict[str, Any]:
+            own = ["--measure", what, "--seconds", str(share * args.seconds), "--data_root", data]
             own += ["--threads", str(args.threads)] if args.threads else []
-            return in_fresh_process("benchmarks.estimate", [*own, *training, "--batch_size", str(size)])
+            sized = [*training, "--batch_size", str(size), *(["--eval_every", "0"] if assumes_sets else [])]
+            return in_fresh_process("benchmarks.estimate", [*own, *sized])
 
-        full = measured(batch, 1.0)
-        half = measured(batch // 2, 0.1) if batch >= 4 else None
+        full = measured("all", batch, 1.0)
+        half = measured("steps", batch // 2, 0.1) if batch >= 4 else None
+        if assumes_sets:
+            full["probe_sets"] = [MODELNET40]
         result = predict(args, full, half, run_)
         if args.check:
             result["check"] = check(
-                *([*training, "--data_root", data], full),
-                **{"batch": batch, "workers": bool(run_.workers), "threads": args.threads, "processes": args.gpus},
+                *([*training, "--data_root", data], result["seconds_per_step"]),
+                **{"objects": objects, "threads": args.threads, "processes": args.gpus},
             )
-    keys = ("batch_size", "num_points", "model", "k", "image_model", "image_size", "amp", "channels_last", "workers")
+    keys = ("batch_size", "accumulate", "chunk_size", "num_points", "model", "k", "image_model", "image_size", "amp")
+    keys += ("channels_last", "workers", "eval_every", "eval_points", "save_every", "no_sync_bn")
     result["settings"] = {key: getattr(run_, key) for key in keys} | {
-        **{key: getattr(args, key) for key in ("shapes", "epochs", "gpus", "memory_gb", "seconds")},
+        **{key: getattr(args, key) for key in ("shapes", "epochs", "gpus", "memory_gb", "seconds", "all_reduce_us")},
+        "all_reduce_given": given,
         "num_points": run_.num_points or (RELEASED_POINTS if args.data_root is None else "all"),
         "threads": args.threads or torch.get_num_threads(),
         "data": Path(args.data_root).name if args.data_root else "stand-in",

@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -331,24 +331,27 @@ def command_output(command: list[str], seconds: float, *, expected: int = 0) -> 
     return (done.stdout.strip().splitlines() or [""])[-1]
 
 
-def stop_and_resume(out: Path, *, more: tuple[str, ...] = (), seconds: float = 120) -> str:
+def stop_and_resume(
+    out: Path, *, script: Sequence[str] = ("train_crossnet_con.py",), more: Sequence[str] = (), seconds: float = 120
+) -> str:
     """SIGTERM after the first epoch, then --resume to the end.
 
     Args:
         out: folder for the run.
+        script: what Python runs.
         more: flags of the run, besides ``run_arguments``.
         seconds: how long each of the two parts may take.
 
     Raises:
         RuntimeError: a run ends otherwise than it should.
     """
-    command = [sys.executable, "train_crossnet_con.py", *run_arguments(out, "--epochs", str(RUN_EPOCHS), *more)]
+    command = [sys.executable, *script, *run_arguments(out, "--epochs", str(RUN_EPOCHS), *more)]
     folder = out / "check"
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     end = time.perf_counter() + seconds
     metrics = folder / "metrics.jsonl"
     while process.poll() is None and time.perf_counter() < end and not metrics.exists():
-        time.sleep(0.1)
+        time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     text, _ = process.communicate(timeout=seconds)
     if process.returncode != EXIT_TERMINATED:

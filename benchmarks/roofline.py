@@ -34,7 +34,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from benchmarks.fake_gpu import DEVICE, Launch, Recorder, fake_gpu
-from benchmarks.measure import text_table
+from benchmarks.measure import ALL_REDUCE_SECONDS, text_table
 from datasets.streams import SampleStreams
 from datasets.transforms import RenderAugmentation, pretraining_augmentation
 from engine.optim import AMP_DTYPES, autocast, build_optimizer
@@ -63,7 +63,7 @@ class GPU:
     instructions: float = 2.5 * 132 * 1.7e9  # issued, a warp's each: per cycle and multiprocessor, multiprocessors, Hz
     launch: float = 2e-6  # seconds of a launch that nothing hides
     link: float = 300e9  # bytes between cards by NVLink, each way
-    collective: float = 15e-6  # seconds of the smallest all-reduce of one machine
+    collective: float = ALL_REDUCE_SECONDS["cuda"]  # seconds of the smallest all-reduce of one machine
 
 
 # Instructions of a warp for a row of neighbour selection, by coordinates (0: a row of products): apart from the

@@ -20,6 +20,11 @@ from utils.collectives import sync_gradients_if
 from utils.reproducible import random_states, restore_random_states
 
 
+def chunk_count(objects: int, chunk_size: int) -> int:
+    """Return the number of chunks of a batch, each of two objects or more."""
+    return max(1, min(-(-objects // chunk_size), objects // 2))
+
+
 def backward_in_chunks(
     network: nn.Module,
     inputs: Mapping[str, Tensor],
@@ -50,7 +55,7 @@ def backward_in_chunks(
         raise ValueError(f"chunk_size = {chunk_size}: batch norm needs at least 2 objects")
     model: CrossNet = getattr(network, "module", network)
     count = len(next(iter(inputs.values())))
-    number = max(1, min(-(-count // chunk_size), count // 2))
+    number = chunk_count(count, chunk_size)
     chunks = [
         dict(zip(inputs, parts, strict=True))
         for parts in zip(*(value.tensor_split(number) for value in inputs.values()), strict=True)

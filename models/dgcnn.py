@@ -16,7 +16,7 @@ from models.ops.edge_conv import edge_conv, edge_conv_two_layers
 from models.ops.knn import flatten_neighbors, knn
 from models.ops.layers import LEAKY_SLOPE, edge_block, point_block
 from models.ops.pooling import pool_pointwise
-from models.ops.precision import at_least_float32, without_autocast
+from models.ops.precision import at_least_float32, exact_matmul, without_autocast
 
 
 class TransformNet(nn.Module):
@@ -147,7 +147,7 @@ class DGCNNPartSeg(_DGCNNSeg):
         matrices = self.transform_net(points, self.neighbors(points))
         with without_autocast(points.device):  # rounding the coordinates would change the neighbors
             points = at_least_float32(points)
-            aligned = points @ matrices.to(points.dtype)  # (B, N, 3)
+            aligned = exact_matmul(points, matrices.to(points.dtype))  # (B, N, 3)
         return self.edge_convs(aligned, self.neighbors(aligned))
 
 

@@ -90,10 +90,15 @@ def embed(features: np.ndarray, *, perplexity: float, seed: int) -> np.ndarray:
         (n, 2) float32.
 
     Raises:
-        UserError: fewer than four clouds.
+        UserError: fewer than four clouds, or all have the same features.
     """
     if len(features) < 4:
         raise UserError(f"t-SNE needs at least 4 clouds, there are {len(features)}")
+    if (features == features[0]).all():  # scikit-learn crashes on them
+        raise UserError(
+            f"all {len(features)} clouds have the same features, so there is nothing to map: use another checkpoint, "
+            "or --calibrate_bn with --random_init"
+        )
     perplexity = min(perplexity, (len(features) - 1) / 3)
     spread = features.std(axis=0)
     standard = (features - features.mean(axis=0)) / np.where(spread > 0, spread, 1)

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from models.ops.native_batch_norm import NormalizeNatively, count_batch, normalizes_natively
-from models.ops.precision import at_least_float32, without_autocast
+from models.ops.precision import at_least_float32, exact_matmul, without_autocast
 from utils.collectives import all_reduce_sum, gather_with_grad, world_size
 
 
@@ -37,7 +37,7 @@ def merge_moments(counts: Tensor, means: Tensor, scatters: Tensor) -> Moments:
     mean = (counts[:, None] * means).sum(0) / count
     offset = means - mean
     weighted = counts[:, None] * offset
-    between = weighted.T @ offset if scatters.ndim == 3 else (weighted * offset).sum(0)
+    between = exact_matmul(weighted.T, offset) if scatters.ndim == 3 else (weighted * offset).sum(0)
     return Moments(count, mean, scatters.sum(0) + between)
 
 

@@ -35,7 +35,7 @@ from models.ops.batch_norm import (
 )
 from models.ops.layers import max_over_points, parts_of
 from models.ops.pooling import leaky_relu_gradient
-from models.ops.precision import at_least_float32, exact_products, without_autocast
+from models.ops.precision import at_least_float32, exact_matmul, exact_products, without_autocast
 from models.ops.tiles import (
     in_degree,
     is_exporting,
@@ -61,7 +61,7 @@ def edge_terms(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         a, c: each (P, C_out).
     """
     neighbor, center = weight[:, : x.shape[1]], weight[:, x.shape[1] :]
-    return F.linear(x, neighbor), F.linear(x, center - neighbor)
+    return exact_matmul(x, neighbor.T), exact_matmul(x, (center - neighbor).T)
 
 
 def center_of(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -397,10 +397,10 @@ def edge_conv_two_layers(x: Tensor, neighbors: Tensor, first: nn.Sequential, sec
             h = hidden(center, index)
             mean = h.mean(0)
             h = h - mean
-            return mean, h.T @ h  # (C1,), (C1, C1)
+            return mean, exact_matmul(h.T, h)  # (C1,), (C1, C1)
 
         def tile_extreme(center: Tensor, index: Tensor) -> Tensor:
-            y = F.linear(hidden(center, index), weight * sign[:, None])
+            y = exact_matmul(hidden(center, index), (weight * sign[:, None]).T)
             return max_over_points(y.unflatten(0, index.shape))
 
         def recomputed(function: Callable[..., Any], *inputs: Tensor) -> Any:
@@ -414,7 +414,7 @@ def edge_conv_two_layers(x: Tensor, neighbors: Tensor, first: nn.Sequential, sec
             means, scatters = (torch.stack(part) for part in zip(*parts, strict=True))
             moments = across_processes(merge_moments(counts, means, scatters), norm)
             mean = weight @ moments.mean
-            variance = ((weight @ moments.scatter) * weight).sum(1).clamp_min(0) / moments.number
+            variance = (exact_matmul(weight, moments.scatter) * weight).sum(1).clamp_min(0) / moments.number
             update_running_statistics(norm, mean, variance, moments.number)
         else:
             mean, variance = running_statistics(norm)

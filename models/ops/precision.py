@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from models.ops.tiles import runs_eagerly
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -39,6 +43,35 @@ def exact_products(device: torch.device) -> contextlib.AbstractContextManager[ob
     ``TORCH_ALLOW_TF32_CUBLAS_OVERRIDE`` (set in NGC containers) and ``torch.set_float32_matmul_precision`` enable it.
     """
     return _without_tf32() if device.type == "cuda" else contextlib.nullcontext()
+
+
+def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """Return ``a @ b`` as in ``exact_products``, its gradients too, which are taken when that context has ended.
+
+    Args:
+        a: (..., n, m).
+        b: (..., m, p), with the leading dimensions of ``a``.
+    """
+    needs_function = a.is_cuda and torch.is_grad_enabled() and runs_eagerly()
+    return _ExactMatmul.apply(a, b) if needs_function else a @ b
+
+
+class _ExactMatmul(torch.autograd.Function):
+    """See ``exact_matmul``."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        with exact_products(a.device):
+            return a @ b
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        a, b = ctx.saved_tensors
+        of_a, of_b = ctx.needs_input_grad
+        with exact_products(grad.device):
+            return grad @ b.mT if of_a else None, a.mT @ grad if of_b else None
 
 
 @contextlib.contextmanager

@@ -1,16 +1,26 @@
 """Every benchmark at sizes that say nothing: the keys it promises, and that what it compares is the same."""
 
+import itertools
 import json
 import os
+import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
+import train_crossnet_con
 from benchmarks import dynamic_edgeconv, estimate, loader, losses, measure, neighbours, run_all, svm
 from benchmarks.reference.textbook_pairs import TextbookPairs, augment_cloud
-from tests.support.pairs import write_pairs
+from engine.grad_cache import backward_in_chunks
+from models import CrossNet, build_encoder
+from models.ops.batch_norm import SyncBatchNorm
+from tests.support.pairs import write_demo_set, write_pairs
+from tests.support.several import run_together
 from utils.errors import UserError
 
 
@@ -151,41 +161,72 @@ def test_a_layer_equals_torch_geometrics(tmp_path):
 
 
 SMALL = (
-    "--batch_size 4 --k 4 --emb_dims 16 --image_model resnet18 --image_size 16 --num_points 24 --workers 0 --device cpu"
+    "--batch_size 4 --k 4 --emb_dims 16 --image_model resnet18 --image_size 16 --num_points 24 --workers 0 "
+    "--device cpu --eval_points 24 --test_batch_size 4"
 ).split()
 
 
 @pytest.fixture
-def here(monkeypatch, small_runs):
-    """Run fresh processes in this one; return the list of their arguments."""
+def here(tmp_path, monkeypatch, small_runs):
+    """Run in this process, or forked from it, what would run in fresh ones; return the list of their arguments.
+
+    The set that stands for ModelNet40 is small.
+    """
     asked = []
     monkeypatch.setattr(estimate, "in_fresh_process", lambda module, argv: asked.append(argv) or estimate.main(argv))
+    sizes = {"dataset": "a set", "train": 40, "test": 20, "classes": 4}
+    monkeypatch.setattr(estimate, "MODELNET40", sizes)
+
+    really_run = subprocess.run
+
+    def forked(command, **named):
+        if "torch.distributed.run" not in command:
+            return really_run(command, **named)
+        assert command[5].endswith("train_crossnet_con.py")
+        count, words = int(command[4].removeprefix("--nproc_per_node=")), command[6:]
+        run_together(lambda: train_crossnet_con.main(words), tmp_path / "logs", count)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(estimate.subprocess, "run", forked)
     return asked
 
 
 def test_estimate_measures_the_real_step_and_multiplies(tmp_path, here, capsys):
     json_file = tmp_path / "out.json"
     wanted = ["--shapes", "1000", "--epochs", "3", "--gpus", "2", "--memory_gb", "100", "--seconds", "0.05"]
+    wanted += ["--all_reduce_us", "1000", "--eval_every", "2", "--save_every", "100"]
     result = estimate.main([*wanted, "--check", "--json", str(json_file), *SMALL])
     assert is_documented(result, json_file)
     assert result["steps"] == 3 * (1000 // 8)
+    assert result["step_seconds"] > result["all_reduce_seconds"] == pytest.approx(result["all_reduces"] / 1000)
     per_step = result["step_seconds"] + result["load_seconds"]  # without workers one comes after the other
     assert result["seconds_per_step"] == pytest.approx(per_step)
-    assert result["hours"] == pytest.approx(result["steps"] * per_step / 3600)
+    # A probe after epochs 2 and 3. Checkpoints: one an epoch, at steps 100, 200 and 300, and the best of each probe.
+    assert (result["probes"], result["checkpoints"]) == (2, 3 + 3 + 2)
+    assert result["hours_of"] == {
+        "steps": pytest.approx(result["steps"] * per_step / 3600),
+        "probes": pytest.approx(2 * sum(result["probe_seconds"].values()) / 3600),
+        "checkpoints": pytest.approx(8 * result["checkpoint_seconds"] / 3600),
+    }
+    assert min(result["hours_of"].values()) > 0 and result["hours"] == pytest.approx(sum(result["hours_of"].values()))
     assert result["shapes_per_s"] == pytest.approx(8 / per_step)
     assert result["bottleneck"] in ("reading data", "the training step") and result["peak_mb"] > 0
     assert (result["check"]["steps"], result["check"]["processes"]) == (estimate.BATCHES, 2)
     assert result["check"]["measured_seconds"] > 0
-    assert [argv[argv.index("--batch_size") + 1] for argv in here] == ["4", "4"] and here[1][-1] == "2"
-    assert "hours" in capsys.readouterr().out
+    sizes = [[word for flag, word in itertools.pairwise(argv) if flag == "--batch_size"] for argv in here]
+    assert [size[-1] for size in sizes] == ["4", "2"]  # the last one counts
+    shown = capsys.readouterr().out
+    assert "hours" in shown and "2 probes on a set" in shown and "all-reduces of it, 1000 us each, given" in shown
 
 
 def test_estimate_reads_the_data_named_and_knows_the_scripts_flags(tmp_path, here):
     write_pairs(tmp_path, 9, points=30)
-    result = estimate.main(
-        ["--shapes", "9", "--epochs", "1", "--seconds", "0.05", "--data_root", str(tmp_path), *SMALL]
-    )
+    write_demo_set(tmp_path, train=8, test=4)
+    wanted = ["--shapes", "9", "--epochs", "1", "--seconds", "0.05", "--data_root", str(tmp_path), "--accumulate", "2"]
+    result = estimate.main([*wanted, *SMALL, "--batch_size", "2"])
     assert (result["steps"], result["settings"]["data"], "check" in result) == (2, tmp_path.name, False)
+    assert result["probe_sets"] == [{"dataset": "demo", "train": 24, "test": 12, "classes": 3}]
+    assert (result["probes"], result["all_reduces"]) == (1, 0)
     with pytest.raises(SystemExit):
         estimate.main(["--no_such_flag"])
     with pytest.raises(UserError, match="--shapes 3 do not fill one global batch of 4"):
@@ -207,8 +248,10 @@ def test_processes_that_cannot_train_together_are_one_message(monkeypatch):
 
 def test_a_prediction_takes_the_slower_of_workers_and_device_and_the_memory_that_is_left():
     args = estimate.parse_args(["--shapes", "100", "--epochs", "2", "--memory_gb", "2"])[0]
-    full = {"step_seconds": 2.0, "load_seconds": 3.0, "peak_mb": 1000.0}
-    run_ = type("Arguments", (), {"batch_size": 10, "workers": 4})
+    args.all_reduce_us = 15
+    full = {"step_seconds": 2.0, "load_seconds": 3.0, "peak_mb": 1000.0, "checkpoint_seconds": 0, "all_reduces": 236}
+    full |= {"probe_sets": [], "cloud_seconds": 0.1}
+    run_ = SimpleNamespace(batch_size=10, accumulate=1, workers=4, eval_every=1, save_every=500)
     found = estimate.predict(args, full, {"peak_mb": 800.0}, run_)
     assert (found["seconds_per_step"], found["bottleneck"]) == (3.0, "reading data")
     assert found["hours"] == pytest.approx(20 * 3 / 3600)
@@ -216,6 +259,50 @@ def test_a_prediction_takes_the_slower_of_workers_and_device_and_the_memory_that
     run_.workers = 0
     assert estimate.predict(args, full, None, run_)["seconds_per_step"] == 5
     assert estimate.predict(args, full, None, run_)["largest_batch"] is None
+
+
+@pytest.mark.parametrize(("steps", "every"), [(10, 4), (10, 5), (7, 20), (3, 0)])
+def test_checkpoints_are_counted_as_the_loop_writes_them(steps, every):
+    epochs = 6
+    between = [step for step in range(1, steps * epochs + 1) if every and step % every == 0 and step % steps]
+    found = estimate.count_checkpoints(steps=steps, epochs=epochs, save_every=every, probes=3)
+    assert found == epochs + len(between) + 3
+
+
+@pytest.mark.parametrize(
+    ("model", "flags"),
+    [
+        ("dgcnn_cls", ""),
+        ("dgcnn_cls", "--chunk_size 2 --mask_same_object"),
+        ("dgcnn_partseg", "--objective ave"),
+        ("dgcnn_semseg", "--no_sync_bn"),
+        ("pointnet_partseg", "--image_modality gray"),
+    ],
+)
+@pytest.mark.usefixtures("small_runs")
+def test_all_reduces_are_as_many_as_a_step_makes(model, flags, monkeypatch):
+    words = ["--batch_size", "4", "--image_model", "resnet18", "--model", model, *flags.split()]
+    config = train_crossnet_con.PretrainConfig.from_flags(train_crossnet_con.build_parser().parse_args(words))
+    small = {"emb_dims": 16, **({"k": 4} if model.startswith("dgcnn") else {})}
+    names = ("image_model", "image_modality", "objective", "mask_same_object")
+    model = CrossNet(build_encoder(model, **small), **{name: getattr(config, name) for name in names})
+    expected = estimate.all_reduces_of_step(model, config)
+    made = []
+    monkeypatch.setattr(dist, "all_reduce", lambda x: made.append(x.shape))
+    dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
+    try:
+        if not config.no_sync_bn:
+            SyncBatchNorm.convert(model)
+        inputs = {name: torch.rand(4, 3, 16) for name in ("view1", "view2")}
+        channels = {"rgb": 3, "gray": 1}
+        inputs |= {name: torch.rand(4, channels[name], 16, 16) for name in model.image_encoders}
+        if config.chunk_size:
+            backward_in_chunks(model, inputs, chunk_size=config.chunk_size)
+        else:
+            model(**inputs).total.backward()
+    finally:
+        dist.destroy_process_group()
+    assert len(made) == expected > 0
 
 
 def test_the_page_shows_what_was_run_and_what_was_not(tmp_path, monkeypatch):

@@ -1,23 +1,33 @@
 """Training, evaluation and every script with --device on an emulated GPU; planted faults show that it would notice."""
 
+import copy
+import functools
 import json
 import math
 import re
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_crossnet_con as pretraining
-from benchmarks import dry_run, losses, neighbours
+from benchmarks import dry_run, dynamic_edgeconv, edgeconv, estimate, gpu_check, losses, neighbours, step
 from benchmarks.dry_run import Case, cases, outcome, small_networks
 from benchmarks.emulated_gpu import GpuTensor, emulated_gpu, on_gpu
+from benchmarks.reference.textbook import textbook_edge_conv, textbook_knn
+from downstream import predict
 from downstream.classification import few_shot, finetune, tsne
 from downstream.classification import main as linear_svm
 from downstream.segmentation import main_partseg, main_semseg, visualize
 from models import CrossNet
+from models.image import IMAGE_ENCODERS
 from models.ops import triton_kernels
-from tests.support.pairs import write_demo_set, write_pairs
+from models.ops.edge_conv import edge_conv, edge_conv_two_layers
+from models.ops.knn import knn
+from models.ops.layers import edge_block
+from tests.support.pairs import cloud, write_demo_set, write_pairs, write_ply
 from tests.support.segmentation_sets import write_parts, write_rooms
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -161,6 +171,36 @@ def test_nothing_of_the_emulated_gpu_is_left_behind():
     assert not isinstance(nn.Linear(2, 3)(torch.ones(2, 2)), GpuTensor)
 
 
+class Precisions(TorchDispatchMode):
+    """Note whether matrix products of float32 may be rounded to TF32."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in ("mm", "bmm", "addmm", "addmm_", "baddbmm"):
+            self.found.append(torch.get_float32_matmul_precision())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_products_of_neighbors_and_edge_convs_are_exact_in_both_directions(layers):
+    """Also where the environment has switched TF32 on, and in a backward pass that recomputes the forward pass."""
+    torch.set_float32_matmul_precision("high")
+    try:
+        with emulated_gpu(), Precisions() as products:
+            blocks = [edge_block(6, 8).to("cuda"), edge_block(8, 8).to("cuda")][:layers]
+            x = torch.rand(24, 3).to("cuda").requires_grad_()
+            out = (edge_conv, edge_conv_two_layers)[layers - 1](x, knn(x[None], 4)[0], *blocks)
+            forward = len(products.found)
+            out.sum().backward()
+        assert set(products.found) == {"highest"} and 2 <= forward <= len(products.found) - 4
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 # --- every script with --device ---
 
 
@@ -196,11 +236,63 @@ def test_a_script_runs_on_a_gpu(name, root, tmp_path, pretrained):
     assert not gpu.problems
 
 
-BENCHMARKS = (losses, neighbours)
-
-
-@pytest.mark.parametrize("script", BENCHMARKS, ids=lambda script: script.__name__)
-def test_a_benchmark_runs_on_a_gpu(script, tmp_path):
+@pytest.mark.parametrize("task", ["parts", "rooms", "pretraining"])
+def test_predictions_are_made_on_a_gpu(task, tmp_path, pretrained):
+    for seed in (1, 2):
+        write_ply(tmp_path / f"{seed}.ply", cloud(seed))
+    words = ["--model_path", pretrained[task], "--output_dir", tmp_path / "out", "--device", "cuda"]
+    words += ["--neighbors", 1] if task == "pretraining" else []
     with emulated_gpu():
-        script.main(["--quick", "--device", "cuda", "--json", str(tmp_path / "found.json")])
+        found = predict.main([str(word) for word in (*words, "--num_points", 24, *tmp_path.glob("*.ply"))])
+    assert len(found["predicted"]) == 2 and not found["skipped"]
+
+
+BENCHMARKS = (losses, neighbours, step, edgeconv, dynamic_edgeconv)
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """What benchmarks measure in fresh processes is measured here, with small image networks."""
+    monkeypatch.setitem(IMAGE_ENCODERS, "resnet18", dry_run.TinyImageNet)
+    for script in (step, edgeconv, estimate):
+        monkeypatch.setattr(script, "in_fresh_process", lambda module, argv, script=script: script.main(argv))
+
+
+def textbook_layer(block, k):
+    """Stand for torch_geometric's layer."""
+    layer = copy.deepcopy(block)
+    layer.run = lambda x: textbook_edge_conv(x.mT, textbook_knn(x.mT, k), layer).mT.flatten(0, 1)
+    return layer, "the textbook's"
+
+
+@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.parametrize("script", BENCHMARKS, ids=lambda script: script.__name__)
+def test_a_benchmark_runs_on_a_gpu(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(dynamic_edgeconv, "geometric_layer", textbook_layer)
+    with emulated_gpu():
+        script.main(["--quick", "--threads", "1", "--device", "cuda", "--json", str(tmp_path / "found.json")])
     assert json.loads((tmp_path / "found.json").read_text())
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_the_estimate_runs_on_a_gpu(root, tmp_path, capsys):
+    words = "--seconds 0.01 --epochs 1 --num_points 24 --eval_points 24 --k 4 --emb_dims 16 --image_model resnet18"
+    words += f" --image_size 16 --batch_size 4 --workers 0 --gpus 2 --shapes 16 --device cuda --data_root {root}"
+    with emulated_gpu():
+        found = estimate.main(words.split())
+    assert found["machine"]["gpu"] == "an emulated GPU" and found["peak_mb"] > 0
+    assert found["probe_sets"][0]["dataset"] == "demo" and "15 us each, assumed" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_the_checks_of_a_gpu_run_on_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "ENCODERS", ["dgcnn_cls"])
+    monkeypatch.setattr(gpu_check, "VARIANTS", ("plain", "chunks"))  # nothing compiles here
+    monkeypatch.setattr(gpu_check, "Report", functools.partial(gpu_check.Report, sizes=gpu_check.SMALL))
+    monkeypatch.setattr(gpu_check, "command_output", lambda *_, **__: "")  # other processes have no emulated GPU
+    monkeypatch.setattr(gpu_check, "stop_and_resume", lambda *_, **__: "")
+    words = ["--only", "environment", "runs", "speed", "training", "--output_dir", str(tmp_path)]
+    with emulated_gpu(), mock.patch.object(torch.cuda.nccl, "version", lambda: (2, 0)):
+        rows = gpu_check.main(words)
+    wrong = [f"{row.name}: {row.detail}" for row in rows if row.status == gpu_check.FAIL]
+    assert not wrong and len(rows) == 1 + 4 + 2 + 3 * 2

@@ -89,7 +89,9 @@ def test_a_run_is_stopped_and_resumed(tmp_path):
     small = "--device cpu --num_points 24 --k 4 --emb_dims 16 --image_size 16 --batch_size 8 --workers 0".split()
     shapes = tmp_path / "shapes.txt"
     shapes.write_text("\n".join(dry_run.ShapeNetRender(str(gpu_check.DEMO)).ids[:16]))
-    assert "8 epochs" in gpu_check.stop_and_resume(tmp_path, more=(*small, "--list", str(shapes)), seconds=400)
+    script = ("-m", "tests.support.small_run")  # with a small image network
+    found = gpu_check.stop_and_resume(tmp_path, script=script, more=(*small, "--list", str(shapes)), seconds=400)
+    assert "8 epochs" in found
 
 
 def test_the_page_shows_every_row(tmp_path):

@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from benchmarks import roofline
+from benchmarks.estimate import all_reduces_of_step
 from benchmarks.fake_gpu import DEVICE, Recorder, fake_gpu
+from models import CrossNet, build_encoder
+from train_crossnet_con import PretrainConfig, build_parser
 
 pytest.importorskip("triton", reason="Triton is not installed")
 TINY = ("--quick", "--model", "dgcnn_cls", "--k", "4")
@@ -36,7 +39,10 @@ def test_flops_are_those_of_the_layers(plain):
 
 def test_half_precision_moves_less_and_ranks_talk(plain):
     half = roofline.main([*TINY, "--amp", "bf16", "--channels_last", "--ranks", "4"])
-    assert half["collectives"] > 40
+    model = CrossNet(build_encoder("dgcnn_cls", k=4), image_model="resnet18")
+    words = ["--image_model", "resnet18", "--batch_size", "2"]
+    config = PretrainConfig.from_flags(build_parser().parse_args(words))
+    assert half["collectives"] == all_reduces_of_step(model, config) > 40
     assert half["stages"]["conv5 and pooling"]["bytes"] < 0.8 * plain["stages"]["conv5 and pooling"]["bytes"]
     assert half["settings"]["ranks"] == 4
 

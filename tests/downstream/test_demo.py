@@ -71,6 +71,16 @@ def no_pictures(monkeypatch):
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_the_demo_takes_a_gpu_where_there_is_one(run):
+    pytest.importorskip("triton", reason="benchmarks.emulated_gpu plays its kernels")
+    from benchmarks.emulated_gpu import emulated_gpu
+
+    with emulated_gpu() as gpu:
+        report = run("--tasks", "classification", "parts", "--epochs", 1, "--num_points", 24, "--device", "auto")
+    assert report["tasks"] == ["classification", "parts"] and gpu.steps >= 4 and not gpu.problems
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_both_starts_have_the_same_encoder_and_budget(run, tmp_path):
     run("--tasks", "parts", "rooms")
     for name in demo.SEGMENTATION:

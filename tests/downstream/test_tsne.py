@@ -39,6 +39,12 @@ def test_clusters_stay_apart_and_the_map_is_repeated_by_its_seed():
     assert (labels[distance.argmin(1)] == labels).all()
 
 
+@pytest.mark.parametrize("value", [0.0, 0.1])  # the mean of many 0.1 is another number
+def test_equal_features_are_refused(value):
+    with pytest.raises(UserError, match="all 50 clouds have the same features"):
+        script.embed(np.full((50, 3), value, np.float32), perplexity=10.0, seed=0)
+
+
 def test_forty_classes_look_different():
     assert len(set(script.class_styles(40))) == 40
 
