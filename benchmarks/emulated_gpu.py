@@ -318,7 +318,7 @@ def _cuda(gpu: EmulatedGpu, count: int, stack: contextlib.ExitStack) -> None:
         "device_of": lambda tensor: contextlib.nullcontext(),
         "is_bf16_supported": lambda *_, **__: True,
         "get_device_name": lambda *_: "an emulated GPU",
-        "get_device_properties": lambda *_: SimpleNamespace(name="emulated", total_memory=1 << 30, major=0, minor=0),
+        "get_device_properties": lambda *_: SimpleNamespace(name="emulated", total_memory=1 << 30, major=9, minor=0),
         "memory_allocated": lambda *_: 1 << 20,
         "max_memory_allocated": lambda *_: 2 << 20,
         "max_memory_reserved": lambda *_: 2 << 20,

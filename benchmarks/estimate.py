@@ -58,7 +58,6 @@ from benchmarks.measure import (
     seconds_of,
     text_table,
 )
-from benchmarks.svm import parse_args as svm_settings
 from benchmarks.svm import synthetic_features
 from datasets.pack import pack
 from datasets.pair_sources import PairSource, open_source
@@ -261,8 +260,7 @@ def all_reduces_of_step(model: CrossNet, config: train_crossnet_con.PretrainConf
 
 def svm_seconds(train: int, test: int, *, classes: int, dims: int) -> float:
     """Seconds of a probe's two SVMs: one is timed on made-up features, the other has 80 % of its training clouds."""
-    sizes = {"train": train, "test": test, "classes": classes, "dims": dims}
-    sample = synthetic_features(svm_settings([word for key, n in sizes.items() for word in (f"--{key}", str(n))]))
+    sample = synthetic_features(train=train, test=test, classes=classes, dims=dims)
     return (1 + 0.8**2) * seconds_of(lambda: linear_svm(*sample))
 
 

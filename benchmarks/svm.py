@@ -47,24 +47,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     g.add_argument("--svm_repeats", type=positive_int, default=1, metavar="R", help="rounds of the SVM")
 
 
-def synthetic_features(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def synthetic_features(
+    *, train: int, test: int, classes: int, dims: int, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Return features of overlapping classes, (n, D) float32 and not negative, and labels: training set, test set."""
-    rng = np.random.default_rng(args.seed)
-    inner = min(64, args.dims)
-    centers = rng.normal(size=(args.classes, inner))
-    mixing = rng.normal(size=(inner, args.dims)) / np.sqrt(inner)
+    rng = np.random.default_rng(seed)
+    inner = min(64, dims)
+    centers = rng.normal(size=(classes, inner))
+    mixing = rng.normal(size=(inner, dims)) / np.sqrt(inner)
     out = []
-    for count in (args.train, args.test):
-        labels = np.arange(count) % args.classes
+    for count in (train, test):
+        labels = np.arange(count) % classes
         hidden = centers[labels] + 1.8 * rng.normal(size=(count, inner))
-        noise = 0.3 * rng.normal(size=(count, args.dims))
+        noise = 0.3 * rng.normal(size=(count, dims))
         out += [np.maximum(hidden @ mixing + noise, 0).astype(np.float32), labels]  # as after a ReLU
     return tuple(out)
 
 
 def measure_svm(args: argparse.Namespace) -> dict[str, Any]:
     """Time fit and predict of both forms in turn."""
-    train_x, train_y, test_x, test_y = synthetic_features(args)
+    train_x, train_y, test_x, test_y = synthetic_features(
+        train=args.train, test=args.test, classes=args.classes, dims=args.dims, seed=args.seed
+    )
     predicted: dict[str, np.ndarray] = {}
 
     def ours() -> None:

@@ -70,7 +70,7 @@ def center_of(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     For any m an EdgeConv equals ``W [x_j - x_i ; x_i - m] + B m``; with the mean, a large offset costs no digits.
     """
     mean = x.detach().mean(0)
-    return mean, F.linear(mean, weight[:, len(mean) :])
+    return mean, exact_matmul(mean[None], weight[:, len(mean) :].T)[0]
 
 
 def edge_moments(a: Tensor, c: Tensor, neighbors: Tensor, degree: Tensor) -> Moments:

@@ -130,8 +130,7 @@ def test_the_plain_way_uses_no_kernels_and_leaves_the_choice_as_it_was(monkeypat
 
 
 def test_synthetic_features_overlap():
-    args = svm.BENCHMARK.parse_args(["--train", "300", "--test", "100", "--classes", "5", "--dims", "64"])
-    train_x, train_y, test_x, test_y = svm.synthetic_features(args)
+    train_x, train_y, test_x, test_y = svm.synthetic_features(train=300, test=100, classes=5, dims=64)
     assert train_x.shape == (300, 64) and test_x.dtype == np.float32 and train_x.min() == 0
     assert sorted(set(train_y)) == list(range(5))
     distance = np.linalg.norm(test_x[:, None] - train_x[None], axis=2)
