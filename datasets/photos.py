@@ -10,7 +10,7 @@ import os
 
 import numpy as np
 from PIL import Image, ImageOps
-from scipy.ndimage import binary_dilation, label
+from scipy.ndimage import binary_dilation, label, median
 
 from datasets.untrusted import open_picture
 from utils.errors import DataError
@@ -22,7 +22,7 @@ WORKING_SIZE = 512  # longer sides are reduced first; image encoders see 224 pix
 # Levels by which a background may deviate from its color (JPEG noise, soft shadows), and the share of the border that
 # must have the color for the background to count as plain.
 TOLERANCE, PLAIN_BORDER = 20, 0.9
-# A hole in the object: levels by which its mean deviation may exceed the border's, and its least share of the picture.
+# A hole in the object: levels by which its median deviation may exceed the border's, and its least share of pixels.
 HOLE_TOLERANCE, HOLE_SIZE = 3, 0.002
 VISIBLE = 8  # alpha from which a pixel belongs to the object
 
@@ -79,8 +79,8 @@ def cut_out(image: Image.Image) -> tuple[Image.Image, str]:
         return image, "kept"
     regions, count = label(near)  # (H, W), 0 where the color is another one
     sizes = np.bincount(regions.ravel(), minlength=count + 1)
-    means = np.bincount(regions.ravel(), difference.ravel(), minlength=count + 1) / np.maximum(sizes, 1)
-    removed = (sizes >= HOLE_SIZE * near.size) & (means <= difference[at_border].mean() + HOLE_TOLERANCE)
+    usual = median(difference, regions, np.arange(count + 1))  # JPEG's ringing at edges does not count
+    removed = (sizes >= HOLE_SIZE * near.size) & (usual <= np.median(difference[at_border]) + HOLE_TOLERANCE)
     removed[regions[at_border]] = True
     removed[0] = False
     background = removed[regions]

@@ -33,7 +33,7 @@ from PIL import Image
 
 from data.rendering.cameras import Camera
 from data.shape_files import SUFFIXES
-from datasets.pair_sources import choose_shapes, open_source, read_shape_list
+from datasets.pair_sources import PairSource, choose_shapes, open_source, read_shape_list
 from datasets.photos import PHOTO_SUFFIXES, cut_out, framed, read_photo
 from downstream.features import check_neighbors
 from downstream.figures import NEUTRAL, PICTURE_TYPES, RIGHT, WRONG, check_output_path, draw_cloud, draw_picture
@@ -214,6 +214,7 @@ class Search:
 
     Attributes:
         gallery: what can be found.
+        source: of the pairs whose shapes are the gallery; None for files.
         skipped: why files were skipped, by path.
 
     Raises:
@@ -227,6 +228,7 @@ class Search:
         settings = Settings(task="features", num_points=size, up=config.up, device=config.device, seed=config.seed)
         self.predictor = Predictor(config.model_path, settings)
         self.gallery: list[Prediction] = []
+        self.source: PairSource | None = None
         self.skipped: dict[str, str] = {}
         if config.gallery:
             self.read_files()
@@ -249,6 +251,7 @@ class Search:
     def read_pairs(self) -> None:
         """Read the shapes of the pairs of ``--data_root``."""
         read, rows = open_pairs(self.config, self.space)
+        self.source = read.source
         with progress(total=len(rows), text="reading the gallery", unit="shape") as bar:
             for start in range(0, len(rows), self.config.batch_size):
                 batch: list[tuple[int, np.ndarray]] = []
@@ -263,7 +266,12 @@ class Search:
                 features = self.space.features_of(np.stack([points for _, points in batch]))
                 for (i, points), feature in zip(batch, features, strict=True):
                     where = Path(read.source.where(i))
-                    self.gallery.append(Prediction(read.source.ids[i], where, points, features=feature))
+                    self.gallery.append(Prediction(read.source.ids[i], where, points[:0], features=feature))
+
+    def points_to_draw(self, item: Prediction) -> np.ndarray:
+        """Return the points of an item of the gallery; those of pairs are read again, and all of them."""
+        whole = item.points if self.source is None else self.source.points(self.source.ids.index(item.name))
+        return thinned(whole)
 
     def read_shape(self, path: Path) -> Prediction | None:
         """Read a shape and compute its features; None if it cannot be used."""
@@ -329,9 +337,7 @@ def search(config: SearchConfig) -> dict[str, Any]:
         found.append({"query": str(query.path), "background": query.background, "found": items})
     if config.sheet:
         up = config.up or "y"
-        draw_search(
-            queries[: config.rows], engine.gallery, config.sheet, up=up, gallery_up=up if config.gallery else "y"
-        )
+        draw_search(queries[: config.rows], engine, config.sheet, up=up, gallery_up=up if config.gallery else "y")
     return {
         "model_path": config.model_path,
         "gallery": [str(item.path) for item in engine.gallery],
@@ -340,14 +346,12 @@ def search(config: SearchConfig) -> dict[str, Any]:
     }
 
 
-def draw_search(
-    queries: Sequence[Query], gallery: Sequence[Prediction], path: str, *, up: str, gallery_up: str
-) -> None:
+def draw_search(queries: Sequence[Query], engine: Search, path: str, *, up: str, gallery_up: str) -> None:
     """Draw every query beside what it found; the query's own file has a green frame.
 
     Args:
         queries: one row each.
-        gallery: what was searched.
+        engine: what was searched.
         path: picture to write.
         up: axis of the queries that points up.
         gallery_up: axis of the gallery that points up.
@@ -361,10 +365,10 @@ def draw_search(
         else:
             draw_picture(row[0], query.picture, title=title, color=NEUTRAL)
         for axes, i, similarity in zip(row[1:], query.order, query.similarity, strict=True):
-            item = gallery[i]
+            item = engine.gallery[i]
             color = RIGHT if item.path.resolve() == query.path.resolve() else NEUTRAL
             title = f"{short_name(item.name)}\n{similarity:.2f}"
-            draw_cloud(axes, thinned(item.points), title=title, color=color, up=gallery_up)
+            draw_cloud(axes, engine.points_to_draw(item), title=title, color=color, up=gallery_up)
     save_figure(figure, path)
 
 
