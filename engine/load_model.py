@@ -1,4 +1,4 @@
-"""Encoders and fine-tuned models, described in checkpoints and rebuilt from them."""
+"""Describe encoders and fine-tuned models in checkpoints, and rebuild them."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ PRETRAINED = "pretrained"
 
 
 def find_weights(source: str | os.PathLike[str], *, model: str | None = None) -> Path:
-    """Return the file that ``--model_path`` or ``--pretrain_path`` means.
+    """Return the file that ``--model_path`` or ``--pretrain_path`` selects.
 
     Args:
         source: a file; ``pretrained:NAME``, the weights of that name in this repository; or ``pretrained``, those of
-            the encoder ``model``. A file that is called ``pretrained`` comes first.
+            the encoder ``model``. A file named ``pretrained`` has precedence.
         model: name of an encoder, or a released alias; None means ``DEFAULT_ENCODER``.
 
     Raises:
-        CheckpointError: no weights of that name; or their file is missing or not the one that was published.
+        CheckpointError: there are no weights of that name, or their file is missing or not the published one.
     """
     word, _, name = os.fspath(source).partition(":")
     if word != PRETRAINED or os.path.isfile(source):
@@ -49,24 +49,23 @@ def find_weights(source: str | os.PathLike[str], *, model: str | None = None) ->
 
 
 def describe_encoder(encoder: nn.Module) -> dict[str, Any]:
-    """Name and keyword arguments that rebuild an encoder of ``models.ENCODERS``."""
+    """Return the name and keyword arguments that rebuild an encoder of ``models.ENCODERS``."""
     name = next(name for name, kind in ENCODERS.items() if type(encoder) is kind)
     return {"name": name, "kwargs": encoder.config()}
 
 
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], *, path: str | os.PathLike[str], what: str) -> None:
-    """Load a state dict that must fit exactly.
+    """Load a state dict that must match exactly.
 
     Raises:
-        CheckpointError: naming the file and the tensors that are missing, too many, of another shape or type, or not
-            finite.
+        CheckpointError: tensors are missing, unknown, of another shape or type, or not finite; the message names them.
     """
     _check_fit(module, state, path=path, what=what)
     module.load_state_dict(state)
 
 
 def _check_fit(module: nn.Module, state: Mapping[str, Tensor], *, path: str | os.PathLike[str], what: str) -> None:
-    """See that a state dict fits a module, which may have no memory yet; see ``load_strictly``."""
+    """Check that a state dict matches a module, which may be on the meta device; raises as ``load_strictly``."""
     problems = misfits(module, state)
     if any(problems.values()):
         text = "; ".join(
@@ -78,7 +77,7 @@ def _check_fit(module: nn.Module, state: Mapping[str, Tensor], *, path: str | os
 
 
 def misfits(module: nn.Module, state: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Compare a state dict with a module, which may have no memory yet; return the names of what differs, by how."""
+    """Compare a state dict with a module, possibly on the meta device; return the names of tensors by problem."""
     expected = module.state_dict()
     common = {name: (state[name], expected[name]) for name in expected if isinstance(state.get(name), Tensor)}
     return {
@@ -99,7 +98,7 @@ def misfits(module: nn.Module, state: Mapping[str, Any]) -> dict[str, list[str]]
 
 
 def _is_setting(value: Any, default: Any) -> bool:
-    """Whether a value can be an encoder's setting: of a plain type, that of the default, and of a possible size."""
+    """Return whether a value is a plausible encoder setting: a plain type, as the default, and not too large."""
     if isinstance(value, list | tuple):
         return (default is None or isinstance(default, list | tuple)) and all(_is_setting(item, None) for item in value)
     plain = isinstance(value, bool | str | float) or (isinstance(value, int) and abs(value) < 1 << 31)
@@ -113,16 +112,16 @@ def encoder_from_flags(
     emb_dims: int | None = None,
     in_channels: int | None = None,
 ) -> nn.Module:
-    """Build an encoder with random weights as ``--model``, ``--k``, ``--emb_dims`` and ``--in_channels`` say.
+    """Build a randomly initialized encoder from ``--model``, ``--k``, ``--emb_dims`` and ``--in_channels``.
 
     Args:
-        model: name, or a released alias.
-        k: neighbors; like the others, None takes the released value.
+        model: encoder name or a released alias.
+        k: number of neighbors; None means the released value, here and below.
         emb_dims: width of the embedding.
-        in_channels: values per point.
+        in_channels: number of values per point.
 
     Raises:
-        UserError: a flag that this encoder does not have.
+        UserError: the encoder does not have one of these settings.
     """
     known, name = encoder_arguments(model), resolve_encoder_name(model)
     given = {"k": k, "emb_dims": emb_dims, "in_channels": in_channels}
@@ -138,21 +137,21 @@ def encoder_from_checkpoint(
 ) -> nn.Module:
     """Rebuild a point encoder and load its weights strictly.
 
-    Our checkpoints need no other argument. Weights published by DGCNN repositories, CrossPoint or CrossNet hold neither
-    the encoder's name nor k: the name follows from the shapes of the tensors, and k falls back to the released 20, both
-    with a notice.
+    Our checkpoints need no other argument. Weights published by DGCNN repositories, CrossPoint or CrossNet contain
+    neither the encoder's name nor k: the name is inferred from the tensors and k defaults to the released 20, both with
+    a warning.
 
     Args:
-        path: checkpoint, state dict, or what else ``find_weights`` takes.
-        model: encoder name; must agree with the checkpoint's.
-        k: neighbours; another value than the checkpoint's is used with a warning.
+        path: checkpoint, state dict, or another source of ``find_weights``.
+        model: encoder name; must agree with the checkpoint.
+        k: number of neighbors; overrides the checkpoint's with a warning.
         emb_dims: must agree with the weights.
 
     Returns:
-        The encoder, in train mode, on the CPU.
+        The encoder, in training mode, on the CPU.
 
     Raises:
-        CheckpointError: unreadable, another model, or tensors that do not fit; the message names file and tensors.
+        CheckpointError: the file cannot be read, is of another model, or has tensors that do not fit.
     """
     path = find_weights(path, model=model)
     payload = load_checkpoint(path)
@@ -163,7 +162,7 @@ def encoder_from_checkpoint(
 
 
 def _log_left_out(path: str | os.PathLike[str], heads: Iterable[str]) -> None:
-    """Say how many of a file's tensors are not used."""
+    """Log how many tensors of a file are not used."""
     if count := len(list(heads)):
         logger.info("%s: %d tensors of heads are left out", path, count)
 
@@ -177,7 +176,7 @@ def _encoder_from_payload(
     emb_dims: int | None = None,
     released_k: int | None = None,
 ) -> tuple[nn.Module, dict[str, Tensor]]:
-    """See ``encoder_from_checkpoint``; ``released_k`` is the fallback of weights that do not say their k.
+    """Rebuild an encoder as ``encoder_from_checkpoint``; ``released_k`` is the default for published weights.
 
     Returns:
         The encoder, and the tensors of heads in published weights.
@@ -185,23 +184,23 @@ def _encoder_from_payload(
     heads: dict[str, Tensor] = {}
     if "encoder" in payload and "point_encoder" in payload:
         name, kwargs = payload["encoder"]["name"], dict(payload["encoder"]["kwargs"])
-        defaults = encoder_arguments(name) if name in ENCODERS else {}  # an unknown name is refused below
+        defaults = encoder_arguments(name) if name in ENCODERS else {}  # build() refuses unknown names
         if not all(_is_setting(value, defaults.get(key)) for key, value in kwargs.items()):
             raise CheckpointError(f"{path} describes an encoder with settings of the wrong type or size: {kwargs}")
         state = payload["point_encoder"]
         if model is not None and resolve_encoder_name(model) != name:
-            raise CheckpointError(f"{path} holds a {name}, not the {resolve_encoder_name(model)} that was asked for")
+            raise CheckpointError(f"{path} holds a {name}, not the {resolve_encoder_name(model)} of --model")
     else:
         state = published_state(payload, path)
         name = guess_encoder(state, path) if model is None else resolve_encoder_name(model)
         if model is None:
-            logger.warning("%s does not say which encoder it is of; by its tensors it is a %s", path, name)
+            logger.warning("%s does not name its encoder; by its tensors it is a %s", path, name)
         state, heads = split_published_state(state, name)
         kwargs = published_arguments(state, name)
         if "k" in kwargs:
             kwargs["k"] = released_k or kwargs["k"]
         if k is None and "k" in kwargs:
-            logger.warning("%s does not say its number of neighbours; --k %d is used", path, kwargs["k"])
+            logger.warning("%s does not contain its number of neighbors; --k %d is used", path, kwargs["k"])
         elif "k" in kwargs:
             kwargs["k"] = k
     if emb_dims is not None and emb_dims != kwargs["emb_dims"]:
@@ -214,13 +213,13 @@ def _encoder_from_payload(
         try:
             encoder = build_encoder(name, **kwargs)
             if missing := sorted(encoder_arguments(name).keys() - kwargs.keys()):
-                raise ValueError(f"it does not say its {', '.join(missing)}")
+                raise ValueError(f"it lacks the setting {', '.join(missing)}")
             return encoder
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"{path} describes an encoder that this version does not have ({error})") from error
 
     what = f"the encoder {name}"
-    with torch.device("meta"):  # sizes that the weights do not have take no memory
+    with torch.device("meta"):  # a damaged file may ask for more memory than there is
         shapes = build()
     _check_fit(shapes, state, path=path, what=what)
     encoder = build()
@@ -229,21 +228,21 @@ def _encoder_from_payload(
 
 
 def _is_projection(key: str) -> bool:
-    """Whether a published tensor belongs to the projection head of pretraining."""
+    """Return whether a published tensor belongs to the projection head of pretraining."""
     return key.startswith("inv_head.")
 
 
 def kind_of_checkpoint(path: str | os.PathLike[str], *, model: str | None = None) -> str | None:
-    """Return the task of a fine-tuned model, None for an encoder without a head for one.
+    """Return the task of a fine-tuned model, or None for an encoder without a task head.
 
-    Published weights do not say their task; an encoder's layout has heads for one task only.
+    Published weights do not name their task, but each encoder layout has heads for only one.
 
     Args:
         path: checkpoint or state dict.
-        model: encoder of published weights; None recognizes it.
+        model: encoder of published weights; None infers it.
 
     Raises:
-        CheckpointError: unreadable, or published weights of no known encoder.
+        CheckpointError: the file cannot be read, or contains published weights of an unknown encoder.
     """
     path = find_weights(path, model=model)
     payload = load_checkpoint(path)
@@ -258,16 +257,16 @@ def kind_of_checkpoint(path: str | os.PathLike[str], *, model: str | None = None
 
 
 def crossnet_from_checkpoint(path: str | os.PathLike[str]) -> tuple[CrossNet, dict[str, Any]]:
-    """Rebuild the whole pretraining model, with projection heads and image encoders, and load it strictly.
+    """Rebuild the complete pretraining model, with projection heads and image encoders, and load it strictly.
 
     Args:
         path: checkpoint of ``train_crossnet_con.py``.
 
     Returns:
-        The model, in train mode, on the CPU; and the checkpoint's content.
+        The model, in training mode, on the CPU; and the content of the checkpoint.
 
     Raises:
-        CheckpointError: unreadable, not of pretraining, or tensors that do not fit.
+        CheckpointError: the file cannot be read, is not from pretraining, or has tensors that do not fit.
     """
     path = find_weights(path)
     payload = load_checkpoint(path)
@@ -293,7 +292,7 @@ def encoders_for(task: type[FineTuned]) -> list[str]:
 
 
 def describe_fine_tuned(model: FineTuned) -> dict[str, Any]:
-    """What a checkpoint of a fine-tuned model holds, so that ``fine_tuned_from_checkpoint`` can rebuild it."""
+    """Return the checkpoint entries from which ``fine_tuned_from_checkpoint`` rebuilds a model."""
     return {
         "kind": model.kind,
         "encoder": describe_encoder(model.encoder),
@@ -309,20 +308,20 @@ def fine_tuned_from_checkpoint(
 ) -> tuple[FineTuned, dict[str, Any]]:
     """Rebuild an encoder with its head and load both strictly.
 
-    Published state dicts (names without or with ``module.``, batch norms registered twice) open too: encoder and sizes
-    follow from their tensors, and k falls back to that of the task's released script, with a notice.
+    Published state dicts are supported too (names with or without ``module.``, batch norms registered twice): encoder
+    and sizes are inferred from their tensors, and k defaults to that of the task's released script, with a warning.
 
     Args:
-        path: checkpoint of a fine-tuning run, state dict, or what else ``find_weights`` takes.
-        task: what the model must do.
-        model: encoder name; must agree with the checkpoint's.
-        k: neighbours; another value than the checkpoint's is used with a warning.
+        path: checkpoint of a fine-tuning run, state dict, or another source of ``find_weights``.
+        task: class of the model to rebuild.
+        model: encoder name; must agree with the checkpoint.
+        k: number of neighbors; overrides the checkpoint's with a warning.
 
     Returns:
-        The model, in train mode, on the CPU; and the checkpoint's content, empty for a published state dict.
+        The model, in training mode, on the CPU; and the content of the checkpoint, empty for a published state dict.
 
     Raises:
-        CheckpointError: unreadable, of another task, without head, or tensors that do not fit.
+        CheckpointError: the file cannot be read, is of another task, has no head, or has tensors that do not fit.
     """
     path = find_weights(path, model=model or encoders_for(task)[0])
     payload = load_checkpoint(path)
@@ -333,13 +332,13 @@ def fine_tuned_from_checkpoint(
 def _fine_tuned_from_payload(
     payload: Mapping[str, Any], path: str | os.PathLike[str], task: type[FineTuned], *, model: str | None, k: int | None
 ) -> tuple[FineTuned, dict[str, Any]]:
-    """See ``fine_tuned_from_checkpoint``."""
+    """Rebuild a model as ``fine_tuned_from_checkpoint``, from the content of a file."""
     kind = payload.get("kind")
     if isinstance(kind, str) and kind != task.kind:
         holds = f"a model for {kind}" if kind in TASKS else "an encoder without a head (--pretrain_path takes that)"
         raise CheckpointError(f"{path} holds {holds}; expected a model for {task.kind}")
     encoder, heads = _encoder_from_payload(payload, path, model=model, k=k, released_k=task.released_k)
-    name = payload.get("head_name", "published")  # earlier versions had no other
+    name = payload.get("head_name", "published")  # the only one in earlier versions
     if type(encoder) not in task.heads:
         raise CheckpointError(f"{path} holds a {describe_encoder(encoder)['name']}, which has no head for {task.kind}")
     head_kind = task.head_class(type(encoder), name)

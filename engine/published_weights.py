@@ -1,4 +1,4 @@
-"""The names of tensors in files that DGCNN repositories, CrossPoint and CrossNet published."""
+"""Recognize encoders in weights published by DGCNN repositories, CrossPoint and CrossNet."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ logger = logging.getLogger("crossnet")
 
 
 class FoundState(NamedTuple):
-    """The tensors of a file that are most likely an encoder's."""
+    """Tensors of a file that are most likely those of an encoder."""
 
-    entry: str  # of the file, "" for the file itself
-    prefix: str  # of their names in it
-    tensors: dict[str, Tensor]  # without the prefix
-    left_out: int  # tensors of the entry without the prefix
+    entry: str  # entry of the file, "" for the file itself
+    prefix: str  # prefix of their names in the entry
+    tensors: dict[str, Tensor]  # by name without the prefix
+    left_out: int  # number of tensors in the entry that lack the prefix
     elsewhere: list[str]  # other entries with tensors of an encoder
 
     def describe(self) -> str:
-        """Return where the tensors are, for a message."""
+        """Describe where the tensors are, for a message."""
         return (
             f"{len(self.tensors)} tensors of {f'the entry {self.entry!r}' if self.entry else 'the file'}"
             + (f", below {self.prefix!r} ({self.left_out} others are left out)" if self.prefix else "")
@@ -38,14 +38,14 @@ class FoundState(NamedTuple):
 
 
 def find_state(payload: Mapping[str, Any]) -> FoundState | None:
-    """Find the entry and the prefix in a file under which most names are those of an encoder; None without tensors."""
+    """Find the entry and prefix under which most names are those of an encoder; return None if there are no tensors."""
     found = {entry: tensors for entry, tensors in _state_dicts(payload) if tensors}
     if not found:
         return None
-    places = [(entry, *_common_prefix(tensors)) for entry, tensors in found.items()]
-    entry, prefix, _ = max(places, key=lambda place: (place[2], -_rank(place[0])))
+    candidates = [(entry, *_common_prefix(tensors)) for entry, tensors in found.items()]
+    entry, prefix, _ = max(candidates, key=lambda candidate: (candidate[2], -_rank(candidate[0])))
     state = {name.removeprefix(prefix): value for name, value in found[entry].items() if name.startswith(prefix)}
-    elsewhere = sorted(other for other, _, count in places if other != entry and count)
+    elsewhere = sorted(other for other, _, count in candidates if other != entry and count)
     return FoundState(entry, prefix, state, len(found[entry]) - len(state), elsewhere)
 
 
@@ -54,23 +54,23 @@ def published_state(
 ) -> dict[str, Tensor]:
     """Find an encoder's tensors in a file of any origin.
 
-    The weights may lie in an entry (``state_dict``, ``model``, ``net``, ``encoder``, ``model_state``, ...) and have any
-    prefix (``module.`` of DataParallel, ``_orig_mod.`` of torch.compile, ``model.``, ``encoder.``, ...): the entry and
-    the prefix are taken under which most names are those of an encoder.
+    The weights may be nested in an entry (``state_dict``, ``model``, ``net``, ``encoder``, ``model_state``, ...) and
+    have any prefix (``module.`` of DataParallel, ``_orig_mod.`` of torch.compile, ``model.``, ``encoder.``, ...). The
+    entry and prefix are chosen under which most names are those of an encoder.
 
     Args:
         payload: content of the file.
-        path: of the file, for messages.
-        quiet: do not log where the tensors are.
+        path: path of the file, for messages.
+        quiet: whether to skip logging where the tensors are.
 
     Returns:
-        The tensors below the prefix, without it.
+        The tensors with that prefix, which is removed from their names.
 
     Raises:
-        CheckpointError: no state dict inside; the message names the entries found.
+        CheckpointError: the file has no state dict; the message lists its entries.
     """
     found = find_state(payload)
-    if found is None or "format" in payload:  # ours, with entries missing
+    if found is None or "format" in payload:  # one of our checkpoints, with entries missing
         raise CheckpointError(
             f"{path} holds neither one of our checkpoints nor a state dict of tensors; it holds {_entries(payload)}"
         )
@@ -79,20 +79,20 @@ def published_state(
     return found.tensors
 
 
-MOST_PARTS = 20  # of a name, between dots: no model is nested more deeply
+MOST_PARTS = 20  # nesting depth of names; bounds the work on hostile files
 _ENTRIES = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "encoder", "")
 
 
 def _rank(entry: str) -> int:
-    """Return the place of an entry among those that usually hold the weights; other names come last."""
+    """Return the rank of an entry among those that usually contain the weights; other names come last."""
     name = entry.rpartition(".")[2]
     return _ENTRIES.index(name) if name in _ENTRIES else len(_ENTRIES)
 
 
 def _state_dicts(payload: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Yield the tensors that lie side by side in a file, down to its entries' entries, with the name of the entry."""
+    """Yield the name and tensors of each entry of a file, two levels deep, beginning with the file itself (no name)."""
     level: list[tuple[str, Mapping[str, Any]]] = [("", payload)]
-    seen: set[int] = set()  # a file may share entries without end
+    seen: set[int] = set()  # files may contain cycles
     for _ in range(3):
         below = []
         for entry, content in level:
@@ -106,9 +106,9 @@ def _state_dicts(payload: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Te
 
 
 def _common_prefix(state: Mapping[str, Tensor]) -> tuple[str, int]:
-    """Return the prefix under which most tensors have the names of an encoder's, and how many those are.
+    """Return the prefix under which most tensors have names of an encoder, and the number of these tensors.
 
-    Of several, one of the encoder's alone comes before one of another network's, and the shortest first.
+    Ties go to the prefix with the fewest parts, then to the first in alphabetical order.
     """
     counts: Counter[str] = Counter()
     for name in state:
@@ -124,19 +124,19 @@ def _common_prefix(state: Mapping[str, Tensor]) -> tuple[str, int]:
 
 @functools.cache
 def _known_names() -> frozenset[str]:
-    """Names of all tensors of all encoders."""
+    """Return the tensor names of all encoders."""
     with torch.device("meta"):
         return frozenset(name for encoder in ENCODERS for name in build_encoder(encoder).state_dict())
 
 
 def _entries(payload: Mapping[str, Any], most: int = 8) -> str:
-    """Describe what a file holds, for a message."""
+    """Describe the entries of a file, for a message."""
     found = [f"{str(name)[:40]!r} ({type(value).__name__})" for name, value in itertools.islice(payload.items(), most)]
     return (", ".join(found) or "nothing") + (f" and {len(payload) - most} more" if len(payload) > most else "")
 
 
 def split_published_state(state: Mapping[str, Tensor], name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Split published tensors into the encoder's and those of heads; names that repeat a tensor are dropped."""
+    """Split published tensors into those of the encoder and of heads; drop names that repeat a tensor."""
     kind, known = ENCODERS[name], build_encoder(name).state_dict().keys()
     heads = {key: tensor for key, tensor in state.items() if key not in known and kind.published_heads.match(key)}
     repeated = [key for key in state if key not in known and kind.published_aliases.match(key)]
@@ -144,7 +144,7 @@ def split_published_state(state: Mapping[str, Tensor], name: str) -> tuple[dict[
 
 
 def published_arguments(state: Mapping[str, Tensor], name: str) -> dict[str, Any]:
-    """Arguments of an encoder: those that its published tensors imply, the released values otherwise."""
+    """Return the arguments of an encoder, inferred from published tensors where possible, else the released values."""
     kwargs = encoder_arguments(name)
     if ENCODERS[name].embedding in state:
         kwargs["emb_dims"] = len(state[ENCODERS[name].embedding])
@@ -154,30 +154,30 @@ def published_arguments(state: Mapping[str, Tensor], name: str) -> dict[str, Any
 
 
 def _fits(state: Mapping[str, Tensor], name: str) -> bool:
-    """Whether published tensors are those of an encoder, all of them, beside heads and aliases."""
+    """Return whether published tensors, apart from heads and aliases, are exactly those of an encoder."""
     state, _ = split_published_state(state, name)
     try:
         with torch.device("meta"):
             shapes = build_encoder(name, **published_arguments(state, name)).state_dict()
-    except (TypeError, ValueError, RuntimeError, IndexError):  # sizes that no encoder has
+    except (TypeError, ValueError, RuntimeError, IndexError):  # sizes that the encoder does not support
         return False
     return {key: value.shape for key, value in state.items()} == {key: value.shape for key, value in shapes.items()}
 
 
 def guess_encoder(state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> str:
-    """Name the encoder that bare weights are of, by the names and shapes of their tensors.
+    """Infer the encoder of bare weights from the names and shapes of their tensors.
 
     Args:
-        state: what ``published_state`` returns.
-        path: of the file, for messages.
+        state: tensors from ``published_state``.
+        path: path of the file, for messages.
 
     Raises:
-        CheckpointError: they are not exactly those of one encoder.
+        CheckpointError: the tensors are not exactly those of one encoder.
     """
     fitting = [name for name in ENCODERS if _fits(state, name)]
     if len(fitting) != 1:
         raise CheckpointError(
-            f"{path} holds bare weights, and their tensors are not exactly those of one encoder: say which they are of "
-            "with --model (and --k), and the tensors that do not fit are named"
+            f"{path} holds bare weights that are not exactly those of one encoder: name it with --model (and --k) to "
+            "see which tensors do not fit"
         )
     return fitting[0]

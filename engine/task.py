@@ -1,4 +1,4 @@
-"""What a run is made of: a task, which never calls the loop, and what changes from step to step."""
+"""Task (what to train, independent of the loop) and Run (the state of its training)."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ from models.ops.batch_norm import SyncBatchNorm
 from utils.collectives import rank, sync_gradients_if, world_size, wrap_ddp
 from utils.errors import UserError
 
-# Settings that may differ between a run and its continuation: they change nothing that is learned.
+# Settings that may change when a run resumes, since they do not affect what it learns.
 FREE_ON_RESUME = {
     *("data_root", "device", "workers", "json", "exp_name", "output_dir", "resume", "overwrite", "wandb", "log_every"),
     *("save_every", "test_batch_size", "deterministic"),
-    "batch_size",  # per process: what counts is the global batch
+    "batch_size",  # per process; the global batch is checked instead
 }
 
 
 @dataclass
 class Progress:
-    """Where a run stands; everything that a checkpoint needs besides weights and optimiser."""
+    """Progress of a run: all that a checkpoint stores besides weights, optimizer and random states."""
 
-    epoch: int = 0  # epochs finished
-    step: int = 0  # optimiser steps done
+    epoch: int = 0  # completed epochs
+    step: int = 0  # completed optimizer steps
     samples: int = 0  # samples consumed in the current epoch, over all processes
     seconds: float = 0.0  # spent on the current epoch
-    waited: float = 0.0  # of which waiting for data
-    sums: list[float] = field(default_factory=list)  # each loss over the epoch's steps
+    waited: float = 0.0  # part of these seconds spent waiting for data
+    sums: list[float] = field(default_factory=list)  # sum of each loss over the steps of the epoch
     best: float = -math.inf  # best score on the selection set
-    best_epoch: int = 0  # and the epoch it is of; 0 = none yet
-    bad: int = 0  # unreadable samples met so far
+    best_epoch: int = 0  # epoch of the best score; 0 = none yet
+    bad: int = 0  # unreadable samples so far
     read: int = 0  # samples read so far
 
     def __post_init__(self) -> None:
@@ -60,32 +60,32 @@ class Progress:
 
     @property
     def waiting(self) -> float:
-        """Share of the current epoch's time spent waiting for data."""
+        """Fraction of the current epoch's time spent waiting for data."""
         return self.waited / self.seconds
 
     def next_epoch(self) -> None:
-        """Count an epoch and start the sums again."""
+        """Count an epoch and reset its sums."""
         self.epoch += 1
         self.samples, self.seconds, self.waited, self.sums = 0, 0.0, 0.0, []
 
 
 class Task(ABC):
-    """What is trained, on what, and what the gradients of a batch are.
+    """Model, data set and the gradients of a batch.
 
-    Several processes hold the same weights and take their own share of every batch.
+    With several processes, each has the same weights and processes its share of every batch.
 
     Args:
         config: settings of the run.
-        device: where to train.
+        device: device to train on.
 
     Attributes:
-        kind: written into checkpoints; a run continues only from its own kind.
-        loss_names: what ``forward_backward`` returns, in order; the first is the one that is minimized.
-        free_on_resume: settings that may change between a run and its continuation.
-        added_settings: settings that checkpoints of earlier versions lack, with what these versions did.
-        collate: turns samples into a batch; None takes PyTorch's.
+        kind: written to checkpoints; a run resumes only from its own kind.
+        loss_names: names of the losses from ``forward_backward``, in order; the first one is minimized.
+        free_on_resume: settings that may change when a run resumes.
+        added_settings: settings that checkpoints of earlier versions lack, with the values these versions implied.
+        collate: makes a batch of samples; None means PyTorch's default.
         model, dataset, sampler: set by the subclass.
-        network: the model as ``wrap_distributed`` returns it, whose gradients are averaged over the processes.
+        network: the model wrapped by ``wrap_distributed``, which averages gradients over the processes.
     """
 
     kind: str
@@ -103,28 +103,28 @@ class Task(ABC):
         agree_on_kernels(device)
 
     def fresh_start(self, path: Path) -> str:
-        """Return advice for training on from the weights in a checkpoint, for a message."""
+        """Return advice on how to train further from a checkpoint, for a message."""
         return "a new run with another --exp_name can have any --epochs"
 
     @property
     def total_steps(self) -> int:
-        """Steps of the whole run."""
+        """Number of steps of the whole run."""
         return self.config.epochs * len(self.sampler)
 
     @abstractmethod
     def learning_rate(self, step: int) -> float:
-        """Rate of a step, counted from 0."""
+        """Return the learning rate of a step, counted from 0."""
 
     @abstractmethod
     def forward_backward(
         self, part: Any, progress: Progress, *, scale: Callable[[torch.Tensor], torch.Tensor]
     ) -> torch.Tensor:
-        """Add a part's gradients to the parameters'.
+        """Accumulate the gradients of a part in the parameters.
 
         Args:
             part: a batch, or one of ``parts``.
-            progress: where the run is; everything random follows from its epoch and the samples.
-            scale: loss scaling, to be applied to the loss before its backward pass.
+            progress: progress of the run; randomness depends only on its epoch and on the samples.
+            scale: loss scaling to apply before the backward pass.
 
         Returns:
             The losses in the order of ``loss_names``, detached, on the device.
@@ -132,48 +132,48 @@ class Task(ABC):
 
     @abstractmethod
     def weights(self) -> dict[str, Any]:
-        """The checkpoint's part that is the model."""
+        """Return the checkpoint entries of the model."""
 
     @abstractmethod
     def load_weights(self, payload: Mapping[str, Any], path: Path) -> None:
-        """Load what ``weights`` gave."""
+        """Load the entries that ``weights`` returned."""
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Which samples are trained on, in which order."""
+        """Return a string that identifies the training samples and their order."""
 
     def parts(self, batch: Any) -> Iterator[tuple[Any, bool]]:
-        """The parts of a step, each with whether it is the last one."""
+        """Yield the parts of a step, each with whether it is the last."""
         yield batch, True
 
     def count_bad_samples(self, batch: Any, progress: Progress) -> None:  # noqa: B027 - most have none
-        """Called for every batch before its step."""
+        """Count unreadable samples of a batch, before its step."""
 
     def after_step(self) -> None:  # noqa: B027 - most have none
-        """Called after every optimizer step."""
+        """Run after every optimizer step."""
 
     def averaged_weights(self) -> dict[str, Any] | None:
-        """Return what ``weights`` would be with averaged weights in their place; None without an average."""
+        """Return ``weights`` with averaged weights; None without a weight average."""
         return None
 
     def validate(self) -> tuple[dict[str, float], float | None]:
-        """Return the scores of every epoch, and the one that chooses ``best.pth``, or None. For what is cheap."""
+        """Return cheap scores after every epoch, and the one that selects ``best.pth``, or None."""
         return {}, None
 
     def evaluate(self) -> tuple[dict[str, float], float | None]:
-        """Scores every ``eval_every`` epochs, and the one that chooses ``best.pth``; None where nothing was scored."""
+        """Return scores every ``eval_every`` epochs, and the one that selects ``best.pth``, or None."""
         return {}, None
 
     def wrap_distributed(self, model: nn.Module) -> nn.Module:
-        """Make a model one over all processes: batch statistics, and the gradients of the module that is returned."""
+        """Synchronize batch statistics over all processes, and wrap the model so that gradients are averaged."""
         if world_size() > 1 and not self.config.no_sync_bn:
             SyncBatchNorm.convert(model)
         return wrap_ddp(model)
 
     def sampler_of(self, size: int, batch: int, *, parts: int = 1, keep_rest: bool = False) -> ResumableSampler:
-        """Batches for this process, of ``batch`` samples for each process and each part of a step.
+        """Return a sampler for this process, with ``batch`` samples per process and part of a step.
 
-        ``keep_rest`` keeps the incomplete last batch, of two samples or more for each batch norm.
+        ``keep_rest`` keeps the incomplete last batch, if it has at least two samples for each batch norm.
         """
         world = world_size()
         smallest = max(world, 2) if not self.config.no_sync_bn else 2 * world
@@ -189,10 +189,10 @@ class Task(ABC):
 
 
 class Run:
-    """A task in training: its folder, and all that changes from step to step beside the weights.
+    """Training state of a task: run folder, optimizer, loss scaler and progress.
 
     Args:
-        task: what is trained.
+        task: the task to train.
         folder: the run folder; only the main process writes to it.
     """
 
@@ -203,7 +203,7 @@ class Run:
         self.progress = Progress()
 
     def step(self, batch: Any) -> torch.Tensor:
-        """One optimizer step on a batch of the loader; returns the losses, on the device."""
+        """Run one optimizer step on a batch of the loader; return the losses, on the device."""
         task, losses = self.task, []
         set_learning_rate(self.optimizer, task.learning_rate(self.progress.step))
         for part, last in task.parts(batch):
@@ -213,14 +213,14 @@ class Run:
         return torch.stack(losses).mean(0)
 
     def optimizer_step(self) -> None:
-        """Optimizer step with the gradients there are."""
+        """Apply the accumulated gradients and reset them."""
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.task.after_step()
 
     def not_finite(self, what: str, step: int) -> UserError:
-        """The error for a run that went astray."""
+        """Return the error for a loss or weight that is not finite."""
         return UserError(
             f"{what} not finite at step {step} (epoch {self.progress.epoch + 1}); {self.folder / 'last.pth'} is from "
             "before it, if it exists. Try a lower --lr, --amp bf16 or off, or look for broken clouds with "

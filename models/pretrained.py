@@ -1,4 +1,4 @@
-"""The pretrained weights of this repository: ``weights/index.json`` and the files that it names, checked."""
+"""Pretrained weights of this repository: ``weights/index.json`` and the files it lists, with checksums."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ INDEX = "index.json"
 
 
 def pretrained_index() -> dict[str, dict[str, Any]]:
-    """Return what the index says of each encoder's weights, by name.
+    """Return the entries of the index by name of the weights.
 
     Raises:
-        CheckpointError: the index is missing or is not one.
+        CheckpointError: the index is missing or damaged.
     """
     path = WEIGHTS / INDEX
     fix = "it is part of the repository: git checkout -- weights"
@@ -31,13 +31,13 @@ def pretrained_index() -> dict[str, dict[str, Any]]:
 
 
 def pretrained_file(name: str) -> Path:
-    """Return the file of pretrained weights, whose checksum agrees with the index.
+    """Return the file of pretrained weights, after comparing its checksum with the index.
 
     Args:
-        name: of the weights, such as ``dgcnn_cls``.
+        name: name of the weights, such as ``dgcnn_cls``.
 
     Raises:
-        CheckpointError: no weights of this name; or their file is missing or not the one that was published.
+        CheckpointError: there are no weights of this name, or their file is missing or not the published one.
     """
     index = pretrained_index()
     if name not in index:

@@ -136,7 +136,7 @@ def test_published_weights_open_with_model_and_k(name, form, tmp_path, caplog):
     caplog.clear()
     guessed = encoder_from_checkpoint(tmp_path / "published.pth", k=k)
     assert same(encoder, guessed) and describe_encoder(guessed)["kwargs"] == KWARGS[name]
-    assert f"does not say which encoder it is of; by its tensors it is a {name}" in caplog.text
+    assert f"does not name its encoder; by its tensors it is a {name}" in caplog.text
 
 
 WRAPPERS = {
@@ -228,7 +228,7 @@ def test_bare_weights_that_fit_no_encoder_exactly_are_not_guessed(tmp_path):
         missing = next(key for key in encoder_keys(name) if key.endswith("conv3.0.weight") or key == "conv3.weight")
         for wrong in ({missing: torch.zeros(())}, {missing: torch.zeros(7, 7)}, {"unknown.weight": torch.zeros(2)}):
             torch.save(state | wrong, tmp_path / "a.pth")
-            refuse(tmp_path / "a.pth", "holds bare weights, .* not exactly those of one encoder: .*--model")
+            refuse(tmp_path / "a.pth", "holds bare weights .* not exactly those of one encoder: .*--model")
         torch.save({key: value for key, value in state.items() if key != missing}, tmp_path / "a.pth")
         refuse(tmp_path / "a.pth", "--model")
         refuse(tmp_path / "a.pth", f"{missing}", model=name)  # as the message says
@@ -296,7 +296,10 @@ def test_k_of_the_checkpoint_is_the_default_and_another_is_used_with_a_warning(t
         ({"format": None}, "checkpoint format None"),
         ({"encoder": {"name": "point_mamba", "kwargs": {}}}, "describes an encoder that this version does not have"),
         ({"encoder": {"name": "pointnet_cls", "kwargs": {"depth": 3}}}, "describes an encoder .*depth"),
-        ({"encoder": {"name": "dgcnn_cls", "kwargs": {"emb_dims": 24}}}, "describes an encoder .*does not say its k"),
+        (
+            {"encoder": {"name": "dgcnn_cls", "kwargs": {"emb_dims": 24}}},
+            "describes an encoder .*lacks the setting k",
+        ),
     ],
 )
 def test_checkpoints_of_other_versions_are_refused(change, message, tmp_path):
