@@ -1,6 +1,7 @@
 """Pretrain, classify and segment on the embedded demo set, in minutes on two CPU cores: `make demo`.
 
-Does pretraining help? Each task runs without and with it, all else being equal:
+Does pretraining help? Each task runs without and with it, all else being equal, and with the weights of this repository
+where there are any (the row "shipped"):
   classification  linear SVM on frozen DGCNN-cls features; without pretraining, batch-norm statistics are set first
   parts           part segmentation of shapes, fine-tuned from scratch and from the pretrained encoder
   rooms           semantic segmentation of furnished rooms, likewise; tested on area 5
@@ -35,6 +36,8 @@ from downstream.demo_report import write_page
 from downstream.finetuning import reported_entry
 from downstream.segmentation import main_partseg, main_semseg, visualize
 from downstream.svm import mean_and_std
+from engine.load_model import DEFAULT_ENCODER
+from models.pretrained import pretrained_index
 from utils.cli import HelpFormatter, Settings, check_writable, positive_int, run, seed_number, write_json
 from utils.errors import UserError
 from utils.reproducible import provenance
@@ -45,6 +48,7 @@ CLASSIFICATION = {"epochs": 3, "num_points": 512, "image_size": 64}
 SVM_C = ("0.01", "0.1", "1", "10")
 TASKS = ("classification", "parts", "rooms")
 STARTS = ("scratch", "pretrained")
+SHIPPED = "shipped"  # weights of this repository
 UNFINISHED = "unfinished.json"  # settings of a demo that has not written its report
 
 
@@ -217,7 +221,7 @@ def pretrain(config: DemoConfig, task: str, seed: int, **settings: Any) -> Path:
 
 
 def classify(config: DemoConfig) -> dict[str, Any]:
-    """Score the untrained and the pretrained encoder: linear SVM, few-label SVM and retrieval on the demo classes."""
+    """Score frozen encoders, untrained and pretrained: linear SVM, few-label SVM and retrieval on the demo classes."""
     folder, scores = Path(config.output_dir) / "classification", {}
     points = config.num_points or CLASSIFICATION["num_points"]
 
@@ -234,11 +238,13 @@ def classify(config: DemoConfig) -> dict[str, Any]:
     score("untrained", "--random_init", "--calibrate_bn", *flags(seeds=config.seeds))
     checkpoints = [pretrain(config, "classification", seed, **CLASSIFICATION) for seed in config.seeds]
     score("pretrained", *flags(model_path=checkpoints))
+    if DEFAULT_ENCODER in pretrained_index():
+        score(SHIPPED, *flags(model_path=f"pretrained:{DEFAULT_ENCODER}"))
     return scores
 
 
 def segment(config: DemoConfig, name: str) -> dict[str, Any]:
-    """Fine-tune from scratch and pretrained, and draw predictions of the first seed's pretrained model.
+    """Fine-tune from scratch and from pretrained encoders; draw predictions of the first seed's ``pretrained`` model.
 
     Returns:
         Scores by start, with mean and deviation over seeds; the runs; the settings.
@@ -246,15 +252,20 @@ def segment(config: DemoConfig, name: str) -> dict[str, Any]:
     task, folder = SEGMENTATION[name], Path(config.output_dir) / name
     points = config.num_points or task.fine_tuning["num_points"]
     tuning = {**task.fine_tuning, "num_points": points}
-    runs: dict[str, list[dict[str, Any]]] = {start: [] for start in STARTS}
+    shipped = [SHIPPED] if task.encoder["model"] in pretrained_index() else []
+    runs: dict[str, list[dict[str, Any]]] = {start: [] for start in (*STARTS, *shipped)}
     for seed in config.seeds:
         checkpoint = pretrain(config, name, seed, **task.encoder, **task.pretraining)
+        origins = {
+            "scratch": task.encoder,
+            "pretrained": {"pretrain_path": checkpoint},
+            SHIPPED: {"pretrain_path": f"pretrained:{task.encoder['model']}"},
+        }
         for start, found in runs.items():
             print(f"\n{name}: fine-tuning, {start}, seed {seed}", flush=True)
-            origin = task.encoder if start == "scratch" else {"pretrain_path": checkpoint}
             words = [
                 *flags(data_root=config.data_root, output_dir=folder, exp_name=f"{start}_{seed}", seed=seed),
-                *flags(device=config.device, workers=0, **origin, **tuning),
+                *flags(device=config.device, workers=0, **origins[start], **tuning),
                 "--resume" if config.keep else "--overwrite",
             ]
             found.extend(finished(config, task.script, words, folder / f"{start}_{seed}.json")["runs"])
@@ -299,12 +310,12 @@ def spread(runs: list[dict[str, Any]], path: tuple[str, ...]) -> dict[str, Any]:
 def summary(report: Mapping[str, Any]) -> list[str]:
     """Return the main numbers, one per line."""
     lines = []
-    for name in ("untrained", "pretrained"):
+    for name in ("untrained", "pretrained", SHIPPED):
         if name in report:
             accuracy, precision = report[name]["test_accuracy_mean"], report[name]["retrieval_map"]
             lines.append(f"classification, {name}: SVM {accuracy:.1f} %, retrieval mAP {precision:.1f} %")
     for name, task in SEGMENTATION.items():
-        for start in STARTS if name in report else ():
+        for start in report[name]["runs"] if name in report else ():
             scores = report[name][start]
             shown = ", ".join(
                 f"{score.heading} {scores[key]['mean']:.1f} +- {scores[key]['std']:.1f}"

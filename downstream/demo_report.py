@@ -30,6 +30,8 @@ code{{background:#eee;padding:0 .2rem}}</style>
 <p><small>{provenance}</small></p></html>
 """
 VIEW_POINTS = 512
+SHIPPED_TEXT = " Shipped: the weights of this repository (<code>weights/</code>), whose encoder may be wider."
+COLORS = ("#888888", "#2a7f3f", "#1f5fa8")  # of the curves from scratch, pretrained, shipped
 SEGMENTATION_TITLES = {"parts": "Part segmentation", "rooms": "Semantic segmentation of rooms"}
 
 
@@ -120,7 +122,7 @@ def draw_validation(runs: Mapping[str, list[dict[str, Any]]], key: str, heading:
     """
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axes = figure.add_subplot()
-    for (start, records), color in zip(runs.items(), ("#888888", "#2a7f3f"), strict=True):
+    for (start, records), color in zip(runs.items(), COLORS, strict=False):
         for number, record in enumerate(records):
             text = (Path(record["folder"]) / "metrics.jsonl").read_text(encoding="utf-8")
             lines = [line for line in map(json.loads, text.splitlines()) if key in line]
@@ -136,7 +138,8 @@ def draw_validation(runs: Mapping[str, list[dict[str, Any]]], key: str, heading:
 def classification_section(folder: Path, report: Mapping[str, Any], data_root: str) -> str:
     """Write the section on frozen features: scores, pretraining curves, pairs, neighbors and confusions."""
     pretrained, rows = report["pretrained"], []
-    for name in ("untrained", "pretrained"):
+    names = [name for name in ("untrained", "pretrained", "shipped") if name in report]
+    for name in names:
         scores = report[name]
         few = [with_deviation(*shots) for shots in scores["shots"].values()]
         rows.append([name, f"{scores['test_accuracy_mean']:.1f}", *few, f"{scores['retrieval_map']:.1f}"])
@@ -149,7 +152,8 @@ def classification_section(folder: Path, report: Mapping[str, Any], data_root: s
             "<p>Accuracy of a linear SVM on frozen features of DGCNN-cls, and mean average precision of cosine "
             f"retrieval, in percent, on {pretrained['test_clouds']} test clouds of {pretrained['classes']} classes. "
             f"&plusmn; is the deviation over {over}. The C of the SVM was chosen by cross-validation on the training "
-            "split. The batch-norm statistics of the untrained encoder were set on unlabeled clouds.</p>",
+            "split. The batch-norm statistics of the untrained encoder were set on unlabeled clouds."
+            f"{SHIPPED_TEXT * ('shipped' in names)}</p>",
             embedded(
                 folder / "classification" / f"pretraining_{report['seeds'][0]}" / "curves.png",
                 "pretraining: losses and learning rate by epoch",
@@ -165,7 +169,7 @@ def classification_section(folder: Path, report: Mapping[str, Any], data_root: s
                     folder / "classification" / f"retrieval_{name}.png",
                     f"{name}: test clouds and their nearest neighbors",
                 )
-                for name in ("untrained", "pretrained")
+                for name in names
             ),
             "<h3>Confusions</h3>",
             embedded(
@@ -189,11 +193,11 @@ def segmentation_section(folder: Path, name: str, result: Mapping[str, Any], hea
         [
             f"<h2>{SEGMENTATION_TITLES[name]}</h2>",
             table(["fine-tuned", *headings.values()], rows),
-            f"<p>Percent on the test split, at the epoch that is {html.escape(result['reported'])}. Both rows use the "
-            f"same encoder ({settings_text(result['encoder'])}) and budget "
+            f"<p>Percent on the test split, at the epoch that is {html.escape(result['reported'])}. From scratch and "
+            f"pretrained use the same encoder ({settings_text(result['encoder'])}) and budget "
             f"({record['training_samples']} labeled training samples; {settings_text(result['fine_tuning'])}); the "
             "pretrained one was first trained on unlabeled pairs "
-            f"({settings_text(result['pretraining'])}).{deviation}</p>",
+            f"({settings_text(result['pretraining'])}).{SHIPPED_TEXT * ('shipped' in starts)}{deviation}</p>",
             embedded(
                 lambda: draw_validation(result["runs"], result["validation"]["key"], result["validation"]["heading"]),
                 "score on held-out training data by epoch; from scratch, batch norm's running statistics are still "

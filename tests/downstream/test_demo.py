@@ -8,6 +8,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from downstream import demo, demo_report
+from models import pretrained
+from tests.support.weights import publish_tiny
 from utils import reproducible
 from utils.errors import UserError
 
@@ -28,6 +30,8 @@ def run(data_root, tmp_path, monkeypatch, small_runs):
             pictures={**task.pictures, "items": 1},
         )
         monkeypatch.setitem(demo.SEGMENTATION, name, tiny)
+    monkeypatch.setattr(pretrained, "WEIGHTS", tmp_path)
+    publish_tiny(tmp_path, [])
 
     def call(*arguments):
         words = ["--data_root", data_root, "--output_dir", tmp_path / "out", "--device", "cpu", *arguments]
@@ -37,14 +41,15 @@ def run(data_root, tmp_path, monkeypatch, small_runs):
 
 
 def test_every_task_is_done_without_and_with_pretraining_and_shown(run, tmp_path, capsys):
+    publish_tiny(tmp_path, ["dgcnn_cls", "dgcnn_partseg", "dgcnn_semseg"])
     report = run("--epochs", 1, "--num_points", 24)
     out = tmp_path / "out"
     assert json.loads((out / "report.json").read_text()) == report
-    for name in ("untrained", "pretrained"):
+    for name in ("untrained", "pretrained", "shipped"):
         assert {"test_accuracy_mean", "retrieval_map"} <= report[name].keys()
     page, printed = (out / "report.html").read_text(), capsys.readouterr().out
     for name, task in demo.SEGMENTATION.items():
-        for start in demo.STARTS:
+        for start in (*demo.STARTS, demo.SHIPPED):
             reached = json.loads((out / name / f"{start}_1.json").read_text())["runs"][0]["best"]["test"]
             for key, score in task.scores.items():
                 value = reached
@@ -52,9 +57,10 @@ def test_every_task_is_done_without_and_with_pretraining_and_shown(run, tmp_path
                     value = value[step]
                 assert report[name][start][key] == {"mean": value, "std": 0.0, "values": [value]}
                 assert f"<td>{value:.1f}</td>" in page and f"<th>{score.heading}</th>" in page
-        assert f"{name}, pretrained: {next(iter(task.scores.values())).heading}" in printed
+        assert json.loads((out / name / "shipped_1" / "config.json").read_text())["arguments"]["emb_dims"] is None
+        assert f"{name}, shipped: {next(iter(task.scores.values())).heading}" in printed
     # One picture per sheet, curve and matrix, inside the page.
-    assert page.count('src="data:image/png;base64,') == 5 + 2 * 2
+    assert page.count('src="data:image/png;base64,') == 6 + 2 * 2
 
 
 @pytest.fixture
