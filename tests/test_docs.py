@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from engine.load_model import encoder_from_checkpoint
-from models import ENCODERS, CrossNet, build_encoder
+from models import ENCODERS, CrossNet, build_encoder, pretrained
 from tests.support.checkpoints import save_encoder
 from tests.support.paths import ROOT
+from tests.support.weights import publish_tiny
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "data/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += sorted((ROOT / "weights").glob("*.md"))
 BY_NAME = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
@@ -18,9 +20,11 @@ def python_blocks(page):
     return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/evaluation.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/evaluation.md", "docs/weights.md"])
 def test_an_encoder_loads_as_the_page_says(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pretrained, "WEIGHTS", tmp_path)
+    publish_tiny(tmp_path, ["dgcnn_cls"])
     save_encoder(tmp_path / "checkpoints/crossnet/last.pth", build_encoder("dgcnn_cls", k=4, emb_dims=16))
     names = {"clouds": torch.randn(2, 3, 32)}
     (block,) = python_blocks(ROOT / page)
