@@ -18,11 +18,8 @@ from downstream.classification import main as linear_svm
 from downstream.segmentation import main_partseg, main_semseg, visualize
 from engine.load_model import crossnet_from_checkpoint, encoder_from_checkpoint
 from models import build_encoder, pretrained
-from models.image import IMAGE_ENCODERS
-from tests.support.pairs import write_demo_set, write_pairs
 from tests.support.paths import ROOT
-from tests.support.segmentation_sets import write_parts, write_rooms
-from tests.support.small_run import TinyImageNet, arguments
+from tests.support.small_run import arguments
 from tests.support.weights import TINY, publish_tiny, save_pretraining, tiny_encoder
 from utils.errors import CheckpointError, UserError
 from utils.files import sha256
@@ -151,28 +148,27 @@ def test_a_safetensors_file_is_a_checkpoint_whatever_its_origin(weights, tmp_pat
         encoder_from_checkpoint(tmp_path / "cut.safetensors")
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data")
-    write_pairs(root, 8)
-    write_demo_set(root)
-    write_parts(root)
-    write_rooms(root, [f"Area_{area}_{kind}_1" for area in (5, 6) for kind in ("hall", "office")])
-    return root
-
-
-def test_pretraining_starts_from_the_weights_of_its_model(weights, data, tmp_path, monkeypatch):
-    monkeypatch.setitem(IMAGE_ENCODERS, "resnet18", TinyImageNet)
-    monkeypatch.setattr("engine.run_folder.RunFolder.draw_curves", lambda folder: None)
+@pytest.mark.usefixtures("small_runs")
+def test_pretraining_starts_from_the_weights_of_its_model(weights, data_root, tmp_path):
     settings = ["--epochs", 1, "--eval_every", 0, "--lr", 1e-9, "--model", "pointnet_seg", "--emb_dims", 8]
-    train_crossnet_con.main(arguments(data, tmp_path, "--exp_name", "a", "--model_path", "pretrained", *settings))
+    train_crossnet_con.main(arguments(data_root, tmp_path, "--exp_name", "a", "--model_path", "pretrained", *settings))
     found = encoder_from_checkpoint(tmp_path / "a" / "last.pth")
     torch.testing.assert_close(found.conv3.weight, models.load("pointnet_partseg").conv3.weight, rtol=0, atol=1e-6)
 
 
-def test_frozen_features_of_weights_by_name_and_of_their_file(weights, data, capsys):
+def test_frozen_features_of_weights_by_name_and_of_their_file(weights, data_root):
     file = str(weights / "dgcnn_cls.safetensors")
-    common = ["--dataset", "demo", "--data_root", str(data), "--num_points", "24", "--device", "cpu", "--model_path"]
+    common = [
+        "--dataset",
+        "demo",
+        "--data_root",
+        str(data_root),
+        "--num_points",
+        "24",
+        "--device",
+        "cpu",
+        "--model_path",
+    ]
     runs = linear_svm.main([*common, "pretrained", "pretrained:pointnet_cls", file, "--shots", "1"])["runs"]
     assert [record["encoder"] for record in runs] == ["dgcnn_cls", "pointnet_cls", "dgcnn_cls"]
     assert [record["model_path"] for record in runs] == ["pretrained", "pretrained:pointnet_cls", file]
@@ -182,8 +178,8 @@ def test_frozen_features_of_weights_by_name_and_of_their_file(weights, data, cap
     assert few["encoders"][0]["sha256"] == sha256(file)
 
 
-def test_the_map_of_weights(weights, data, tmp_path):
-    common = ["--dataset", "demo", "--data_root", str(data), "--num_points", "24", "--device", "cpu"]
+def test_the_map_of_weights(weights, data_root, tmp_path):
+    common = f"--dataset demo --data_root {data_root} --num_points 24 --device cpu".split()
     tsne.main([*common, "--model_path", "pretrained:dgcnn_seg", "--output", str(tmp_path / "map.png")])
     with np.load(tmp_path / "map.npz") as numbers:
         assert numbers["features"].shape[1] == 16
@@ -197,27 +193,15 @@ def test_the_map_of_weights(weights, data, tmp_path):
         (main_semseg, "dgcnn_semseg", ["--test_area", "5", "--train_area", "6"]),
     ],
 )
-def test_fine_tuning_starts_from_the_weights_that_its_task_takes(
-    script, name, more, weights, data, tmp_path, monkeypatch
-):
-    monkeypatch.setattr("engine.run_folder.RunFolder.draw_curves", lambda folder: None)
-    common = [
-        "--data_root",
-        str(data),
-        "--output_dir",
-        str(tmp_path),
-        "--exp_name",
-        "a",
-        "--device",
-        "cpu",
-        "--workers",
-    ]
-    small = ["0", "--batch_size", "4", "--epochs", "1", "--eval_every", "0", "--freeze_encoder"]
+@pytest.mark.usefixtures("small_runs", "weights")
+def test_fine_tuning_starts_from_the_weights_that_its_task_takes(script, name, more, data_root, tmp_path):
+    common = f"--data_root {data_root} --output_dir {tmp_path} --exp_name a --device cpu --workers 0".split()
+    small = ["--batch_size", "4", "--epochs", "1", "--eval_every", "0", "--freeze_encoder"]
     script.main([*common, *small, "--pretrain_path", "pretrained", *more])
     found = encoder_from_checkpoint(tmp_path / "a" / "last.pth").state_dict()
     assert all(torch.equal(found[key], tensor) for key, tensor in models.load(name).state_dict().items())
     with pytest.raises(CheckpointError, match=r"holds an encoder without a head \(--pretrain_path takes that\)"):
-        script.main([*common, "0", "--eval", "--model_path", "pretrained", *more])
+        script.main([*common, "--eval", "--model_path", "pretrained", *more])
 
 
 def test_features_of_files_by_weights(weights, tmp_path):

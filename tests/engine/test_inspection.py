@@ -6,11 +6,10 @@ import pytest
 import torch
 from torchvision.models import resnet18
 
-from engine.checkpoint import save_checkpoint
 from engine.checkpoint.__main__ import main
-from engine.load_model import describe_fine_tuned
 from models import pretrained
 from models.task_heads import PartSegmentation
+from tests.support.checkpoints import save_model
 from tests.support.weights import TINY, publish_tiny, save_pretraining, tiny_encoder
 from utils.errors import CheckpointError
 
@@ -34,8 +33,7 @@ def test_a_checkpoint_of_pretraining(tmp_path, capsys):
 
 def test_a_fine_tuned_model_has_a_head(tmp_path, capsys):
     model = PartSegmentation(tiny_encoder("dgcnn_partseg"), num_categories=2, num_parts=5)
-    save_checkpoint(tmp_path / "best.pth", describe_fine_tuned(model))
-    found, text = inspect(tmp_path / "best.pth", capsys)
+    found, text = inspect(save_model(tmp_path / "best.pth", model), capsys)
     assert found["head"] == {"num_categories": 2, "num_parts": 5}
     assert f"format 1: {PartSegmentation.kind}" in text and "--eval" in text
 

@@ -8,9 +8,8 @@ import torch
 from torch import nn
 
 from benchmarks import publish_weights
-from engine.checkpoint import save_checkpoint
-from engine.load_model import describe_encoder
 from models import PointEncoder, build_encoder, pretrained
+from tests.support.checkpoints import save_encoder
 
 TINY = {
     "dgcnn_cls": {"k": 4, "emb_dims": 16},
@@ -38,9 +37,7 @@ def save_pretraining(path: Path, encoder: PointEncoder) -> Path:
     """Save an encoder with what a checkpoint of pretraining says beside it."""
     about = {"kind": "crossnet-pretraining", "progress": {"epoch": 3, "step": 120}, "git_commit": "abc"}
     arguments = {"seed": 5, "batch_size": 8, "data_root": "/private/data"}
-    weights = {"encoder": describe_encoder(encoder), "point_encoder": encoder.state_dict()}
-    save_checkpoint(path, {**about, "arguments": arguments, **weights})
-    return path
+    return save_encoder(path, encoder, **about, arguments=arguments)
 
 
 def publish_tiny(folder: Path, names: list[str], *more: str) -> None:
