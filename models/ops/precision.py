@@ -46,7 +46,7 @@ def exact_products(device: torch.device) -> contextlib.AbstractContextManager[ob
 
 
 def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Return ``a @ b`` as in ``exact_products``, its gradients too, which are taken when that context has ended.
+    """Compute ``a @ b`` and its gradients without TF32; a context around the forward pass would miss the gradients.
 
     Args:
         a: (..., n, m).
@@ -57,7 +57,7 @@ def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 class _ExactMatmul(torch.autograd.Function):
-    """See ``exact_matmul``."""
+    """Matrix product without TF32 in both passes."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
