@@ -252,7 +252,7 @@ class Search:
         """Read the shapes of the pairs of ``--data_root``."""
         read, rows = open_pairs(self.config, self.space)
         self.source = read.source
-        with progress(total=len(rows), text="reading the gallery", unit="shape") as bar:
+        with progress(total=len(rows), text="reading the gallery", unit="shapes") as bar:
             for start in range(0, len(rows), self.config.batch_size):
                 batch: list[tuple[int, np.ndarray]] = []
                 for i in rows[start : start + self.config.batch_size]:
