@@ -3,7 +3,11 @@
 The file holds the encoder alone, its matrices in float16. When weights are published again, the text of their card from
 "## Limits" on is kept; everything above it follows from the index.
 
-Example:
+Examples:
+  # a checkpoint of a row of docs/results.md: its commands and scores are taken from results/
+  python -m benchmarks.publish_weights runs/reproduce/generated12k-con/seed_1/last.pth \
+      --row modelnet10-generated12k-con --data "12,096 generated shapes (docs/generated_shapes.md)"
+  # any other
   python -m benchmarks.publish_weights checkpoints/long/last.pth --data "20,000 generated shapes (CC0)" \
       --command "python train_crossnet_con.py --data_root data/shapes.h5 --exp_name long" --hours 3.1 \
       --score "ModelNet10, linear SVM=93.5 ± 0.3"
@@ -12,9 +16,12 @@ Example:
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from benchmarks.reproduce import PLAN, Plan, value_at
 from engine.checkpoint import load_checkpoint
 from engine.export import describe_weights, export
 from engine.load_model import encoder_from_checkpoint
@@ -47,7 +54,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("source", metavar="CHECKPOINT", help="checkpoint of pretraining")
     parser.add_argument("--name", help="of the weights (default: that of the encoder)")
     parser.add_argument("--data", required=True, metavar="TEXT", help="what they are trained on, with its license")
-    parser.add_argument("--command", required=True, metavar="TEXT", help="command, or commands, that trained them")
+    origin = parser.add_mutually_exclusive_group(required=True)
+    origin.add_argument("--command", metavar="TEXT", help="command, or commands, that trained them")
+    origin.add_argument("--row", metavar="NAME", help="row of the plan whose record gives commands and scores")
+    parser.add_argument("--plan", default=str(PLAN), metavar="FILE", help="plan of --row")
+    parser.add_argument("--results", default="results", metavar="DIR", help="records of --row")
     parser.add_argument("--hours", type=float, metavar="H", help="of training")
     parser.add_argument("--steps", type=int, help="of training, all runs together (default: the checkpoint's)")
     parser.add_argument(
@@ -57,6 +68,32 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--full", action="store_true", help="keep float32")
     parser.add_argument("--overwrite", action="store_true", help="replace weights of this name")
     return parser
+
+
+def recorded(name: str, source: Path, *, plan: Plan, results: Path) -> tuple[str, dict[str, str]]:
+    """Return the commands and the scores that a row of the plan has recorded for a checkpoint.
+
+    Args:
+        name: of the row.
+        source: the checkpoint, one of the row's seeds.
+        plan: with the row.
+        results: folder of the records.
+
+    Raises:
+        UserError: there is no such row, or none of its records is of this checkpoint.
+    """
+    row = next((row for row in plan.rows if row.name == name), None)
+    if row is None:
+        raise UserError(f"--row {name}: the plan has no such row; python -m benchmarks.reproduce --list shows all")
+    checksum = sha256(source)
+    for path in sorted((results / name).glob("seed_*/row.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["checkpoint_sha256"] == checksum:
+            found = json.loads((path.parent / "scores.json").read_text(encoding="utf-8"))
+            columns = {title: value_at(found, place) for title, place in plan.tables[row.table].columns.items()}
+            scores = {f"{name}, {title}": f"{value:.1f}" for title, value in columns.items() if value is not None}
+            return "; ".join(record["commands"][:-1]), scores  # the last command scores
+    raise UserError(f"{results / name} has no record of {source} (SHA-256 {checksum}); run the row first")
 
 
 def card(name: str, entry: Mapping[str, Any], rest: str) -> str:
@@ -107,7 +144,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """
     args = build_parser().parse_args(argv)
     log_to_screen()
-    scores = dict(score.rpartition("=")[::2] for score in args.score)
+    scores, command = dict(score.rpartition("=")[::2] for score in args.score), args.command
+    if args.row:
+        plan = Plan.read(Path(args.plan), {})
+        command, measured = recorded(args.row, Path(args.source), plan=plan, results=Path(args.results))
+        scores = measured | scores
     if "" in scores:
         raise UserError("--score takes WHAT=VALUE, such as 'ModelNet10, linear SVM=93.5 ± 0.3'")
     encoder, payload = encoder_from_checkpoint(args.source), load_checkpoint(args.source)
@@ -125,7 +166,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "encoder": about["encoder"],
         "parameters": sum(parameter.numel() for parameter in encoder.parameters()),
         "data": args.data,
-        "command": args.command,
+        "command": command,
         "commit": payload.get("git_commit"),
         "steps": args.steps or about.get("step"),
         "hours": args.hours,

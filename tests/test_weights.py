@@ -221,3 +221,23 @@ def test_a_file_that_is_called_pretrained_still_is_a_file(weights, tmp_path, mon
     assert encoder_from_checkpoint("pretrained").emb_dims == 4
     with pytest.raises(CheckpointError, match="holds a pointnet_cls, not the dgcnn_cls"):
         encoder_from_checkpoint("pretrained:pointnet_cls", model="dgcnn_cls")
+
+
+def test_commands_and_scores_come_from_the_record_of_a_row(own_weights, tmp_path):
+    source = save_pretraining(tmp_path / "a.pth", tiny_encoder("dgcnn_cls"))
+    record = tmp_path / "results" / "modelnet10-pairs2k-con" / "seed_5"
+    record.mkdir(parents=True)
+    (record / "scores.json").write_text(json.dumps({"test_accuracy_mean": 92.07, "shots": {"1": [52.4, 6.9]}}))
+    words = [str(source), "--data", "d", "--overwrite", "--results", str(tmp_path / "results")]
+    row = ["--row", "modelnet10-pairs2k-con"]
+    (record / "row.json").write_text(json.dumps({"checkpoint_sha256": "0", "commands": []}))
+    with pytest.raises(UserError, match=r"has no record of .*a\.pth"):
+        publish_weights.main([*words, *row])
+    commands = ["python make.py", "python train.py", "python score.py"]
+    (record / "row.json").write_text(json.dumps({"checkpoint_sha256": sha256(source), "commands": commands}))
+    entry = publish_weights.main([*words, *row])
+    assert entry["command"] == "python make.py; python train.py"
+    scores = {"modelnet10-pairs2k-con, all labels": "92.1", "modelnet10-pairs2k-con, 1 label": "52.4"}
+    assert entry["scores"] == scores
+    with pytest.raises(UserError, match="--row nothing: the plan has no such row"):
+        publish_weights.main([*words, "--row", "nothing"])
