@@ -53,6 +53,11 @@ class Benchmark:
     check: Callable[[argparse.Namespace], None] = lambda args: None
     part: Callable[[argparse.Namespace, Sequence[str]], dict[str, Any]] | None = None
 
+    @property
+    def module(self) -> str:
+        """The module's full name."""
+        return f"benchmarks.{self.name}"
+
     def parse_args(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
         """Read the command line.
 
@@ -60,7 +65,7 @@ class Benchmark:
             UserError: flags that do not fit together.
         """
         parser = argparse.ArgumentParser(
-            prog=f"python -m benchmarks.{self.name}", description=self.description, formatter_class=HelpFormatter
+            prog=f"python -m {self.module}", description=self.description, formatter_class=HelpFormatter
         )
         self.add_arguments(parser)
         g = parser.add_argument_group("how")
@@ -82,7 +87,7 @@ class Benchmark:
 
     def fresh(self, args: argparse.Namespace, *words: object) -> dict[str, Any]:
         """Return ``part`` of the same flags and these words, computed in a fresh process."""
-        return in_fresh_process(f"benchmarks.{self.name}", [*args.argv, "--part", *map(str, words)])
+        return in_fresh_process(self.module, [*args.argv, "--part", *map(str, words)])
 
     def main(self, argv: Sequence[str] | None = None) -> dict[str, Any]:
         """Measure, print the table, write the JSON object."""
