@@ -53,14 +53,7 @@ from engine.grad_cache import backward_in_chunks
 from engine.launch import launch
 from engine.load_model import describe_encoder, encoder_from_checkpoint, encoder_from_flags, load_strictly
 from engine.loop import train
-from engine.optim import (
-    AMP_DTYPES,
-    LR_SCHEDULES,
-    autocast,
-    base_rate,
-    learning_rate,
-    weight_average,
-)
+from engine.optim import AMP_DTYPES, LR_SCHEDULES, autocast, base_rate, learning_rate, weight_average
 from engine.resume import resume
 from engine.run_folder import RunFolder
 from engine.task import FREE_ON_RESUME, Progress, Run, Task
@@ -69,10 +62,8 @@ from models.crossnet import MODALITIES
 from models.image import IMAGE_ENCODERS
 from models.losses import OBJECTIVES, RELEASED_TEMPERATURE
 from utils.cli import (
-    HelpFormatter,
-    add_common_arguments,
-    add_run_arguments,
     check_writable,
+    flag,
     fraction,
     non_negative_float,
     non_negative_int,
@@ -80,12 +71,7 @@ from utils.cli import (
     positive_int,
     write_json,
 )
-from utils.collectives import (
-    all_gather_strings,
-    broadcast_tensors,
-    is_main,
-    world_size,
-)
+from utils.collectives import all_gather_strings, broadcast_tensors, is_main, world_size
 from utils.errors import CheckpointError, UserError
 from utils.released_flags import IN_PRETRAINING, Switch, add_released_flags, model_name
 from utils.reproducible import seed_everything
@@ -96,223 +82,151 @@ PARTS = ("point_encoder", "heads_and_image_encoders")  # checkpoint entries with
 PROBE_SETTINGS = {"eval_every", "eval_dataset", "eval_root", "eval_points", "svm_c", "select_on", "list"}
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Build the command line of this script; docs/fidelity.md lists defaults that differ from the release."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    add_common_arguments(parser)
-    add_run_arguments(parser, exp_name="crossnet", save_every=500)
-    g = parser.add_argument_group("data")
-    g.add_argument(
-        "--list",
-        metavar="FILE",
-        help="use only the shapes in FILE, one <synset>/<model_id> or <model_id> per line",
+@dataclass(kw_only=True)
+class PretrainConfig(RunConfig):
+    """Settings of a pretraining run; ``k`` and ``emb_dims`` may be None until the encoder is built."""
+
+    list: str | None = flag(
+        group="data", metavar="FILE", help="use only the shapes in FILE, one <synset>/<model_id> or <model_id> per line"
     )
-    g.add_argument(
-        "--num_points",
+    num_points: int | None = flag(
         type=positive_int,
         metavar="N",
         help="points per view, drawn at random from larger clouds (default: all points, as released)",
     )
-    g.add_argument("--image_size", type=positive_int, default=224, metavar="PX", help="resize renderings to PX x PX")
-    g.add_argument(
-        "--views",
+    image_size: int = flag(224, type=positive_int, metavar="PX", help="resize renderings to PX x PX")
+    views: int = flag(
+        1,
         type=positive_int,
-        default=1,
         metavar="V",
         help="renderings per object, over which the cross-modal term is averaged; distinct if the shape has enough. "
         "The image encoders take V times as long",
     )
-    g.add_argument(
-        "--background",
-        choices=list(BACKGROUNDS),
-        default="black",
+    background: str = flag(
+        "black",
+        choices=[*BACKGROUNDS],
         help="background of transparent renderings; released: drop alpha, which shows the hidden colors",
     )
-    g.add_argument(
-        "--strict_data",
-        action="store_true",
-        help="stop at the first unreadable sample (default: at more than 1 %%)",
-    )
-    g.add_argument(
-        "--val_fraction",
+    strict_data: bool = flag(False, help="stop at the first unreadable sample (default: at more than 1 %%)")
+    val_fraction: float = flag(
+        0.0,
         type=fraction,
-        default=0.0,
         metavar="F",
         help="fraction of the pairs to hold out, at least 2 pairs; every epoch is scored on them, without labels",
     )
-    g = parser.add_argument_group("point encoder")
-    g.add_argument(
-        "--model",
+    model: str = flag(
+        "dgcnn_cls",
+        group="point encoder",
         type=model_name([*ENCODERS, *ENCODER_ALIASES]),
         choices=[*ENCODERS, *ENCODER_ALIASES],
-        default="dgcnn_cls",
         help="encoder to pretrain",
     )
-    g.add_argument(
-        "--k",
+    k: int | None = flag(
         type=positive_int,
         metavar="K",
         help="DGCNN: neighbors per point, itself included (default: 20, or that of --model_path)",
     )
-    g.add_argument(
-        "--emb_dims",
-        type=positive_int,
-        metavar="E",
-        help="width of the embedding (default: 1024, or that of --model_path)",
+    emb_dims: int | None = flag(
+        type=positive_int, metavar="E", help="width of the embedding (default: 1024, or that of --model_path)"
     )
-    g.add_argument(
-        "--dropout", type=float, default=0.5, metavar="P", help="no effect: only the heads of fine-tuning have dropout"
-    )
-    g.add_argument(
-        "--model_path",
+    dropout: float = flag(0.5, type=float, metavar="P", help="no effect: only the heads of fine-tuning have dropout")
+    model_path: str | None = flag(
         metavar="FILE",
         help="initialize the encoder from this checkpoint; 'pretrained' means this repository's weights for --model "
         "(default: random weights)",
     )
-    g = parser.add_argument_group("objective")
-    g.add_argument(
-        "--objective",
+    objective: str = flag(
+        "con",
+        group="objective",
         choices=OBJECTIVES,
-        default="con",
         help="con: contrast both views with both images; ave: contrast the mean of the views with each image",
     )
-    g.add_argument("--image_modality", choices=MODALITIES, default="both", help="image branches to build")
-    g.add_argument(
-        "--image_model", choices=list(IMAGE_ENCODERS), default="resnet50", help="image encoders, randomly initialized"
+    image_modality: str = flag("both", choices=MODALITIES, help="image branches to build")
+    image_model: str = flag("resnet50", choices=[*IMAGE_ENCODERS], help="image encoders, randomly initialized")
+    alpha: float = flag(1.0, type=non_negative_float, metavar="A", help="weight of the cross-modal term")
+    temperature: float | None = flag(
+        type=positive_float, metavar="T", help="of NT-Xent (default: 0.2 for con, 0.1 for ave)"
     )
-    g.add_argument("--alpha", type=non_negative_float, default=1.0, metavar="A", help="weight of the cross-modal term")
-    g.add_argument(
-        "--temperature",
-        type=positive_float,
-        metavar="T",
-        help="of NT-Xent (default: 0.2 for con, 0.1 for ave)",
+    mask_same_object: bool = flag(
+        False, help="ablation of con: exclude the object's other view and image from the negatives"
     )
-    g.add_argument(
-        "--mask_same_object",
-        action="store_true",
-        help="ablation of con: exclude the object's other view and image from the negatives",
+    batch_size: int = flag(
+        32, group="optimization", type=positive_int, metavar="B", help="objects per batch and process"
     )
-    g = parser.add_argument_group("optimization")
-    g.add_argument("--batch_size", type=positive_int, default=32, metavar="B", help="objects per batch and process")
-    g.add_argument(
-        "--accumulate",
+    accumulate: int = flag(
+        1,
         type=positive_int,
-        default=1,
         metavar="A",
         help="batches per optimizer step, whose gradients are averaged. This adds no negatives, since each batch has "
         "its own loss; for more negatives in little memory, use a large --batch_size with --chunk_size",
     )
-    g.add_argument(
-        "--chunk_size",
+    chunk_size: int | None = flag(
         type=positive_int,
         metavar="C",
         help="compute each batch in chunks of C objects: memory of C objects, negatives of the whole batch, about a "
         "third slower; exact, except that batch statistics are those of a chunk (default: off)",
     )
-    g.add_argument("--epochs", type=positive_int, default=250, metavar="E", help="passes over the data")
-    g.add_argument(
-        "--lr",
-        type=positive_float,
-        default=1e-3,
-        metavar="LR",
-        help="peak learning rate of Adam; SGD uses 100 x this",
-    )
-    g.add_argument("--weight_decay", type=non_negative_float, default=1e-5, metavar="WD", help="L2 penalty")
-    g.add_argument("--use_sgd", action=Switch, help="use SGD with momentum instead of Adam")
-    g.add_argument("--momentum", type=non_negative_float, default=0.9, metavar="M", help="momentum of SGD")
-    g.add_argument(
-        "--lr_schedule",
+    epochs: int = flag(250, type=positive_int, metavar="E", help="passes over the data")
+    lr: float = flag(1e-3, type=positive_float, metavar="LR", help="peak learning rate of Adam; SGD uses 100 x this")
+    weight_decay: float = flag(1e-5, type=non_negative_float, metavar="WD", help="L2 penalty")
+    use_sgd: bool = flag(False, action=Switch, help="use SGD with momentum instead of Adam")
+    momentum: float = flag(0.9, type=non_negative_float, metavar="M", help="momentum of SGD")
+    lr_schedule: str = flag(
+        "cosine",
         choices=LR_SCHEDULES,
-        default="cosine",
         help="cosine: from --lr to 0 over the run; released: as the released code, which steps the cosine every batch, "
         "so that the rate oscillates between --lr and 0 with a period of 2 x --epochs steps",
     )
-    g.add_argument(
-        "--ema",
+    ema: float = flag(
+        0.0,
         type=fraction,
-        default=0.0,
         metavar="D",
         help="also keep an exponential moving average of all weights with this decay, such as 0.99: it is scored as "
         "ema_... and saved as last_ema.pth, and does not affect training (default: off)",
     )
-    g = parser.add_argument_group("speed")
-    g.add_argument(
-        "--amp",
-        choices=list(AMP_DTYPES),
-        default="off",
+    amp: str = flag(
+        "off",
+        group="speed",
+        choices=[*AMP_DTYPES],
         help="mixed precision; neighbor search, EdgeConv and loss remain in float32. off: float32, except that PyTorch "
         "lets cuDNN use TF32 for convolutions (torch.backends.cudnn.allow_tf32)",
     )
-    g.add_argument(
-        "--channels_last",
-        action="store_true",
-        help="channels-last memory format for images; faster on most devices",
-    )
-    g.add_argument("--compile", action="store_true", help="compile the image encoders and all heads with torch.compile")
-    g = parser.add_argument_group("linear-SVM probe")
-    g.add_argument(
-        "--eval_every",
+    channels_last: bool = flag(False, help="channels-last memory format for images; faster on most devices")
+    compile: bool = flag(False, help="compile the image encoders and all heads with torch.compile")
+    eval_every: int = flag(
+        1,
+        group="linear-SVM probe",
         type=non_negative_int,
-        default=1,
         metavar="EPOCHS",
         help="epochs between probes, 0 for none; the GPU is idle while the CPU fits the SVM, 10 avoids most of that",
     )
-    g.add_argument(
-        "--eval_dataset",
+    eval_dataset: Sequence[str] = flag(
+        ["auto"],
         nargs="+",
-        default=["auto"],
         choices=["auto", *CLASSIFICATION_SETS],
         help="data sets of the probe; auto: all found in --data_root. The first one selects best.pth",
     )
-    g.add_argument("--eval_root", metavar="DIR", help="folder of these data sets (default: --data_root)")
-    g.add_argument("--eval_points", type=positive_int, default=1024, metavar="N", help="points per cloud of the probe")
-    g.add_argument("--test_batch_size", type=positive_int, default=32, metavar="B", help="clouds per forward pass")
-    g.add_argument("--svm_c", type=positive_float, default=0.01, metavar="C", help="C of the linear SVM")
-    g.add_argument(
-        "--select_on",
+    eval_root: str | None = flag(metavar="DIR", help="folder of these data sets (default: --data_root)")
+    eval_points: int = flag(1024, type=positive_int, metavar="N", help="points per cloud of the probe")
+    test_batch_size: int = flag(32, type=positive_int, metavar="B", help="clouds per forward pass")
+    svm_c: float = flag(0.01, type=positive_float, metavar="C", help="C of the linear SVM")
+    select_on: str = flag(
+        "val",
         choices=("val", "test", "pairs"),
-        default="val",
         help="select best.pth by the probe on held-out training clouds (val) or, as released, on the test set, or by "
         "the loss on the pairs of --val_fraction",
     )
-    add_released_flags(parser, IN_PRETRAINING, datasets=("shapenet", "shapenetrender"))
-    return parser
-
-
-@dataclass(kw_only=True)
-class PretrainConfig(RunConfig):
-    """Settings of a pretraining run; ``k`` and ``emb_dims`` may be None until the encoder is built."""
-
-    list: str | None
-    num_points: int | None
-    val_fraction: float
-    image_size: int
-    views: int
-    background: str
-    strict_data: bool
-    model: str
-    k: int | None
-    emb_dims: int | None
-    model_path: str | None
-    objective: str
-    image_modality: str
-    image_model: str
-    alpha: float
-    temperature: float | None
-    mask_same_object: bool
-    chunk_size: int | None
-    lr_schedule: str
-    ema: float
-    channels_last: bool
-    compile: bool
-    eval_dataset: Sequence[str]
-    eval_root: str | None
-    eval_points: int
-    svm_c: float
 
     def __post_init__(self) -> None:
         if self.temperature is None:
             self.resolve(temperature=RELEASED_TEMPERATURE[self.objective])
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the command line of this script; docs/fidelity.md lists defaults that differ from the release."""
+    parser = PretrainConfig.parser(__doc__)
+    add_released_flags(parser, IN_PRETRAINING, datasets=("shapenet", "shapenetrender"))
+    return parser
 
 
 class Pretraining(Task):
@@ -446,11 +360,7 @@ class Pretraining(Task):
         """Return the learning rate of a step, counted from 0."""
         config = self.config
         return learning_rate(
-            step,
-            schedule=config.lr_schedule,
-            total=self.total_steps,
-            epochs=config.epochs,
-            base=base_rate(config),
+            step, schedule=config.lr_schedule, total=self.total_steps, epochs=config.epochs, base=base_rate(config)
         )
 
     def parts(self, batch: dict[str, Any]) -> Iterator[tuple[dict[str, Any], bool]]:

@@ -38,7 +38,7 @@ from downstream.segmentation import main_partseg, main_semseg, visualize
 from downstream.svm import mean_and_std
 from engine.load_model import DEFAULT_ENCODER
 from models.pretrained import pretrained_index
-from utils.cli import HelpFormatter, Settings, check_writable, positive_int, run, seed_number, write_json
+from utils.cli import Settings, check_writable, flag, positive_int, run, seed_number, write_json
 from utils.errors import UserError
 from utils.reproducible import provenance
 
@@ -54,17 +54,21 @@ UNFINISHED = "unfinished.json"  # settings of a demo that has not written its re
 
 @dataclass(kw_only=True)
 class DemoConfig(Settings):
-    """Settings of the demo, from the flags of ``build_parser``; ``keep`` is whether it continues a stopped one."""
+    """Settings of the demo; ``keep`` is whether it continues a stopped one."""
 
-    data_root: str
-    output_dir: str
-    resume: bool
-    overwrite: bool
-    tasks: Sequence[str]
-    seeds: list[int]
-    epochs: int | None
-    num_points: int | None
-    device: str
+    data_root: str = flag("data/demo", metavar="DIR", help="the demo set")
+    output_dir: str = flag("runs/demo", metavar="DIR", help="output; a finished demo is replaced")
+    resume: bool = flag(
+        False, exclusive="start", help="continue a stopped demo even if the code has changed since (not advised)"
+    )
+    overwrite: bool = flag(False, exclusive="start", help="start a stopped demo over")
+    tasks: Sequence[str] = flag(TASKS, nargs="+", choices=TASKS, help="tasks to run")
+    seeds: list[int] = flag(
+        [1], type=seed_number, nargs="+", metavar="S", help="random seeds; several give mean and standard deviation"
+    )
+    epochs: int | None = flag(type=positive_int, metavar="E", help="of each pretraining (default: the task's)")
+    num_points: int | None = flag(type=positive_int, metavar="N", help="points of a cloud (default: the task's)")
+    device: str = flag("auto", help="auto, cpu, cuda or cuda:N")
     keep: bool = False
 
 
@@ -125,29 +129,7 @@ SEGMENTATION = {
 
 def build_parser() -> argparse.ArgumentParser:
     """Command line of this script."""
-    parser = argparse.ArgumentParser(
-        prog="python -m downstream.demo", description=__doc__, formatter_class=HelpFormatter
-    )
-    parser.add_argument("--data_root", default="data/demo", metavar="DIR", help="the demo set")
-    parser.add_argument("--output_dir", default="runs/demo", metavar="DIR", help="output; a finished demo is replaced")
-    start = parser.add_mutually_exclusive_group()
-    start.add_argument(
-        "--resume", action="store_true", help="continue a stopped demo even if the code has changed since (not advised)"
-    )
-    start.add_argument("--overwrite", action="store_true", help="start a stopped demo over")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, help="tasks to run")
-    parser.add_argument(
-        "--seeds",
-        type=seed_number,
-        nargs="+",
-        default=[1],
-        metavar="S",
-        help="random seeds; several give mean and standard deviation",
-    )
-    parser.add_argument("--epochs", type=positive_int, metavar="E", help="of each pretraining (default: the task's)")
-    parser.add_argument("--num_points", type=positive_int, metavar="N", help="points of a cloud (default: the task's)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    return parser
+    return DemoConfig.parser(__doc__, prog="python -m downstream.demo")
 
 
 def flags(**settings: Any) -> list[str]:

@@ -56,12 +56,7 @@ def draw_confusion_matrix(
 
 
 def draw_confusion_counts(
-    counts: np.ndarray,
-    class_names: Sequence[str],
-    path: str | os.PathLike[str],
-    *,
-    title: str,
-    unit: str = "clouds",
+    counts: np.ndarray, class_names: Sequence[str], path: str | os.PathLike[str], *, title: str, unit: str = "clouds"
 ) -> None:
     """Draw a confusion matrix from its counts.
 

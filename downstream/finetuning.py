@@ -7,7 +7,6 @@ processes train the same model as one. They also share validation and tests.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import itertools
 import json
@@ -43,43 +42,19 @@ from engine.load_model import (
     load_strictly,
 )
 from engine.loop import train
-from engine.optim import (
-    AMP_DTYPES,
-    autocast,
-    base_rate,
-    cosine_lr,
-)
+from engine.optim import AMP_DTYPES, autocast, base_rate, cosine_lr
 from engine.resume import resume
 from engine.run_folder import RunFolder
 from engine.task import FREE_ON_RESUME, Progress, Run, Task
 from models import ENCODER_ALIASES, build_encoder, encoder_arguments, resolve_encoder_name
 from models.ops.dropout import SampleDropout
-from models.task_heads import HEADS, Classification, FineTuned, SemanticSegmentation
-from utils.cli import (
-    add_common_arguments,
-    add_run_arguments,
-    check_writable,
-    positive_int,
-    write_json,
-)
-from utils.collectives import (
-    broadcast_from_rank0,
-    gather_rows,
-    is_main,
-    rank,
-    world_size,
-)
+from models.task_heads import HEADS, FineTuned
+from utils.cli import check_writable, flag, positive_int, write_json
+from utils.collectives import broadcast_from_rank0, gather_rows, is_main, rank, world_size
 from utils.errors import CheckpointError, UserError
 from utils.files import replacing
 from utils.progress import progress
-from utils.released_flags import (
-    IN_FINE_TUNING,
-    Switch,
-    add_percent_train,
-    add_released_flags,
-    model_name,
-    scheduler_name,
-)
+from utils.released_flags import Switch, model_name, scheduler_name
 from utils.reproducible import seed_everything
 
 logger = logging.getLogger("crossnet")
@@ -95,147 +70,109 @@ Scores = dict[str, Any]
 
 @dataclass(kw_only=True)
 class FineTuneConfig(RunConfig):
-    """Settings that all fine-tuning runs share, from the flags of ``add_training_arguments``."""
+    """Settings that all fine-tuning runs share; docs/fidelity.md lists defaults that differ from the release."""
 
-    model: str | None
-    pretrain_path: str | None
-    k: int | None
-    emb_dims: int | None
-    dropout: float | None
-    head: str
-    freeze_encoder: bool
-    calibrate_bn: bool
-    scheduler: str
-    label_smoothing: float
-    eval: bool
-    model_path: str | None
+    pretrain_path: str | None = flag(
+        group="model",
+        metavar="FILE",
+        help="start from the encoder of this checkpoint, ours or a published one, or from weights of this repository: "
+        "pretrained[:NAME] (default: from scratch)",
+    )
+    emb_dims: int | None = flag(
+        type=positive_int, metavar="E", help="width of the embedding (default: the checkpoint's; 1024)"
+    )
+    dropout: float | None = flag(type=float, metavar="P", help="dropout of the head (default: as published)")
+    head: str = flag(
+        "published",
+        choices=HEADS,
+        help="layers on top of the encoder; linear: one layer, to judge the features (--eval takes the checkpoint's)",
+    )
+    freeze_encoder: bool = flag(
+        False, help="train the head alone; the encoder's weights and batch-norm statistics stay as they are"
+    )
+    calibrate_bn: bool = flag(
+        False,
+        help=f"before the first step set the encoder's batch-norm statistics from up to {CALIBRATION_SAMPLES} training "
+        "samples, without labels; the fair baseline for --freeze_encoder is an untrained encoder with this",
+    )
+    epochs: int = flag(
+        200, group="optimization", type=positive_int, metavar="E", help="passes over the training samples"
+    )
+    batch_size: int = flag(32, type=positive_int, metavar="B", help="samples per process and step")
+    test_batch_size: int = flag(16, type=positive_int, metavar="B", help="samples per forward pass in tests")
+    lr: float = flag(1e-3, type=float, metavar="LR", help="peak learning rate of Adam; SGD uses 100 x this")
+    use_sgd: bool = flag(False, action=Switch, help="SGD with momentum instead of Adam")
+    momentum: float = flag(0.9, type=float, metavar="M", help="momentum of SGD")
+    weight_decay: float = flag(1e-4, type=float, metavar="WD", help="L2 penalty")
+    scheduler: str = flag(
+        "cosine",
+        type=scheduler_name,
+        choices=SCHEDULERS,
+        help="cosine: decay once from the peak rate to a hundredth of it; step: halve every 20 epochs, down to 1e-5; "
+        "released: like the released code (docs/fidelity.md): for classification the rate oscillates with every "
+        "batch, for segmentation it is constant under Adam",
+    )
+    label_smoothing: float = flag(SMOOTHING, type=float, metavar="EPS", help="0 turns it off")
+    amp: str = flag("off", choices=[*AMP_DTYPES], help="mixed precision of the training steps")
+    eval_every: int = flag(
+        1, group="selection of the best epoch", type=int, metavar="EPOCHS", help="epochs between validations; 0 = never"
+    )
+    select_on: str = flag(
+        "val",
+        choices=("val", "test"),
+        help="select best.pth on held-out training data (val) or, as released, on the test data",
+    )
+    eval: bool = flag(
+        False, group="evaluation only", action=Switch, help="score --model_path on the test data without training"
+    )
+    model_path: str | None = flag(
+        metavar="FILE", help="with --eval: checkpoint of this script, or a published state dict"
+    )
+    # Scripts declare these for their task.
+    model: str | None = None
+    k: int | None = None
     # Classification has neither.
     save_predictions: str | None = None
     point_label_fraction: float = 1.0
 
 
-def add_training_arguments(
-    parser: argparse.ArgumentParser,
-    *,
-    task: type[FineTuned],
-    exp_name: str,
-    k: int,
-    use_sgd: bool = False,
-    datasets: Sequence[str] = (),
-) -> None:
-    """Add the flags that all fine-tuning scripts share; docs/fidelity.md lists defaults that differ from the release.
+@dataclass(kw_only=True)
+class SegmentationConfig(FineTuneConfig):
+    """Settings that fine-tuning for labels of points has on top."""
 
-    Args:
-        parser: parser to extend.
-        task: the task, which determines the encoders.
-        exp_name: default name of the run folder.
-        k: released number of neighbors, from scratch.
-        use_sgd: whether SGD is the released optimizer.
-        datasets: as for ``add_released_flags``.
-    """
+    save_predictions: str | None = flag(
+        group="evaluation only",
+        metavar="F.h5",
+        help="with --eval: keep what was predicted and what is true for every point",
+    )
+    point_label_fraction: float = flag(
+        1.0,
+        group="few labels",
+        type=float,
+        metavar="F",
+        help="share of the points of each training and validation sample whose labels are used, at least one of "
+        "every label in it; the loss ignores the others, the test uses all",
+    )
+
+
+def model_flag(task: type[FineTuned]) -> Any:
+    """Declare ``model`` with the encoders of a task."""
     names = encoders_for(task)
-    aliases = [alias for alias, name in ENCODER_ALIASES.items() if name in names]
-    add_common_arguments(parser)
-    add_run_arguments(parser, exp_name=exp_name, save_every=500)
-    g = parser.add_argument_group("model")
-    g.add_argument(
-        "--model",
-        type=model_name([*names, *aliases]),
-        choices=[*names, *aliases],
-        help=f"encoder (default: the checkpoint's; {names[0]} from scratch)",
-    )
-    g.add_argument(
-        "--pretrain_path",
-        metavar="FILE",
-        help="start from the encoder of this checkpoint, ours or a published one, or from weights of this repository: "
-        "pretrained[:NAME] (default: from scratch)",
-    )
-    g.add_argument("--k", type=positive_int, help=f"neighbors per point (default: the checkpoint's; {k} from scratch)")
-    g.add_argument(
-        "--emb_dims", type=positive_int, metavar="E", help="width of the embedding (default: the checkpoint's; 1024)"
-    )
-    g.add_argument("--dropout", type=float, metavar="P", help="dropout of the head (default: as published)")
-    g.add_argument(
-        "--head",
-        choices=HEADS,
-        default="published",
-        help="layers on top of the encoder; linear: one layer, to judge the features (--eval takes the checkpoint's)",
-    )
-    g.add_argument(
-        "--freeze_encoder",
-        action="store_true",
-        help="train the head alone; the encoder's weights and batch-norm statistics stay as they are",
-    )
-    g.add_argument(
-        "--calibrate_bn",
-        action="store_true",
-        help=f"before the first step set the encoder's batch-norm statistics from up to {CALIBRATION_SAMPLES} training "
-        "samples, without labels; the fair baseline for --freeze_encoder is an untrained encoder with this",
-    )
-    g = parser.add_argument_group("optimization")
-    g.add_argument("--epochs", type=positive_int, default=200, metavar="E", help="passes over the training samples")
-    g.add_argument("--batch_size", type=positive_int, default=32, metavar="B", help="samples per process and step")
-    g.add_argument(
-        "--test_batch_size", type=positive_int, default=16, metavar="B", help="samples per forward pass in tests"
-    )
-    g.add_argument(
-        "--lr", type=float, default=1e-3, metavar="LR", help="peak learning rate of Adam; SGD uses 100 x this"
-    )
-    g.add_argument("--use_sgd", action=Switch, default=use_sgd, help="SGD with momentum instead of Adam")
-    g.add_argument("--momentum", type=float, default=0.9, metavar="M", help="momentum of SGD")
-    g.add_argument("--weight_decay", type=float, default=1e-4, metavar="WD", help="L2 penalty")
-    g.add_argument(
-        "--scheduler",
-        type=scheduler_name,
-        choices=SCHEDULERS,
-        default="cosine",
-        help="cosine: decay once from the peak rate to a hundredth of it; step: halve every 20 epochs, down to 1e-5; "
-        "released: like the released code (docs/fidelity.md): for classification the rate oscillates with every "
-        "batch, for segmentation it is constant under Adam",
-    )
-    g.add_argument("--label_smoothing", type=float, default=SMOOTHING, metavar="EPS", help="0 turns it off")
-    g.add_argument("--amp", choices=list(AMP_DTYPES), default="off", help="mixed precision of the training steps")
-    g = parser.add_argument_group("selection of the best epoch")
-    g.add_argument("--eval_every", type=int, default=1, metavar="EPOCHS", help="epochs between validations; 0 = never")
-    g.add_argument(
-        "--select_on",
-        choices=("val", "test"),
-        default="val",
-        help="select best.pth on held-out training data (val) or, as released, on the test data",
-    )
-    g = parser.add_argument_group("evaluation only")
-    g.add_argument("--eval", action=Switch, help="score --model_path on the test data without training")
-    g.add_argument(
-        "--model_path",
-        metavar="FILE",
-        help="with --eval: checkpoint of this script, or a published state dict"
-        + ("; one per area: a folder, or a pattern such as 'model_{area}.t7'" if task is SemanticSegmentation else ""),
-    )
-    if task is not Classification:
-        g.add_argument(
-            "--save_predictions",
-            metavar="F.h5",
-            help="with --eval: keep what was predicted and what is true for every point",
-        )
-        g = parser.add_argument_group("few labels")
-        g.add_argument(
-            "--point_label_fraction",
-            type=float,
-            default=1.0,
-            metavar="F",
-            help="share of the points of each training and validation sample whose labels are used, at least one of "
-            "every label in it; the loss ignores the others, the test uses all",
-        )
-    add_released_flags(parser, IN_FINE_TUNING, datasets=datasets)
+    names += [alias for alias, name in ENCODER_ALIASES.items() if name in names]
+    about = f"encoder (default: the checkpoint's; {names[0]} from scratch)"
+    return flag(group="model", type=model_name(names), choices=names, help=about)
 
 
-def add_label_fraction(group: argparse._ArgumentGroup, share: str) -> None:
-    """Add ``--label_fraction``; ``share`` is what it is a fraction of, for the help."""
-    add_percent_train(group)
+def k_flag(task: type[FineTuned]) -> Any:
+    """Declare ``k``, by default the released one of a task."""
+    about = f"neighbors per point (default: the checkpoint's; {task.released_k} from scratch)"
+    return flag(group="model", type=positive_int, help=about)
+
+
+def label_fraction_flag(group: str, share: str) -> Any:
+    """Declare ``label_fraction``; ``share`` is what it is a fraction of, for the help."""
     more = "several values give one run each, in subfolders of the run folder"
-    group.add_argument(
-        "--label_fraction", type=float, nargs="+", default=[1.0], metavar="F", help=f"share of {share}; {more}"
-    )
+    return flag([1.0], group=group, type=float, nargs="+", metavar="F", help=f"share of {share}; {more}")
 
 
 def check_training_arguments(config: FineTuneConfig) -> None:

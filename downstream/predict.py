@@ -47,12 +47,7 @@ from downstream.retrieval import nearest
 from downstream.segmentation.drawing import Item, draw_sheet, write_colored_ply
 from downstream.segmentation.main_semseg import RoomPrediction, predict_room
 from engine.device import resolve_device
-from engine.load_model import (
-    encoder_from_checkpoint,
-    find_weights,
-    fine_tuned_from_checkpoint,
-    kind_of_checkpoint,
-)
+from engine.load_model import encoder_from_checkpoint, find_weights, fine_tuned_from_checkpoint, kind_of_checkpoint
 from models import ENCODER_ALIASES, ENCODERS
 from models.base import PointFeatures
 from models.task_heads import Classification, FineTuned, PartSegmentation, SemanticSegmentation
@@ -563,11 +558,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         raise UserError(f"{folder} is not empty; choose a new --output_dir, or --overwrite")
     names = ("task", "model", "k", "num_points", "up", "units", "category", "batch_size", "device", "seed")
     report = predict(
-        args.model_path,
-        args.inputs,
-        folder,
-        neighbors=args.neighbors,
-        **{name: getattr(args, name) for name in names},
+        args.model_path, args.inputs, folder, neighbors=args.neighbors, **{name: getattr(args, name) for name in names}
     )
     for line in answers(report):
         print(line)

@@ -40,8 +40,7 @@ from downstream.figures import NEUTRAL, PICTURE_TYPES, RIGHT, WRONG, check_outpu
 from downstream.pair_space import PairProjections, PairReader, PairSpace, pair_scores, project_pairs
 from downstream.predict import POINTS, Prediction, Predictor, Settings, find_inputs
 from downstream.retrieval import unit_rows
-from utils.cli import HelpFormatter, add_common_arguments, log_to_screen, positive_int, run, write_json
-from utils.cli import Settings as Flags
+from utils.cli import CommonSettings, flag, log_to_screen, positive_int, run, write_json
 from utils.errors import DataError, UserError
 from utils.pictures import Axes, Figure, save_figure
 from utils.progress import progress
@@ -50,29 +49,45 @@ SHEET_POINTS = 2048  # of a cloud; more would only hide each other
 
 
 @dataclass(kw_only=True)
-class SearchConfig(Flags):
-    """Settings of this script, from the flags of ``build_parser``.
+class SearchConfig(CommonSettings):
+    """Settings of this script.
 
     Raises:
         UserError: they do not fit together.
     """
 
-    model_path: str
-    data_root: str
-    list: str | None
-    query: Sequence[str] | None
-    gallery: Sequence[str] | None
-    num_points: int | None
-    batch_size: int
-    up: str | None
-    fill: float
-    keep_background: bool
-    top: int
-    rows: int
-    sheet: str | None
-    device: str
-    seed: int
-    json: str | None
+    model_path: str = flag(required=True, metavar="FILE", help="checkpoint of train_crossnet_con.py, such as last.pth")
+    batch_size: int = flag(32, type=positive_int, metavar="B", help="pairs per forward pass")
+    num_points: int | None = flag(
+        type=positive_int, metavar="N", help="points of a cloud (default: the run's, or all; files 1,024)"
+    )
+    top: int = flag(5, type=positive_int, metavar="K", help="items to show for a query")
+    sheet: str | None = flag(metavar="FILE", help="draw queries with the best items (.png, .pdf)")
+    rows: int = flag(8, type=positive_int, metavar="R", help="queries on the sheet")
+    list: str | None = flag(
+        group="pairs of --data_root",
+        metavar="FILE",
+        help="use these shapes only: one <synset>/<model_id>, or <model_id>, a line",
+    )
+    query: Sequence[str] | None = flag(
+        group="search", nargs="+", metavar="FILE", help="pictures, meshes, clouds; files, folders or patterns"
+    )
+    gallery: Sequence[str] | None = flag(
+        nargs="+",
+        metavar="DIR",
+        help="meshes and clouds to search; folders with all below (default: the shapes of the pairs)",
+    )
+    up: str | None = flag(choices=("y", "z"), help="axis of the files that points up (default: y)")
+    fill: float = flag(
+        Camera.fill,
+        type=float,
+        metavar="F",
+        help="share of the picture's side to which an object on a transparent or plain background is scaled, as in the "
+        "renderings of this project; 0 leaves it as it is",
+    )
+    keep_background: bool = flag(
+        False, help="leave a background of one color in pictures; otherwise it becomes that of the run's renderings"
+    )
 
     def __post_init__(self) -> None:
         if self.gallery and not self.query:
@@ -379,48 +394,7 @@ def thinned(points: np.ndarray) -> np.ndarray:
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line of this script."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument(
-        "--model_path", required=True, metavar="FILE", help="checkpoint of train_crossnet_con.py, such as last.pth"
-    )
-    parser.add_argument("--batch_size", type=positive_int, default=32, metavar="B", help="pairs per forward pass")
-    parser.add_argument(
-        "--num_points",
-        type=positive_int,
-        metavar="N",
-        help="points of a cloud (default: the run's, or all; files 1,024)",
-    )
-    parser.add_argument("--top", type=positive_int, default=5, metavar="K", help="items to show for a query")
-    parser.add_argument("--sheet", metavar="FILE", help="draw queries with the best items (.png, .pdf)")
-    parser.add_argument("--rows", type=positive_int, default=8, metavar="R", help="queries on the sheet")
-    g = parser.add_argument_group("pairs of --data_root")
-    g.add_argument(
-        "--list", metavar="FILE", help="use these shapes only: one <synset>/<model_id>, or <model_id>, a line"
-    )
-    g = parser.add_argument_group("search")
-    g.add_argument("--query", nargs="+", metavar="FILE", help="pictures, meshes, clouds; files, folders or patterns")
-    g.add_argument(
-        "--gallery",
-        nargs="+",
-        metavar="DIR",
-        help="meshes and clouds to search; folders with all below (default: the shapes of the pairs)",
-    )
-    g.add_argument("--up", choices=("y", "z"), help="axis of the files that points up (default: y)")
-    g.add_argument(
-        "--fill",
-        type=float,
-        default=Camera.fill,
-        metavar="F",
-        help="share of the picture's side to which an object on a transparent or plain background is scaled, as in the "
-        "renderings of this project; 0 leaves it as it is",
-    )
-    g.add_argument(
-        "--keep_background",
-        action="store_true",
-        help="leave a background of one color in pictures; otherwise it becomes that of the run's renderings",
-    )
-    add_common_arguments(parser, workers=False)
-    return parser
+    return SearchConfig.parser(__doc__)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

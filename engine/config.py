@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from utils.cli import Settings
+from utils.cli import CommonSettings, flag, non_negative_int, positive_int, run_name, workers_flag
 from utils.collectives import world_size
 from utils.reproducible import provenance
 
 
 @dataclass(kw_only=True)
-class RunConfig(Settings):
+class RunConfig(CommonSettings):
     """Settings of the loop, its checkpoints and its optimizer; scripts add theirs.
 
     Attributes:
@@ -20,20 +20,29 @@ class RunConfig(Settings):
     """
 
     flags: dict[str, Any]
-    data_root: str
-    device: str
-    workers: int
-    seed: int
-    json: str | None
-    exp_name: str
-    output_dir: str
-    resume: str | None
-    overwrite: bool
-    save_every: int
-    log_every: int
-    wandb: str
-    no_sync_bn: bool
-    deterministic: bool
+    workers: int = workers_flag()
+    exp_name: str = flag("crossnet", group="run", type=run_name, metavar="NAME", help="name of the run folder")
+    output_dir: str = flag("checkpoints", metavar="DIR", help="parent of the run folders")
+    resume: str | None = flag(
+        exclusive="start",
+        nargs="?",
+        const="auto",
+        metavar="auto|PATH",
+        help="continue from the run's newest valid checkpoint (auto, or no value) or from PATH, also mid-epoch",
+    )
+    overwrite: bool = flag(False, exclusive="start", help="replace an existing run of this name")
+    save_every: int = flag(
+        500,
+        type=non_negative_int,
+        metavar="STEPS",
+        help="also save every STEPS steps within an epoch; 0 saves only at its end",
+    )
+    log_every: int = flag(20, type=positive_int, metavar="STEPS", help="log every N steps")
+    wandb: str = flag("disabled", choices=("disabled", "offline", "online"), help="mirror to Weights & Biases")
+    no_sync_bn: bool = flag(
+        False, help="under torchrun: batch-norm statistics per process instead of over the global batch"
+    )
+    deterministic: bool = flag(False, help="use deterministic algorithms where the GPU has them; slower")
     epochs: int
     batch_size: int
     test_batch_size: int

@@ -56,12 +56,7 @@ def describe_weights(encoder: nn.Module, payload: Mapping[str, Any]) -> dict[str
 
 
 def export(
-    encoder: PointEncoder,
-    path: str | os.PathLike[str],
-    form: str,
-    *,
-    about: Mapping[str, Any],
-    half: bool = False,
+    encoder: PointEncoder, path: str | os.PathLike[str], form: str, *, about: Mapping[str, Any], half: bool = False
 ) -> Difference | None:
     """Write an encoder and compare what was written with it.
 

@@ -12,12 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.checkpoint import checkpoint_errors, load_checkpoint
-from engine.published_weights import (
-    guess_encoder,
-    published_arguments,
-    published_state,
-    split_published_state,
-)
+from engine.published_weights import guess_encoder, published_arguments, published_state, split_published_state
 from models import ENCODER_ALIASES, ENCODERS, CrossNet, build_encoder, encoder_arguments, resolve_encoder_name
 from models.pretrained import pretrained_file
 from models.task_heads import TASKS, FineTuned
@@ -106,11 +101,7 @@ def _is_setting(value: Any, default: Any) -> bool:
 
 
 def encoder_from_flags(
-    model: str,
-    *,
-    k: int | None = None,
-    emb_dims: int | None = None,
-    in_channels: int | None = None,
+    model: str, *, k: int | None = None, emb_dims: int | None = None, in_channels: int | None = None
 ) -> nn.Module:
     """Build a randomly initialized encoder from ``--model``, ``--k``, ``--emb_dims`` and ``--in_channels``.
 

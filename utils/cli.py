@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import json
 import logging
 import math
@@ -12,6 +13,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, NoReturn, TypeVar
 
@@ -33,16 +35,6 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         if action.default is None or action.default is False or action.nargs == 0:
             return action.help
         return super()._get_help_string(action)
-
-
-class Settings:
-    """Base of the dataclasses that hold a script's settings; a field has the name of its flag."""
-
-    @classmethod
-    def from_flags(cls: type[Config], args: argparse.Namespace) -> Config:
-        """Take the settings from a parsed command line; a field ``flags`` takes all of it."""
-        values = {"flags": dict(vars(args)), **vars(args)}
-        return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values})
 
 
 def explain(error: BaseException) -> tuple[str, int] | None:
@@ -84,61 +76,6 @@ def log_to_screen() -> None:
     """Log to standard output: INFO and above from this project, warnings from other libraries. Idempotent."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     logging.getLogger("crossnet").setLevel(logging.INFO)
-
-
-def add_common_arguments(parser: argparse.ArgumentParser, *, seed: bool = True, workers: bool = True) -> None:
-    """Add the flags that all scripts share."""
-    group = parser.add_argument_group("common")
-    group.add_argument("--data_root", default="data", metavar="DIR", help="folder with the data sets")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; auto uses a GPU if available")
-    if workers:
-        group.add_argument(
-            "--workers",
-            type=non_negative_int,
-            default=min(4, os.cpu_count() or 1),
-            metavar="W",
-            help="data-loading processes; 0 loads in the main process",
-        )
-    if seed:
-        group.add_argument("--seed", type=seed_number, default=1, metavar="S", help="random seed")
-    group.add_argument("--json", metavar="FILE", help="also write the final metrics to FILE as one JSON object")
-
-
-def add_run_arguments(parser: argparse.ArgumentParser, *, exp_name: str, save_every: int) -> None:
-    """Add the flags of a training run: run folder, resuming, saving and logging."""
-    g = parser.add_argument_group("run")
-    g.add_argument("--exp_name", type=run_name, default=exp_name, metavar="NAME", help="name of the run folder")
-    g.add_argument("--output_dir", default="checkpoints", metavar="DIR", help="parent of the run folders")
-    start = g.add_mutually_exclusive_group()
-    start.add_argument(
-        "--resume",
-        nargs="?",
-        const="auto",
-        metavar="auto|PATH",
-        help="continue from the run's newest valid checkpoint (auto, or no value) or from PATH, also mid-epoch",
-    )
-    start.add_argument("--overwrite", action="store_true", help="replace an existing run of this name")
-    g.add_argument(
-        "--save_every",
-        type=non_negative_int,
-        default=save_every,
-        metavar="STEPS",
-        help="also save every STEPS steps within an epoch; 0 saves only at its end",
-    )
-    g.add_argument("--log_every", type=positive_int, default=20, metavar="STEPS", help="log every N steps")
-    g.add_argument(
-        "--wandb", choices=("disabled", "offline", "online"), default="disabled", help="mirror to Weights & Biases"
-    )
-    g.add_argument(
-        "--no_sync_bn",
-        action="store_true",
-        help="under torchrun: batch-norm statistics per process instead of over the global batch",
-    )
-    g.add_argument(
-        "--deterministic",
-        action="store_true",
-        help="use deterministic algorithms where the GPU has them; slower",
-    )
 
 
 def run_name(text: str) -> str:
@@ -203,6 +140,78 @@ def share(text: str) -> float:
     if value == 0:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return value
+
+
+def flag(default: Any = None, *names: str, group: str = "", exclusive: str = "", **options: Any) -> Any:
+    """Declare a field of :class:`Settings` that is a flag of its name.
+
+    Args:
+        default: of the flag; with False it is a switch.
+        names: further names of the flag.
+        group: heading in the help, also of the flags that follow in the class.
+        exclusive: name of a set of flags of which at most one may be given; with ``required``, exactly one must be.
+        options: as for ``ArgumentParser.add_argument``.
+    """
+    if default is False:
+        options.setdefault("action", "store_true")
+    about = {"names": names, "group": group, "exclusive": exclusive, "options": {"default": default, **options}}
+    return dataclasses.field(default_factory=lambda: default, metadata=about)
+
+
+class Settings:
+    """Base of the dataclasses that hold a script's settings: a field for each flag."""
+
+    @classmethod
+    def parser(cls, description: str | None, **options: Any) -> argparse.ArgumentParser:
+        """Build the command line of the fields that are declared with :func:`flag`.
+
+        Args:
+            description: shown in the help as it is.
+            options: as for ``ArgumentParser``.
+        """
+        parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter, **options)
+        about = {field.name: field.metadata for field in dataclasses.fields(cls) if field.metadata}
+        # Base classes come first; a field that a subclass declares again belongs to the subclass.
+        owners = {name: kind for kind in reversed(cls.__mro__) for name in inspect.get_annotations(kind)}
+        groups, exclusive = {"": parser}, {}
+        for kind in reversed(cls.__mro__):
+            heading = ""
+            for name in [name for name in inspect.get_annotations(kind) if owners[name] is kind and name in about]:
+                heading = about[name]["group"] or heading
+                group = groups[heading] = groups.get(heading) or parser.add_argument_group(heading)
+                options = dict(about[name]["options"])
+                if key := about[name]["exclusive"]:
+                    required = options.pop("required", False)
+                    group = exclusive[key] = exclusive.get(key) or group.add_mutually_exclusive_group(required=required)
+                group.add_argument(f"--{name}", *about[name]["names"], **options)
+        return parser
+
+    @classmethod
+    def from_flags(cls: type[Config], args: argparse.Namespace) -> Config:
+        """Take the settings from a parsed command line; a field ``flags`` takes all of it."""
+        values = {"flags": dict(vars(args)), **vars(args)}
+        return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values})
+
+
+@dataclass(kw_only=True)
+class CommonSettings(Settings):
+    """Settings that most scripts have."""
+
+    data_root: str = flag("data", group="common", metavar="DIR", help="folder with the data sets")
+    device: str = flag("auto", help="auto, cpu, cuda or cuda:N; auto uses a GPU if available")
+    seed: int = flag(1, type=seed_number, metavar="S", help="random seed")
+    json: str | None = flag(metavar="FILE", help="also write the final metrics to FILE as one JSON object")
+
+
+def workers_flag() -> Any:
+    """Declare ``workers``, for scripts that read data in other processes."""
+    return flag(
+        min(4, os.cpu_count() or 1),
+        group="common",
+        type=non_negative_int,
+        metavar="W",
+        help="data-loading processes; 0 loads in the main process",
+    )
 
 
 def write_json(path: str | os.PathLike[str] | None, metrics: Mapping[str, Any]) -> None:

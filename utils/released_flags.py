@@ -179,9 +179,9 @@ def add_released_flags(
         parser.add_argument(flag, action=_Refused, instead=instead, harmless=harmless.get(flag, ()))
 
 
-def add_percent_train(group: argparse._ArgumentGroup) -> None:
+def add_percent_train(parser: argparse.ArgumentParser) -> None:
     """Add ``--percent_train F``, the released name of ``--label_fraction`` with one value in (0, 1]."""
-    group.add_argument(
+    parser.add_argument(
         "--percent_train", dest="label_fraction", type=float, nargs=1, default=argparse.SUPPRESS, help=argparse.SUPPRESS
     )
 

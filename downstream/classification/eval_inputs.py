@@ -1,8 +1,7 @@
-"""Flags that choose the encoders and labeled clouds of an evaluation, and the functions that open them."""
+"""Settings that choose the encoders and labeled clouds of an evaluation, and the functions that open them."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from engine.load_model import (
     find_weights,
 )
 from models import ENCODER_ALIASES, ENCODERS
-from utils.cli import Settings, positive_int, seed_number
+from utils.cli import CommonSettings, Settings, flag, positive_int, seed_number
 from utils.errors import DataError, UserError
 from utils.files import sha256
 from utils.released_flags import model_name
@@ -32,29 +31,81 @@ from utils.reproducible import seed_everything
 
 
 @dataclass(kw_only=True)
-class EvaluationConfig(Settings):
-    """Settings that scripts for frozen encoders share, from the flags of this module and the common ones.
+class CloudSettings(Settings):
+    """Settings that choose labeled clouds, see :func:`open_splits`."""
+
+    dataset: str = flag(
+        "modelnet40",
+        group="data",
+        type=str.lower,
+        choices=CLASSIFICATION_SETS,
+        help="labeled clouds to score on; folder: your files, --data_root DIR with train/<class>/* and test/<class>/* "
+        "(docs/datasets.md)",
+    )
+    variant: str = flag(
+        "OBJ_BG",
+        metavar="V",
+        help=f"variant of ScanObjectNN, one of {', '.join(VARIANTS)}; always report it with the number",
+    )
+    num_points: int | None = flag(1024, type=positive_int, metavar="N", help="points per cloud, the first N rows")
+
+
+@dataclass(kw_only=True)
+class EvaluationConfig(CommonSettings, CloudSettings):
+    """Settings that scripts for frozen encoders share.
 
     Raises:
         UserError: they do not fit together.
     """
 
-    data_root: str
-    device: str
-    seed: int
-    json: str | None
-    model_path: list[str] | None
-    random_init: bool
-    seeds: list[int] | None
-    calibrate_bn: bool
-    calibration_clouds: int
-    model: str | None
-    k: int | None
-    emb_dims: int | None
-    dataset: str
-    variant: str
-    num_points: int | None
-    batch_size: int
+    batch_size: int = flag(
+        32,
+        "--test_batch_size",
+        type=positive_int,
+        metavar="B",
+        help="clouds per forward pass; changes speed and memory, not the features (with --calibrate_bn: clouds whose "
+        "statistics are taken together)",
+    )
+    model_path: list[str] | None = flag(
+        group="encoder",
+        exclusive="source",
+        required=True,
+        nargs="+",
+        metavar="FILE",
+        help="our checkpoints, published state dicts, or weights of this repository: pretrained[:NAME]",
+    )
+    random_init: bool = flag(
+        False, exclusive="source", required=True, help="score an untrained encoder; use --calibrate_bn with it"
+    )
+    seeds: list[int] | None = flag(
+        type=seed_number,
+        nargs="+",
+        metavar="S",
+        help="--random_init: one run per seed of the weights (default: --seed)",
+    )
+    calibrate_bn: bool = flag(
+        False,
+        help="set batch-norm statistics from unlabeled training clouds in one pass; without them an untrained encoder "
+        "is not a fair baseline: its features hardly differ between clouds",
+    )
+    calibration_clouds: int = flag(512, type=positive_int, metavar="N", help="clouds used by --calibrate_bn")
+    model: str | None = flag(
+        type=model_name([*ENCODERS, *ENCODER_ALIASES]),
+        choices=[*ENCODERS, *ENCODER_ALIASES],
+        help="encoder (default: the checkpoint's; for published state dicts recognized by the tensors; "
+        f"{DEFAULT_ENCODER} with --random_init)",
+    )
+    k: int | None = flag(
+        type=positive_int, help="neighbors per point, itself included (default: the checkpoint's; otherwise 20)"
+    )
+    emb_dims: int | None = flag(
+        type=positive_int,
+        metavar="E",
+        help="width of the embedding (default: the checkpoint's; 1024 with --random_init)",
+    )
+    dropout: float | None = flag(
+        type=float, metavar="P", help="accepted for released command lines and ignored; frozen encoders have no dropout"
+    )
 
     def __post_init__(self) -> None:
         if self.seeds and not self.random_init:
@@ -72,104 +123,6 @@ class Candidate(NamedTuple):
         """Return what was scored, for the JSON."""
         encoder = describe_encoder(self.encoder)
         return {"name": self.name, **self.origin, "encoder": encoder["name"], **encoder["kwargs"]}
-
-
-def add_encoder_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that choose encoders, read by ``candidates``."""
-    group = parser.add_argument_group("encoder", "give either --model_path or --random_init")
-    source = group.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--model_path",
-        nargs="+",
-        metavar="FILE",
-        help="our checkpoints, published state dicts, or weights of this repository: pretrained[:NAME]",
-    )
-    source.add_argument(
-        "--random_init", action="store_true", help="score an untrained encoder; use --calibrate_bn with it"
-    )
-    group.add_argument(
-        "--seeds",
-        type=seed_number,
-        nargs="+",
-        metavar="S",
-        help="--random_init: one run per seed of the weights (default: --seed)",
-    )
-    group.add_argument(
-        "--calibrate_bn",
-        action="store_true",
-        help="set batch-norm statistics from unlabeled training clouds in one pass; without them an untrained encoder "
-        "is not a fair baseline: its features hardly differ between clouds",
-    )
-    group.add_argument(
-        "--calibration_clouds", type=positive_int, default=512, metavar="N", help="clouds used by --calibrate_bn"
-    )
-    group.add_argument(
-        "--model",
-        type=model_name([*ENCODERS, *ENCODER_ALIASES]),
-        choices=[*ENCODERS, *ENCODER_ALIASES],
-        help="encoder (default: the checkpoint's; for published state dicts recognized by the tensors; "
-        f"{DEFAULT_ENCODER} with --random_init)",
-    )
-    group.add_argument(
-        "--k",
-        type=positive_int,
-        help="neighbors per point, itself included (default: the checkpoint's; otherwise 20)",
-    )
-    group.add_argument(
-        "--emb_dims",
-        type=positive_int,
-        metavar="E",
-        help="width of the embedding (default: the checkpoint's; 1024 with --random_init)",
-    )
-    group.add_argument(
-        "--dropout",
-        type=float,
-        metavar="P",
-        help="accepted for released command lines and ignored; frozen encoders have no dropout",
-    )
-
-
-def add_data_arguments(parser: argparse.ArgumentParser, *, num_points: int | None = 1024, batch: bool = True) -> None:
-    """Add the flags that choose labeled clouds, read by ``open_splits``.
-
-    Args:
-        parser: parser to extend.
-        num_points: default of ``--num_points``; None means all.
-        batch: also add ``--batch_size`` for forward passes.
-    """
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--dataset",
-        type=str.lower,
-        choices=CLASSIFICATION_SETS,
-        default="modelnet40",
-        help="labeled clouds to score on; folder: your files, --data_root DIR with train/<class>/* and test/<class>/* "
-        "(docs/datasets.md)",
-    )
-    group.add_argument(
-        "--variant",
-        default="OBJ_BG",
-        metavar="V",
-        help=f"variant of ScanObjectNN, one of {', '.join(VARIANTS)}; always report it with the number",
-    )
-    group.add_argument(
-        "--num_points",
-        type=positive_int,
-        default=num_points,
-        metavar="N",
-        help="points per cloud, the first N rows" + (" (default: all)" if num_points is None else ""),
-    )
-    if not batch:
-        return
-    group.add_argument(
-        "--batch_size",
-        "--test_batch_size",
-        type=positive_int,
-        default=32,
-        metavar="B",
-        help="clouds per forward pass; changes speed and memory, not the features (with --calibrate_bn: clouds whose "
-        "statistics are taken together)",
-    )
 
 
 def candidates(config: EvaluationConfig) -> list[Candidate]:

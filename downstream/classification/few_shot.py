@@ -30,25 +30,10 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from datasets.hdf5 import LabeledClouds
-from downstream.classification.eval_inputs import (
-    EvaluationConfig,
-    add_data_arguments,
-    add_encoder_arguments,
-    candidates,
-    data_record,
-    features_of,
-    open_splits,
-)
+from downstream.classification.eval_inputs import EvaluationConfig, candidates, data_record, features_of, open_splits
 from downstream.features import check_neighbors
 from downstream.svm import linear_svm, mean_and_std
-from utils.cli import (
-    HelpFormatter,
-    add_common_arguments,
-    log_to_screen,
-    positive_int,
-    run,
-    write_json,
-)
+from utils.cli import flag, log_to_screen, positive_int, run, write_json
 from utils.errors import UserError
 from utils.progress import progress
 from utils.reproducible import provenance
@@ -58,17 +43,22 @@ PROTOCOLS = ("released", "test")
 
 @dataclass(kw_only=True)
 class FewShotConfig(EvaluationConfig):
-    """Settings of this script, from the flags of ``build_parser``.
+    """Settings of this script.
 
     Raises:
         UserError: they do not fit together.
     """
 
-    protocol: list[str]
-    ways: list[int]
-    shots: list[int]
-    queries: int
-    runs: int
+    num_points: int | None = flag(
+        group="data", type=positive_int, metavar="N", help="points per cloud, the first N rows (default: all)"
+    )
+    protocol: list[str] = flag(
+        [*PROTOCOLS], group="episodes", nargs="+", choices=PROTOCOLS, help="protocols to score, described at the top"
+    )
+    ways: list[int] = flag([5, 10], type=positive_int, nargs="+", metavar="N", help="classes per episode")
+    shots: list[int] = flag([10, 20], type=positive_int, nargs="+", metavar="M", help="labels per class")
+    queries: int = flag(20, type=positive_int, metavar="Q", help="clouds to classify per class")
+    runs: int = flag(10, type=positive_int, metavar="R", help="episodes per setting")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -183,23 +173,7 @@ def few_shot_accuracies(
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line of this script."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    add_encoder_arguments(parser)
-    add_data_arguments(parser, num_points=None)
-    g = parser.add_argument_group("episodes")
-    g.add_argument(
-        "--protocol",
-        nargs="+",
-        choices=PROTOCOLS,
-        default=list(PROTOCOLS),
-        help="protocols to score, described at the top",
-    )
-    g.add_argument("--ways", type=positive_int, nargs="+", default=[5, 10], metavar="N", help="classes per episode")
-    g.add_argument("--shots", type=positive_int, nargs="+", default=[10, 20], metavar="M", help="labels per class")
-    g.add_argument("--queries", type=positive_int, default=20, metavar="Q", help="clouds to classify per class")
-    g.add_argument("--runs", type=positive_int, default=10, metavar="R", help="episodes per setting")
-    add_common_arguments(parser, workers=False)
-    return parser
+    return FewShotConfig.parser(__doc__)
 
 
 def score(config: FewShotConfig, encoder: nn.Module, train: LabeledClouds, test: LabeledClouds) -> dict[str, Any]:

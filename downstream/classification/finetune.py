@@ -28,18 +28,19 @@ from torch.utils.data import Dataset
 from datasets.hdf5 import LabeledClouds
 from datasets.scanobjectnn import resolve_variant
 from datasets.transforms import fine_tuning_augmentation
-from downstream.classification.eval_inputs import add_data_arguments, data_record, data_title, open_splits
+from downstream.classification.eval_inputs import CloudSettings, data_record, data_title, open_splits
 from downstream.features import check_neighbors
 from downstream.finetuning import (
     FineTuneConfig,
     FineTuning,
     Scores,
-    add_label_fraction,
-    add_training_arguments,
     check_training_arguments,
     choose_labeled,
     fine_tune,
     hold_out,
+    k_flag,
+    label_fraction_flag,
+    model_flag,
     reported_entry,
     run_folders,
     scores_of,
@@ -51,40 +52,37 @@ from engine.launch import launch
 from engine.load_model import fine_tuned_from_checkpoint
 from engine.task import Run
 from models.task_heads import Classification
-from utils.cli import HelpFormatter, log_to_screen, write_json
+from utils.cli import flag, log_to_screen, write_json
 from utils.collectives import is_main
 from utils.errors import CheckpointError, DataError, UserError
+from utils.released_flags import IN_FINE_TUNING, add_percent_train, add_released_flags
 from utils.reproducible import provenance
 
 RELEASED_K = Classification.released_k
 
 
 @dataclass(kw_only=True)
-class ClassificationConfig(FineTuneConfig):
-    """Settings of this script, from the flags of ``build_parser``."""
+class ClassificationConfig(FineTuneConfig, CloudSettings):
+    """Settings of this script."""
 
-    dataset: str
-    variant: str
-    num_points: int | None
-    label_fraction: list[float]
-    holdout: float
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Build the command line of this script; docs/fidelity.md lists defaults that differ from the release."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    add_training_arguments(parser, task=Classification, exp_name="finetune", k=RELEASED_K, use_sgd=True)
-    add_data_arguments(parser, batch=False)
-    g = parser.add_argument_group("labels")
-    add_label_fraction(g, "the training labels to use, at least one per class")
-    g.add_argument(
-        "--holdout",
+    model: str | None = model_flag(Classification)
+    k: int | None = k_flag(Classification)
+    label_fraction: list[float] = label_fraction_flag("labels", "the training labels to use, at least one per class")
+    holdout: float = flag(
+        0.1,
         type=float,
-        default=0.1,
         metavar="F",
         help="share of the labels in use that is held out to select the best epoch; every class keeps at least one for "
         "training; 0 holds out none",
     )
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the command line of this script; docs/fidelity.md lists defaults that differ from the release."""
+    parser = ClassificationConfig.parser(__doc__)
+    parser.set_defaults(exp_name="finetune", use_sgd=True)
+    add_percent_train(parser)
+    add_released_flags(parser, IN_FINE_TUNING)
     return parser
 
 

@@ -31,8 +31,6 @@ from torch import nn
 from datasets.hdf5 import LabeledClouds
 from downstream.classification.eval_inputs import (
     EvaluationConfig,
-    add_data_arguments,
-    add_encoder_arguments,
     candidates,
     data_record,
     data_title,
@@ -43,7 +41,7 @@ from downstream.features import check_neighbors
 from downstream.figures import PICTURE_TYPES, check_output_path, draw_confusion_matrix, draw_retrieval
 from downstream.retrieval import average_precisions
 from downstream.svm import RELEASED_C, few_label_svm, linear_svm, mean_and_std
-from utils.cli import HelpFormatter, add_common_arguments, log_to_screen, positive_float, positive_int, run, write_json
+from utils.cli import flag, log_to_screen, positive_float, positive_int, run, write_json
 from utils.errors import DataError, UserError, warn_on_failure
 from utils.released_flags import IN_LINEAR_SVM, add_released_flags
 from utils.reproducible import provenance
@@ -51,18 +49,35 @@ from utils.reproducible import provenance
 
 @dataclass(kw_only=True)
 class SVMConfig(EvaluationConfig):
-    """Settings of this script, from the flags of ``build_parser``.
+    """Settings of this script.
 
     Raises:
         UserError: they do not fit together, or an output cannot be written.
     """
 
-    svm_c: list[float]
-    cv_folds: int
-    shots: list[int]
-    shot_draws: int
-    confusion_matrix: str | None
-    retrieval_sheet: str | None
+    svm_c: list[float] = flag(
+        [RELEASED_C],
+        group="linear SVM",
+        type=positive_float,
+        nargs="+",
+        metavar="C",
+        help="C of the SVM; several values: use the best in cross-validation on the training split",
+    )
+    cv_folds: int = flag(5, type=int, metavar="F", help="folds of that cross-validation, 2 or more")
+    shots: list[int] = flag(
+        [1, 5, 10, 20],
+        type=positive_int,
+        nargs="*",
+        metavar="S",
+        help="few-label SVM from S labels per class (features standardized, C = 1); no value turns it off",
+    )
+    shot_draws: int = flag(20, type=positive_int, metavar="D", help="draws per number of labels")
+    confusion_matrix: str | None = flag(
+        group="pictures", metavar="FILE", help="draw the confusion matrix over all runs (.png, .pdf)"
+    )
+    retrieval_sheet: str | None = flag(
+        metavar="FILE", help="draw test clouds of the first run with their nearest neighbors (.png, .pdf)"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,40 +99,7 @@ class Scores(NamedTuple):
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line of this script."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-
-    add_encoder_arguments(parser)
-    add_data_arguments(parser)
-    group = parser.add_argument_group("linear SVM")
-    group.add_argument(
-        "--svm_c",
-        type=positive_float,
-        nargs="+",
-        default=[RELEASED_C],
-        metavar="C",
-        help="C of the SVM; several values: use the best in cross-validation on the training split",
-    )
-    group.add_argument("--cv_folds", type=int, default=5, metavar="F", help="folds of that cross-validation, 2 or more")
-    group.add_argument(
-        "--shots",
-        type=positive_int,
-        nargs="*",
-        default=[1, 5, 10, 20],
-        metavar="S",
-        help="few-label SVM from S labels per class (features standardized, C = 1); no value turns it off",
-    )
-    group.add_argument("--shot_draws", type=positive_int, default=20, metavar="D", help="draws per number of labels")
-
-    group = parser.add_argument_group("pictures")
-    group.add_argument(
-        "--confusion_matrix", metavar="FILE", help="draw the confusion matrix over all runs (.png, .pdf)"
-    )
-    group.add_argument(
-        "--retrieval_sheet",
-        metavar="FILE",
-        help="draw test clouds of the first run with their nearest neighbors (.png, .pdf)",
-    )
-    add_common_arguments(parser, workers=False)
+    parser = SVMConfig.parser(__doc__)
     add_released_flags(parser, IN_LINEAR_SVM)
     return parser
 

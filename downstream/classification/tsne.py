@@ -22,25 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also run by path
 import numpy as np
 from sklearn.manifold import TSNE
 
-from downstream.classification.eval_inputs import (
-    EvaluationConfig,
-    add_data_arguments,
-    add_encoder_arguments,
-    candidates,
-    features_of,
-    open_splits,
-)
+from downstream.classification.eval_inputs import EvaluationConfig, candidates, features_of, open_splits
 from downstream.features import check_neighbors
 from downstream.figures import PICTURE_TYPES, check_output_path
-from utils.cli import (
-    HelpFormatter,
-    add_common_arguments,
-    log_to_screen,
-    positive_float,
-    positive_int,
-    run,
-    write_json,
-)
+from utils.cli import flag, log_to_screen, positive_float, positive_int, run, write_json
 from utils.errors import UserError
 from utils.files import replacing
 from utils.pictures import Figure, colormaps, save_figure
@@ -50,32 +35,18 @@ MARKERS = "osD^vP"
 
 @dataclass(kw_only=True)
 class MapConfig(EvaluationConfig):
-    """Settings of this script, from the flags of ``build_parser``."""
+    """Settings of this script."""
 
-    split: str
-    max_clouds: int
-    perplexity: float
-    output: str
-    overwrite: bool
+    split: str = flag("test", group="map", choices=("train", "test"), help="clouds to map")
+    max_clouds: int = flag(2000, type=positive_int, metavar="N", help="maximum number, drawn at random")
+    perplexity: float = flag(30.0, type=positive_float, metavar="P", help="t-SNE's effective number of neighbors")
+    output: str = flag("runs/tsne.png", metavar="FILE", help="picture; the .npz file is written next to it")
+    overwrite: bool = flag(False, help="replace an existing .npz file")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line of this script."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    add_encoder_arguments(parser)
-    add_data_arguments(parser)
-    g = parser.add_argument_group("map")
-    g.add_argument("--split", choices=("train", "test"), default="test", help="clouds to map")
-    g.add_argument("--max_clouds", type=positive_int, default=2000, metavar="N", help="maximum number, drawn at random")
-    g.add_argument(
-        "--perplexity", type=positive_float, default=30.0, metavar="P", help="t-SNE's effective number of neighbors"
-    )
-    g.add_argument(
-        "--output", default="runs/tsne.png", metavar="FILE", help="picture; the .npz file is written next to it"
-    )
-    g.add_argument("--overwrite", action="store_true", help="replace an existing .npz file")
-    add_common_arguments(parser, workers=False)
-    return parser
+    return MapConfig.parser(__doc__)
 
 
 def embed(features: np.ndarray, *, perplexity: float, seed: int) -> np.ndarray:

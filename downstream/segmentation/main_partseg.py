@@ -37,17 +37,18 @@ from datasets.streams import SampleStreams, Stream
 from datasets.transforms import RandomScaleAxes
 from downstream.features import check_neighbors
 from downstream.finetuning import (
-    FineTuneConfig,
     FineTuning,
     Scores,
-    add_label_fraction,
-    add_training_arguments,
+    SegmentationConfig,
     check_training_arguments,
     choose_labeled,
     fine_tune,
     hold_out,
+    k_flag,
+    label_fraction_flag,
     labeled_points,
     labels_text,
+    model_flag,
     reported_entry,
     run_folders,
     scores_of,
@@ -60,10 +61,11 @@ from engine.launch import launch
 from engine.load_model import fine_tuned_from_checkpoint
 from engine.task import Run
 from models.task_heads import PartSegmentation
-from utils.cli import HelpFormatter, log_to_screen, positive_int, write_json
+from utils.cli import flag, log_to_screen, positive_int, write_json
 from utils.collectives import is_main, main_only
 from utils.errors import CheckpointError, UserError
 from utils.files import has_data_files
+from utils.released_flags import IN_FINE_TUNING, add_percent_train, add_released_flags
 from utils.reproducible import provenance
 
 RELEASED_K = PartSegmentation.released_k
@@ -72,42 +74,40 @@ VOTE_SCALES = (0.8, 1.25)
 
 
 @dataclass(kw_only=True)
-class PartConfig(FineTuneConfig):
-    """Settings of this script, from the flags of ``build_parser``."""
+class PartConfig(SegmentationConfig):
+    """Settings of this script."""
 
-    num_points: int | None
-    class_choice: str | None
-    class_test: list[str] | None
-    label_fraction: list[float]
-    votes: int
-    within_category: bool
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Build the command line of this script; docs/fidelity.md lists defaults that differ from the release."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    add_training_arguments(parser, task=PartSegmentation, exp_name="partseg", k=RELEASED_K, datasets=DATASET_NAMES)
-    g = parser.add_argument_group("data")
-    g.add_argument(
-        "--num_points", type=positive_int, metavar="N", help="points per shape, the first N rows (default: all; 2,048)"
+    model: str | None = model_flag(PartSegmentation)
+    k: int | None = k_flag(PartSegmentation)
+    num_points: int | None = flag(
+        group="data", type=positive_int, metavar="N", help="points per shape, the first N rows (default: all; 2,048)"
     )
-    g.add_argument("--class_choice", metavar="NAME", help="train and test a model of this category only")
-    g.add_argument("--class_test", nargs="+", metavar="NAME", help="score the test shapes of these categories only")
-    add_label_fraction(g, "the labeled training and validation shapes to use, at least one per category")
-    g = parser.add_argument_group("testing")
-    g.add_argument(
-        "--votes",
+    class_choice: str | None = flag(metavar="NAME", help="train and test a model of this category only")
+    class_test: list[str] | None = flag(
+        nargs="+", metavar="NAME", help="score the test shapes of these categories only"
+    )
+    label_fraction: list[float] = label_fraction_flag(
+        "data", "the labeled training and validation shapes to use, at least one per category"
+    )
+    votes: int = flag(
+        1,
+        group="testing",
         type=positive_int,
-        default=1,
         metavar="V",
         help=f"predictions averaged per shape: of the shape itself and of V - 1 copies whose axes are scaled by "
         f"{VOTE_SCALES[0]} to {VOTE_SCALES[1]}",
     )
-    g.add_argument(
-        "--within_category",
-        action="store_true",
-        help="predict only parts of the shape's category (default: of all categories, as released)",
+    within_category: bool = flag(
+        False, help="predict only parts of the shape's category (default: of all categories, as released)"
     )
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the command line of this script; docs/fidelity.md lists defaults that differ from the release."""
+    parser = PartConfig.parser(__doc__)
+    parser.set_defaults(exp_name="partseg")
+    add_percent_train(parser)
+    add_released_flags(parser, IN_FINE_TUNING, datasets=DATASET_NAMES)
     return parser
 
 

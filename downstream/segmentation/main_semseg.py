@@ -42,15 +42,16 @@ from downstream.figures import PICTURE_TYPES, check_output_path, draw_confusion_
 from downstream.finetuning import (
     IGNORED,
     FewPointLabels,
-    FineTuneConfig,
     FineTuning,
     Scores,
-    add_label_fraction,
-    add_training_arguments,
+    SegmentationConfig,
     check_training_arguments,
     choose_labeled,
     fine_tune,
+    k_flag,
+    label_fraction_flag,
     labels_text,
+    model_flag,
     reported_entry,
     run_folders,
     scores_of,
@@ -63,14 +64,10 @@ from engine.launch import launch
 from engine.load_model import fine_tuned_from_checkpoint
 from engine.task import Run
 from models.task_heads import SemanticSegmentation
-from utils.cli import (
-    HelpFormatter,
-    log_to_screen,
-    positive_int,
-    write_json,
-)
+from utils.cli import flag, log_to_screen, positive_int, write_json
 from utils.collectives import is_main, main_only
 from utils.errors import CheckpointError, DataError, UserError, warn_on_failure
+from utils.released_flags import IN_FINE_TUNING, add_released_flags
 from utils.reproducible import provenance
 
 RELEASED_K = SemanticSegmentation.released_k
@@ -99,46 +96,53 @@ def test_areas(text: str) -> list[int]:
 
 
 @dataclass(kw_only=True)
-class SemanticConfig(FineTuneConfig):
-    """Settings of this script, from the flags of ``build_parser``."""
+class SemanticConfig(SegmentationConfig):
+    """Settings of this script."""
 
-    test_area: list[int]
-    train_area: list[list[int]] | None
-    label_fraction: list[float]
-    in_channels: int | None
-    num_points: int | None
-    protocol: str
-    confusion_matrix: str | None
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Build the command line of this script; docs/fidelity.md lists defaults that differ from the release."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    add_training_arguments(parser, task=SemanticSegmentation, exp_name="semseg", k=RELEASED_K, datasets=("s3dis",))
-    g = parser.add_argument_group("data")
-    g.add_argument(
-        "--test_area", type=test_areas, default="5", metavar="1..6|all", help="area to test on; all: each in turn"
+    model: str | None = model_flag(SemanticSegmentation)
+    k: int | None = k_flag(SemanticSegmentation)
+    model_path: str | None = flag(
+        group="evaluation only",
+        metavar="FILE",
+        help="with --eval: checkpoint of this script, or a published state dict; one per area: a folder, or a pattern "
+        "such as 'model_{area}.t7'",
     )
-    g.add_argument(
-        "--train_area",
+    test_area: list[int] = flag(
+        "5", group="data", type=test_areas, metavar="1..6|all", help="area to test on; all: each in turn"
+    )
+    train_area: list[list[int]] | None = flag(
         type=area_list,
         nargs="+",
         metavar="A",
         help="areas to train on, such as 1,2,3; the tested one is always left out (default: all others)",
     )
-    g.add_argument(
-        "--in_channels",
+    in_channels: int | None = flag(
         type=int,
         choices=(3, 9),
         help="3: xyz, as released; 9: also color and the position in the room, from which the first graph is built "
         "(default: the checkpoint's; 3 from scratch)",
     )
-    g.add_argument(
-        "--num_points", type=positive_int, metavar="N", help="points per block, the first N rows (default: all; 4,096)"
+    num_points: int | None = flag(
+        type=positive_int, metavar="N", help="points per block, the first N rows (default: all; 4,096)"
     )
-    add_label_fraction(g, "the labeled training and validation rooms to use, at least one of each")
-    g = parser.add_argument_group("testing")
-    g.add_argument(
+    label_fraction: list[float] = label_fraction_flag(
+        "data", "the labeled training and validation rooms to use, at least one of each"
+    )
+    protocol: str = flag(
+        "blocks", group="testing", choices=(*PROTOCOLS, "both"), help="protocol to score, described at the top"
+    )
+    confusion_matrix: str | None = flag(
+        metavar="FILE",
+        help="draw the confusion matrix of each protocol (.png, .pdf; default: confusion_<protocol>.png in the run "
+        "folder, none with --eval)",
+    )
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the command line of this script; docs/fidelity.md lists defaults that differ from the release."""
+    parser = SemanticConfig.parser(__doc__)
+    parser.set_defaults(exp_name="semseg")
+    parser.add_argument(
         "--model_root",
         dest="model_path",
         default=argparse.SUPPRESS,
@@ -146,15 +150,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="same as --model_path DIR: with --eval, one model per area (the run folder of six folds, or released "
         "model_1.t7 to model_6.t7; --model_path 'DIR/any_{area}.pth' for files with other names)",
     )
-    g.add_argument(
-        "--protocol", choices=(*PROTOCOLS, "both"), default="blocks", help="protocol to score, described at the top"
-    )
-    g.add_argument(
-        "--confusion_matrix",
-        metavar="FILE",
-        help="draw the confusion matrix of each protocol (.png, .pdf; default: confusion_<protocol>.png in the run "
-        "folder, none with --eval)",
-    )
+    add_released_flags(parser, IN_FINE_TUNING, datasets=("s3dis",))
     return parser
 
 

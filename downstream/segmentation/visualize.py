@@ -32,65 +32,37 @@ from engine.device import resolve_device
 from engine.load_model import fine_tuned_from_checkpoint, kind_of_checkpoint
 from models import ENCODER_ALIASES, ENCODERS
 from models.task_heads import FineTuned, PartSegmentation, SemanticSegmentation
-from utils.cli import (
-    HelpFormatter,
-    Settings,
-    add_common_arguments,
-    log_to_screen,
-    positive_int,
-    run,
-    write_json,
-)
+from utils.cli import CommonSettings, flag, log_to_screen, positive_int, run, workers_flag, write_json
 from utils.errors import CheckpointError, UserError
 
 FOREIGN_COLOR, FOREIGN_NAME = (0.0, 0.0, 0.0), "part of another category"
 
 
 @dataclass(kw_only=True)
-class PictureConfig(Settings):
-    """Settings of this script, from the flags of ``build_parser``."""
+class PictureConfig(CommonSettings):
+    """Settings of this script."""
 
-    data_root: str
-    device: str
-    workers: int
-    json: str | None
-    model_path: str
-    task: str | None
-    model: str | None
-    k: int | None
-    test_batch_size: int
-    items: int
-    class_test: list[str] | None
-    num_points: int | None
-    test_area: int
-    rooms: list[str] | None
-    output_dir: str
+    workers: int = workers_flag()
+    model_path: str = flag(
+        group="model", required=True, metavar="FILE", help="fine-tuned checkpoint, or published weights"
+    )
+    task: str | None = flag(choices=("parts", "rooms"), help="what to draw (default: by the checkpoint's head)")
+    model: str | None = flag(
+        choices=[*ENCODERS, *ENCODER_ALIASES], help="encoder of published weights (default: recognized by the tensors)"
+    )
+    k: int | None = flag(type=positive_int, help="neighbors per point (default: the checkpoint's)")
+    test_batch_size: int = flag(8, type=positive_int, metavar="B", help="samples per forward pass")
+    items: int = flag(6, group="what to draw", type=positive_int, metavar="N", help="shapes or rooms")
+    class_test: list[str] | None = flag(nargs="+", metavar="NAME", help="parts: categories to draw (default: all)")
+    num_points: int | None = flag(type=positive_int, metavar="N", help="parts: points per shape (default: all)")
+    test_area: int = flag(5, type=int, choices=AREAS, help="rooms: area to draw")
+    rooms: list[str] | None = flag(nargs="+", metavar="ROOM", help="rooms: names, such as Area_5_office_1")
+    output_dir: str = flag("runs/pictures", metavar="DIR", help="folder for sheet.png and the PLY files")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line of this script."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    g = parser.add_argument_group("model")
-    g.add_argument("--model_path", required=True, metavar="FILE", help="fine-tuned checkpoint, or published weights")
-    g.add_argument("--task", choices=("parts", "rooms"), help="what to draw (default: by the checkpoint's head)")
-    g.add_argument(
-        "--model",
-        choices=[*ENCODERS, *ENCODER_ALIASES],
-        help="encoder of published weights (default: recognized by the tensors)",
-    )
-    g.add_argument("--k", type=positive_int, help="neighbors per point (default: the checkpoint's)")
-    g.add_argument("--test_batch_size", type=positive_int, default=8, metavar="B", help="samples per forward pass")
-    g = parser.add_argument_group("what to draw")
-    g.add_argument("--items", type=positive_int, default=6, metavar="N", help="shapes or rooms")
-    g.add_argument("--class_test", nargs="+", metavar="NAME", help="parts: categories to draw (default: all)")
-    g.add_argument("--num_points", type=positive_int, metavar="N", help="parts: points per shape (default: all)")
-    g.add_argument("--test_area", type=int, choices=AREAS, default=5, help="rooms: area to draw")
-    g.add_argument("--rooms", nargs="+", metavar="ROOM", help="rooms: names, such as Area_5_office_1")
-    g.add_argument(
-        "--output_dir", default="runs/pictures", metavar="DIR", help="folder for sheet.png and the PLY files"
-    )
-    add_common_arguments(parser)
-    return parser
+    return PictureConfig.parser(__doc__)
 
 
 def part_items(config: PictureConfig, model: FineTuned, payload: dict[str, Any]) -> tuple[list[Item], ShapeNetPart]:
