@@ -1,6 +1,5 @@
 """Dropout masks of real fine-tuning steps, for every task and encoder: independent of one another, and repeatable."""
 
-import argparse
 import itertools
 
 import numpy as np
@@ -46,11 +45,8 @@ class Noise(Dataset):
 
 
 def fine_tuning(tmp_path, task, name):
-    parser = argparse.ArgumentParser()
-    finetuning.add_training_arguments(parser, task=TASKS[task], exp_name="a", k=4)
-    config = finetuning.FineTuneConfig.from_flags(
-        parser.parse_args(["--output_dir", str(tmp_path), "--batch_size", str(SAMPLES), "--workers", "0"])
-    )
+    arguments = ["--output_dir", str(tmp_path), "--batch_size", str(SAMPLES), "--workers", "0"]
+    config = finetuning.FineTuneConfig.from_flags(finetuning.FineTuneConfig.parser(None).parse_args(arguments))
     torch.manual_seed(0)
     encoder = build_encoder(name, emb_dims=8, **({"k": 4} if name.startswith("dgcnn") else {}))
     tuning = finetuning.FineTuning(

@@ -1,4 +1,3 @@
-import argparse
 import math
 
 import numpy as np
@@ -10,6 +9,7 @@ from torch.utils.data import Dataset
 
 from datasets.transforms import fine_tuning_augmentation
 from downstream import finetuning
+from downstream.classification.finetune import ClassificationConfig
 from downstream.features import calibrate_batch_norm
 from engine.run_folder import RunFolder
 from engine.task import Run
@@ -36,10 +36,10 @@ class Balls(Dataset):
 
 
 def parse(tmp_path, *arguments):
-    parser = argparse.ArgumentParser()
-    finetuning.add_training_arguments(parser, task=Classification, exp_name="a", k=4)
+    parser = ClassificationConfig.parser(None)
+    parser.set_defaults(exp_name="a")
     common = ["--output_dir", tmp_path, "--workers", 0, "--batch_size", 2, "--emb_dims", 8, "--epochs", 2]
-    return finetuning.FineTuneConfig.from_flags(parser.parse_args([str(a) for a in (*common, *arguments)]))
+    return ClassificationConfig.from_flags(parser.parse_args([str(a) for a in (*common, *arguments)]))
 
 
 def tuning(tmp_path, *arguments, name="a", **changes):

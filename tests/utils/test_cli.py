@@ -2,20 +2,22 @@ import argparse
 import json
 import math
 import os
+from dataclasses import dataclass
 
 import pytest
 import torch
 
+from engine.config import RunConfig
 from utils.cli import (
-    HelpFormatter,
-    add_common_arguments,
-    add_run_arguments,
+    CommonSettings,
+    flag,
     non_negative_float,
     non_negative_int,
     positive_float,
     positive_int,
     run,
     seed_number,
+    workers_flag,
     write_json,
 )
 from utils.errors import CheckpointError, DataError, UserError
@@ -66,12 +68,37 @@ def test_other_ends_keep_their_exit_code(capsys):
         run(lambda: 1 / 0)
 
 
+@dataclass(kw_only=True)
+class Example(CommonSettings):
+    workers: int = workers_flag()
+    zero: int = flag(0, type=int, help="a number")
+    switch: bool = flag(False, help="a switch")
+
+
+@dataclass(kw_only=True)
+class Another(Example):
+    zero: int = flag(1, "--nought", group="numbers", type=int, help="another number")
+    one: str | None = flag(group="names", exclusive="name", required=True, help="a name")
+    two: str | None = flag(exclusive="name", required=True, help="another name")
+    plain: str = "not a flag"
+
+
+def test_a_field_is_a_flag_that_subclasses_may_declare_again(capsys):
+    parser = Another.parser("about")
+    settings = Another.from_flags(parser.parse_args(["--two", "b", "--nought", "3", "--switch"]))
+    assert (settings.zero, settings.one, settings.two, settings.switch) == (3, None, "b", True)
+    assert settings.plain == "not a flag"
+    assert (settings.device, settings.seed) == ("auto", 1)
+    sections = [line for line in parser.format_help().splitlines() if line.endswith(":") and line[0] != " "]
+    assert sections == ["options:", "common:", "numbers:", "names:"]
+    for wrong in ([], ["--one", "a", "--two", "b"]):
+        with pytest.raises(SystemExit):
+            parser.parse_args(wrong)
+    assert "one of the arguments --one --two is required" in capsys.readouterr().err
+
+
 def test_help_shows_defaults_and_line_breaks():
-    parser = argparse.ArgumentParser(prog="x", description="first\n  second", formatter_class=HelpFormatter)
-    add_common_arguments(parser)
-    parser.add_argument("--zero", type=int, default=0, help="a number")
-    parser.add_argument("--flag", action="store_true", help="a switch")
-    text = parser.format_help()
+    text = Example.parser("first\n  second", prog="x").format_help()
     assert "first\n  second" in text
     for shown in (
         "(default: data)",
@@ -153,8 +180,7 @@ def test_write_json_replaces_the_file_in_one_step(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../e1", "a/../..", "/tmp/run"])
 def test_a_run_name_that_leaves_the_output_folder_is_refused(name, capsys):
-    parser = argparse.ArgumentParser()
-    add_run_arguments(parser, exp_name="crossnet", save_every=1)
+    parser = RunConfig.parser(None)
     with pytest.raises(SystemExit):
         parser.parse_args(["--exp_name", name])
     assert "not the name of a folder below --output_dir" in capsys.readouterr().err
@@ -162,10 +188,8 @@ def test_a_run_name_that_leaves_the_output_folder_is_refused(name, capsys):
 
 
 def test_going_on_and_starting_again_exclude_each_other(capsys):
-    parser = argparse.ArgumentParser()
-    add_run_arguments(parser, exp_name="crossnet", save_every=1)
     with pytest.raises(SystemExit):
-        parser.parse_args(["--resume", "--overwrite"])
+        RunConfig.parser(None).parse_args(["--resume", "--overwrite"])
     assert "not allowed with argument" in capsys.readouterr().err
 
 
