@@ -17,10 +17,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also run by path
 from benchmarks.reproduce import PLAN, Plan, value_at
 from engine.checkpoint import load_checkpoint
 from engine.export import describe_weights, export

@@ -1,7 +1,6 @@
 """Settings and fixtures of all tests."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,12 +27,14 @@ def seeded() -> None:
 
 
 @pytest.fixture
-def small_runs() -> Iterator[None]:
-    """Train with a tiny image network and without pictures of the curves."""
+def small_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train with a tiny image network and without pictures of the curves.
+
+    By the test's own patches: two sets of patches of one attribute would have to be undone in order.
+    """
     from tests.support import small_run
 
-    with small_run.small_runs():
-        yield
+    small_run.make_runs_small(monkeypatch)
 
 
 @pytest.fixture(scope="session")

@@ -115,7 +115,7 @@ SETTINGS = {
     "--batch_size 6": ["--batch_size 6", "5 pairs", "--batch_size 5 or less"],
     "--batch_size 1": ["--batch_size 1", "use 2 or more"],
     "--num_points 49": ["--num_points 49", "48"],
-    "--k 25": ["--k 25", "24 points", "at most 24"],
+    "--k 25": ["--k 25", "24 points", "--k 24 or less"],
     "--eval_points 41": ["41 points", "40"],
     "--device cuda:77": ["--device cuda:77", "--device cpu"],
     "--device nowhere": ["--device nowhere", "--device cpu"],

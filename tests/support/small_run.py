@@ -29,10 +29,15 @@ SETTINGS = (
 def small_runs(*, curves: bool = False) -> Iterator[pytest.MonkeyPatch]:
     """Train with the tiny image network inside, by default without pictures of the curves (a second per epoch)."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(IMAGE_ENCODERS, "resnet18", TinyImageNet)
-        if not curves:
-            patch.setattr(RunFolder, "draw_curves", lambda self: None)
+        make_runs_small(patch, curves=curves)
         yield patch
+
+
+def make_runs_small(patch: pytest.MonkeyPatch, *, curves: bool = False) -> None:
+    """Patch in the tiny image network and, unless ``curves``, leave out pictures of the curves."""
+    patch.setitem(IMAGE_ENCODERS, "resnet18", TinyImageNet)
+    if not curves:
+        patch.setattr(RunFolder, "draw_curves", lambda self: None)
 
 
 def arguments(root: Path, out: Path, *more: str) -> list[str]:
