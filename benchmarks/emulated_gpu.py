@@ -336,6 +336,9 @@ def _cuda(gpu: EmulatedGpu, count: int, stack: contextlib.ExitStack) -> None:
     stack.enter_context(mock.patch.object(nn.Module, "to", _module_to(nn.Module.to)))
     stack.enter_context(torch.backends.cudnn.flags(enabled=False))  # the CPU has no form of its operations
     stack.enter_context(mock.patch("torch.utils.data._utils.pin_memory.pin_memory", lambda data, device=None: data))
+    host = [torch.profiler.ProfilerActivity.CPU]  # that of GPUs wants a driver, and says so at every operation
+    profile = torch.profiler.profile
+    stack.enter_context(mock.patch.object(torch.profiler, "profile", lambda activities: profile(activities=host)))
     real_save = torch.save
     stack.enter_context(
         mock.patch.object(torch, "save", lambda obj, *a, **k: real_save(_mapped(to_host, obj), *a, **k))

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import importlib
 import json
 import math
 import re
@@ -13,7 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_crossnet_con as pretraining
-from benchmarks import dry_run, dynamic_edgeconv, edgeconv, estimate, gpu_check, losses, neighbours, step
+from benchmarks import dry_run, dynamic_edgeconv, edgeconv, estimate, frame, gpu_check, losses, neighbours, step
 from benchmarks.dry_run import Case, cases, outcome, small_networks
 from benchmarks.emulated_gpu import GpuTensor, emulated_gpu, on_gpu
 from benchmarks.reference.textbook import textbook_edge_conv, textbook_knn
@@ -252,10 +253,10 @@ BENCHMARKS = (losses, neighbours, step, edgeconv, dynamic_edgeconv)
 
 @pytest.fixture
 def in_this_process(monkeypatch):
-    """What benchmarks measure in fresh processes is measured here, with small image networks."""
+    """Measure here what benchmarks measure in fresh processes, with small image networks."""
     monkeypatch.setitem(IMAGE_ENCODERS, "resnet18", dry_run.TinyImageNet)
-    for script in (step, edgeconv, estimate):
-        monkeypatch.setattr(script, "in_fresh_process", lambda module, argv, script=script: script.main(argv))
+    for script in (frame, estimate):
+        monkeypatch.setattr(script, "in_fresh_process", lambda name, argv: importlib.import_module(name).main(argv))
 
 
 def textbook_layer(block, k):
