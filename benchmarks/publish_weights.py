@@ -173,7 +173,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "steps": args.steps or about.get("step"),
         "hours": args.hours,
         "seed": payload.get("arguments", {}).get("seed"),
-        "rounding": f"{rounding.norm:.1e}",
+        "rounding": None if args.full else f"{rounding.norm:.1e}",
         "license": args.license,
         "scores": scores,
     }
@@ -185,7 +185,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     rest = old[old.index(KEPT) :] if KEPT in old else f"{KEPT}\n\nNot written yet.\n"
     with replacing(page) as temporary:
         temporary.write_text(card(name, entry, rest), encoding="utf-8")
-    print(f"{path}: {entry['bytes']:,} bytes; card: {page}; change of features by rounding {entry['rounding']}")
+    print(f"{path}: {entry['bytes']:,} bytes; card: {page}; features changed by {rounding.norm:.1e} in norm")
     if entry["bytes"] > MOST_BYTES:
         print(f"warning: that is more than {MOST_BYTES:,} bytes")
     return entry
