@@ -71,13 +71,7 @@ from engine.resume import save
 from engine.run_folder import RunFolder
 from engine.task import Run
 from models import CrossNet
-from utils.cli import (
-    HelpFormatter,
-    positive_float,
-    positive_int,
-    run,
-    write_json,
-)
+from utils.cli import HelpFormatter, positive_float, positive_int, run, write_json
 from utils.errors import UserError
 from utils.reproducible import deterministic
 

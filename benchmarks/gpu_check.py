@@ -299,12 +299,7 @@ def check_training(report: Report) -> None:
                         raise NotApplicable("no GPU")
                     reference = exact["chunks" if variant == "chunks" else "plain"]
                     return compare_step(
-                        name,
-                        amp=amp,
-                        variant=variant,
-                        device=report.device,
-                        sizes=report.sizes,
-                        exact=reference,
+                        name, amp=amp, variant=variant, device=report.device, sizes=report.sizes, exact=reference
                     )
 
                 report.check("training", f"{name}, amp {amp}, {variant}", action)

@@ -182,8 +182,7 @@ class _BlockFiles:
                     if not isinstance(file.get(name), h5py.Dataset):
                         found = ", ".join(f"'{key}'" for key in islice(file, 20)) or "nothing"
                         raise DataError(
-                            f"{path} has no array '{name}' (it holds {found}); expected {expected}",
-                            fix=get,
+                            f"{path} has no array '{name}' (it holds {found}); expected {expected}", fix=get
                         )
                     shapes[name] = stored_array(file, name).shape
                     whole = whole and (name == "data" or file[name].dtype.kind in "iu")
@@ -507,8 +506,7 @@ class S3DISRooms(Dataset):
         missing = int((labels < 0).sum())
         if missing:
             raise DataError(
-                f"{self.folder}: {missing} of the {total} points of {self.rooms[room]} are in no block",
-                fix=self._again,
+                f"{self.folder}: {missing} of the {total} points of {self.rooms[room]} are in no block", fix=self._again
             )
         if not np.isfinite(points).all():
             raise DataError(f"{self._files.where(block)}: its room has non-finite coordinates")

@@ -607,7 +607,6 @@ def _read_table(path: Path, *, columns: tuple[int, ...], what: str) -> np.ndarra
     if not sound.all():
         row = int(np.flatnonzero(~sound)[0])
         raise DataError(
-            f"{path} has a non-finite number, or one beyond {_LIMIT:g}, in row {row + 1}; {expected}",
-            fix=CHECK_IT,
+            f"{path} has a non-finite number, or one beyond {_LIMIT:g}, in row {row + 1}; {expected}", fix=CHECK_IT
         )
     return table

@@ -95,10 +95,7 @@ LIBRARIES = {
 # (judged by their pictures). Classes with fewer than ten models and models between two classes are not used.
 CLASSES: dict[str, tuple[set[str], set[str]]] = {
     "armchair": ({"Armchair", "Modern armchair", "Rattan armchair", "Winchester armchair"}, set()),
-    "bed": (
-        {"Bed", "Bunk bed", "Captain's bed", "Child bed", "Crib", "Day bed", "Hospital bed", "Iron bed"},
-        set(),
-    ),
+    "bed": ({"Bed", "Bunk bed", "Captain's bed", "Child bed", "Crib", "Day bed", "Hospital bed", "Iron bed"}, set()),
     "bottle": (
         {"Baby bottle", "Beer bottle", "Bottle", "Flacon", "Medicine bottle", "Spray bottle", "Wine bottle"}
         | {"Yogurt bottle"},
@@ -121,10 +118,7 @@ CLASSES: dict[str, tuple[set[str], set[str]]] = {
         # a folding stool; a square lounge seat
         {"blendswap-cc-0-foldingchair", "scopia-ext_chair"},
     ),
-    "cup": (
-        {"Beer glass", "Cocktail glass", "Coffee cup", "Coffee mug", "Cup", "Glass", "Plastic cup"},
-        set(),
-    ),
+    "cup": ({"Beer glass", "Cocktail glass", "Coffee cup", "Coffee mug", "Cup", "Glass", "Plastic cup"}, set()),
     "door": (
         {"Door", "Double door", "Double door with panes", "Exterior door", "Glass door", "Screen door", "Shower door"},
         set(),
@@ -170,10 +164,7 @@ CLASSES: dict[str, tuple[set[str], set[str]]] = {
         set(),
     ),
 }
-EXTRA_MEMBERS = {
-    "scopia-ficus": "plant",
-    "blendswap-cc-by-luckybamboo": "plant",
-}
+EXTRA_MEMBERS = {"scopia-ficus": "plant", "blendswap-cc-by-luckybamboo": "plant"}
 
 
 @dataclass(frozen=True)
