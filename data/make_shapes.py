@@ -34,7 +34,7 @@ from data.procedural import KINDS, LEVELS, compose, sample_visible
 from data.procedural.compose import SurfaceSamples, generator
 from data.procedural.pictures import LIGHT, mesh_of, splat_count, splat_views
 from data.rendering import Camera, Renderer, cameras_3d_r2n2, encode_png, to_unit_sphere
-from utils.cli import HelpFormatter, Settings, non_negative_int, positive_int, run, seed_number, write_json
+from utils.cli import Settings, flag, non_negative_int, positive_int, run, seed_number, write_json
 from utils.errors import UserError
 from utils.files import replacing, writing
 from utils.progress import progress
@@ -57,12 +57,19 @@ KIND_COLORS = np.array(
 class ShapeSettings(Settings):
     """Everything that determines the cloud and the pictures of a shape."""
 
-    seed: int
-    level: int
-    num_points: int
-    views: int
-    image_size: int
-    pictures: str  # "OpenGL" or "splats"
+    seed: int = flag(1, type=seed_number, metavar="S", help="seed of the shapes")
+    level: int = flag(
+        max(LEVELS),
+        type=int,
+        choices=tuple(LEVELS),
+        help="; ".join(f"{level}: {text}" for level, text in LEVELS.items()),
+    )
+    num_points: int = flag(2048, type=positive_int, metavar="N", help="points per cloud")
+    views: int = flag(1, type=positive_int, metavar="V", help="pictures per shape")
+    image_size: int = flag(137, type=positive_int, metavar="PIXELS", help="side of a picture")
+    pictures: str = flag(
+        "auto", choices=("auto", "opengl", "splats"), help="how to make pictures; auto: OpenGL if it works, else splats"
+    )
 
 
 def make_shape(number: int, settings: ShapeSettings, renderer: Renderer | None) -> dict[str, Any]:
@@ -332,23 +339,9 @@ def _draw_cloud(points: np.ndarray, kind: np.ndarray, camera: np.ndarray) -> Ima
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data.make_shapes", description=__doc__, formatter_class=HelpFormatter
-    )
+    parser = ShapeSettings.parser(__doc__, prog="python -m data.make_shapes")
     parser.add_argument("--shapes", type=positive_int, required=True, metavar="N", help="number of shapes")
     parser.add_argument("--out", required=True, metavar="F.h5", help="packed file of pairs to write")
-    parser.add_argument("--seed", type=seed_number, default=1, metavar="S", help="seed of the shapes")
-    levels = "; ".join(f"{level}: {text}" for level, text in LEVELS.items())
-    parser.add_argument("--level", type=int, choices=tuple(LEVELS), default=max(LEVELS), help=levels)
-    parser.add_argument("--num_points", type=positive_int, default=2048, metavar="N", help="points per cloud")
-    parser.add_argument("--views", type=positive_int, default=1, metavar="V", help="pictures per shape")
-    parser.add_argument("--image_size", type=positive_int, default=137, metavar="PIXELS", help="side of a picture")
-    parser.add_argument(
-        "--pictures",
-        choices=("auto", "opengl", "splats"),
-        default="auto",
-        help="how to make pictures; auto: OpenGL if it works, else splats",
-    )
     parser.add_argument(
         "--workers", type=non_negative_int, default=os.cpu_count() or 1, metavar="W", help="processes; 0: this one"
     )

@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also run by path
 from datasets.hdf5 import hdf5_file
 from datasets.s3dis import AREAS, BLOCK_FOLDER, CHANNELS, CLASS_NAMES, FILE_LIST, ROOM_FOLDER, ROOM_LIST, area_of
 from datasets.shapenet_part import draw_rows
-from utils.cli import HelpFormatter, positive_int, run, write_json
+from utils.cli import Settings, flag, positive_int, run, write_json
 from utils.errors import DataError, UserError
 from utils.files import data_files, has_data_files, replacing
 from utils.progress import progress
@@ -55,24 +55,21 @@ _LINE = 'six numbers, "x y z red green blue", colors in 0..255'
 
 
 @dataclass(frozen=True)
-class BlockSettings:
-    """How rooms are cut.
+class BlockSettings(Settings):
+    """How rooms are cut; the draws depend on the seed and the room's name alone."""
 
-    Attributes:
-        num_points: points of a block.
-        block: side of a block in meters.
-        stride: distance between training blocks in meters.
-        min_points: a training block with fewer points is dropped.
-        seed: of the draws, which depend only on it and the room's name.
-        dtype: of the stored values; float16 halves the files and keeps 3 digits.
-    """
-
-    num_points: int = 4096
-    block: float = 1.0
-    stride: float = 0.5
-    min_points: int = 100
-    seed: int = 1
-    dtype: str = "float32"
+    num_points: int = flag(
+        4096,
+        group="blocks (the defaults are those of the published blocks)",
+        type=positive_int,
+        metavar="N",
+        help="points per block",
+    )
+    block: float = 1.0  # side of a block in meters
+    stride: float = flag(0.5, type=float, metavar="M", help="distance between training blocks in meters")
+    min_points: int = flag(100, type=int, metavar="N", help="drop training blocks with fewer points")
+    seed: int = flag(1, type=int, metavar="S", help="random seed")
+    dtype: str = "float32"  # of the stored values; float16 halves the files and keeps 3 digits
 
 
 @dataclass(frozen=True)
@@ -568,9 +565,7 @@ def summary_table(summary: dict[str, Any]) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line of this script."""
-    parser = argparse.ArgumentParser(
-        prog="python -m datasets.s3dis_prepare", description=__doc__, formatter_class=HelpFormatter
-    )
+    parser = BlockSettings.parser(__doc__, prog="python -m datasets.s3dis_prepare")
     parser.add_argument("--raw", required=True, type=Path, metavar="DIR", help=f"the unpacked {RAW_NAME}")
     parser.add_argument(
         "--out", type=Path, default=Path("data"), metavar="DIR", help="data root for the output folders"
@@ -587,18 +582,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="rooms to cut in parallel; a large room takes about 2 GB of memory",
     )
     parser.add_argument("--json", metavar="FILE", help="also write the counts to FILE as one JSON object")
-    group = parser.add_argument_group("blocks (the defaults are those of the published blocks)")
-    default = BlockSettings()
-    group.add_argument(
-        "--num_points", type=positive_int, default=default.num_points, metavar="N", help="points per block"
-    )
-    group.add_argument(
-        "--stride", type=float, default=default.stride, metavar="M", help="distance between training blocks in meters"
-    )
-    group.add_argument(
-        "--min_points", type=int, default=default.min_points, metavar="N", help="drop training blocks with fewer points"
-    )
-    group.add_argument("--seed", type=int, default=default.seed, metavar="S", help="random seed")
     return parser
 
 
@@ -607,7 +590,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = build_parser().parse_args(argv)
     if not args.stride > 0 or args.min_points < 1 or args.workers < 0 or args.seed < 0:
         raise UserError("--stride must be above 0, --min_points at least 1, --workers and --seed at least 0")
-    settings = BlockSettings(num_points=args.num_points, stride=args.stride, min_points=args.min_points, seed=args.seed)
+    settings = BlockSettings.from_flags(args)
     kinds = (args.only,) if args.only else tuple(KINDS)
     summary = prepare(
         args.raw, args.out, areas=tuple(sorted(set(args.areas))), kinds=kinds, settings=settings, workers=args.workers

@@ -23,7 +23,7 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,7 +51,7 @@ from engine.load_model import encoder_from_checkpoint, find_weights, fine_tuned_
 from models import ENCODER_ALIASES, ENCODERS
 from models.base import PointFeatures
 from models.task_heads import Classification, FineTuned, PartSegmentation, SemanticSegmentation
-from utils.cli import HelpFormatter, log_to_screen, positive_int, run, seed_number, write_json
+from utils.cli import Settings, flag, log_to_screen, positive_int, run, seed_number, write_json
 from utils.errors import CheckpointError, DataError, UserError
 from utils.files import data_files
 from utils.progress import progress
@@ -70,33 +70,29 @@ SHEET_ROWS, SHEET_POINTS = 20, 4096
 LINES, LABELS_PER_LINE = 20, 4  # printed
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How files are read and predicted.
+@dataclass(frozen=True, kw_only=True)
+class PredictorSettings(Settings):
+    """How files are read and predicted; what is None follows from the model."""
 
-    Attributes:
-        task: one of ``TASKS``; None: what the checkpoint has a head for.
-        model: encoder of published weights.
-        k: neighbors per point; None takes the checkpoint's.
-        num_points: points of a pass; None takes ``POINTS``.
-        up: axis of the files that points up; None: z for rooms, y for objects.
-        units: of the files, one of ``UNITS``; matters for rooms.
-        category: of all objects, for part models; None: the likeliest for each.
-        batch_size: passes at a time.
-        device: see ``--device``.
-        seed: of all draws; what a file gives depends on it and the file's name alone.
-    """
-
-    task: str | None = None
-    model: str | None = None
-    k: int | None = None
-    num_points: int | None = None
-    up: str | None = None
-    units: str = "m"
-    category: str | None = None
-    batch_size: int = 8
-    device: str = "auto"
-    seed: int = 1
+    task: str | None = flag(choices=tuple(TASKS), help="what to predict (default: by the checkpoint's head)")
+    model: str | None = flag(choices=[*ENCODERS, *ENCODER_ALIASES], help="encoder of published weights")
+    k: int | None = flag(type=positive_int, help="neighbors per point (default: the checkpoint's)")
+    up: str | None = flag(choices=("y", "z"), help="axis of the files that points up (default: y; rooms: z)")
+    units: str = flag("m", choices=tuple(UNITS), help="of rooms; objects may have any")
+    category: str | None = flag(
+        metavar="NAME", help="category of all objects, for models of parts (default: the likeliest)"
+    )
+    num_points: int | None = flag(
+        type=positive_int,
+        metavar="N",
+        help="points of a pass; all are labeled "
+        f"(default: {', '.join(f'{task} {count}' for task, count in POINTS.items())})",
+    )
+    batch_size: int = flag(8, type=positive_int, metavar="B", help="passes at once")
+    device: str = flag("auto", help="auto, cpu, cuda or cuda:N; auto takes a GPU when there is one")
+    seed: int = flag(
+        1, type=seed_number, metavar="S", help="seed of the points drawn, which depend on it and the file's name alone"
+    )
 
 
 class Prediction(NamedTuple):
@@ -189,7 +185,7 @@ class Predictor:
         UserError: a setting that does not fit the model.
     """
 
-    def __init__(self, model_path: str | Path, settings: Settings) -> None:
+    def __init__(self, model_path: str | Path, settings: PredictorSettings) -> None:
         self.settings, self.path = settings, find_weights(model_path, model=settings.model)
         self.task = self._task()
         self.up = settings.up or _up_of_models(self.task)
@@ -394,14 +390,14 @@ def predict(
         inputs: files, folders, patterns.
         output_dir: where results are written; None writes none.
         neighbors: of each object on the sheet of features; 0 draws none.
-        settings: see :class:`Settings`.
+        settings: see :class:`PredictorSettings`.
 
     Raises:
         DataError: no file could be used.
         UserError: a wrong setting, or a file that cannot be written.
     """
     names, missing = find_inputs(inputs)
-    predictor = Predictor(model_path, Settings(**settings))
+    predictor = Predictor(model_path, PredictorSettings(**settings))
     if neighbors and predictor.task != "features":
         raise UserError(f"--neighbors belongs to features, {model_path} predicts {predictor.task}")
     report = Report(predictor.task, predictor.label_names, predictor.colors, predictor.up, skipped=missing)
@@ -512,34 +508,16 @@ def answers(report: Report) -> list[str]:
 
 def build_parser() -> argparse.ArgumentParser:
     """Command line of this script."""
-    usual = Settings()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = PredictorSettings.parser(__doc__)
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="file, folder or pattern of meshes and clouds")
     parser.add_argument(
         "--model_path", required=True, metavar="FILE", help="checkpoint, published weights, or pretrained[:NAME]"
     )
     parser.add_argument("--output_dir", required=True, metavar="DIR", help="new folder for the results")
     parser.add_argument("--overwrite", action="store_true", help="write into --output_dir although it is not empty")
-    parser.add_argument("--task", choices=tuple(TASKS), help="what to predict (default: by the checkpoint's head)")
-    parser.add_argument("--model", choices=[*ENCODERS, *ENCODER_ALIASES], help="encoder of published weights")
-    parser.add_argument("--k", type=positive_int, help="neighbors per point (default: the checkpoint's)")
-    parser.add_argument("--up", choices=("y", "z"), help="axis of the files that points up (default: y; rooms: z)")
-    parser.add_argument("--units", choices=tuple(UNITS), default=usual.units, help="of rooms; objects may have any")
-    parser.add_argument(
-        "--category", metavar="NAME", help="category of all objects, for models of parts (default: the likeliest)"
-    )
-    points = ", ".join(f"{task} {count}" for task, count in POINTS.items())
-    parser.add_argument(
-        "--num_points", type=positive_int, metavar="N", help=f"points of a pass; all are labeled (default: {points})"
-    )
     parser.add_argument(
         "--neighbors", type=int, default=0, metavar="K", help="of features: draw each object's K nearest ones"
     )
-    parser.add_argument("--batch_size", type=positive_int, default=usual.batch_size, metavar="B", help="passes at once")
-    parser.add_argument(
-        "--device", default="auto", help="auto, cpu, cuda or cuda:N; auto takes a GPU when there is one"
-    )
-    parser.add_argument("--seed", type=seed_number, default=usual.seed, metavar="S", help="seed of the points drawn")
     parser.add_argument("--json", metavar="FILE", help="also write a summary to FILE as one JSON object")
     return parser
 
@@ -556,10 +534,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     folder = Path(args.output_dir)
     if folder.is_dir() and any(folder.iterdir()) and not args.overwrite:
         raise UserError(f"{folder} is not empty; choose a new --output_dir, or --overwrite")
-    names = ("task", "model", "k", "num_points", "up", "units", "category", "batch_size", "device", "seed")
-    report = predict(
-        args.model_path, args.inputs, folder, neighbors=args.neighbors, **{name: getattr(args, name) for name in names}
-    )
+    settings = asdict(PredictorSettings.from_flags(args))
+    report = predict(args.model_path, args.inputs, folder, neighbors=args.neighbors, **settings)
     for line in answers(report):
         print(line)
     for message in report.skipped.values():

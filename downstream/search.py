@@ -38,7 +38,7 @@ from datasets.photos import PHOTO_SUFFIXES, cut_out, framed, read_photo
 from downstream.features import check_neighbors
 from downstream.figures import NEUTRAL, PICTURE_TYPES, RIGHT, WRONG, check_output_path, draw_cloud, draw_picture
 from downstream.pair_space import PairProjections, PairReader, PairSpace, pair_scores, project_pairs
-from downstream.predict import POINTS, Prediction, Predictor, Settings, find_inputs
+from downstream.predict import POINTS, Prediction, Predictor, PredictorSettings, find_inputs
 from downstream.retrieval import unit_rows
 from utils.cli import CommonSettings, flag, log_to_screen, positive_int, run, write_json
 from utils.errors import DataError, UserError
@@ -240,7 +240,9 @@ class Search:
     def __init__(self, config: SearchConfig) -> None:
         self.config, self.space = config, PairSpace(config.model_path, device=config.device)
         size = config.num_points or self.space.flags["num_points"] or POINTS["features"]
-        settings = Settings(task="features", num_points=size, up=config.up, device=config.device, seed=config.seed)
+        settings = PredictorSettings(
+            task="features", num_points=size, up=config.up, device=config.device, seed=config.seed
+        )
         self.predictor = Predictor(config.model_path, settings)
         self.gallery: list[Prediction] = []
         self.source: PairSource | None = None

@@ -173,7 +173,8 @@ def test_a_picture_is_compared_as_in_the_pairs(model, tmp_path):
     picture.save(tmp_path / "photo.png")
     (query,) = run(tmp_path, "--gallery", tmp_path / "mine", "--query", tmp_path / "photo.png", "--top", 9)["queries"]
     images = plain_images(RenderPixels(16)(picture)[None], 16)
-    report = script.Predictor(tmp_path / "last.pth", script.Settings(task="features", num_points=24, device="cpu"))
+    settings = script.PredictorSettings(task="features", num_points=24, device="cpu")
+    report = script.Predictor(tmp_path / "last.pth", settings)
     with torch.no_grad():
         wanted = sum(model.project_images(name, images[name])[0] for name in ("rgb", "gray"))
         for item in query["found"]:
