@@ -34,6 +34,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from datasets.own_clouds import LABELED_FOLDER
 from datasets.pair_sources import held_out_shapes, read_shape_list
 from datasets.registry import CLASSIFICATION_SETS, find_datasets
 from datasets.shapenet_render import ShapeNetRender, collate_pairs
@@ -339,6 +340,8 @@ class Pretraining(Task):
         if not names:
             rest = "" if config.select_on == "pairs" else " and no best.pth (--select_on pairs needs no labels)"
             logger.info("no classification set in %s: the run has no linear-SVM probe%s", root, rest)
+            if (own := Path(root) / LABELED_FOLDER).is_dir():
+                logger.info("a probe on its own categories: --eval_dataset folder --eval_root %s", own)
         return [
             LinearProbe(name, root, num_points=config.eval_points, c=config.svm_c, batch_size=config.test_batch_size)
             for name in names

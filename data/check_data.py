@@ -23,7 +23,6 @@ import h5py
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also run by path
-from data.pair_folder import LABELED_NAME
 from data.shape_files import SUFFIXES
 from data.unpack import KNOWN_MD5, file_md5
 from datasets.hdf5 import SPLITS, hdf5_file, read_labeled_clouds
@@ -44,7 +43,7 @@ from datasets.modelnet import (
     read_first_rows,
     resampled_files,
 )
-from datasets.own_clouds import find_class_folders, own_hdf5_files, shape_files
+from datasets.own_clouds import LABELED_FOLDER, find_class_folders, own_hdf5_files, shape_files
 from datasets.pair_sources import (
     PACKED_NAME,
     FolderSource,
@@ -470,7 +469,7 @@ class _Checker:
 
     def labeled_or_loose(self, *, pairs_or_parts: bool, loose: bool) -> dict[str, Finding]:
         """Check the user's labeled clouds or, if there is nothing else, files that no script reads yet."""
-        labeled = self.own_clouds(self.root / LABELED_NAME if pairs_or_parts else self.root)
+        labeled = self.own_clouds(self.root / LABELED_FOLDER if pairs_or_parts else self.root)
         if labeled.state != MISSING:
             return {"own labeled clouds": labeled}
         shapes = self.own_shapes() if loose and not pairs_or_parts else Finding()

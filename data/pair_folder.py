@@ -28,6 +28,7 @@ from data.rendering.cameras import DISTANCE, Camera, View, aim
 from data.rendering.meshes import MESH_SUFFIXES
 from data.rendering.shape import check_mesh
 from data.shape_files import ShapeFile
+from datasets.own_clouds import LABELED_FOLDER
 from utils.cli import Settings
 from utils.cloud_files import CLOUD_SUFFIXES, read_cloud_file
 from utils.errors import DataError, UserError
@@ -39,7 +40,6 @@ RECORDS_NAME = "prepared_files.jsonl"
 CAMERAS_NAME = "cameras.json"
 _OURS = re.compile(r"(\d{2,}\.png|cameras\.json)(\.tmp)?")
 FORMAT, VERSION = "crossnet-prepared", 1
-LABELED_NAME = "labeled_hdf5"
 
 INVISIBLE = 0.01  # skip parts less opaque than this: modeling aids that are not meant to be seen
 MAX_SPLATS = 20_000  # points of a cloud that are rendered; more only take longer
@@ -350,7 +350,7 @@ def write_labeled(folder: PairFolder, sides: dict[str, list[ShapeFile]]) -> dict
     Returns:
         Training and test size of every class.
     """
-    target = folder.root / LABELED_NAME
+    target = folder.root / LABELED_FOLDER
     target.mkdir(exist_ok=True)
     classes = sorted({shape.category for shapes in sides.values() for shape in shapes})
     for side, shapes in sides.items():
@@ -363,7 +363,7 @@ def write_labeled(folder: PairFolder, sides: dict[str, list[ShapeFile]]) -> dict
             file["label"] = np.array([[classes.index(shape.category)] for shape in shapes], np.int64)
             ids = np.array([shape.name for shape in shapes], dtype=object)
             file.create_dataset("ids", data=ids, dtype=h5py.string_dtype("utf-8"))
-        _replace(target / f"{side}_files.txt", f"{LABELED_NAME}/{path.name}\n".encode())
+        _replace(target / f"{side}_files.txt", f"{LABELED_FOLDER}/{path.name}\n".encode())
     _replace(target / "shape_names.txt", "".join(f"{name}\n" for name in classes).encode())
     count = {side: [shape.category for shape in shapes] for side, shapes in sides.items()}
     return {name: (count["train"].count(name), count["test"].count(name)) for name in classes}

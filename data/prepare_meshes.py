@@ -30,9 +30,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also run by path
-from data.pair_folder import LABELED_NAME, PairFolder, PairPaths, PairSettings, make_pair, read_source, write_labeled
+from data.pair_folder import PairFolder, PairPaths, PairSettings, make_pair, read_source, write_labeled
 from data.rendering.renderer import Renderer, create_context
 from data.shape_files import ShapeFile, find_shapes, split_shapes
+from datasets.own_clouds import LABELED_FOLDER
 from utils.cli import HelpFormatter, non_negative_int, positive_int, run, seed_number, share, write_json
 from utils.errors import DataError, UserError
 from utils.files import writing
@@ -245,7 +246,9 @@ def finish(
         sides = {side: [s for s in chosen if s.category in classes] for side, chosen in sides.items()}
         report["classes"] = write_labeled(folder, sides)
         train, test = (len(sides[side]) for side in ("train", "test"))
-        print(f"{folder.root / LABELED_NAME}: {len(classes)} classes, {train} clouds for training, {test} for testing")
+        print(
+            f"{folder.root / LABELED_FOLDER}: {len(classes)} classes, {train} clouds for training, {test} for testing"
+        )
 
 
 if __name__ == "__main__":

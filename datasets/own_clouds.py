@@ -20,6 +20,7 @@ from utils.errors import DataError, UserError
 from utils.files import data_files, has_data_files, read_lines
 
 FOLDER_LAYOUT = "<split>/<class>/<file>"
+LABELED_FOLDER = "labeled_hdf5"  # where data.prepare_meshes writes labeled clouds, beside the pairs
 PREPARE_COMMAND = "python -m data.prepare_clouds --clouds DIR --out data/mine"
 
 
