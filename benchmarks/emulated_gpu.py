@@ -410,6 +410,9 @@ def emulated_gpu(*, form: str = "torch", processes: int = 1) -> Iterator[Emulate
         form: of the encoder's inner loops: ``torch`` or ``triton`` (see ``models.ops.backend``).
         processes: above 1, this process is the first of as many that hold the same tensors, with a GPU each.
     """
+    # The first backward pass of a process starts a thread for each device, after which autograd fails in forked
+    # children. Let it find no device: the guard set below counts as one.
+    torch.ones((), requires_grad=True).backward()
     gpu = EmulatedGpu()
     with contextlib.ExitStack() as stack:
         stack.callback(_forget_what_is_cached)

@@ -115,7 +115,7 @@ def test_sigterm_to_the_whole_group_saves_and_ends_cleanly(data_root, reference,
         main(argv)
 
     (process,) = start_together(alone, tmp_path / "logs", 1)
-    wait_for(tmp_path / "crossnet" / "run.log", "step 2/12")
+    wait_for(process, tmp_path / "crossnet" / "run.log", "step 2/12")
     os.killpg(process.pid, signal.SIGTERM)
     codes, output = exit_codes([process]), output_of(tmp_path / "logs")
     assert codes == [EXIT_TERMINATED], output

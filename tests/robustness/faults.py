@@ -27,6 +27,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -300,14 +301,14 @@ def sigkill_while_saving(place: Place, rng: random.Random) -> None:
     shutil.rmtree(out)
 
 
-def wait_for(file: Path, text: str) -> None:
+def wait_for(process: BaseProcess, file: Path, text: str) -> None:
     """Wait until a running process has written ``text`` to a file."""
     give_up = time.monotonic() + 500
-    while time.monotonic() < give_up:
+    while time.monotonic() < give_up and process.is_alive():
         if file.exists() and text in file.read_text():
             return
         time.sleep(0.002)
-    raise AssertionError(f"{file} never said {text!r}")
+    raise AssertionError(f"{file} never said {text!r}; exit code of the process: {process.exitcode}")
 
 
 def sigkill_from_outside(place: Place, rng: random.Random) -> None:
@@ -317,7 +318,7 @@ def sigkill_from_outside(place: Place, rng: random.Random) -> None:
     context = multiprocessing.get_context("fork")
     process = context.Process(target=_train, args=(main, argv, None, screen(out)))
     process.start()
-    wait_for(out / "crossnet" / "run.log", f"step {rng.randint(1, STEPS - 2)}/{STEPS}")
+    wait_for(process, out / "crossnet" / "run.log", f"step {rng.randint(1, STEPS - 2)}/{STEPS}")
     time.sleep(0.02 * rng.random())
     process.kill()
     process.join()
