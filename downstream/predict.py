@@ -451,8 +451,8 @@ class _Writer:
             csv.writer(file).writerows(rows)
         if report.task != "classes":
             drawn = [_drawn(items[i], report) for i in shown]
-            number = f"{len(drawn)} of {len(items)}" if len(drawn) < len(items) else len(items)
-            title = f"{report.task} of {number} files" + (", drawn without ceilings" if report.task == "rooms" else "")
+            some = f", {len(drawn)} of {len(items)} files" if len(drawn) < len(items) else ""
+            title = report.task + some + (", drawn without ceilings" if report.task == "rooms" else "")
             draw_sheet(drawn, report.colors, report.label_names, self._file("sheet.png"), up=report.up, title=title)
 
     def _file(self, name: str) -> Path:
