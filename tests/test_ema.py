@@ -17,11 +17,7 @@ from utils.errors import CheckpointError
 PLAIN = ("--epochs", 3, "--eval_every", 3, "--val_fraction", 0.3, "--save_every", 2)
 AVERAGED = (*PLAIN, "--ema", 0.8)
 
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
-    monkeypatch.setitem(IMAGE_ENCODERS, "resnet18", TinyImageNet)
-    monkeypatch.setattr(RunFolder, "draw_curves", lambda self: None)
+pytestmark = pytest.mark.usefixtures("small_runs")
 
 
 def train(root, out, *more):

@@ -10,20 +10,14 @@ from datasets.shapenet_render import ShapeNetRender, collate_pairs
 from datasets.streams import SampleStreams, Stream
 from datasets.transforms import RenderAugmentation, RenderPixels
 from engine.checkpoint import load_checkpoint
-from engine.run_folder import RunFolder
-from models.image import IMAGE_ENCODERS
 from models.losses import crossnet_objective, nt_xent
 from tests.robustness.faults import equal, metrics
 from tests.support.pairs import write_pairs
 from tests.support.several import run_together
-from tests.support.small_run import TinyImageNet, arguments
+from tests.support.small_run import arguments
 from train_crossnet_con import main
 
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
-    monkeypatch.setitem(IMAGE_ENCODERS, "resnet18", TinyImageNet)
-    monkeypatch.setattr(RunFolder, "draw_curves", lambda self: None)
+pytestmark = pytest.mark.usefixtures("small_runs")
 
 
 @pytest.fixture(scope="module")

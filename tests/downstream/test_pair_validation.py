@@ -23,11 +23,7 @@ SCORES = ["val_loss", "val_loss_intra", "val_loss_cross", "val_image_to_cloud_r1
 SCORES += ["val_alignment", "val_uniformity"]
 VALIDATED = ("--epochs", 3, "--eval_every", 0, "--val_fraction", 0.3)
 
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
-    monkeypatch.setitem(IMAGE_ENCODERS, "resnet18", TinyImageNet)
-    monkeypatch.setattr(RunFolder, "draw_curves", lambda self: None)
+pytestmark = pytest.mark.usefixtures("small_runs")
 
 
 @pytest.fixture(scope="module")
