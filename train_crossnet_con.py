@@ -32,20 +32,13 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from datasets.own_clouds import LABELED_FOLDER
 from datasets.pair_sources import held_out_shapes, read_shape_list
 from datasets.registry import CLASSIFICATION_SETS, find_datasets
 from datasets.shapenet_render import ShapeNetRender, collate_pairs
-from datasets.streams import SampleStreams, Stream
-from datasets.transforms import (
-    BACKGROUNDS,
-    PointAugmentation,
-    RenderAugmentation,
-    RenderPixels,
-    pretraining_augmentation,
-)
+from datasets.transforms import BACKGROUNDS, PairAugmentation, RenderPixels
 from downstream.pair_validation import PairValidation
 from downstream.probe import LinearProbe
 from engine.config import RunConfig
@@ -262,8 +255,13 @@ class Pretraining(Task):
         encoder = self.build_point_encoder()
         self.check_sizes()
         self.sampler = self.sampler_of(len(self.dataset), config.batch_size, parts=config.accumulate)
-        self.augmentation: PointAugmentation = pretraining_augmentation(config.num_points)
-        self.render_augmentation = RenderAugmentation(config.image_size, modality=config.image_modality)
+        self.augmentation = PairAugmentation(
+            num_points=config.num_points,
+            image_size=config.image_size,
+            modality=config.image_modality,
+            channels_last=config.channels_last,
+            seed=config.seed,
+        )
         self.model = CrossNet(
             encoder,
             image_model=config.image_model,
@@ -375,12 +373,12 @@ class Pretraining(Task):
             yield dict(zip(tensors, part, strict=True)), i == number
 
     def forward_backward(
-        self, part: dict[str, Any], progress: Progress, *, scale: Callable[[torch.Tensor], torch.Tensor]
-    ) -> torch.Tensor:
+        self, part: dict[str, Any], progress: Progress, *, scale: Callable[[Tensor], Tensor]
+    ) -> Tensor:
         """Accumulate the gradients of a part; return total, intra- and cross-modal loss (3,)."""
         config, inputs = self.config, self.inputs_of(part, epoch=progress.epoch)
 
-        def scaled(loss: torch.Tensor) -> torch.Tensor:
+        def scaled(loss: Tensor) -> Tensor:
             return scale(loss / config.accumulate)
 
         def precision() -> contextlib.AbstractContextManager:
@@ -396,24 +394,9 @@ class Pretraining(Task):
             scaled(losses.total).backward()
         return torch.stack([losses.total, losses.intra, losses.cross]).detach().float()
 
-    def inputs_of(self, batch: dict[str, torch.Tensor], *, epoch: int) -> dict[str, torch.Tensor]:
+    def inputs_of(self, batch: dict[str, Tensor], *, epoch: int) -> dict[str, Tensor]:
         """Move a batch to the device and augment it; return the model's inputs: two views of clouds, and images."""
-        config = self.config
-        tensors = {
-            name: batch[name].to(self.device, non_blocking=True) for name in ("index", "points", "counts", "pixels")
-        }
-        keys = {"seed": config.seed, "epoch": epoch, "index": tensors["index"]}
-        streams = SampleStreams(**keys, purpose=Stream.RENDERING)
-        images = self.render_augmentation(tensors["pixels"], batch["sizes"], streams)
-        if config.channels_last:
-            images = {
-                name: image.flatten(0, -4).contiguous(memory_format=torch.channels_last).view(image.shape)
-                for name, image in images.items()
-            }
-        streams = SampleStreams(**keys, purpose=Stream.AUGMENTATION)
-        view1 = self.augmentation(tensors["points"], streams, tensors["counts"]).mT
-        view2 = self.augmentation(tensors["points"], streams, tensors["counts"]).mT
-        return {"view1": view1, "view2": view2, **images}
+        return self.augmentation(batch, epoch=epoch, device=self.device)
 
     def count_bad_samples(self, batch: dict[str, Any], progress: Progress) -> None:
         """Log unreadable samples, which the data set replaces by others.

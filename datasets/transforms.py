@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from datasets.streams import SampleStreams
+from datasets.streams import SampleStreams, Stream
 
 PointTransform = Callable[[Tensor, SampleStreams], Tensor]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -390,3 +390,47 @@ class RenderAugmentation:
 
     def __repr__(self) -> str:
         return f"RenderAugmentation({self.size}, modality={self.modality!r}, strength={self.strength})"
+
+
+class PairAugmentation:
+    """Turn a batch of pairs into the inputs of ``CrossNet``: two views of each cloud, and images.
+
+    Args:
+        num_points: see ``pretraining_augmentation``.
+        image_size: pixels of an image's side.
+        modality: see ``RenderAugmentation``.
+        channels_last: memory format of the images.
+        seed: with epoch and index of a sample, the seed of its random numbers.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_points: int | None = None,
+        image_size: int = 224,
+        modality: str = "both",
+        channels_last: bool = False,
+        seed: int = 1,
+    ) -> None:
+        self.points, self.channels_last, self.seed = pretraining_augmentation(num_points), channels_last, seed
+        self.renderings = RenderAugmentation(image_size, modality=modality)
+
+    def __call__(self, batch: Mapping[str, Tensor], *, epoch: int, device: torch.device) -> dict[str, Tensor]:
+        """Move a batch of ``collate_pairs`` to the device and augment it.
+
+        Returns:
+            ``view1`` and ``view2`` (B, 3, N), and the images of ``RenderAugmentation``.
+        """
+        tensors = {name: batch[name].to(device, non_blocking=True) for name in ("index", "points", "counts", "pixels")}
+        keys = {"seed": self.seed, "epoch": epoch, "index": tensors["index"]}
+        streams = SampleStreams(**keys, purpose=Stream.RENDERING)
+        images = self.renderings(tensors["pixels"], batch["sizes"], streams)
+        if self.channels_last:
+            images = {
+                name: image.flatten(0, -4).contiguous(memory_format=torch.channels_last).view(image.shape)
+                for name, image in images.items()
+            }
+        streams = SampleStreams(**keys, purpose=Stream.AUGMENTATION)
+        view1 = self.points(tensors["points"], streams, tensors["counts"]).mT
+        view2 = self.points(tensors["points"], streams, tensors["counts"]).mT
+        return {"view1": view1, "view2": view2, **images}

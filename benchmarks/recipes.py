@@ -1,0 +1,232 @@
+r"""Compare recipes of pretraining at equal time, judged without labels, to choose one for a long run.
+
+Each recipe trains for as many steps as fit into --minutes of processor time, with a cosine schedule to its end. All are
+then scored alike, in eval mode, on the same held-out pairs, whatever number of points or batch size they were trained
+with: clouds of --eval_points points, two augmented views of each, pictures of the recipe's size.
+
+  R@1 views     percent of clouds whose nearest cloud among the other views of all is their own; features of the encoder
+  R@1 pictures  percent of pictures whose nearest cloud is their own, and the reverse, mean; projections
+  loss          the objective at the default temperature with all held-out pairs in one batch
+  alignment, uniformity  of the projections of two views (Wang and Isola, arXiv:2005.10242)
+
+Examples:
+  python -m benchmarks.recipes --data_root data/generated/12096.h5 --minutes 8 --work_dir runs/recipes
+  python -m benchmarks.recipes --data_root data/generated/12096.h5 --recipe 'base=' --recipe 'views 2=--views 2'
+
+A call that was stopped continues when it is repeated: finished recipes are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.frame import Benchmark
+from benchmarks.measure import ROOT
+from datasets.pair_sources import held_out_shapes, open_source
+from datasets.shapenet_render import ShapeNetRender, collate_pairs
+from datasets.transforms import PairAugmentation, RenderPixels
+from downstream.features import evaluating
+from downstream.pair_validation import PairValidation, recall_at_1
+from engine.load_model import crossnet_from_checkpoint
+from models.base import pooled_features
+from models.losses import RELEASED_TEMPERATURE
+from train_crossnet_con import PretrainConfig, build_parser
+from utils.cli import positive_float, positive_int, run, write_json
+from utils.errors import UserError
+
+BASE = "--batch_size 32 --num_points 512 --image_model resnet18 --image_size 64 --channels_last --ema 0.99"
+RECIPES = {
+    "base": "",
+    "256 points": "--num_points 256",
+    "1024 points": "--num_points 1024",
+    "batch 64": "--batch_size 64",
+    "rate 0.003": "--lr 0.003",
+    "2 views": "--views 2",
+    "3 views": "--views 3",
+    "48 px": "--image_size 48",
+}
+TRIAL = (2, 8)  # steps of the two runs whose difference in processor time is that of a step
+COLUMNS = ("r1_views", "r1_pictures", "loss", "alignment", "uniformity")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the comparison."""
+    g = parser.add_argument_group("what")
+    g.add_argument("--data_root", required=True, metavar="DIR", help="pairs of pretraining")
+    g.add_argument(
+        "--recipe",
+        action="append",
+        metavar="NAME=FLAGS",
+        help=f"name and flags of train_crossnet_con.py, added to those of --base (default: {', '.join(RECIPES)})",
+    )
+    g.add_argument("--base", default=BASE, metavar="FLAGS", help="flags of every recipe")
+    g.add_argument(
+        "--minutes", type=positive_float, default=8.0, metavar="M", help="processor time of a recipe's steps"
+    )
+    g.add_argument("--held_out", type=positive_int, default=512, metavar="N", help="pairs that no recipe trains on")
+    g.add_argument("--eval_points", type=positive_int, default=1024, metavar="N", help="points of a cloud in scoring")
+    g.add_argument("--work_dir", default="runs/recipes", metavar="DIR", help="checkpoints and results of recipes")
+
+
+def read_recipes(words: Sequence[str] | None) -> dict[str, str]:
+    """Read ``NAME=FLAGS`` entries; None means the built-in recipes.
+
+    Raises:
+        UserError: an entry without ``=``.
+    """
+    if words is None:
+        return RECIPES
+    for word in words:
+        if "=" not in word:
+            raise UserError(f"--recipe {word!r} has no '='; write --recipe 'NAME=FLAGS', where FLAGS may be empty")
+    return dict(word.split("=", 1) for word in words)
+
+
+class Comparison:
+    """Recipes on the same pairs.
+
+    Args:
+        args: flags of the command.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.work_dir = Path(args.work_dir)
+        self.work_dir.mkdir(parents=True, exist_ok=True)
+        ids = open_source(args.data_root).ids
+        self.held_out = held_out_shapes(ids, args.held_out / len(ids), seed=args.seed)
+        left = sorted(set(ids) - set(self.held_out))
+        order = torch.randperm(len(left), generator=torch.Generator().manual_seed(args.seed)).tolist()
+        self.shapes = [left[i] for i in order]
+
+    def train(self, name: str, flags: Sequence[str], *, steps: int) -> tuple[Path, float]:
+        """Train for a number of steps; return the run folder and the processor time of the whole process in seconds.
+
+        Raises:
+            UserError: the training failed.
+        """
+        config = self.config(flags)
+        samples = steps * config.batch_size
+        epochs = -(-samples // len(self.shapes))
+        chosen = self.work_dir / f"{name}.txt"
+        chosen.write_text("\n".join(self.shapes[: samples // epochs]) + "\n")
+        command = [sys.executable, str(ROOT / "train_crossnet_con.py"), *flags, "--list", str(chosen)]
+        command += ["--epochs", str(epochs), "--output_dir", str(self.work_dir), "--exp_name", name, "--overwrite"]
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": str(self.args.threads)}
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise UserError(f"recipe {name!r} failed; its command: {shlex.join(command)}")
+        return self.work_dir / name, usage.ru_utime + usage.ru_stime
+
+    @staticmethod
+    def config(flags: Sequence[str]) -> PretrainConfig:
+        """Return the settings that flags of ``train_crossnet_con.py`` mean."""
+        return PretrainConfig.from_flags(build_parser().parse_args(list(flags)))
+
+    def score(self, path: Path, config: PretrainConfig) -> dict[str, float]:
+        """Score a checkpoint on the held-out pairs, without labels."""
+        args = self.args
+        model, _ = crossnet_from_checkpoint(path)
+        model.temperature = RELEASED_TEMPERATURE[model.objective]
+        pairs = ShapeNetRender(
+            args.data_root, seed=args.seed, transform=RenderPixels(config.image_size), num_points=args.eval_points
+        ).subset(self.held_out)
+        augment = PairAugmentation(
+            num_points=args.eval_points, image_size=config.image_size, modality=config.image_modality, seed=args.seed
+        )
+        validation = PairValidation(pairs, collate=collate_pairs, batch_size=32)
+
+        def inputs_of(batch: dict[str, Any]) -> dict[str, Tensor]:
+            return augment(batch, epoch=0, device=torch.device("cpu"))
+
+        found = validation(model, inputs_of=inputs_of)
+        with evaluating(model):
+            views = [
+                torch.cat(
+                    [pooled_features(model.point_encoder, inputs_of(batch)[view].mT) for batch in validation.batches]
+                )
+                for view in ("view1", "view2")
+            ]
+        first, second = (view.numpy() for view in views)
+        return {
+            "r1_views": (recall_at_1(first, second) + recall_at_1(second, first)) / 2,
+            "r1_pictures": (found["val_image_to_cloud_r1"] + found["val_cloud_to_image_r1"]) / 2,
+            "loss": found["val_loss"],
+            "alignment": found["val_alignment"],
+            "uniformity": found["val_uniformity"],
+        }
+
+    def run(self, name: str, words: str) -> dict[str, Any]:
+        """Train and score a recipe, or return what an earlier call found."""
+        args, slug = self.args, name.replace(" ", "_")
+        finished = self.work_dir / f"{slug}.json"
+        if finished.exists():
+            return json.loads(finished.read_text())
+        flags = ["--data_root", args.data_root, "--workers", "0", "--eval_every", "0", "--save_every", "0"]
+        flags += ["--seed", str(args.seed), *shlex.split(args.base), *shlex.split(words)]
+        config = self.config(flags)
+        times = [self.train(f"{slug}_trial", flags, steps=steps)[1] for steps in TRIAL]
+        seconds = (times[1] - times[0]) / (TRIAL[1] - TRIAL[0])
+        steps = round(60 * args.minutes / seconds)
+        print(f"{name}: {seconds:.2f} s a step, {steps} steps", file=sys.stderr, flush=True)
+        folder, total = self.train(slug, flags, steps=steps)
+        result = {"flags": words, "seconds_per_step": seconds, "steps": steps, "seconds": total}
+        result["scores"] = self.score(folder / "last.pth", config)
+        if config.ema:
+            result["scores_of_average"] = self.score(folder / "last_ema.pth", config)
+        write_json(finished, result)
+        return result
+
+
+def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Run every recipe."""
+    comparison = Comparison(args)
+    return {
+        "held_out": len(comparison.held_out),
+        "recipes": {name: comparison.run(name, words) for name, words in read_recipes(args.recipe).items()},
+    }
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """Format the comparison; a row for the weights and, with ``--ema``, one for their average."""
+    lines = [
+        "| recipe | steps | s/step | R@1 views | R@1 pictures | loss | alignment | uniformity |",
+        "|" + " --- |" * 8,
+    ]
+    for name, found in result["recipes"].items():
+        for suffix, key in (("", "scores"), (", average", "scores_of_average")):
+            if scores := found.get(key):
+                numbers = [f"{scores[column]:.1f}" for column in COLUMNS[:2]]
+                numbers += [f"{scores[column]:.3f}" for column in COLUMNS[2:]]
+                steps = [str(found["steps"]), f"{found['seconds_per_step']:.2f}"]
+                lines.append("| " + " | ".join([name + suffix, *steps, *numbers]) + " |")
+    return "\n".join(lines)
+
+
+BENCHMARK = Benchmark(
+    name="recipes",
+    description=__doc__,
+    add_arguments=add_arguments,
+    measure=measure,
+    table=table,
+    repeats=None,
+    threads=1,
+)
+main = BENCHMARK.main
+
+if __name__ == "__main__":
+    run(main)
