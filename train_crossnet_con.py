@@ -15,8 +15,8 @@ Examples:
       --num_points 512 --image_size 64 --image_model resnet18
 
 The run folder <output_dir>/<exp_name> gets last.pth, previous.pth (the one before), best.pth (by the probe or by
-held-out pairs), with --ema last_ema.pth and best_ema.pth, config.json, metrics.jsonl, run.log and curves.png. Evaluate
-last.pth with downstream/classification/main.py.
+held-out pairs), with --ema last_ema.pth and best_ema.pth, with --keep_every step_<n>.pth, config.json, metrics.jsonl,
+run.log and curves.png. Evaluate last.pth with downstream/classification/main.py.
 """
 
 from __future__ import annotations
@@ -177,6 +177,12 @@ class PretrainConfig(RunConfig):
         metavar="D",
         help="also keep an exponential moving average of all weights with this decay, such as 0.99: it is scored as "
         "ema_... and saved as last_ema.pth, and does not affect training (default: off)",
+    )
+    keep_every: int = flag(
+        0,
+        type=non_negative_int,
+        metavar="STEPS",
+        help="also keep point encoder and point head every STEPS steps, as step_<n>.pth; 0 for none",
     )
     amp: str = flag(
         "off",
@@ -465,12 +471,28 @@ class Pretraining(Task):
         """Return the averaged model in the form of ``weights``, for ``last_ema.pth``; None without ``--ema``."""
         return None if self.averaged is None else self.weights_of(self.averaged.module)
 
-    def weights_of(self, model: CrossNet) -> dict[str, Any]:
-        """Return the checkpoint entries of a model."""
+    def kept_weights(self) -> dict[str, dict[str, Any]]:
+        """Return point encoder and point head for ``step_<n>.pth`` and, with ``--ema``, ``step_<n>_ema.pth``.
+
+        The image encoders are left out: they are most of a checkpoint, and few evaluations need them.
+        """
+        return {
+            ending: {**self.encoder_of(model), "point_head": model.point_head.state_dict()}
+            for ending, model in zip(("", "_ema"), self.models_to_score().values(), strict=False)
+        }
+
+    def encoder_of(self, model: CrossNet) -> dict[str, Any]:
+        """Return the checkpoint entries of a model's point encoder, and the names of the held-out shapes."""
         return {
             "encoder": describe_encoder(model.point_encoder),
             "point_encoder": model.point_encoder.state_dict(),
             **({"held_out": self.held_out} if self.held_out else {}),
+        }
+
+    def weights_of(self, model: CrossNet) -> dict[str, Any]:
+        """Return the checkpoint entries of a model."""
+        return {
+            **self.encoder_of(model),
             "heads_and_image_encoders": {
                 key: value for key, value in model.state_dict().items() if not key.startswith("point_encoder.")
             },

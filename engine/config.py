@@ -17,6 +17,7 @@ class RunConfig(CommonSettings):
     Attributes:
         flags: every flag of the script by name, as written to ``config.json`` and checkpoints.
         accumulate: batches per optimizer step, whose gradients are averaged.
+        keep_every: steps between the ``step_<n>.pth`` that are kept, 0 for none.
     """
 
     flags: dict[str, Any]
@@ -54,6 +55,7 @@ class RunConfig(CommonSettings):
     eval_every: int
     select_on: str
     accumulate: int = 1
+    keep_every: int = 0
 
     def provenance(self) -> dict[str, Any]:
         """Return everything but the data that the run's results depend on."""

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from engine.faults import Stop, batches, data_workers, exit_after_sigterm, stop_on_sigterm
-from engine.resume import save
+from engine.resume import keep, save
 from engine.run_folder import WandbMirror
 from engine.task import Run
 from utils.collectives import all_reduce_sum, any_rank, broadcast_from_rank0, broadcast_tensors, is_main, world_size
@@ -62,7 +62,7 @@ def train_all_epochs(run: Run) -> dict[str, Any]:
 
 
 def train_epoch(run: Run, loader: DataLoader, meter: Meter, stop: Stop) -> None:
-    """Train the rest of the current epoch, with checkpoints every ``save_every`` steps."""
+    """Train the rest of the current epoch, with checkpoints every ``save_every`` and ``keep_every`` steps."""
     task, config, progress, sampler = run.task, run.config, run.progress, run.task.sampler
     task.model.train()
     sampler.epoch, sampler.start = progress.epoch, progress.samples // sampler.global_batch
@@ -77,6 +77,8 @@ def train_epoch(run: Run, loader: DataLoader, meter: Meter, stop: Stop) -> None:
         save_now = config.save_every and progress.step % config.save_every == 0
         stops = any_rank(stop.requested)
         meter.add(losses, flush=save_now or ends or stops)
+        if config.keep_every and progress.step % config.keep_every == 0:
+            keep(run)
         if stops or (save_now and not ends):
             save(run, "last.pth")
         if stops:

@@ -30,9 +30,7 @@ def save(run: Run, name: str) -> None:
         UserError: a weight is not finite, or the file cannot be written.
     """
     task = run.task
-    floats = [value for value in task.model.state_dict().values() if value.is_floating_point()]
-    if not torch.stack([value.isfinite().all() for value in floats]).all():
-        raise run.not_finite("some weights are", run.progress.step)
+    check_weights(run)
     payload = {
         "kind": task.kind,
         **task.weights(),
@@ -50,6 +48,31 @@ def save(run: Run, name: str) -> None:
         if averaged is not None:
             beside = {"kind": task.kind, **averaged, "progress": payload["progress"], **run.config.provenance()}
             save_checkpoint(run.folder / name.replace(".pth", "_ema.pth"), beside)
+
+
+@main_only
+def keep(run: Run) -> None:
+    """Write ``step_<n>.pth``, the weights that later evaluation needs; a run does not resume from it.
+
+    Raises:
+        UserError: as in ``save``.
+    """
+    check_weights(run)
+    about = {"kind": run.task.kind, "progress": asdict(run.progress), **run.config.provenance()}
+    with postponed(signal.SIGCHLD):
+        for ending, weights in run.task.kept_weights().items():
+            save_checkpoint(run.folder / f"step_{run.progress.step}{ending}.pth", {**about, **weights})
+
+
+def check_weights(run: Run) -> None:
+    """Check that every weight is finite.
+
+    Raises:
+        UserError: one is not.
+    """
+    floats = [value for value in run.task.model.state_dict().values() if value.is_floating_point()]
+    if not torch.stack([value.isfinite().all() for value in floats]).all():
+        raise run.not_finite("some weights are", run.progress.step)
 
 
 def changes_since(run: Run, payload: Mapping[str, Any]) -> list[str]:

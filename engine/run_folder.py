@@ -25,6 +25,7 @@ LOG_BYTES = 20_000_000  # about two million steps
 CHECKPOINTS = ("last.pth", "previous.pth", "best.pth")
 AVERAGED = ("last_ema.pth", "best_ema.pth")  # beside the checkpoints of the same names; no run resumes from them
 RUN_FILES = (*CHECKPOINTS, *AVERAGED, "config.json", "metrics.jsonl", "run.log", "curves.png", "result.json")
+KEPT = "step_*.pth"  # checkpoints of --keep_every
 
 
 class _RunLog(logging.handlers.RotatingFileHandler):
@@ -64,6 +65,7 @@ class RunFolder:
 
     def _check(self, overwrite: bool, resume: str | None) -> None:
         present = [name for name in RUN_FILES if (self.path / name).exists()]
+        present += sorted(path.name for path in self.path.glob(KEPT))
         continues = resume == "auto" or (resume is not None and Path(resume).resolve().parent == self.path.resolve())
         self._replaced = [] if continues else present
         if present and not (overwrite or continues):

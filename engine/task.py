@@ -26,7 +26,7 @@ from utils.errors import UserError
 # Settings that may change when a run resumes, since they do not affect what it learns.
 FREE_ON_RESUME = {
     *("data_root", "device", "workers", "json", "exp_name", "output_dir", "resume", "overwrite", "wandb", "log_every"),
-    *("save_every", "test_batch_size", "deterministic"),
+    *("save_every", "keep_every", "test_batch_size", "deterministic"),
     "batch_size",  # per process; the global batch is checked instead
 }
 
@@ -155,6 +155,10 @@ class Task(ABC):
     def averaged_weights(self) -> dict[str, Any] | None:
         """Return ``weights`` with averaged weights; None without a weight average."""
         return None
+
+    def kept_weights(self) -> dict[str, dict[str, Any]]:
+        """Return the entries of ``step_<n>.pth``, keyed by an ending of the name, such as ``_ema``."""
+        return {"": self.weights()}
 
     def validate(self) -> tuple[dict[str, float], float | None]:
         """Return cheap scores after every epoch, and the one that selects ``best.pth``, or None."""

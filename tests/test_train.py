@@ -617,3 +617,27 @@ def test_a_broken_cloud_stops_a_small_run_with_its_name(tmp_path, short):
     for more in ((), ("--strict_data",)):
         with pytest.raises(DataError if more else UserError, match=str(broken)):
             train(tmp_path / "data", tmp_path, "--epochs", 1, "--exp_name", f"run{len(more)}", *more)
+
+
+def test_checkpoints_along_the_run_are_kept_once_and_change_nothing(data_root, reference, tmp_path, monkeypatch):
+    flags = (*REFERENCE, "--keep_every", 3, "--exp_name", "kept")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "evaluate", lambda run: (_ for _ in ()).throw(KeyboardInterrupt))  # after step 4
+        train(data_root, tmp_path, *flags)
+    folder = tmp_path / "kept"
+    first = load_checkpoint(folder / "step_3.pth")["point_encoder"]
+    refused(data_root, tmp_path, "holds an earlier run", *flags)
+    train(data_root, tmp_path, *flags, "--resume")  # from step 2, so that step 3 comes again
+    same_end(folder, reference[0])
+    steps = {path.name: load_checkpoint(path) for path in folder.glob("step_*.pth")}
+    assert {name: payload["progress"]["step"] for name, payload in steps.items()} == {
+        f"step_{n}.pth": n for n in (3, 6, 9, 12)
+    }
+    last = load_checkpoint(folder / "last.pth")
+    assert equal(steps["step_12.pth"]["point_encoder"], last["point_encoder"])
+    head = {f"point_head.{name}": value for name, value in steps["step_12.pth"]["point_head"].items()}
+    assert head and all(torch.equal(value, last["heads_and_image_encoders"][name]) for name, value in head.items())
+    assert equal(dict(encoder_from_checkpoint(folder / "step_3.pth").state_dict()), dict(first))
+    refused(data_root, tmp_path, "not a pretraining checkpoint", *flags, "--resume", folder / "step_3.pth")
+    train(data_root, tmp_path, "--epochs", 1, "--eval_every", 0, "--exp_name", "kept", "--overwrite")
+    assert not list(folder.glob("step_*"))
