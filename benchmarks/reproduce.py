@@ -156,6 +156,12 @@ class Plan:
             text = text.replace(f"{{{name}}}", folder)
         return text
 
+    def placed(self, value: Any) -> Any:
+        """Put the roots into a flag's text, or into each text of a list."""
+        if isinstance(value, list):
+            return [self.placed(entry) for entry in value]
+        return self.place(value) if isinstance(value, str) else value
+
     def portable(self, text: str) -> str:
         """Replace folders given by ``--root`` by those of the plan file: a record is for every machine."""
         for name, folder in sorted(self.roots.items(), key=lambda item: -len(item[1])):
@@ -206,7 +212,7 @@ class Runner:
     def flags(self, script: str, flags: Mapping[str, Any]) -> dict[str, Any]:
         """Return a row's flags with the roots put in; a try-out's values replace them."""
         merged = {**flags, **self.quick.get(script, {})}
-        return {key: self.plan.place(value) if isinstance(value, str) else value for key, value in merged.items()}
+        return {key: self.plan.placed(value) for key, value in merged.items()}
 
     def run_folder(self, name: str, seed: int) -> Path:
         """Return the folder of a training run's checkpoints."""

@@ -1,10 +1,12 @@
-"""Write the pretraining pairs into one HDF5 file.
+"""Write the pretraining pairs of one or several roots into one HDF5 file.
 
 One file replaces a million small ones; train_crossnet_con.py accepts it as --data_root. Points and encoded images are
-stored unchanged, and the result is checked against the source.
+stored unchanged, and the result is checked against the source. Several roots become one set: a name that an earlier
+root has too gets the suffix -2.
 
-Example:
+Examples:
   python -m datasets.pack --data_root data --out data/shapenet_render.h5
+  python -m datasets.pack --data_root data/mine data/shapes.h5 --out data/both.h5
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from datasets.pair_sources import (
     PACKED_FORMAT,
     PACKED_VERSION,
     FolderSource,
+    JoinedSource,
     PackedSource,
     PairSource,
     choose_shapes,
@@ -29,7 +32,7 @@ from datasets.pair_sources import (
     read_shape_list,
 )
 from datasets.untrusted import decode_image
-from utils.cli import HelpFormatter, run, write_json
+from utils.cli import HelpFormatter, positive_int, run, write_json
 from utils.errors import DataError, UserError
 from utils.files import replacing
 from utils.progress import progress
@@ -110,36 +113,48 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
         "--data_root",
-        default="data",
+        nargs="+",
+        default=["data"],
         metavar="DIR",
-        help="folder with ShapeNet/ and ShapeNetRendering/, or a packed file",
+        help="folders with ShapeNet/ and ShapeNetRendering/, or packed files",
     )
     parser.add_argument("--out", required=True, metavar="F.h5", help="file to write")
     parser.add_argument(
         "--list", metavar="FILE", help="pack only these shapes: one <synset>/<model_id> or <model_id> per line"
+    )
+    parser.add_argument(
+        "--shapes",
+        type=positive_int,
+        metavar="N",
+        help="pack N shapes: all of the earlier roots and the first ones of the last, by name (default: all)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     parser.add_argument("--json", metavar="FILE", help="also write the counts to FILE")
     return parser
 
 
+def open_folders(root: str) -> PairSource:
+    """Open the pairs at ``root``: its folders if it has some, also if there is an earlier packed file next to them."""
+    return FolderSource(root) if (Path(root) / "ShapeNet").is_dir() else open_source(root)
+
+
 def main(argv: list[str] | None = None) -> dict[str, int]:
-    """Pack a data set and return the counts."""
+    """Pack data sets and return the counts."""
     args = build_parser().parse_args(argv)
     if Path(args.out).exists() and not args.overwrite:
         raise UserError(f"{args.out} exists; --overwrite replaces it")
-    # An earlier packed file may be next to the folders; the folders are still the source.
-    folders = (Path(args.data_root) / "ShapeNet").is_dir()
-    source = FolderSource(args.data_root) if folders else open_source(args.data_root)
+    source = JoinedSource([open_folders(root) for root in args.data_root], limit=args.shapes)
     chosen = list(range(len(source.ids)))
     if args.list:
-        chosen = choose_shapes(source.ids, read_shape_list(args.list), where=args.data_root)
-    counts = pack(source, args.out, chosen=chosen, name=Path(args.data_root).name)
+        chosen = choose_shapes(source.ids, read_shape_list(args.list), where=", ".join(args.data_root))
+    counts = pack(source, args.out, chosen=chosen, name=", ".join(Path(root).name for root in args.data_root))
     counts["skipped"] = len(source.skipped)
     print(
         f"{args.out}: {counts['shapes']} shapes of {counts['points']} points, {counts['views']} views, equal to the "
         f"source; skipped {counts['skipped']} shapes without rendering"
     )
+    if source.renamed:
+        print(f"{source.renamed} shapes have the name of a shape in an earlier root; the name got a suffix, such as -2")
     write_json(args.json, counts)
     return counts
 

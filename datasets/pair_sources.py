@@ -273,6 +273,66 @@ class PackedSource:
         return f"{self.path}:{self.ids[i]}" + ("" if view is None else f"/{self.view_names(i)[view]}")
 
 
+class JoinedSource:
+    """The pairs of several sources, sorted by name.
+
+    A name that an earlier source has too gets the suffix ``-2`` (or the next number that is free).
+
+    Args:
+        sources: to join, at least one.
+        limit: the number of shapes to keep: all of the earlier sources, and the first ones of the last; None keeps all.
+
+    Attributes:
+        renamed: the number of shapes whose name got a suffix.
+
+    Raises:
+        DataError: there are fewer than ``limit`` shapes.
+    """
+
+    def __init__(self, sources: Sequence[PairSource], *, limit: int | None = None) -> None:
+        self.sources = sources
+        places = [(source, i) for source in sources for i in range(len(source.ids))][:limit]
+        if limit is not None and len(places) < limit:
+            raise DataError(f"there are {len(places)} shapes with renderings, fewer than the {limit} of --shapes")
+        named: dict[str, tuple[PairSource, int]] = {}
+        self.renamed = 0
+        for source, i in places:
+            name, number = source.ids[i], 1
+            while name in named:
+                number += 1
+                name = f"{source.ids[i]}-{number}"
+            self.renamed += number > 1
+            named[name] = source, i
+        self.ids = sorted(named)
+        self.skipped = [name for source in sources for name in source.skipped]
+        self._places = [named[name] for name in self.ids]
+
+    def points(self, i: int) -> np.ndarray:
+        """Read the cloud of shape i, (N, 3) float32."""
+        source, number = self._places[i]
+        return source.points(number)
+
+    def size(self, i: int) -> int | None:
+        """Return the number of points of shape i without reading them, or None if unknown."""
+        source, number = self._places[i]
+        return source.size(number)
+
+    def view_names(self, i: int) -> Sequence[str]:
+        """Return the names of the renderings of shape i."""
+        source, number = self._places[i]
+        return source.view_names(number)
+
+    def image_file(self, i: int, view: int) -> bytes:
+        """Read an encoded rendering."""
+        source, number = self._places[i]
+        return source.image_file(number, view)
+
+    def where(self, i: int, view: int | None = None) -> str:
+        """Return the location of shape i or of its rendering in the source it comes from."""
+        source, number = self._places[i]
+        return source.where(number, view)
+
+
 def open_source(root: str | os.PathLike[str]) -> PairSource:
     """Open the pairs at ``root``: a packed file, a folder with one, or the released folder layout.
 

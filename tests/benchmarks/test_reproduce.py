@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +10,7 @@ import train_crossnet_con
 from benchmarks import reproduce
 from benchmarks.reproduce import PLAN, Plan, Runner, command_line, mean_and_deviation, value_at
 from data import make_shapes
+from datasets import pack
 from downstream.classification import few_shot, finetune
 from downstream.classification import main as classification
 from downstream.segmentation import main_partseg, main_semseg
@@ -18,6 +20,7 @@ from utils.errors import UserError
 PARSERS = {
     "train_crossnet_con.py": train_crossnet_con.build_parser,
     "data/make_shapes.py": make_shapes.build_parser,
+    "datasets/pack.py": pack.build_parser,
     "downstream/classification/main.py": classification.build_parser,
     "downstream/classification/few_shot.py": few_shot.build_parser,
     "downstream/classification/finetune.py": finetune.build_parser,
@@ -91,7 +94,15 @@ def test_every_command_of_the_plan_is_one_that_its_script_takes(quick, tmp_path)
         for _, script, *words in runner.commands(row, 2):
             args = PARSERS[script]().parse_args(words)
             assert args.seed == 2
-            assert not quick or args.data_root == "data/demo" or args.data_root.startswith(plan.roots["generated"])
+            assert not quick or args.data_root.startswith(("data/demo", "runs/reproduce/quick/"))
+
+
+def test_the_roots_of_a_joined_set_are_placed_and_what_it_is_made_of_is_made_first(tmp_path):
+    plan = Plan.read(PLAN, {"furniture": "/f", "generated": "/g", "mixed": "/m"})
+    row = next(row for row in plan.rows if row.name == "modelnet10-mixed12k-con")
+    made = Runner(plan, work=tmp_path, results=tmp_path, quick={}).making(row)
+    assert [str(path) for path in made] == ["/g/12096.h5", "/m/12096.h5"]
+    assert made[Path("/m/12096.h5")][2:5] == ["--data_root", "/f", "/g/12096.h5"]
 
 
 def test_a_row_runs_once_a_seed_is_recorded_and_fills_the_page(project, tmp_path, capsys):

@@ -92,6 +92,22 @@ def test_some_shapes_of_the_demo_root_are_packed(tmp_path):
         assert np.array_equal(small[i]["points"], ShapeNetRender(DEMO, only=ids)[i]["points"])
 
 
+def test_several_roots_become_one_set_with_a_name_for_every_shape(root, tmp_path, capsys):
+    write_pairs(tmp_path / "second", 4, points=20)  # names that the first root has too
+    first, second = FolderSource(root), FolderSource(tmp_path / "second")
+    main("--data_root", root, tmp_path / "second", "--out", tmp_path / "both.h5")
+    both = PackedSource(tmp_path / "both.h5")
+    assert both.ids == sorted([*first.ids, *(f"{name}-2" for name in second.ids)])
+    i = both.ids.index(f"{second.ids[1]}-2")
+    np.testing.assert_array_equal(both.points(i), second.points(1))
+    assert both.image_file(i, 0) == second.image_file(1, 0)
+    assert "4 shapes have the name of a shape in an earlier root" in capsys.readouterr().out
+    main("--data_root", root, tmp_path / "second", "--shapes", 7, "--out", tmp_path / "seven.h5")
+    assert PackedSource(tmp_path / "seven.h5").ids == sorted([*first.ids, f"{second.ids[0]}-2"])
+    with pytest.raises(DataError, match="there are 10 shapes with renderings, fewer than the 11 of --shapes"):
+        main("--data_root", root, tmp_path / "second", "--shapes", 11, "--out", tmp_path / "eleven.h5")
+
+
 def break_cloud(root, ids):
     cloud_path(root, ids[3]).write_text("ply\n")
 
