@@ -20,19 +20,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
-import subprocess
+import statistics
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
+import train_crossnet_con
 from benchmarks.frame import Benchmark
-from benchmarks.measure import ROOT
 from datasets.pair_sources import held_out_shapes, open_source
 from datasets.shapenet_render import ShapeNetRender, collate_pairs
 from datasets.transforms import PairAugmentation, RenderPixels
@@ -41,7 +43,6 @@ from downstream.pair_validation import PairValidation, recall_at_1
 from engine.load_model import crossnet_from_checkpoint
 from models.base import pooled_features
 from models.losses import RELEASED_TEMPERATURE
-from train_crossnet_con import PretrainConfig, build_parser
 from utils.cli import positive_float, positive_int, run, write_json
 from utils.errors import UserError
 
@@ -56,7 +57,7 @@ RECIPES = {
     "3 views": "--views 3",
     "48 px": "--image_size 48",
 }
-TRIAL = (2, 8)  # steps of the two runs whose difference in processor time is that of a step
+TRIAL = 8  # steps of the run that measures the time of a step; the first two do not count
 COLUMNS = ("r1_views", "r1_pictures", "loss", "alignment", "uniformity")
 
 
@@ -110,34 +111,29 @@ class Comparison:
         order = torch.randperm(len(left), generator=torch.Generator().manual_seed(args.seed)).tolist()
         self.shapes = [left[i] for i in order]
 
-    def train(self, name: str, flags: Sequence[str], *, steps: int) -> tuple[Path, float]:
-        """Train for a number of steps; return the run folder and the processor time of the whole process in seconds.
-
-        Raises:
-            UserError: the training failed.
-        """
+    def train(self, name: str, flags: Sequence[str], *, steps: int) -> tuple[Path, list[float]]:
+        """Train for a number of steps; return the run folder and the processor time in seconds after each step."""
         config = self.config(flags)
         samples = steps * config.batch_size
         epochs = -(-samples // len(self.shapes))
         chosen = self.work_dir / f"{name}.txt"
         chosen.write_text("\n".join(self.shapes[: samples // epochs]) + "\n")
-        command = [sys.executable, str(ROOT / "train_crossnet_con.py"), *flags, "--list", str(chosen)]
-        command += ["--epochs", str(epochs), "--output_dir", str(self.work_dir), "--exp_name", name, "--overwrite"]
-        process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": str(self.args.threads)}
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            raise UserError(f"recipe {name!r} failed; its command: {shlex.join(command)}")
-        return self.work_dir / name, usage.ru_utime + usage.ru_stime
+        argv = [*flags, "--list", str(chosen), "--epochs", str(epochs)]
+        argv += ["--output_dir", str(self.work_dir), "--exp_name", name, "--overwrite"]
+        times: list[float] = []
+        hook = register_optimizer_step_post_hook(lambda *_: times.append(time.process_time()))
+        try:
+            train_crossnet_con.main(argv)
+        finally:
+            hook.remove()
+        return self.work_dir / name, times
 
     @staticmethod
-    def config(flags: Sequence[str]) -> PretrainConfig:
+    def config(flags: Sequence[str]) -> train_crossnet_con.PretrainConfig:
         """Return the settings that flags of ``train_crossnet_con.py`` mean."""
-        return PretrainConfig.from_flags(build_parser().parse_args(list(flags)))
+        return train_crossnet_con.PretrainConfig.from_flags(train_crossnet_con.build_parser().parse_args(list(flags)))
 
-    def score(self, path: Path, config: PretrainConfig) -> dict[str, float]:
+    def score(self, path: Path, config: train_crossnet_con.PretrainConfig) -> dict[str, float]:
         """Score a checkpoint on the held-out pairs, without labels."""
         args = self.args
         model, _ = crossnet_from_checkpoint(path)
@@ -179,12 +175,11 @@ class Comparison:
         flags = ["--data_root", args.data_root, "--workers", "0", "--eval_every", "0", "--save_every", "0"]
         flags += ["--seed", str(args.seed), *shlex.split(args.base), *shlex.split(words)]
         config = self.config(flags)
-        times = [self.train(f"{slug}_trial", flags, steps=steps)[1] for steps in TRIAL]
-        seconds = (times[1] - times[0]) / (TRIAL[1] - TRIAL[0])
-        steps = round(60 * args.minutes / seconds)
+        seconds = statistics.median(np.diff(self.train(f"{slug}_trial", flags, steps=TRIAL)[1])[1:])
+        steps = max(round(60 * args.minutes / seconds), 1)
         print(f"{name}: {seconds:.2f} s a step, {steps} steps", file=sys.stderr, flush=True)
-        folder, total = self.train(slug, flags, steps=steps)
-        result = {"flags": words, "seconds_per_step": seconds, "steps": steps, "seconds": total}
+        folder, times = self.train(slug, flags, steps=steps)
+        result = {"flags": words, "seconds_per_step": seconds, "steps": steps, "seconds": times[-1] - times[0]}
         result["scores"] = self.score(folder / "last.pth", config)
         if config.ema:
             result["scores_of_average"] = self.score(folder / "last_ema.pth", config)
