@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,7 +39,7 @@ from datasets.own_clouds import LABELED_FOLDER
 from datasets.pair_sources import held_out_shapes, read_shape_list
 from datasets.registry import CLASSIFICATION_SETS, find_datasets
 from datasets.shapenet_render import ShapeNetRender, collate_pairs
-from datasets.transforms import BACKGROUNDS, PairAugmentation, RenderPixels
+from datasets.transforms import AUGMENTATIONS, BACKGROUNDS, PairAugmentation, RenderPixels
 from downstream.pair_validation import PairValidation
 from downstream.probe import LinearProbe
 from engine.config import RunConfig
@@ -101,6 +102,12 @@ class PretrainConfig(RunConfig):
         choices=[*BACKGROUNDS],
         help="background of transparent renderings; released: drop alpha, which shows the hidden colors",
     )
+    without: Sequence[str] = flag(
+        [],
+        nargs="+",
+        choices=AUGMENTATIONS,
+        help="ablation: augmentations to leave out; held-out pairs keep them all, so that runs compare",
+    )
     strict_data: bool = flag(False, help="stop at the first unreadable sample (default: at more than 1 %%)")
     val_fraction: float = flag(
         0.0,
@@ -138,6 +145,9 @@ class PretrainConfig(RunConfig):
     image_modality: str = flag("both", choices=MODALITIES, help="image branches to build")
     image_model: str = flag("resnet50", choices=[*IMAGE_ENCODERS], help="image encoders, randomly initialized")
     alpha: float = flag(1.0, type=non_negative_float, metavar="A", help="weight of the cross-modal term")
+    intra_weight: float = flag(
+        1.0, type=non_negative_float, metavar="W", help="weight of the term between the views of a cloud"
+    )
     temperature: float | None = flag(
         type=positive_float, metavar="T", help="of NT-Xent (default: 0.2 for con, 0.1 for ave)"
     )
@@ -239,7 +249,7 @@ class Pretraining(Task):
     kind = "crossnet-pretraining"
     loss_names = ("loss", "loss_intra", "loss_cross")
     free_on_resume = FREE_ON_RESUME | PROBE_SETTINGS
-    added_settings = MappingProxyType({"val_fraction": 0.0, "ema": 0.0, "views": 1})
+    added_settings = MappingProxyType({"val_fraction": 0.0, "ema": 0.0, "views": 1, "without": [], "intra_weight": 1.0})
     collate = staticmethod(collate_pairs)
 
     def __init__(self, config: PretrainConfig) -> None:
@@ -261,19 +271,22 @@ class Pretraining(Task):
         encoder = self.build_point_encoder()
         self.check_sizes()
         self.sampler = self.sampler_of(len(self.dataset), config.batch_size, parts=config.accumulate)
-        self.augmentation = PairAugmentation(
+        augmentation: Callable[..., PairAugmentation] = functools.partial(
+            PairAugmentation,
             num_points=config.num_points,
             image_size=config.image_size,
             modality=config.image_modality,
             channels_last=config.channels_last,
             seed=config.seed,
         )
+        self.augmentation, self.whole_augmentation = augmentation(without=config.without), augmentation()
         self.model = CrossNet(
             encoder,
             image_model=config.image_model,
             image_modality=config.image_modality,
             objective=config.objective,
             alpha=config.alpha,
+            intra_weight=config.intra_weight,
             temperature=config.temperature,
             mask_same_object=config.mask_same_object,
         ).to(self.device)
@@ -442,7 +455,7 @@ class Pretraining(Task):
         for prefix, model in self.models_to_score().items():
             found = self.pair_validation(
                 model,
-                inputs_of=lambda batch: self.inputs_of(batch, epoch=0),
+                inputs_of=lambda batch: self.whole_augmentation(batch, epoch=0, device=self.device),
                 precision=lambda: autocast(self.device, self.config.amp),
             )
             scores |= {prefix + name: value for name, value in found.items()}

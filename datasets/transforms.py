@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -194,25 +194,28 @@ class PointAugmentation:
         return f"PointAugmentation({self.transforms})"
 
 
-def pretraining_augmentation(num_points: int | None = None) -> PointAugmentation:
+# Random transforms of the views, in the released order; the names are those of --without.
+POINT_AUGMENTATIONS: Mapping[str, Callable[[], PointTransform]] = {
+    "scale": RandomScale,
+    "rotate": RandomRotateY,
+    "translate": RandomTranslate,
+    "jitter": RandomJitter,
+    "dropout": RandomInputDropout,
+}
+AUGMENTATIONS = (*POINT_AUGMENTATIONS, "color", "flip")
+
+
+def pretraining_augmentation(num_points: int | None = None, *, without: Collection[str] = ()) -> PointAugmentation:
     """Return the augmentation of both views, in the released order.
 
     Args:
         num_points: points of a view; each view draws a separate random subset of a larger cloud. None keeps every
             point.
+        without: names of ``AUGMENTATIONS`` to leave out, for ablations.
     """
     subset = [] if num_points is None else [RandomSubset(num_points)]
-    return PointAugmentation(
-        [
-            *subset,
-            NormalizeToUnitSphere(),
-            RandomScale(),
-            RandomRotateY(),
-            RandomTranslate(),
-            RandomJitter(),
-            RandomInputDropout(),
-        ]
-    )
+    random = [transform() for name, transform in POINT_AUGMENTATIONS.items() if name not in without]
+    return PointAugmentation([*subset, NormalizeToUnitSphere(), *random])
 
 
 def fine_tuning_augmentation() -> PointAugmentation:
@@ -337,13 +340,14 @@ class RenderAugmentation:
         size: S in pixels.
         modality: ``both``, ``rgb`` or ``gray``; only these are computed.
         strength: of the jitter; its factors are uniform in [1 - strength, 1 + strength).
+        flip: probability of a flip.
     """
 
     # Larger chunks fall out of the CPU's cache; a GPU processes the whole batch at once.
     CPU_CHUNK = 4
 
-    def __init__(self, size: int = 224, *, modality: str = "both", strength: float = 0.4) -> None:
-        self.size, self.modality, self.strength = size, modality, strength
+    def __init__(self, size: int = 224, *, modality: str = "both", strength: float = 0.4, flip: float = 0.5) -> None:
+        self.size, self.modality, self.strength, self.flip = size, modality, strength, flip
 
     def __call__(self, pixels: Tensor, sizes: Tensor, streams: SampleStreams) -> dict[str, Tensor]:
         """Augment a batch, drawing the same random numbers for every modality.
@@ -364,7 +368,7 @@ class RenderAugmentation:
         device = pixels.device
         factors = streams.uniform(3, low=1 - self.strength, high=1 + self.strength)
         order = streams.uniform(3).argsort(1)
-        flips = streams.uniform(2) < 0.5
+        flips = streams.uniform(2) < self.flip
         out = {
             name: torch.empty(len(pixels), channels, self.size, self.size, device=device)
             for name, channels in (("rgb", 3), ("gray", 1))
@@ -389,7 +393,8 @@ class RenderAugmentation:
         return out
 
     def __repr__(self) -> str:
-        return f"RenderAugmentation({self.size}, modality={self.modality!r}, strength={self.strength})"
+        settings = f"modality={self.modality!r}, strength={self.strength}, flip={self.flip}"
+        return f"RenderAugmentation({self.size}, {settings})"
 
 
 class PairAugmentation:
@@ -400,6 +405,7 @@ class PairAugmentation:
         image_size: pixels of an image's side.
         modality: see ``RenderAugmentation``.
         channels_last: memory format of the images.
+        without: names of ``AUGMENTATIONS`` to leave out, for ablations.
         seed: with epoch and index of a sample, the seed of its random numbers.
     """
 
@@ -410,10 +416,13 @@ class PairAugmentation:
         image_size: int = 224,
         modality: str = "both",
         channels_last: bool = False,
+        without: Collection[str] = (),
         seed: int = 1,
     ) -> None:
-        self.points, self.channels_last, self.seed = pretraining_augmentation(num_points), channels_last, seed
-        self.renderings = RenderAugmentation(image_size, modality=modality)
+        self.points = pretraining_augmentation(num_points, without=without)
+        left_out = {**({"strength": 0.0} if "color" in without else {}), **({"flip": 0.0} if "flip" in without else {})}
+        self.renderings = RenderAugmentation(image_size, modality=modality, **left_out)
+        self.channels_last, self.seed = channels_last, seed
 
     def __call__(self, batch: Mapping[str, Tensor], *, epoch: int, device: torch.device) -> dict[str, Tensor]:
         """Move a batch of ``collate_pairs`` to the device and augment it.

@@ -106,7 +106,8 @@ class PairValidation:
         Returns:
             ``val_loss``, ``val_loss_intra`` and ``val_loss_cross``: the objective with all held-out pairs in one batch,
             whatever the batch size in training; ``val_image_to_cloud_r1`` and ``val_cloud_to_image_r1`` in percent,
-            by cosine of the mean projection of both views and the mean projection of the images; ``val_alignment`` and
+            by cosine of the mean projection of both views and the mean projection of the images;
+            ``val_view_to_view_r1`` the same of the two views, mean of both directions; ``val_alignment`` and
             ``val_uniformity`` of the projections of two views.
         """
         parts = []
@@ -132,10 +133,12 @@ class PairValidation:
         clouds = (projections.view1 + projections.view2) / 2
         images = torch.stack([z for z in (projections.rgb, projections.gray) if z is not None]).mean(0)
         views = projections.view1, projections.view2
+        first, second = (view.numpy() for view in views)
         return {
             **dict(zip(("val_loss", "val_loss_intra", "val_loss_cross"), losses.tolist(), strict=True)),
             "val_image_to_cloud_r1": recall_at_1(images.numpy(), clouds.numpy()),
             "val_cloud_to_image_r1": recall_at_1(clouds.numpy(), images.numpy()),
+            "val_view_to_view_r1": (recall_at_1(first, second) + recall_at_1(second, first)) / 2,
             "val_alignment": alignment(*views),
             "val_uniformity": sum(map(uniformity, views)) / 2,
         }

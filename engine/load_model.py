@@ -271,6 +271,7 @@ def crossnet_from_checkpoint(path: str | os.PathLike[str]) -> tuple[CrossNet, di
             encoder,
             **{name: flags[name] for name in ("image_model", "image_modality", "objective", "alpha", "temperature")},
             mask_same_object=flags.get("mask_same_object", False),
+            intra_weight=flags.get("intra_weight", 1.0),
         )
         state = {f"point_encoder.{key}": value for key, value in payload["point_encoder"].items()}
         load_strictly(model, {**state, **payload["heads_and_image_encoders"]}, path=path, what="the pretraining model")

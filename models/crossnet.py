@@ -34,6 +34,7 @@ class CrossNet(nn.Module):
         image_modality: image branches to build: ``both``, ``rgb`` or ``gray``.
         objective: ``con`` or ``ave``, as in ``models.losses.crossnet_objective``.
         alpha: weight of the cross-modal term.
+        intra_weight: weight of the term between the views.
         temperature: temperature of NT-Xent; None means the released value, 0.2 for ``con`` and 0.1 for ``ave``.
         mask_same_object: ablation of ``con``, as in ``models.losses.crossnet_objective``.
 
@@ -49,6 +50,7 @@ class CrossNet(nn.Module):
         image_modality: str = "both",
         objective: str = "con",
         alpha: float = 1.0,
+        intra_weight: float = 1.0,
         temperature: float | None = None,
         mask_same_object: bool = False,
     ) -> None:
@@ -57,7 +59,7 @@ class CrossNet(nn.Module):
             raise ValueError(f"unknown image modality {image_modality!r}: expected one of {', '.join(MODALITIES)}")
         if objective not in OBJECTIVES:
             raise ValueError(f"unknown objective {objective!r}: expected one of {', '.join(OBJECTIVES)}")
-        self.objective, self.alpha = objective, alpha
+        self.objective, self.alpha, self.intra_weight = objective, alpha, intra_weight
         self.temperature = RELEASED_TEMPERATURE[objective] if temperature is None else temperature
         self.mask_same_object = mask_same_object
         self.point_encoder = point_encoder
@@ -104,6 +106,7 @@ class CrossNet(nn.Module):
             gray=gray,
             objective=self.objective,
             alpha=self.alpha,
+            intra_weight=self.intra_weight,
             temperature=self.temperature,
             mask_same_object=self.mask_same_object,
         )

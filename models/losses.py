@@ -59,7 +59,7 @@ class Losses(NamedTuple):
     """The objective and its parts."""
 
     total: Tensor
-    intra: Tensor  # between the two views of a cloud
+    intra: Tensor  # between the two views of a cloud, not yet weighted
     cross: Tensor  # between clouds and images, not yet weighted by alpha
 
 
@@ -70,6 +70,7 @@ def crossnet_objective(
     gray: Tensor | None,
     objective: str = "con",
     alpha: float = 1.0,
+    intra_weight: float = 1.0,
     temperature: float = 0.2,
     mask_same_object: bool = False,
 ) -> Losses:
@@ -87,6 +88,7 @@ def crossnet_objective(
         gray: projections of the gray renders, as ``rgb``, or None.
         objective: ``con`` or ``ave``.
         alpha: weight of the cross term.
+        intra_weight: weight of the intra term; 0 leaves the cross term alone (ablation).
         temperature: temperature of every NT-Xent.
         mask_same_object: in ``con`` with both modalities, exclude the object's other view and other image from the
             negatives (ablation; the released objective includes them).
@@ -113,4 +115,4 @@ def crossnet_objective(
 
     renders = [images] if images[0].ndim == 2 else map(list, zip(*(image.unbind(1) for image in images), strict=True))
     cross = torch.stack([cross_term(of_each) for of_each in renders]).mean()
-    return Losses(intra + alpha * cross, intra, cross)
+    return Losses(intra_weight * intra + alpha * cross, intra, cross)

@@ -98,10 +98,22 @@ def test_checkpoint_rebuilds_the_whole_model(reference, tmp_path):
         crossnet_from_checkpoint(tmp_path / "a.pth")
 
 
-def test_the_loss_falls_far_below_chance(data_root, tmp_path, monkeypatch):
+def test_the_loss_falls_far_below_chance(data_root, tmp_path):
     # Without augmentation an object's two views are told from the others' soon.
-    monkeypatch.setattr("train_crossnet_con.pretraining_augmentation", RandomSubset)
-    flags = ("--epochs", 10, "--eval_every", 0, "--save_every", 0, "--log_every", 100, "--image_modality", "rgb")
+    without = ("--without", "scale", "rotate", "translate", "jitter", "dropout", "color", "flip")
+    flags = (
+        *without,
+        "--epochs",
+        10,
+        "--eval_every",
+        0,
+        "--save_every",
+        0,
+        "--log_every",
+        100,
+        "--image_modality",
+        "rgb",
+    )
     train(data_root, tmp_path, *flags, "--num_points", 48)
     losses = [record["loss_intra"] for record in metrics(tmp_path / "crossnet")]
     assert losses[-1] < 0.5 * math.log(2 * 4 - 1) and losses[-1] < losses[0], losses
@@ -390,6 +402,23 @@ def test_every_objective_and_modality_trains(data_root, tmp_path, short, objecti
     # With one modality both objectives are the same function; alpha weighs the cross term everywhere.
     assert record["loss"] == pytest.approx(record["loss_intra"] + 0.5 * record["loss_cross"])
     assert math.isfinite(record["loss"]) and record["step"] == 2
+
+
+def test_each_term_can_train_alone_and_a_checkpoint_without_its_weight_resumes(data_root, tmp_path, short):
+    record = train(data_root, tmp_path, *short, "--intra_weight", 0)
+    assert record["loss"] == pytest.approx(record["loss_cross"]) and record["loss_intra"] > 0
+    path = tmp_path / "crossnet" / "last.pth"
+    assert crossnet_from_checkpoint(path)[0].intra_weight == 0
+    with pytest.raises(CheckpointError, match="--intra_weight 0.0 there, 1.0 here"):
+        train(data_root, tmp_path, *short, "--resume")
+    train(data_root, tmp_path, *short, "--overwrite")
+    payload = load_checkpoint(path)
+    for name in ("intra_weight", "without", "keep_every"):
+        del payload["arguments"][name]
+    save_checkpoint(path, payload)
+    train(data_root, tmp_path, *short, "--resume")
+    with pytest.raises(CheckpointError, match=r"--without \[\] there, \['color'\] here"):
+        train(data_root, tmp_path, *short, "--without", "color", "--resume")
 
 
 @pytest.mark.parametrize("model", ["dgcnn_cls", "dgcnn_seg", "dgcnn_semseg", "pointnet_cls", "pointnet_partseg"])

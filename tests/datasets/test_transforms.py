@@ -81,7 +81,7 @@ def test_transforms_are_pure_seeded_and_independent_of_neighbors(transform):
         (RandomSubset(7), "RandomSubset(7)"),
         (NormalizeToUnitSphere(), "NormalizeToUnitSphere()"),
         (RenderPixels(64), "RenderPixels(64, background='black')"),
-        (RenderAugmentation(64), "RenderAugmentation(64, modality='both', strength=0.4)"),
+        (RenderAugmentation(64), "RenderAugmentation(64, modality='both', strength=0.4, flip=0.5)"),
     ],
 )
 def test_repr_names_the_transform_and_its_released_settings(transform, expected):
@@ -179,6 +179,8 @@ def test_released_order_and_views_that_differ():
         "RandomJitter(std=0.01, clip=0.05), RandomInputDropout(0.875)])"
     )
     assert repr(pretraining_augmentation(16)).startswith("PointAugmentation([RandomSubset(16), Normalize")
+    rest = "PointAugmentation([NormalizeToUnitSphere(), RandomTranslate(0.5), RandomJitter(std=0.01, clip=0.05)])"
+    assert repr(pretraining_augmentation(without=["scale", "rotate", "dropout", "color"])) == rest
     points, both = clouds(), streams()
     view1, view2 = (pretraining_augmentation()(points, both) for _ in range(2))
     assert view1.shape == view2.shape == points.shape and not torch.equal(view1, view2)
@@ -292,6 +294,8 @@ def test_renders_equal_the_plain_form_up_to_the_rounding_of_the_resizing(size, l
 def test_images_for_evaluation_are_resized_and_normalized_alone():
     pictures = [photo(seed, (24, 24)) for seed in range(3)]
     out = plain_images(batch(*pictures, size=24)["pixels"], 24)
+    left_out = augment(RenderAugmentation(24, strength=0, flip=0), pictures, streams(3))
+    assert all(torch.equal(left_out[name], out[name]) for name in out)
     for row, picture in enumerate(pictures):
         rgb, gray = plain_form(picture, 24, (), (), (False, False))
         torch.testing.assert_close(out["rgb"][row], rgb, atol=1e-5, rtol=0)

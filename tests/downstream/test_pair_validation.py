@@ -20,7 +20,7 @@ from train_crossnet_con import main
 from utils.errors import DataError, UserError
 
 SCORES = ["val_loss", "val_loss_intra", "val_loss_cross", "val_image_to_cloud_r1", "val_cloud_to_image_r1"]
-SCORES += ["val_alignment", "val_uniformity"]
+SCORES += ["val_view_to_view_r1", "val_alignment", "val_uniformity"]
 VALIDATED = ("--epochs", 3, "--eval_every", 0, "--val_fraction", 0.3)
 
 pytestmark = pytest.mark.usefixtures("small_runs")
@@ -100,7 +100,7 @@ def test_the_curves_show_the_scores(tmp_path, monkeypatch):
         folder.append_metrics({"epoch": epoch, "loss": 1, "lr": 0.1, **dict.fromkeys(SCORES, epoch)})
     folder.draw_curves()
     assert [axes.get_title() for axes in drawn[2:]] == ["loss on held-out pairs", "held-out views", "scores (%)"]
-    assert [len(axes.lines) for axes in drawn] == [1, 1, 3, 2, 2]
+    assert [len(axes.lines) for axes in drawn] == [1, 1, 3, 2, 3]
 
 
 def test_held_out_pairs_never_train_and_their_list_trains_the_same(root, reference, tmp_path):

@@ -136,9 +136,9 @@ CROSS_TERMS = {
 }
 
 
-@pytest.mark.parametrize("alpha", [0.0, 1.0, 0.3])
+@pytest.mark.parametrize(("alpha", "weight"), [(0.0, 1.0), (1.0, 0.0), (0.3, 0.6)])
 @pytest.mark.parametrize(("objective", "modality"), CROSS_TERMS)
-def test_objectives_are_their_formulas(objective, modality, alpha):
+def test_objectives_are_their_formulas(objective, modality, alpha, weight):
     t1, t2, rgb, gray = projections(4, number=4)
     losses = crossnet_objective(
         (t1, t2),
@@ -146,12 +146,13 @@ def test_objectives_are_their_formulas(objective, modality, alpha):
         gray=None if modality == "rgb" else gray,
         objective=objective,
         alpha=alpha,
+        intra_weight=weight,
         temperature=0.2,
     )
     intra, cross = reference(t1, t2, 0.2), CROSS_TERMS[objective, modality](t1, t2, rgb, gray, 0.2)
     torch.testing.assert_close(losses.intra, intra)
     torch.testing.assert_close(losses.cross, cross)
-    torch.testing.assert_close(losses.total, intra + alpha * cross)
+    torch.testing.assert_close(losses.total, weight * intra + alpha * cross)
 
 
 def test_masking_drops_the_other_view_and_the_other_image_of_the_object():
