@@ -1,7 +1,8 @@
 """List the data sets below a root, compare them with the published counts, and name broken and missing files.
 
-Your own pairs, part data, labeled clouds, and folders of meshes or clouds are recognized too, with the command that
-uses them. Exit code 0: everything found is valid. 1: something is broken; the table says which file.
+Your own pairs, part data, labeled clouds, and folders of meshes or clouds are recognized too, also in folders of the
+root, with the command that uses them. Exit code 0: everything found is valid. 1: something is broken; the table says
+which file.
 
   python -m data.check_data
   python -m data.check_data --data_root /big/disk/data --md5 --json report.json
@@ -44,12 +45,7 @@ from datasets.modelnet import (
     resampled_files,
 )
 from datasets.own_clouds import LABELED_FOLDER, find_class_folders, own_hdf5_files, shape_files
-from datasets.pair_sources import (
-    PACKED_NAME,
-    FolderSource,
-    PackedSource,
-    PairSource,
-)
+from datasets.pair_sources import PACKED_FORMAT, PACKED_NAME, FolderSource, PackedSource, PairSource
 from datasets.s3dis import BLOCK_FOLDER, CHANNELS, FILE_LIST, PREPARE_COMMAND, ROOM_FOLDER, ROOM_LIST
 from datasets.scanobjectnn import CLASSES as SCANOBJECTNN_CLASSES
 from datasets.scanobjectnn import VARIANTS, candidate_files
@@ -80,9 +76,9 @@ _LIST = "bash data/download_data.sh --list"
 _PRETRAIN = "python train_crossnet_con.py --data_root {root}"
 _PARTS = "python downstream/segmentation/main_partseg.py --data_root {root}"
 _FOLDER = "python downstream/classification/main.py --dataset folder --data_root {root} --model_path MODEL"
-_PARTS = "python downstream/segmentation/main_partseg.py --data_root {root}"
-_FOLDER = "python downstream/classification/main.py --dataset folder --data_root {root} --model_path MODEL"
 _PREPARE_MESHES = "python -m data.prepare_meshes --meshes {folder} --out data/mine"
+# Folders of the root that other rows are about, and that have HDF5 files of labeled clouds.
+_HAS_ROWS = re.compile(rf"modelnet|shapenet|scanobjectnn|indoor3d|{LABELED_FOLDER}", re.IGNORECASE)
 _OWN_FOLDER = Path(__file__).resolve().parent
 OK, PARTIAL, MISSING, BROKEN = "ok", "partial", "missing", "broken"
 
@@ -337,6 +333,27 @@ class _Checker:
             finding.get = finding.get or divide
         return finding.settle(complete=False)
 
+    def inner_sets(self) -> dict[str, Finding]:
+        """Check pairs and labeled clouds of the user in the files and folders of the root, one level down."""
+        rows: dict[str, Finding] = {}
+        for path in data_files(self.root):
+            if path.is_dir() and not (path / DEMO_FOLDER).is_dir():
+                rows |= _Checker(path, full=self.full).prepared_sets()
+            elif path.name != PACKED_NAME and _is_packed(path):
+                rows[f"pairs in {path.name}"] = _as_own(self.packed(path), path)
+        return rows
+
+    def prepared_sets(self) -> dict[str, Finding]:
+        """Check pairs and labeled clouds directly in the root, such as ``data.prepare_meshes`` writes."""
+        packed = [path for path in data_files(self.root, "*.h5") if _is_packed(path)]
+        rows = {f"pairs in {path.parent.name}/{path.name}": _as_own(self.packed(path), path) for path in packed}
+        if not packed and has_data_files(self.root / "ShapeNet", "*/*.ply"):
+            rows[f"pairs in {self.root.name}"] = _as_own(self.folder_pairs(), self.root)
+        if not _HAS_ROWS.match(self.root.name):
+            inner = self.root / LABELED_FOLDER
+            rows[f"labeled clouds in {self.root.name}"] = self.own_clouds(inner if inner.is_dir() else self.root)
+        return {name: row for name, row in rows.items() if row.state != MISSING}
+
     def scanobjectnn(self, variant: str) -> Finding:
         """Check one variant of ScanObjectNN."""
         finding = Finding(expected=dict(SCANOBJECTNN_SIZES.get(variant, {})))
@@ -458,10 +475,16 @@ class _Checker:
         if not is_demo:
             rows |= self.segmentation()
         published_root = self.root.resolve() == _OWN_FOLDER  # data/ of the repository, which must have the demo set
+        classes = find_class_folders(self.root)
+        # One class alone is no labeled set: <root>/scans/train/<class>/* is one in the folder scans.
+        has_classes = classes is not None and len(classes.class_names) > 1
+        inner = {} if is_demo or has_classes else self.inner_sets()
         if not is_demo and all(row.own or row.state == MISSING for row in rows.values()):
             own = {name: row for name, row in rows.items() if row.own}
-            own |= self.labeled_or_loose(pairs_or_parts=bool(own), loose=not published_root)
+            own |= self.labeled_or_loose(pairs_or_parts=bool(own or inner), loose=not published_root) | inner
             rows = rows | own if published_root else own or rows
+        else:
+            rows |= inner
         if is_demo:
             rows = {name: row for name, row in rows.items() if row.state != MISSING}
         rows |= {name: row for name, row in self.demo(demo).items() if published_root or row.state != MISSING}
@@ -511,6 +534,25 @@ _ROOM_ARRAYS = {**_BLOCK_ARRAYS, "index": (None, None)}
 
 def _named(kind: str, finding: Finding) -> dict[str, Finding]:
     return {f"{'own' if finding.own else 'ShapeNet'} {kind}": finding}
+
+
+def _is_packed(path: Path) -> bool:
+    """Return whether a file has the mark of packed pairs, of any version."""
+    if path.suffix.lower() not in (".h5", ".hdf5") or not path.is_file():
+        return False
+    try:
+        with hdf5_file(path) as file:
+            return file.attrs.get("format") == PACKED_FORMAT
+    except (DataError, OSError):
+        return False
+
+
+def _as_own(pairs: Finding, root: Path) -> Finding:
+    """Take pairs in a place of the user's choice for complete, though some of ShapeNet may be missing."""
+    if not pairs.own and pairs.found.get("pairs"):
+        pairs.own, pairs.expected, pairs.get, pairs.use = True, {}, "", _PRETRAIN.format(root=_quoted(root))
+        pairs.settle()
+    return pairs
 
 
 def _are_own(categories: Iterable[str]) -> bool:

@@ -6,6 +6,7 @@ import codecs
 import contextlib
 import hashlib
 import os
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,11 +36,11 @@ def is_data_name(name: str) -> bool:
 def data_files(folder: str | os.PathLike[str], pattern: str = "*") -> list[Path]:
     """List the matches of a pattern below a folder, sorted, without files that operating systems leave there.
 
-    Use this instead of ``Path.glob`` for all user data.
+    Use this instead of ``Path.glob`` for all user data. Links to folders are followed.
 
     Args:
         folder: where to search; its name is not checked.
-        pattern: as for ``Path.glob``.
+        pattern: as for ``Path.glob``; ``**`` only as the first part of two.
     """
     return sorted(_matches(Path(folder), pattern))
 
@@ -50,8 +51,35 @@ def has_data_files(folder: str | os.PathLike[str], pattern: str = "*") -> bool:
 
 
 def _matches(folder: Path, pattern: str) -> Iterator[Path]:
+    below, name = os.path.split(pattern)
+    if below == "**":
+        return (path for path in _below(folder) if path.match(name))
     depth = len(folder.parts)
     return (path for path in folder.glob(pattern) if all(map(is_data_name, path.parts[depth:])))
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """Yield all files and folders below a folder; ``Path.glob("**")`` does not follow links.
+
+    A folder that can be reached by several ways counts once, so links that form a loop are harmless. Links are followed
+    last: a folder below ``folder`` keeps its path if a link leads to it too.
+    """
+    seen: set[str] = set()
+    folders, links = [folder], deque[Path]()
+    while folders or links:
+        here = folders.pop() if folders else links.popleft()
+        real = os.path.realpath(here)
+        if real in seen:
+            continue
+        seen.add(real)
+        try:
+            names = sorted(filter(is_data_name, os.listdir(here)))
+        except OSError:  # as Path.glob: what cannot be listed has no files
+            continue
+        for path in (here / name for name in names):
+            yield path
+            if path.is_dir():
+                (links if path.is_symlink() else folders).append(path)
 
 
 def decode_text(data: bytes) -> str:

@@ -46,6 +46,14 @@ def add_modelnet(root, train, test, name=MODELNET):
         (root / name / f"{split}_files.txt").write_text(f"data/{name}/ply_data_{split}0.h5\n")
 
 
+def add_labeled(folder):
+    """As data.prepare_meshes writes them."""
+    for split in ("train", "test"):
+        write_h5(folder / f"ply_data_{split}0.h5", data=clouds(2), label=np.arange(2))
+        (folder / f"{split}_files.txt").write_text(f"{folder.name}/ply_data_{split}0.h5\n")
+    (folder / "shape_names.txt").write_text("a\nb\n")
+
+
 def add_part(root):
     for split, count in (("train", 5), ("val", 2), ("test", 3)):
         labels = {"label": np.zeros((count, 1), "u1"), "pid": np.zeros((count, 4), "u1")}
@@ -417,12 +425,13 @@ def test_part_data_with_tables_of_its_own_is_not_a_broken_shapenetpart(tmp_path,
     assert (name, row.state, row.found) == ("own parts", "ok", {"train": 2, "val": 2, "test": 2})
 
 
-def test_own_pairs_are_not_an_unfinished_shapenet(tmp_path, capsys):
-    add_pairs(tmp_path)
+def test_own_pairs_are_not_an_unfinished_shapenet(tmp_path):
+    add_pairs(tmp_path / "mine")
+    tmp_path /= "mine"
     for part in ("ShapeNet", "ShapeNetRendering"):
         (tmp_path / part / "02691156").rename(tmp_path / part / "lamps")
-    pack.main(["--data_root", str(tmp_path), "--out", str(tmp_path / "packed.h5")])
-    for root, name in ((tmp_path, "own pairs"), (tmp_path / "packed.h5", "own pairs, packed")):
+    pack.main(["--data_root", str(tmp_path), "--out", str(tmp_path.with_name("packed.h5"))])
+    for root, name in ((tmp_path, "own pairs"), (tmp_path.with_name("packed.h5"), "own pairs, packed")):
         ((found, row),) = check(root).items()
         assert (found, row.state, row.found, row.get) == (name, "ok", {"pairs": 3}, "")
         assert row.use == f"python train_crossnet_con.py --data_root {root}"
@@ -430,12 +439,33 @@ def test_own_pairs_are_not_an_unfinished_shapenet(tmp_path, capsys):
     row = check(tmp_path)["own pairs"]
     assert row.state == "partial"
     assert row.get == f"python -m data.prepare_meshes --meshes {tmp_path / 'ShapeNet'} --out data/mine"
-    for split in ("train", "test"):
-        write_h5(tmp_path / "labeled_hdf5" / f"ply_data_{split}0.h5", data=clouds(2), label=np.arange(2))
-        (tmp_path / "labeled_hdf5" / f"{split}_files.txt").write_text(f"labeled_hdf5/ply_data_{split}0.h5\n")
-    (tmp_path / "labeled_hdf5" / "shape_names.txt").write_text("a\nb\n")
+    add_labeled(tmp_path / "labeled_hdf5")
     assert list(check(tmp_path)) == ["own pairs", "own labeled clouds"]
     assert list(check(tmp_path / "labeled_hdf5")) == ["own labeled clouds"]  # not ModelNet40
+
+
+def test_sets_of_ones_own_in_folders_of_the_root_are_named_with_their_command(tmp_path, capsys):
+    add_pairs(tmp_path / "mine")
+    add_labeled(tmp_path / "mine" / "labeled_hdf5")
+    write_class_folders(tmp_path / "scans")
+    pack.main(["--data_root", str(tmp_path / "mine"), "--out", str(tmp_path / "shapes.h5")])
+    (tmp_path / "made").mkdir()
+    os.link(tmp_path / "shapes.h5", tmp_path / "made" / "3.h5")
+    report = main(["--data_root", str(tmp_path)])
+    pairs = ["pairs in made/3.h5", "pairs in mine", "pairs in shapes.h5"]
+    assert sorted(report["sets"]) == ["labeled clouds in mine", "labeled clouds in scans", *pairs]
+    assert {row["state"] for row in report["sets"].values()} == {"ok"}
+    printed = capsys.readouterr().out
+    for place in ("made/3.h5", "mine", "shapes.h5"):
+        assert f"train_crossnet_con.py --data_root {tmp_path / place} " in printed
+    for place in ("mine/labeled_hdf5", "scans"):
+        assert f"--dataset folder --data_root {tmp_path / place} " in printed
+    add_part(tmp_path)  # beside a published set, too
+    report = main(["--data_root", str(tmp_path)])
+    assert {"ShapeNetPart", "ModelNet40", *pairs} <= set(report["sets"])
+    view = tmp_path / "mine" / "ShapeNetRendering" / "02691156" / "0" / "rendering" / "00.png"
+    view.write_text("hello")
+    assert broken(tmp_path)[0] == {"pairs in mine"}
 
 
 def test_own_meshes_and_clouds_are_told_of_the_commands_that_prepare_them(tmp_path, capsys):

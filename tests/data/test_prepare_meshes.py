@@ -257,6 +257,14 @@ def test_clouds_alone_need_no_opengl(meshes, in_process, monkeypatch):
     assert convert(meshes, "--views", "0")[1]["kept"] == 6
 
 
+def test_a_linked_folder_is_a_category(meshes, in_process):
+    (meshes / "linked").symlink_to(Path("..") / "elsewhere")
+    (meshes.parent / "elsewhere").mkdir()
+    trimesh.creation.box().export(meshes.parent / "elsewhere" / "e.off")
+    out, report = convert(meshes, "--views", "0")
+    assert report["written"] == 7 and (out / "ShapeNet" / "linked" / "e.ply").is_file()
+
+
 @pytest.mark.parametrize("up", ["y", "z"])
 def test_z_up_is_turned_to_y_up_without_mirroring(up):
     tripod = Mesh.from_triangles([[0, 0, 0], [1, 0, 0], [0, 0, 5.0]], [[0, 1, 2]])

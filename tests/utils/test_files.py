@@ -33,3 +33,16 @@ def test_files_of_operating_systems_are_not_data(tmp_path):
         (root / name).touch()
     assert data_files(root, "**/*.png") == [root / "a.png", root / "b.png"]
     assert has_data_files(root, "*.png") and not has_data_files(root, "*.ini") and not has_data_files(root / "none")
+
+
+def test_links_to_folders_are_followed_once_and_may_form_a_loop(tmp_path):
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    for folder in (root / "chairs" / "deep", elsewhere / "lamps"):
+        folder.mkdir(parents=True)
+        (folder / "a.obj").touch()
+    (root / "again").symlink_to(root / "chairs")  # before "chairs" in the alphabet, but that is the folder itself
+    (root / "linked").symlink_to(elsewhere)
+    (root / "chairs" / "up").symlink_to(root)
+    (elsewhere / "lamps" / "self").symlink_to(elsewhere)
+    (root / "gone").symlink_to(tmp_path / "nowhere")
+    assert data_files(root, "**/*.obj") == [root / "chairs" / "deep" / "a.obj", root / "linked" / "lamps" / "a.obj"]
