@@ -1,7 +1,7 @@
 """Put an encoder into weights/: the file, its entry in the index, and its model card.
 
-The file holds the encoder alone, its matrices in float16. When weights are published again, the text of their card from
-"## Limits" on is kept; everything above it follows from the index.
+The file holds the encoder alone, its matrices in float16 (--full: in float32, unchanged). When weights are published
+again, the text of their card from "## Limits" on is kept; everything above it follows from the index.
 
 Examples:
   # a checkpoint of a row of docs/results.md: its commands and scores are taken from results/
@@ -44,7 +44,7 @@ ROWS = {
     "steps": "steps",
     "hours": "hours",
     "seed": "seed",
-    "rounding": "change of features by float16, relative to their norm",
+    "stored": "stored in",
     "license": "license",
     "sha256": "SHA-256",
 }
@@ -106,12 +106,15 @@ def card(name: str, entry: Mapping[str, Any], rest: str) -> str:
         entry: of the index.
         rest: text below what follows from the entry.
     """
-    encoder = entry["encoder"]
+    encoder, stored = entry["encoder"], f"{entry['dtype']}, unchanged"
+    if entry["dtype"] == "float16":
+        stored = f"float16; that changes features by {entry['rounding']} of their norm"
     settings = ", ".join(f"{key} {value}" for key, value in encoder["kwargs"].items())
     shown = {
         **entry,
         "encoder": f"{encoder['name']} ({settings}), {entry['parameters']:,} parameters",
         "command": f"`{entry['command']}`",
+        "stored": stored,
         "sha256": f"`{entry['sha256']}`",
     }
     lines = [
@@ -122,7 +125,7 @@ def card(name: str, entry: Mapping[str, Any], rest: str) -> str:
         "",
         "| | |",
         "| --- | --- |",
-        f"| file | [{entry['file']}]({entry['file']}), {entry['bytes']:,} bytes, {entry['dtype']} |",
+        f"| file | [{entry['file']}]({entry['file']}), {entry['bytes']:,} bytes |",
         *(f"| {title} | {shown[key]} |" for key, title in ROWS.items() if shown.get(key) is not None),
         "",
     ]
@@ -185,7 +188,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     rest = old[old.index(KEPT) :] if KEPT in old else f"{KEPT}\n\nNot written yet.\n"
     with replacing(page) as temporary:
         temporary.write_text(card(name, entry, rest), encoding="utf-8")
-    print(f"{path}: {entry['bytes']:,} bytes; card: {page}; features changed by {rounding.norm:.1e} in norm")
+    change = "unchanged" if args.full else f"features changed by {rounding.norm:.1e} in norm"
+    print(f"{path}: {entry['bytes']:,} bytes of {entry['dtype']}, {change}; card: {page}")
     if entry["bytes"] > MOST_BYTES:
         print(f"warning: that is more than {MOST_BYTES:,} bytes")
     return entry

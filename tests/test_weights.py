@@ -57,7 +57,9 @@ def check_published(folder):
     for name, entry in index.items():
         assert sha256(folder / entry["file"]) == entry["sha256"]
         assert (folder / entry["file"]).stat().st_size == entry["bytes"]
-        assert entry["sha256"] in (folder / f"{name}.md").read_text(encoding="utf-8")
+        page = (folder / f"{name}.md").read_text(encoding="utf-8")
+        assert page == publish_weights.card(name, entry, page[page.index(publish_weights.KEPT) :])
+        assert entry["sha256"] in page
         assert models.load(name).config() == entry["encoder"]["kwargs"]
     assert {path.stem for path in folder.glob("*.safetensors")} == set(index)
     return index
@@ -75,6 +77,7 @@ def test_publishing_writes_the_file_its_entry_and_a_card(weights):
         **{"data": "nothing", "command": "none", "commit": "abc", "steps": 120, "seed": 5, "dtype": "float16"}
     }
     assert float(entry["rounding"]) < 0.05
+    assert f"float16; that changes features by {entry['rounding']} of" in (weights / "dgcnn_cls.md").read_text()
     for file in weights.glob("dgcnn_cls.*"):
         assert b"/private" not in file.read_bytes()
 
@@ -86,6 +89,8 @@ def test_publishing_again_keeps_the_limits_and_gives_the_same_bytes(own_weights)
     command = [str(save_pretraining(own_weights / "a.pth", tiny_encoder("dgcnn_cls"))), "--data", "d", "--command", "c"]
     with pytest.raises(UserError, match="there are weights 'dgcnn_cls'; replace them with --overwrite"):
         publish_weights.main(command)
+    publish_weights.main([*command, "--overwrite", "--full"])
+    assert "| stored in | float32, unchanged |" in page.read_text() and "float16" not in page.read_text()
     publish_weights.main([*command, "--overwrite", "--score", "ModelNet10=93.5 ± 0.3"])
     assert (own_weights / "dgcnn_cls.safetensors").read_bytes() == before
     assert "| ModelNet10 | 93.5 ± 0.3 |" in page.read_text() and "Chairs only." in page.read_text()
