@@ -23,6 +23,11 @@ Examples:
   python -m benchmarks.estimate --shapes 43783 --epochs 100 --gpus 1
   python -m benchmarks.estimate --shapes 43783 --epochs 250 --gpus 4 --data_root data --amp bf16 --channels_last
   python -m benchmarks.estimate --shapes 2033 --epochs 6 --num_points 512 --image_model resnet18 --image_size 64 --check
+  python -m benchmarks.estimate --plan benchmarks/reproduce.toml --rows 'modelnet10-*' --seeds 1 2 --seconds 5
+
+With --plan, the rows of a plan of benchmarks.reproduce are priced, as far as they are not recorded yet. Pretrainings
+that differ in nothing that a step's time depends on are measured once. Linear SVMs are timed on made-up features; other
+scoring scripts take as long as in the row's recorded seeds, or are named as not priced.
 """
 
 from __future__ import annotations
@@ -35,7 +40,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import lcm
 from pathlib import Path
 from typing import Any
@@ -58,6 +63,9 @@ from benchmarks.measure import (
     seconds_of,
     text_table,
 )
+from benchmarks.plan_hours import Prices, price
+from benchmarks.plan_hours import table as price_table
+from benchmarks.reproduce import Plan, Runner, add_plan_arguments, chosen_rows
 from benchmarks.svm import synthetic_features
 from datasets.pack import pack
 from datasets.pair_sources import PairSource, open_source
@@ -104,6 +112,7 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, l
         + ", ".join(f"{1e6 * seconds:.0f} on {kind}" for kind, seconds in ALL_REDUCE_SECONDS.items())
         + ")",
     )
+    add_plan_arguments(parser.add_argument_group("or the rows of a plan"), plan=None)
     g = parser.add_argument_group("how")
     g.add_argument("--seconds", type=positive_float, default=40.0, metavar="S", help="of timed steps")
     g.add_argument("--threads", type=positive_int, metavar="T", help="CPU threads of PyTorch (default: its own choice)")
@@ -111,6 +120,8 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, l
     g.add_argument("--json", metavar="FILE", help="also write the result to FILE")
     parser.add_argument("--measure", choices=("all", "steps"), help=argparse.SUPPRESS)  # what the fresh processes run
     args, training = parser.parse_known_args(argv)
+    if args.plan and training:
+        parser.error(f"--plan takes its settings from the rows; leave out {' '.join(training)}")
     training_parser = train_crossnet_con.build_parser()
     training_parser.error = parser.error  # a mistake shows this command's usage, not the training script's
     training_parser.parse_args(training)
@@ -264,6 +275,13 @@ def count_checkpoints(*, steps: int, epochs: int, save_every: int, probes: int) 
     return epochs + between + probes
 
 
+def seconds_per_step(costs: Mapping[str, float], run_: Any) -> float:
+    """Return the seconds from step to step, from ``step_seconds`` and ``load_seconds``."""
+    step, load = costs["step_seconds"], costs["load_seconds"]
+    # Workers read while the device computes; without workers one comes after the other.
+    return max(step, load) if run_.workers else step + load
+
+
 def predict(args: argparse.Namespace, full: dict[str, Any], half: dict[str, Any] | None, run_: Any) -> dict[str, Any]:
     """What the measurements say about the run.
 
@@ -276,8 +294,7 @@ def predict(args: argparse.Namespace, full: dict[str, Any], half: dict[str, Any]
     batch, objects = run_.batch_size, run_.batch_size * run_.accumulate * args.gpus
     all_reduces = full["all_reduces"] if args.gpus > 1 else 0
     step, load = full["step_seconds"] + all_reduces * args.all_reduce_us / 1e6, full["load_seconds"]
-    # Workers read while the device computes; without workers one comes after the other.
-    per_step = max(step, load) if run_.workers else step + load
+    per_step = seconds_per_step({"step_seconds": step, "load_seconds": load}, run_)
     steps = args.shapes // objects
     if not steps:
         raise UserError(f"--shapes {args.shapes} do not fill one global batch of {objects}")
@@ -421,9 +438,54 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join([title, text_table(rows)])
 
 
+@contextlib.contextmanager
+def pairs_to_read(data_root: str | None, *, points: int, objects: int) -> Iterator[str]:
+    """Yield the path of the pairs to measure with: ``data_root``, or a stand-in that goes away."""
+    if data_root is not None:
+        yield str(Path(data_root).absolute())
+        return
+    with tempfile.TemporaryDirectory(prefix="crossnet-estimate-") as folder:
+        source = StandIn(open_source(ROOT / "data" / "demo"), shapes=BATCHES * objects, points=points)
+        data = str(Path(folder) / "pairs.h5")
+        pack(source, data, chosen=list(range(len(source.ids))), name="stand-in")
+        yield data
+
+
+def measured(
+    args: argparse.Namespace, training: Sequence[str], data: str, *, what: str = "all", seconds: float
+) -> dict[str, Any]:
+    """Return ``measure_batch`` of a fresh process."""
+    own = ["--measure", what, "--seconds", str(seconds), "--data_root", data]
+    own += ["--threads", str(args.threads)] if args.threads else []
+    return in_fresh_process("benchmarks.estimate", [*own, *training])
+
+
+def price_plan(args: argparse.Namespace) -> dict[str, Any]:
+    """Price the rows of a plan; print the table."""
+    plan = Plan.read(Path(args.plan), dict(args.root))
+    runner = Runner(plan, work=Path(args.work_dir), results=Path(args.results), quick={})
+
+    def costs(words: Sequence[str], data_root: str | None, points: int) -> dict[str, float]:
+        run_ = train_crossnet_con.build_parser().parse_args(words)
+        objects = run_.batch_size * run_.accumulate
+        with pairs_to_read(data_root, points=run_.num_points or RELEASED_POINTS, objects=objects) as data:
+            training = [*words, "--eval_every", "0", "--eval_points", str(points)]
+            found = measured(args, training, data, seconds=args.seconds)
+        return {**found, "seconds_per_step": seconds_per_step(found, run_)}
+
+    result = price(chosen_rows(plan, args.rows), args.seeds, Prices(runner, costs, shapes=args.shapes))
+    print(price_table(result))
+    return result
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Measure, print the table, write the JSON object."""
     args, training = parse_args(argv)
+    if args.plan:
+        about = provenance()
+        result = price_plan(args) | about
+        write_json(args.json, result)
+        return result
     if args.measure:
         training = [*training, "--data_root", args.data_root]
         result = measure_batch(training, seconds=args.seconds, threads=args.threads, only_steps=args.measure == "steps")
@@ -436,23 +498,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args.all_reduce_us = args.all_reduce_us if given else 1e6 * ALL_REDUCE_SECONDS[device.type]
     batch, objects = run_.batch_size, run_.batch_size * run_.accumulate * args.gpus
     assumes_sets = run_.eval_every > 0 and args.data_root is None and run_.eval_root is None
-    with tempfile.TemporaryDirectory(prefix="crossnet-estimate-") as folder:
-        if args.data_root is None:
-            points = run_.num_points or RELEASED_POINTS
-            source = StandIn(open_source(ROOT / "data" / "demo"), shapes=BATCHES * objects, points=points)
-            data = str(Path(folder) / "pairs.h5")
-            pack(source, data, chosen=list(range(len(source.ids))), name="stand-in")
-        else:
-            data = str(Path(args.data_root).absolute())
-
-        def measured(what: str, size: int, share: float) -> dict[str, Any]:
-            own = ["--measure", what, "--seconds", str(share * args.seconds), "--data_root", data]
-            own += ["--threads", str(args.threads)] if args.threads else []
-            sized = [*training, "--batch_size", str(size), *(["--eval_every", "0"] if assumes_sets else [])]
-            return in_fresh_process("benchmarks.estimate", [*own, *sized])
-
-        full = measured("all", batch, 1.0)
-        half = measured("steps", batch // 2, 0.1) if batch >= 4 else None
+    points = run_.num_points or RELEASED_POINTS
+    words = [*training, *(["--eval_every", "0"] if assumes_sets else []), "--batch_size"]
+    with pairs_to_read(args.data_root, points=points, objects=objects) as data:
+        full = measured(args, [*words, str(batch)], data, seconds=args.seconds)
+        half = None
+        if batch >= 4:
+            half = measured(args, [*words, str(batch // 2)], data, what="steps", seconds=0.1 * args.seconds)
         if assumes_sets:
             full["probe_sets"] = [MODELNET40]
         result = predict(args, full, half, run_)

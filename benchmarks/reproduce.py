@@ -218,6 +218,14 @@ class Runner:
         """Return the folder of a training run's checkpoints."""
         return self.work / name / f"seed_{seed}"
 
+    def share_done(self, name: str, seed: int) -> float:
+        """Return the share of a training run's epochs that are done and saved."""
+        folder = self.run_folder(name, seed)
+        if not all((folder / file).exists() for file in ("last.pth", "config.json", "metrics.jsonl")):
+            return 0.0
+        epochs = json.loads((folder / "config.json").read_text(encoding="utf-8"))["arguments"]["epochs"]
+        return min(1.0, len((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) / epochs)
+
     def training_command(self, name: str, script: str, flags: Mapping[str, Any], seed: int) -> list[str]:
         """Return the command line of a training run, which resumes an earlier one."""
         folder = self.run_folder(name, seed)
@@ -295,14 +303,17 @@ class Runner:
         log = self.work / row.name / f"seed_{seed}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         about = provenance()  # before the run: the commit may change meanwhile
+        minutes = []
         with log.open("a", encoding="utf-8") as output:
             for command in [*(command for path, command in making.items() if not path.exists()), *commands]:
                 print(f"{row.name}, seed {seed}: {shlex.join(command)}", flush=True)
+                begun = time.time()
                 done = subprocess.run(
                     [sys.executable, *command[1:]], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, check=False
                 )
                 if done.returncode:
                     raise UserError(f"{shlex.join(command)} ended with exit code {done.returncode}; see {log}")
+                minutes.append(round((time.time() - begun) / 60, 2))
         scores = json.loads((self.work / row.name / f"seed_{seed}.json").read_text(encoding="utf-8"))
         trained = self.run_folder(row.name if row.script in TRAINING_SCRIPTS else row.pretraining or "", seed)
         checkpoint = trained / "last.pth"
@@ -312,6 +323,7 @@ class Runner:
             "flags": self.identity(row),
             "commands": [shlex.join(command) for command in (*making.values(), *commands)],
             "minutes": round((time.time() - start) / 60, 1),
+            "command_minutes": minutes,  # of those that ran: data that was there already was not made
             "date": time.strftime("%Y-%m-%d", time.gmtime(start)),
             **about,
             "checkpoint_sha256": sha256(checkpoint) if checkpoint.exists() else None,
@@ -431,12 +443,9 @@ def root_setting(text: str) -> tuple[str, str]:
     return name, folder
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Build the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.reproduce", description=__doc__, formatter_class=HelpFormatter
-    )
-    parser.add_argument("--plan", default=str(PLAN), metavar="FILE", help="the plan")
+def add_plan_arguments(parser: Any, *, plan: Path | None) -> None:
+    """Add the flags that choose rows of a plan and say where their data and records lie, to a parser or a group."""
+    parser.add_argument("--plan", default=plan and str(plan), metavar="FILE", help="the plan")
     parser.add_argument("--rows", nargs="+", default=[], metavar="NAME", help="only these rows; * is any text")
     parser.add_argument("--seeds", type=seed_number, nargs="+", metavar="S", help="only these seeds")
     parser.add_argument(
@@ -444,6 +453,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--work_dir", default="runs/reproduce", metavar="DIR", help="checkpoints and logs")
     parser.add_argument("--results", default="results", metavar="DIR", help="records, a folder a row and seed")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.reproduce", description=__doc__, formatter_class=HelpFormatter
+    )
+    add_plan_arguments(parser, plan=PLAN)
     parser.add_argument("--page", default="docs/results.md", metavar="FILE", help="the page that is written")
     parser.add_argument("--list", action="store_true", help="show the rows and what each lacks, then stop")
     parser.add_argument("--tables", action="store_true", help="only write the page from what is recorded")

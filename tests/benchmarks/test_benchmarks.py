@@ -14,8 +14,9 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import train_crossnet_con
-from benchmarks import dynamic_edgeconv, estimate, loader, losses, measure, neighbours, run_all, svm
+from benchmarks import dynamic_edgeconv, estimate, loader, losses, measure, neighbours, plan_hours, run_all, svm
 from benchmarks.reference.textbook_pairs import TextbookPairs, augment_cloud
+from benchmarks.reproduce import Plan, Runner
 from engine.grad_cache import backward_in_chunks
 from models import CrossNet, build_encoder
 from models.ops.batch_norm import SyncBatchNorm
@@ -230,6 +231,81 @@ def test_estimate_reads_the_data_named_and_knows_the_scripts_flags(tmp_path, her
         estimate.main(["--no_such_flag"])
     with pytest.raises(UserError, match="--shapes 3 do not fill one global batch of 4"):
         estimate.main(["--shapes", "3", "--seconds", "0.05", *SMALL])
+
+
+PLAN_OF_TWO = """
+title = "Results"
+[roots]
+pairs = "nowhere"
+here = "{here}"
+[pretraining.small]
+needs = ["pairs/ShapeNet"]
+flags = {{ data_root = "{{pairs}}", {small}, epochs = 3, val_fraction = 0.1 }}
+[tables.t]
+title = "t"
+note = "n"
+columns = {{ "all labels" = "test_accuracy_mean" }}
+[[rows]]
+name = "first"
+table = "t"
+label = "l"
+pretraining = "small"
+script = "downstream/classification/main.py"
+flags = {{ dataset = "modelnet10", num_points = 24, shots = [1], shot_draws = 2, model_path = "{{pretrained}}" }}
+[[rows]]
+name = "second"
+table = "t"
+label = "l"
+pretraining = "small"
+script = "downstream/classification/finetune.py"
+flags = {{ pretrain_path = "{{pretrained}}" }}
+"""
+
+
+def plan_of_two(folder, monkeypatch):
+    """Write a plan of two rows that share a pretraining; return the command line that prices two seeds."""
+    words = [word.removeprefix("--") for word in SMALL]
+    given = zip(words[::2], words[1::2], strict=True)
+    flags = ", ".join(f"{name} = {value if value.isdigit() else repr(value)}" for name, value in given)
+    (folder / "plan.toml").write_text(PLAN_OF_TWO.format(here=folder, small=flags))
+    monkeypatch.setitem(plan_hours.SIZES, "modelnet10", ({"train": 40, "test": 20}, 4))
+    paths = ["--plan", folder / "plan.toml", "--results", folder / "results", "--work_dir", folder / "work"]
+    return [*map(str, paths), "--seconds", "0.05", "--shapes", "100", "--seeds", "1", "2"]
+
+
+def test_a_plan_is_priced_by_row_and_a_shared_pretraining_counts_once(tmp_path, here, monkeypatch, capsys):
+    argv = plan_of_two(tmp_path, monkeypatch)
+    result = estimate.main([*argv, "--json", str(tmp_path / "out.json")])
+    assert json.loads((tmp_path / "out.json").read_text()) == json.loads(json.dumps(result))
+    first, second = result["rows"]["first"], result["rows"]["second"]
+    assert len(here) == 1 and first["missing_data"] == ["nowhere/ShapeNet"]
+    assert first["hours_of"]["pretraining"] > 0 and first["hours_of"]["scoring"] > 0
+    assert second["hours_of"] == {"pretraining": 0, "scoring": None}
+    assert result["hours"] == pytest.approx(sum(first["hours_of"].values())) and result["hours_here"] == 0
+    shown = capsys.readouterr().out
+    assert "not priced: scoring of second; " in shown and "not here" in shown
+
+
+def test_what_is_recorded_or_trained_costs_nothing_and_a_recorded_seed_prices_the_next(tmp_path, monkeypatch):
+    costs = {"step_seconds": 3600, "load_seconds": 0, "checkpoint_seconds": 0, "cloud_seconds": 0, "dims": 8}
+    monkeypatch.setattr(estimate, "measured", lambda *args, **named: costs)
+    argv = plan_of_two(tmp_path, monkeypatch)
+    runner = Runner(Plan.read(tmp_path / "plan.toml", {}), work=tmp_path, results=tmp_path, quick={})
+    folder = tmp_path / "results" / "second" / "seed_1"
+    folder.mkdir(parents=True)
+    record = {"flags": runner.identity(runner.plan.rows[1]), "command_minutes": [9, 30]}
+    (folder / "row.json").write_text(json.dumps(record))
+    trained = tmp_path / "work" / "small" / "seed_2"  # two of three epochs
+    trained.mkdir(parents=True)
+    (trained / "last.pth").touch()
+    (trained / "metrics.jsonl").write_text("{}\n" * 2)
+    (trained / "config.json").write_text(json.dumps({"arguments": {"epochs": 3}}))
+    rows = estimate.main(argv)["rows"]
+    assert rows["second"]["seeds"] == [2] and rows["second"]["hours_of"] == {"pretraining": 0, "scoring": 0.5}
+    # 90 of 100 pairs train, 22 batches of four.
+    assert rows["first"]["hours_of"]["pretraining"] == pytest.approx(3 * 22 + 22)
+    with pytest.raises(SystemExit):
+        estimate.main([*argv, "--amp", "bf16"])
 
 
 def test_a_check_in_one_process_trains_here(here):
