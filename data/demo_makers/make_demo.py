@@ -19,7 +19,6 @@ Example:
 
 from __future__ import annotations
 
-import argparse
 import io
 import math
 import os
@@ -54,8 +53,6 @@ PACK_NAME = "shapenet_render.h5"
 PACK_SOURCE = "Sweet Home 3D furniture libraries 1.8"
 CATALOGUE = "PluginFurnitureCatalog.properties"
 MAX_FILE_BYTES = 4_000_000
-# Settings of the committed set; they are the defaults of the flags with these names.
-CONTENT = {"points": 1024, "views": 2, "size": 96, "colours": 64, "test_fraction": 0.35}
 
 # Coordinates in [-1, 1] as 13-bit whole numbers: the rounding (1.2e-4) is far below the jitter of the augmentation
 # (0.01), and the three spare bits compress away.
@@ -165,6 +162,44 @@ CLASSES: dict[str, tuple[set[str], set[str]]] = {
     ),
 }
 EXTRA_MEMBERS = {"scopia-ficus": "plant", "blendswap-cc-by-luckybamboo": "plant"}
+
+
+@dataclass(kw_only=True)
+class Content(cli.Settings):
+    """Settings of the set; the defaults are those of the committed one."""
+
+    points: int = cli.flag(1024, group="content", type=cli.positive_int, metavar="N", help="points per cloud")
+    views: int = cli.flag(2, type=cli.positive_int, metavar="V", help="pictures per model")
+    size: int = cli.flag(96, type=cli.positive_int, metavar="PX", help="side of a picture in pixels")
+    colours: int = cli.flag(64, type=cli.positive_int, metavar="C", help="palette of a picture, at most 256")
+    test_fraction: float = cli.flag(0.35, type=cli.share, metavar="F", help="part of each class that is for testing")
+
+
+@dataclass(kw_only=True)
+class DemoSettings(Content):
+    """Settings of this script.
+
+    Raises:
+        UserError: the palette is too small or too large.
+    """
+
+    source: Path = cli.flag(
+        group="files",
+        required=True,
+        type=Path,
+        metavar="DIR_OR_FILE",
+        help="folder with the furniture libraries (.sh3f, .zip, .jar), or one of them; from Debian: "
+        "/usr/share/sweethome3d/furniture",
+    )
+    out: Path = cli.flag(Path("data/demo"), type=Path, metavar="DIR", help="folder to write; replaces a set there")
+    seed: int = cli.flag(1, group="run", type=int, metavar="S", help="seed of points, views and split")
+    workers: int = cli.flag(
+        os.cpu_count() or 1, type=cli.positive_int, metavar="W", help="processes; does not change the result"
+    )
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.colours <= 256:
+            raise UserError(f"--colours {self.colours}: a palette has 2 to 256 colours")
 
 
 @dataclass(frozen=True)
@@ -746,60 +781,6 @@ def check_sizes(out: Path) -> int:
     return sum(files.values())
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
-    files = parser.add_argument_group("files")
-    files.add_argument(
-        "--source",
-        required=True,
-        type=Path,
-        metavar="DIR_OR_FILE",
-        help="folder with the furniture libraries (.sh3f, .zip, .jar), or one of them; from Debian: "
-        "/usr/share/sweethome3d/furniture",
-    )
-    files.add_argument(
-        "--out", type=Path, default=Path("data/demo"), metavar="DIR", help="folder to write; replaces a set there"
-    )
-    content = parser.add_argument_group("content")
-    content.add_argument(
-        "--points", type=cli.positive_int, default=CONTENT["points"], metavar="N", help="points per cloud"
-    )
-    content.add_argument(
-        "--views", type=cli.positive_int, default=CONTENT["views"], metavar="V", help="pictures per model"
-    )
-    content.add_argument(
-        "--size", type=cli.positive_int, default=CONTENT["size"], metavar="PX", help="side of a picture in pixels"
-    )
-    content.add_argument(
-        "--colours",
-        type=cli.positive_int,
-        default=CONTENT["colours"],
-        metavar="C",
-        help="palette of a picture, at most 256",
-    )
-    content.add_argument(
-        "--test_fraction",
-        type=cli.share,
-        default=CONTENT["test_fraction"],
-        metavar="F",
-        help="part of each class that is for testing",
-    )
-    run = parser.add_argument_group("run")
-    run.add_argument("--seed", type=int, default=1, metavar="S", help="seed of points, views and split")
-    run.add_argument(
-        "--workers",
-        type=cli.positive_int,
-        default=os.cpu_count() or 1,
-        metavar="W",
-        help="processes; does not change the result",
-    )
-    args = parser.parse_args(argv)
-    if not 2 <= args.colours <= 256:
-        parser.error(f"--colours {args.colours}: a palette has 2 to 256 colours")
-    return args
-
-
 def prepare(out: Path) -> None:
     """Create the folder, and check that everything is available before the long part starts.
 
@@ -827,7 +808,7 @@ def prepare(out: Path) -> None:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Build the set; return its counts."""
-    args = parse_args(argv)
+    args = DemoSettings.from_flags(DemoSettings.parser(__doc__).parse_args(argv))
     models = [model for library in find_libraries(args.source) for model in read_catalogue(library)]
     # Sorted as every source of pairs is.
     models.sort(key=lambda model: model.id)
@@ -852,7 +833,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     write_attribution(args.out, models)
     script = "data/demo_makers/make_demo.py"
     command = f"python {script} --source /usr/share/sweethome3d/furniture --out data/demo --seed {args.seed}"
-    changed = {name: getattr(args, name) for name, usual in CONTENT.items() if getattr(args, name) != usual}
+    changed = {name: getattr(args, name) for name, usual in vars(Content()).items() if getattr(args, name) != usual}
     command += "".join(f" --{name} {value}" for name, value in changed.items())
     write_readme(args.out, shapes, skipped, sizes, args.size, command)
     total = check_sizes(args.out)
