@@ -29,7 +29,7 @@ from data.rendering.meshes import MESH_SUFFIXES
 from data.rendering.shape import check_mesh
 from data.shape_files import ShapeFile
 from datasets.own_clouds import LABELED_FOLDER
-from utils.cli import Settings
+from utils.cli import Settings, flag, non_negative_int, positive_int, seed_number
 from utils.cloud_files import CLOUD_SUFFIXES, read_cloud_file
 from utils.errors import DataError, UserError
 from utils.files import replacing, writing
@@ -50,13 +50,13 @@ _Z_UP = np.array([[1, 0, 0], [0, 0, 1], [0, -1, 0]], float)  # (x, y, z) -> (x, 
 class PairSettings(Settings):
     """Everything that determines a pair, besides its file."""
 
-    num_points: int = 2048
-    views: int = 12
-    image_size: int = 224
+    num_points: int = flag(2048, group="content", type=positive_int, metavar="N", help="points of each cloud")
+    views: int = flag(12, type=non_negative_int, metavar="V", help="pictures per shape; 0: only clouds")
+    image_size: int = flag(224, type=positive_int, metavar="PX", help="side of a picture in pixels")
     samples: int = 9
-    up: str = "y"
-    remove_interior: bool = False
-    seed: int = 1
+    up: str = flag("y", choices=("y", "z"), help="axis of the files that points up")
+    remove_interior: bool = flag(False, help="draw no points on surfaces that are invisible from outside")
+    seed: int = flag(1, type=seed_number, metavar="S", help="seed of points and views")
 
 
 @dataclass(frozen=True)

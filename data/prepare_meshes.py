@@ -34,7 +34,7 @@ from data.pair_folder import PairFolder, PairPaths, PairSettings, make_pair, rea
 from data.rendering.renderer import Renderer, create_context
 from data.shape_files import ShapeFile, find_shapes, split_shapes
 from datasets.own_clouds import LABELED_FOLDER
-from utils.cli import HelpFormatter, non_negative_int, positive_int, run, seed_number, share, write_json
+from utils.cli import positive_int, run, share, write_json
 from utils.errors import DataError, UserError
 from utils.files import writing
 from utils.progress import progress
@@ -131,51 +131,27 @@ def make_pairs(folder: PairFolder, shapes: Sequence[ShapeFile], *, workers: int)
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line."""
-    usual = PairSettings()
-    parser = argparse.ArgumentParser(
-        prog="python -m data.prepare_meshes", description=__doc__, formatter_class=HelpFormatter
-    )
-    files = parser.add_argument_group("files")
-    files.add_argument("--meshes", required=True, metavar="DIR", help="folder with meshes or clouds, one per category")
-    files.add_argument("--out", required=True, metavar="DIR", help="data root to write")
-    files.add_argument(
+    parser = PairSettings.parser(__doc__, prog="python -m data.prepare_meshes")
+    parser.add_argument("--meshes", required=True, metavar="DIR", help="folder with meshes or clouds, one per category")
+    parser.add_argument("--out", required=True, metavar="DIR", help="data root to write")
+    parser.add_argument(
         "--labels",
         nargs="+",
         default=[],
         metavar="FILE",
         help="categories: lines 'name category [train|test]', or the Princeton Shape Benchmark's .cla files",
     )
-    files.add_argument("--overwrite", action="store_true", help="remake existing pairs")
-    files.add_argument("--json", metavar="FILE", help="also write the counts to FILE as one JSON object")
-    content = parser.add_argument_group("content")
-    content.add_argument(
-        "--num_points", type=positive_int, default=usual.num_points, metavar="N", help="points of each cloud"
-    )
-    content.add_argument(
-        "--views", type=non_negative_int, default=usual.views, metavar="V", help="pictures per shape; 0: only clouds"
-    )
-    content.add_argument(
-        "--image_size", type=positive_int, default=usual.image_size, metavar="PX", help="side of a picture in pixels"
-    )
-    content.add_argument("--up", choices=("y", "z"), default=usual.up, help="axis of the files that points up")
-    content.add_argument(
-        "--remove_interior", action="store_true", help="draw no points on surfaces that are invisible from outside"
-    )
-    content.add_argument(
+    parser.add_argument(
         "--test_fraction",
         type=share,
         default=0.2,
         metavar="F",
         help="fraction of each category for testing, if neither folders nor labels give a split",
     )
-    content.add_argument("--seed", type=seed_number, default=usual.seed, metavar="S", help="seed of points and views")
-    content.add_argument(
-        "--workers",
-        type=positive_int,
-        default=os.cpu_count() or 1,
-        metavar="W",
-        help="processes; does not change the result",
-    )
+    workers = {"type": positive_int, "default": os.cpu_count() or 1, "metavar": "W"}
+    parser.add_argument("--workers", **workers, help="processes; does not change the result")
+    parser.add_argument("--overwrite", action="store_true", help="remake existing pairs")
+    parser.add_argument("--json", metavar="FILE", help="also write the counts to FILE as one JSON object")
     return parser.parse_args(argv)
 
 
