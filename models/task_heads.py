@@ -7,12 +7,14 @@ and its head have the names of published files (``FineTuned.published_state_dict
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from models.base import PointEncoder, PointFeatures
 from models.dgcnn import DGCNNCls, DGCNNPartSeg, DGCNNSemSeg
@@ -36,13 +38,9 @@ def scores_of_points(cloud: Tensor, local: Tensor, conv: nn.Conv1d, *rest: Calla
         Scores (B, classes, N).
     """
     of_cloud, of_point = conv.weight.flatten(1).split([cloud.shape[1], local.shape[2]], dim=1)
+    # (B, N, C) @ (C, C_out) + (B, D) @ (D, C_out), the latter repeated at every point
     rows = F.linear(local, of_point) + F.linear(cloud, of_cloud, conv.bias)[:, None]  # (B, N, C_out)
-    return apply_to_rows(rows.flatten(0, 1), *rest).unflatten(0, local.shape[:2]).mT
-
-
-def with_category(features: PointFeatures, category: Tensor, count: int) -> Tensor:
-    """Append one-hot categories (B,) to the pooled features: (B, feature_dim + count)."""
-    return torch.cat([features.pooled, F.one_hot(category, count).to(features.pooled.dtype)], dim=1)
+    return apply_to_rows(rows.flatten(0, 1), *rest).unflatten(0, local.shape[:2]).mT  # (B, classes, N)
 
 
 class Head(nn.Module):
@@ -62,7 +60,35 @@ class Head(nn.Module):
         return {cls.counts: len(state[cls.last])}
 
 
-class DGCNNPartHead(Head):
+class PointHead(Head):
+    """Base class of the heads for points: layers over [pooled ; category, if any ; local].
+
+    Attributes:
+        num_categories: length of the one-hot vector, 0 without categories.
+
+    Shape:
+        features, and category (B,) if there are categories -> (B, scores, N)
+    """
+
+    num_categories: int = 0
+
+    def embed(self, one_hot: Tensor) -> Tensor:
+        """Map one-hot categories (B, num_categories) to what the layers take."""
+        return one_hot
+
+    def layers(self) -> Sequence[Any]:
+        """Return the layers in their order; the first one is a 1x1 convolution."""
+        raise NotImplementedError
+
+    def forward(self, features: PointFeatures, *category: Tensor) -> Tensor:
+        """Return scores (B, scores, N), given the category (B,) if there are categories."""
+        pooled, local = features  # (B, feature_dim), (B, N, local_dim)
+        one_hot = [F.one_hot(each, self.num_categories).to(pooled.dtype) for each in category]
+        cloud = torch.cat([pooled, *map(self.embed, one_hot)], dim=1)  # (B, D)
+        return scores_of_points(cloud, local, *self.layers())
+
+
+class DGCNNPartHead(PointHead):
     """Part head of DGCNN: 64 channels for the one-hot category, then pointwise 256, 256, 128, parts.
 
     Args:
@@ -70,9 +96,6 @@ class DGCNNPartHead(Head):
         num_categories: length of the one-hot vector.
         num_parts: number of parts over all categories.
         dropout: probability after conv8 and after conv9.
-
-    Shape:
-        features and category (B,) -> (B, num_parts, N)
     """
 
     counts, last = "num_parts", "conv11.weight"
@@ -87,14 +110,13 @@ class DGCNNPartHead(Head):
         self.conv11 = nn.Conv1d(128, num_parts, kernel_size=1, bias=False)
         self.dropout8, self.dropout9 = nn.Dropout(dropout), nn.Dropout(dropout)
 
-    def forward(self, features: PointFeatures, category: Tensor) -> Tensor:
-        """Return scores (B, num_parts, N), given the category (B,)."""
-        one_hot = F.one_hot(category, self.num_categories).to(features.pooled.dtype)
-        cloud = torch.cat([features.pooled, apply_to_rows(one_hot, *self.conv7)], dim=1)
-        return scores_of_points(
-            *(cloud, features.local),
-            *(*self.conv8, self.dropout8, *self.conv9, self.dropout9, *self.conv10, self.conv11),
-        )
+    def embed(self, one_hot: Tensor) -> Tensor:
+        """Map one-hot categories (B, num_categories) to (B, 64)."""
+        return apply_to_rows(one_hot, *self.conv7)
+
+    def layers(self) -> Sequence[Any]:
+        """Return the layers in their order."""
+        return *self.conv8, self.dropout8, *self.conv9, self.dropout9, *self.conv10, self.conv11
 
     @classmethod
     def sizes(cls, state: Mapping[str, Tensor], encoder: PointEncoder) -> dict[str, int]:
@@ -102,17 +124,14 @@ class DGCNNPartHead(Head):
         return {"num_categories": state["conv7.0.weight"].shape[1], **super().sizes(state, encoder)}
 
 
-class PointNetPartHead(Head):
-    """Part head of PointNet over [pooled, one-hot category, local]: pointwise 256, 256, 128, parts.
+class PointNetPartHead(PointHead):
+    """Part head of PointNet: pointwise 256, 256, 128, parts.
 
     Args:
         encoder: determines the input widths.
         num_categories: length of the one-hot vector.
         num_parts: number of parts over all categories.
         dropout: unused, since the published layout has none; accepted for a common signature.
-
-    Shape:
-        features and category (B,) -> (B, num_parts, N)
     """
 
     counts, last = "num_parts", "convs4.weight"
@@ -126,12 +145,10 @@ class PointNetPartHead(Head):
         self.convs4 = nn.Conv1d(128, num_parts, kernel_size=1)
         self.bns1, self.bns2, self.bns3 = nn.BatchNorm1d(256), nn.BatchNorm1d(256), nn.BatchNorm1d(128)
 
-    def forward(self, features: PointFeatures, category: Tensor) -> Tensor:
-        """Return scores (B, num_parts, N), given the category (B,)."""
-        return scores_of_points(
-            *(with_category(features, category, self.num_categories), features.local, self.convs1, self.bns1, F.relu),
-            *(self.convs2, self.bns2, F.relu, self.convs3, self.bns3, F.relu, self.convs4),
-        )
+    def layers(self) -> Sequence[Any]:
+        """Return the layers in their order."""
+        hidden = (self.convs1, self.bns1), (self.convs2, self.bns2), (self.convs3, self.bns3)
+        return *(layer for conv, norm in hidden for layer in (conv, norm, F.relu)), self.convs4
 
     @classmethod
     def sizes(cls, state: Mapping[str, Tensor], encoder: PointEncoder) -> dict[str, int]:
@@ -140,16 +157,13 @@ class PointNetPartHead(Head):
         return {"num_categories": categories, **super().sizes(state, encoder)}
 
 
-class DGCNNSemanticHead(Head):
+class DGCNNSemanticHead(PointHead):
     """Semantic head of DGCNN: pointwise 512, 256, classes.
 
     Args:
         encoder: determines the input widths.
         num_classes: number of classes.
         dropout: probability before the last layer.
-
-    Shape:
-        features -> (B, num_classes, N)
     """
 
     last = "conv9.weight"
@@ -161,111 +175,89 @@ class DGCNNSemanticHead(Head):
         self.conv9 = nn.Conv1d(256, num_classes, kernel_size=1, bias=False)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, features: PointFeatures) -> Tensor:
-        """Return scores (B, num_classes, N)."""
-        return scores_of_points(*features, *self.conv7, *self.conv8, self.dropout, self.conv9)
+    def layers(self) -> Sequence[Any]:
+        """Return the layers in their order."""
+        return *self.conv7, *self.conv8, self.dropout, self.conv9
 
 
-class DGCNNClassHead(Head):
-    """Classifier of DGCNN: linear 512, 256, classes, with dropout after each hidden layer.
-
-    Args:
-        encoder: determines the input width.
-        num_classes: number of classes.
-        dropout: probability.
-
-    Shape:
-        features -> (B, num_classes)
-    """
-
-    last = "linear3.weight"
-
-    def __init__(self, encoder: PointEncoder, *, num_classes: int, dropout: float = 0.5) -> None:
-        super().__init__()
-        self.linear1 = nn.Linear(encoder.feature_dim, 512, bias=False)
-        self.bn6 = nn.BatchNorm1d(512)
-        self.linear2 = nn.Linear(512, 256)
-        self.bn7 = nn.BatchNorm1d(256)
-        self.linear3 = nn.Linear(256, num_classes)
-        self.dropout1, self.dropout2 = nn.Dropout(dropout), nn.Dropout(dropout)
-
-    def forward(self, features: PointFeatures) -> Tensor:
-        """Return scores (B, num_classes)."""
-        x = self.dropout1(F.leaky_relu(self.bn6(self.linear1(features.pooled)), LEAKY_SLOPE))
-        x = self.dropout2(F.leaky_relu(self.bn7(self.linear2(x)), LEAKY_SLOPE))
-        return self.linear3(x)
-
-
-class PointNetClassHead(Head):
-    """Classifier of PointNet: linear 512, dropout, classes.
-
-    Args:
-        encoder: determines the input width.
-        num_classes: number of classes.
-        dropout: probability.
-
-    Shape:
-        features -> (B, num_classes)
-    """
-
-    last = "linear2.weight"
-
-    def __init__(self, encoder: PointEncoder, *, num_classes: int, dropout: float = 0.5) -> None:
-        super().__init__()
-        self.linear1 = nn.Linear(encoder.feature_dim, 512, bias=False)
-        self.bn6 = nn.BatchNorm1d(512)
-        self.linear2 = nn.Linear(512, num_classes)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, features: PointFeatures) -> Tensor:
-        """Return scores (B, num_classes)."""
-        return self.linear2(self.dropout(F.relu(self.bn6(self.linear1(features.pooled)))))
-
-
-class LinearPartHead(Head):
-    """Linear probe for parts: one 1x1 convolution over [pooled, one-hot category, local], with bias.
+class LinearSemanticHead(PointHead):
+    """Linear probe for points: one 1x1 convolution with bias.
 
     Args:
         encoder: determines the input widths.
+        num_classes: number of classes.
         num_categories: length of the one-hot vector.
-        num_parts: number of parts over all categories.
-
-    Shape:
-        features and category (B,) -> (B, num_parts, N)
     """
 
-    def __init__(self, encoder: PointEncoder, *, num_categories: int, num_parts: int) -> None:
+    def __init__(self, encoder: PointEncoder, *, num_classes: int, num_categories: int = 0) -> None:
         super().__init__()
         self.num_categories = num_categories
-        self.linear = nn.Conv1d(encoder.feature_dim + num_categories + encoder.local_dim, num_parts, kernel_size=1)
+        self.linear = nn.Conv1d(encoder.feature_dim + num_categories + encoder.local_dim, num_classes, kernel_size=1)
 
-    def forward(self, features: PointFeatures, category: Tensor) -> Tensor:
-        """Return scores (B, num_parts, N), given the category (B,)."""
-        return scores_of_points(with_category(features, category, self.num_categories), features.local, self.linear)
+    def layers(self) -> Sequence[Any]:
+        """Return the only layer."""
+        return (self.linear,)
 
 
-class LinearSemanticHead(Head):
-    """Linear probe for classes of points: one 1x1 convolution over [pooled, local], with bias.
+class LinearPartHead(LinearSemanticHead):
+    """Linear probe for parts; arguments ``num_categories`` and ``num_parts``."""
+
+    def __init__(self, encoder: PointEncoder, *, num_categories: int, num_parts: int) -> None:
+        super().__init__(encoder, num_classes=num_parts, num_categories=num_categories)
+
+
+class ClassHead(Head):
+    """Base class of the classifiers: linear layers; batch norm, activation and dropout after each hidden one.
 
     Args:
-        encoder: determines the input widths.
+        encoder: determines the input width.
         num_classes: number of classes.
+        dropout: probability.
+
+    Attributes:
+        hidden: widths of the hidden layers.
+        activation: applied after batch norm.
 
     Shape:
-        features -> (B, num_classes, N)
+        features -> (B, num_classes)
     """
 
-    def __init__(self, encoder: PointEncoder, *, num_classes: int) -> None:
+    hidden: ClassVar[tuple[int, ...]]
+    activation: Callable[[Tensor], Tensor]
+
+    def __init__(self, encoder: PointEncoder, *, num_classes: int, dropout: float = 0.5) -> None:
         super().__init__()
-        self.linear = nn.Conv1d(encoder.feature_dim + encoder.local_dim, num_classes, kernel_size=1)
+        widths = (encoder.feature_dim, *self.hidden, num_classes)
+        for i in range(len(self.hidden)):  # published names: linear1, bn6, linear2, bn7, linear3
+            setattr(self, f"linear{i + 1}", nn.Linear(widths[i], widths[i + 1], bias=i > 0))
+            setattr(self, f"bn{i + 6}", nn.BatchNorm1d(widths[i + 1]))
+            setattr(self, f"dropout{i + 1}", nn.Dropout(dropout))
+        setattr(self, f"linear{len(self.hidden) + 1}", nn.Linear(*widths[-2:]))
 
     def forward(self, features: PointFeatures) -> Tensor:
-        """Return scores (B, num_classes, N)."""
-        return scores_of_points(*features, self.linear)
+        """Return scores (B, num_classes)."""
+        x = features.pooled  # (B, feature_dim)
+        for layer in self.children():
+            x = self.activation(layer(x)) if isinstance(layer, _BatchNorm) else layer(x)
+        return x
+
+
+class DGCNNClassHead(ClassHead):
+    """Classifier of DGCNN: linear 512, 256, classes."""
+
+    hidden, last = (512, 256), "linear3.weight"
+    activation = staticmethod(partial(F.leaky_relu, negative_slope=LEAKY_SLOPE))
+
+
+class PointNetClassHead(ClassHead):
+    """Classifier of PointNet: linear 512, classes."""
+
+    hidden, last = (512,), "linear2.weight"
+    activation = staticmethod(F.relu)
 
 
 class LinearClassHead(Head):
-    """Linear probe for classes of clouds: one linear layer over the pooled features, with bias.
+    """Linear probe for clouds: one linear layer with bias over the pooled features.
 
     Args:
         encoder: determines the input width.
