@@ -234,7 +234,7 @@ class PretrainConfig(RunConfig):
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line of this script; docs/fidelity.md lists defaults that differ from the release."""
-    parser = PretrainConfig.parser(__doc__)
+    parser = PretrainConfig.parser()
     add_released_flags(parser, IN_PRETRAINING, datasets=("shapenet", "shapenetrender"))
     return parser
 

@@ -530,11 +530,5 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     return state
 
 
-def _script() -> None:
-    state = main()
-    if any(entry.get("agrees") is False for entry in state.values()):
-        raise SystemExit(1)
-
-
 if __name__ == "__main__":
-    run(_script)
+    run(main, failed=lambda state: any(row.get("agrees") is False for row in state.values()))

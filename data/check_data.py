@@ -696,10 +696,5 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     return report
 
 
-def _script() -> None:
-    if main()["broken"]:
-        sys.exit(1)
-
-
 if __name__ == "__main__":
-    run(_script)
+    run(main, failed=lambda report: report["broken"])

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from utils.errors import DataError, UserError, malformed
+from utils.files import read_lines
 
 CHECK_COMMAND = "python -m data.check_data"
 CHECK_IT = f"Check it: {CHECK_COMMAND}"
@@ -272,6 +273,21 @@ def read_hdf5_clouds(
     return CloudArrays(points, labels, tuple(class_names), tuple(files), layout, files[0].parent)
 
 
+def read_class_names(folder: Path) -> list[str] | None:
+    """Read class names from ``shape_names.txt``; return None if there are none.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    path = folder / "shape_names.txt"
+    try:
+        return read_lines(path) or None
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as a list of class names ({error})") from error
+
+
 class LabeledClouds(Dataset):
     """Labeled clouds of one split, held in memory.
 
@@ -325,3 +341,33 @@ class LabeledClouds(Dataset):
         classes = len(np.unique(self.labels))
         size = self.points.shape[1]
         return f"{type(self).__name__}({self.split}: {len(self)} clouds of {size} points, {classes} classes)"
+
+
+class ReadClouds(LabeledClouds):
+    """Labeled clouds that a subclass reads from its layouts, in ``_read``."""
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        *,
+        num_points: int | None = None,
+        transform: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """Read one split.
+
+        Args:
+            root: the set's folder; of published sets also its parent.
+            split: ``"train"`` or ``"test"``.
+            num_points: points of a cloud. HDF5: the first rows; None keeps all. Files of one cloud each, and meshes:
+                points drawn or taken from each, repeated if it has fewer; None means 2,048.
+            transform: applied to each (N, 3) cloud on access.
+
+        Raises:
+            DataError: there are no such files, or one cannot be read.
+            UserError: ``num_points`` is larger than the clouds of HDF5 files.
+        """
+        super().__init__(self._read(Path(root), check_split(split), num_points), split, transform=transform)
+
+    def _read(self, root: Path, split: str, num_points: int | None) -> CloudArrays:
+        raise NotImplementedError

@@ -16,16 +16,15 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from io import StringIO
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from torch import Tensor
 
-from datasets.hdf5 import CHECK_COMMAND, SPLITS, CloudArrays, LabeledClouds, check_split, read_hdf5_clouds
+from datasets.hdf5 import CHECK_COMMAND, SPLITS, CloudArrays, ReadClouds, read_class_names, read_hdf5_clouds
 from datasets.own_clouds import class_folder_clouds, find_class_folders
 from datasets.shape_reader import DEFAULT_POINTS, read_shape, read_shapes, to_unit_sphere
 from utils.errors import DataError, UserError
@@ -100,57 +99,14 @@ def listed_files(
     return [folder / name for name in names]
 
 
-def _read_names(folder: Path) -> list[str] | None:
-    """Read class names from ``shape_names.txt``; return None if it does not exist."""
-    path = folder / "shape_names.txt"
-    try:
-        return read_lines(path) or None
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as a list of class names ({error})") from error
-
-
 def find_modelnet_itself(root: str | Path) -> Layout | None:
     """Find ModelNet40 like :func:`find_modelnet`, but no user's HDF5 files of other classes in its layout."""
     layout = find_modelnet(root)
     if layout is not None and layout.name == RELEASED and layout.folder.name != MODELNET_FOLDER:
         with contextlib.suppress(DataError):  # opening the set reports an unreadable list
-            names = _read_names(layout.folder)
+            names = read_class_names(layout.folder)
             return None if names and len(names) != len(MODELNET40_CLASSES) else layout
     return layout
-
-
-class _Set(LabeledClouds):
-    """A set with known classes; subclasses implement ``_read``."""
-
-    get: str
-
-    def __init__(
-        self,
-        root: str | Path,
-        split: str,
-        *,
-        num_points: int | None = None,
-        transform: Callable[[Tensor], Tensor] | None = None,
-    ) -> None:
-        """Read one split.
-
-        Args:
-            root: the set's folder or its parent.
-            split: ``"train"`` or ``"test"``.
-            num_points: keep the first points of every stored cloud. None keeps all, or 2,048 from text files and
-                meshes.
-            transform: applied to each (N, 3) cloud on access.
-
-        Raises:
-            DataError: a file is missing or not as expected.
-            UserError: ``num_points`` is larger than the clouds.
-        """
-        super().__init__(self._read(Path(root), check_split(split), num_points), split, transform=transform)
-
-    def _read(self, root: Path, split: str, num_points: int | None) -> CloudArrays:
-        raise NotImplementedError
 
 
 # --- the layouts of ModelNet ---
@@ -274,7 +230,7 @@ def _read_hdf5(layout: Layout, split: str, num_points: int | None, classes: Sequ
     folder = layout.folder
     prefix = "ply_data_" if layout.name == RELEASED else "*"
     files = listed_files(folder, split, get=MODELNET_GET, prefix=prefix)
-    names = _read_names(folder)
+    names = read_class_names(folder)
     if names is not None and len(names) != len(classes):
         raise DataError(
             f"{folder} is not {what}: its shape_names.txt has {len(names)} classes instead of {len(classes)}",
@@ -283,7 +239,7 @@ def _read_hdf5(layout: Layout, split: str, num_points: int | None, classes: Sequ
     return read_hdf5_clouds(files, class_names=classes, num_points=num_points, get=MODELNET_GET, layout=layout.name)
 
 
-class ModelNet40(_Set):
+class ModelNet40(ReadClouds):
     """ModelNet40: 9,840 train and 2,468 test clouds of 2,048 points, 40 classes, unit sphere.
 
     The PointNet release lacks three of the 9,843 training models in the other layouts.
@@ -349,7 +305,7 @@ class ModelNet10(ModelNet40):
         )
 
 
-class DemoShapes(_Set):
+class DemoShapes(ReadClouds):
     """Labeled furniture clouds of the demo set; class names from ``shape_names.txt``."""
 
     get = DEMO_GET
@@ -360,4 +316,4 @@ class DemoShapes(_Set):
             expected = f"{root / DEMO_FOLDER}/ply_data_{split}*.h5 and {split}_files.txt"
             raise DataError(f"no {type(self).__name__} in {root}; expected {expected}", fix=f"Get it: {self.get}")
         files = listed_files(folder, split, get=self.get)
-        return read_hdf5_clouds(files, class_names=_read_names(folder), num_points=num_points, get=self.get)
+        return read_hdf5_clouds(files, class_names=read_class_names(folder), num_points=num_points, get=self.get)

@@ -7,17 +7,15 @@ Class folders are ``<root>/<split>/<class>/*`` or, like ModelNet's, ``<root>/<cl
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from torch import Tensor
 
-from datasets.hdf5 import CHECK_COMMAND, SPLITS, CloudArrays, LabeledClouds, check_split, read_hdf5_clouds
+from datasets.hdf5 import CHECK_COMMAND, SPLITS, CloudArrays, ReadClouds, read_class_names, read_hdf5_clouds
 from datasets.shape_reader import DEFAULT_POINTS, SHAPE_SUFFIXES, Reader, read_shape, read_shapes
 from utils.errors import DataError, UserError
-from utils.files import data_files, has_data_files, read_lines
+from utils.files import data_files, has_data_files
 
 FOLDER_LAYOUT = "<split>/<class>/<file>"
 LABELED_FOLDER = "labeled_hdf5"  # where data.prepare_meshes writes labeled clouds, beside the pairs
@@ -124,50 +122,24 @@ def own_hdf5_files(root: str | Path) -> dict[str, list[Path]] | None:
     return found if all(found.values()) else None
 
 
-class OwnClouds(LabeledClouds):
+class OwnClouds(ReadClouds):
     """Labeled clouds of any classes.
+
+    In their folder are class folders, or HDF5 files ``*train*.h5`` and ``*test*.h5`` with ``data`` and ``label``, and
+    class names in ``shape_names.txt``.
 
     Shape:
         each item: points (N, 3) float32, label int
     """
 
-    def __init__(
-        self,
-        root: str | Path,
-        split: str,
-        *,
-        num_points: int | None = None,
-        transform: Callable[[Tensor], Tensor] | None = None,
-    ) -> None:
-        """Read one split.
-
-        Args:
-            root: folder with class folders, or with HDF5 files ``*train*.h5`` and ``*test*.h5`` of ``data`` and
-                ``label`` and class names in ``shape_names.txt``.
-            split: ``"train"`` or ``"test"``.
-            num_points: points of a cloud. Class folders: drawn from each file, repeating points if it has fewer; None
-                means 2,048. HDF5: the first rows; None keeps all.
-            transform: applied to each (N, 3) cloud on access.
-
-        Raises:
-            DataError: there are no such files, or one cannot be read.
-            UserError: ``num_points`` is larger than the clouds of HDF5 files.
-        """
-        check_split(split)
-        root = Path(root)
+    def _read(self, root: Path, split: str, num_points: int | None) -> CloudArrays:
         if found := find_class_folders(root):
-            arrays = class_folder_clouds(found, split, num_points=num_points)
-        elif files := own_hdf5_files(root):
-            names = root / "shape_names.txt"
-            try:
-                class_names = read_lines(names) if names.is_file() else None
-            except (OSError, ValueError) as error:
-                raise DataError(f"{names} cannot be read as a list of class names ({error})") from error
-            get = f"see docs/datasets.md, or {CHECK_COMMAND} --data_root {root}"
-            arrays = read_hdf5_clouds(files[split], class_names=class_names, num_points=num_points, get=get)
-        else:
+            return class_folder_clouds(found, split, num_points=num_points)
+        files = own_hdf5_files(root)
+        if files is None:
             raise DataError(f"no labeled clouds in {root}; {_expected(root)}")
-        super().__init__(arrays, split, transform=transform)
+        get = f"see docs/datasets.md, or {CHECK_COMMAND} --data_root {root}"
+        return read_hdf5_clouds(files[split], class_names=read_class_names(root), num_points=num_points, get=get)
 
 
 def _expected(root: Path) -> str:

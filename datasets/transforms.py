@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BACKGROUNDS = {"black": (0, 0, 0), "white": (255, 255, 255), "gray": (127, 127, 127), "released": None}
 
 
+@dataclass(frozen=True)
 class RandomSubset:
     """Keep ``num_points`` random points; return a cloud of that size unchanged.
 
@@ -31,8 +33,7 @@ class RandomSubset:
         ValueError: the clouds have fewer points.
     """
 
-    def __init__(self, num_points: int) -> None:
-        self.num_points = num_points
+    num_points: int
 
     def __call__(self, points: Tensor, streams: SampleStreams, counts: Tensor | None = None) -> Tensor:
         """(B, N, 3) -> (B, num_points, 3).
@@ -54,10 +55,8 @@ class RandomSubset:
         chosen = order.topk(self.num_points, dim=1).indices  # (B, num_points)
         return points.gather(1, chosen[:, :, None].expand(-1, -1, points.shape[2]))
 
-    def __repr__(self) -> str:
-        return f"RandomSubset({self.num_points})"
 
-
+@dataclass(frozen=True)
 class NormalizeToUnitSphere:
     """Center each cloud on its mean and scale its farthest point to distance 1."""
 
@@ -67,52 +66,43 @@ class NormalizeToUnitSphere:
         radius = points.norm(dim=2).amax(1)[:, None, None]  # (B, 1, 1)
         return points / radius.clamp_min(torch.finfo(points.dtype).tiny)
 
-    def __repr__(self) -> str:
-        return "NormalizeToUnitSphere()"
 
-
+@dataclass(frozen=True)
 class RandomScale:
     """Scale all axes by one factor, uniform in [low, high)."""
 
-    def __init__(self, low: float = 0.5, high: float = 2.0) -> None:
-        self.low, self.high = low, high
+    low: float = 0.5
+    high: float = 2.0
 
     def __call__(self, points: Tensor, streams: SampleStreams) -> Tensor:
         """(B, N, 3) -> (B, N, 3)."""
         return points * streams.uniform(1, 1, low=self.low, high=self.high)
 
-    def __repr__(self) -> str:
-        return f"RandomScale({self.low}, {self.high})"
 
-
+@dataclass(frozen=True)
 class RandomScaleAxes:
     """Scale each axis by a separate factor, uniform in [low, high)."""
 
-    def __init__(self, low: float = 2 / 3, high: float = 3 / 2) -> None:
-        self.low, self.high = low, high
+    low: float = 2 / 3
+    high: float = 3 / 2
 
     def __call__(self, points: Tensor, streams: SampleStreams) -> Tensor:
         """(B, N, 3) -> (B, N, 3)."""
         return points * streams.uniform(1, 3, low=self.low, high=self.high)
 
-    def __repr__(self) -> str:
-        return f"RandomScaleAxes({self.low:.4g}, {self.high:.4g})"
 
-
+@dataclass(frozen=True)
 class RandomShift:
     """Shift along each axis by up to ``distance`` in either direction, regardless of the cloud's size."""
 
-    def __init__(self, distance: float = 0.2) -> None:
-        self.distance = distance
+    distance: float = 0.2
 
     def __call__(self, points: Tensor, streams: SampleStreams) -> Tensor:
         """(B, N, 3) -> (B, N, 3)."""
         return points + streams.uniform(1, 3, low=-self.distance, high=self.distance)
 
-    def __repr__(self) -> str:
-        return f"RandomShift({self.distance})"
 
-
+@dataclass(frozen=True)
 class RandomRotateY:
     """Rotate about the y axis (up) by an angle uniform in [0, 2 pi)."""
 
@@ -123,45 +113,37 @@ class RandomRotateY:
         x, y, z = points.unbind(2)  # each (B, N)
         return torch.stack([cos * x + sin * z, y, cos * z - sin * x], dim=2)
 
-    def __repr__(self) -> str:
-        return "RandomRotateY()"
 
-
+@dataclass(frozen=True)
 class RandomTranslate:
     """Shift along each axis by up to ``fraction`` of the cloud's extent in either direction."""
 
-    def __init__(self, fraction: float = 0.5) -> None:
-        self.fraction = fraction
+    fraction: float = 0.5
 
     def __call__(self, points: Tensor, streams: SampleStreams) -> Tensor:
         """(B, N, 3) -> (B, N, 3)."""
         extent = points.amax(1, keepdim=True) - points.amin(1, keepdim=True)  # (B, 1, 3)
         return points + extent * streams.uniform(1, 3, low=-self.fraction, high=self.fraction)
 
-    def __repr__(self) -> str:
-        return f"RandomTranslate({self.fraction})"
 
-
+@dataclass(frozen=True)
 class RandomJitter:
     """Add Gaussian noise, clipped at +-clip, to every coordinate."""
 
-    def __init__(self, std: float = 0.01, clip: float = 0.05) -> None:
-        self.std, self.clip = std, clip
+    std: float = 0.01
+    clip: float = 0.05
 
     def __call__(self, points: Tensor, streams: SampleStreams) -> Tensor:
         """(B, N, 3) -> (B, N, 3)."""
         noise = self.std * streams.normal(*points.shape[1:])  # (B, N, 3)
         return points + noise.clamp(-self.clip, self.clip)
 
-    def __repr__(self) -> str:
-        return f"RandomJitter(std={self.std}, clip={self.clip})"
 
-
+@dataclass(frozen=True)
 class RandomInputDropout:
     """Replace a ratio of the points, uniform in [0, max_ratio), by copies of point 0."""
 
-    def __init__(self, max_ratio: float = 0.875) -> None:
-        self.max_ratio = max_ratio
+    max_ratio: float = 0.875
 
     def __call__(self, points: Tensor, streams: SampleStreams) -> Tensor:
         """(B, N, 3) -> (B, N, 3)."""
@@ -169,10 +151,8 @@ class RandomInputDropout:
         dropped = streams.uniform(points.shape[1]) < ratio  # (B, N)
         return torch.where(dropped[:, :, None], points[:, :1], points)
 
-    def __repr__(self) -> str:
-        return f"RandomInputDropout({self.max_ratio})"
 
-
+@dataclass(frozen=True)
 class PointAugmentation:
     """Apply point transforms in sequence.
 
@@ -180,8 +160,7 @@ class PointAugmentation:
         transforms: applied in order.
     """
 
-    def __init__(self, transforms: Sequence[PointTransform]) -> None:
-        self.transforms = list(transforms)
+    transforms: Sequence[PointTransform]
 
     def __call__(self, points: Tensor, streams: SampleStreams, counts: Tensor | None = None) -> Tensor:
         """(B, N, 3) -> (B, M, 3); ``counts`` as for :class:`RandomSubset`."""
@@ -189,9 +168,6 @@ class PointAugmentation:
             known = {"counts": counts} if isinstance(transform, RandomSubset) else {}
             points = transform(points, streams, **known)
         return points
-
-    def __repr__(self) -> str:
-        return f"PointAugmentation({self.transforms})"
 
 
 # Random transforms of the views, in the released order; the names are those of --without.
@@ -223,6 +199,7 @@ def fine_tuning_augmentation() -> PointAugmentation:
     return PointAugmentation([RandomScaleAxes(), RandomShift()])
 
 
+@dataclass(frozen=True)
 class RenderPixels:
     """Convert a decoded rendering to pixels (H, W, 3) uint8; ``RenderAugmentation`` does the rest in batches.
 
@@ -232,8 +209,9 @@ class RenderPixels:
         background: a key of ``BACKGROUNDS``, for transparent pixels.
     """
 
-    def __init__(self, size: int = 224, *, background: str = "black") -> None:
-        self.size, self.background = size, background
+    size: int = 224
+    _: KW_ONLY
+    background: str = "black"
 
     def flatten(self, image: Image.Image) -> Image.Image:
         """Convert an image of any PNG mode to RGB on the chosen background."""
@@ -252,9 +230,6 @@ class RenderPixels:
         if image.width * image.height > self.size * self.size:
             image = image.resize((self.size, self.size), Image.Resampling.BILINEAR)
         return torch.from_numpy(np.array(image))
-
-    def __repr__(self) -> str:
-        return f"RenderPixels({self.size}, background={self.background!r})"
 
 
 def luminance(images: Tensor) -> Tensor:
@@ -330,6 +305,7 @@ def plain_images(pixels: Tensor, size: int) -> dict[str, Tensor]:
     }
 
 
+@dataclass(frozen=True)
 class RenderAugmentation:
     """Augment the pixels of a batch into color images (B, 3, S, S) and gray images (B, 1, S, S).
 
@@ -346,8 +322,11 @@ class RenderAugmentation:
     # Larger chunks fall out of the CPU's cache; a GPU processes the whole batch at once.
     CPU_CHUNK = 4
 
-    def __init__(self, size: int = 224, *, modality: str = "both", strength: float = 0.4, flip: float = 0.5) -> None:
-        self.size, self.modality, self.strength, self.flip = size, modality, strength, flip
+    size: int = 224
+    _: KW_ONLY
+    modality: str = "both"
+    strength: float = 0.4
+    flip: float = 0.5
 
     def __call__(self, pixels: Tensor, sizes: Tensor, streams: SampleStreams) -> dict[str, Tensor]:
         """Augment a batch, drawing the same random numbers for every modality.
@@ -391,10 +370,6 @@ class RenderAugmentation:
                     gray = resize_and_flip(luminance(images.float()).byte(), self.size, flips[rows, 1])
                     out["gray"][rows] = normalize_images(gray.float())
         return out
-
-    def __repr__(self) -> str:
-        settings = f"modality={self.modality!r}, strength={self.strength}, flip={self.flip}"
-        return f"RenderAugmentation({self.size}, {settings})"
 
 
 class PairAugmentation:

@@ -17,7 +17,6 @@ To continue a stopped demo, repeat the command: finished parts are kept.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -125,11 +124,6 @@ SEGMENTATION = {
         pictures={"items": 3, "test_area": 5},
     ),
 }
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Command line of this script."""
-    return DemoConfig.parser(__doc__, prog="python -m downstream.demo")
 
 
 def flags(**settings: Any) -> list[str]:
@@ -309,7 +303,7 @@ def summary(report: Mapping[str, Any]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the demo; return the content of report.json."""
-    config = DemoConfig.from_flags(build_parser().parse_args(argv))
+    config = DemoConfig.from_flags(DemoConfig.parser(prog="python -m downstream.demo").parse_args(argv))
     folder = Path(config.output_dir)
     check_writable(folder)
     settings = {name: value for name, value in asdict(config).items() if name not in ("resume", "overwrite", "keep")}

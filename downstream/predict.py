@@ -551,11 +551,5 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     return summary
 
 
-def command() -> None:
-    """Run ``main``; the exit code is 1 where files were skipped."""
-    if main()["skipped"]:
-        sys.exit(1)
-
-
 if __name__ == "__main__":
-    run(command)
+    run(main, failed=lambda result: result["skipped"])

@@ -19,7 +19,6 @@ Examples:
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -394,11 +393,6 @@ def thinned(points: np.ndarray) -> np.ndarray:
     return points[:: -(-len(points) // SHEET_POINTS)]
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Build the command line of this script."""
-    return SearchConfig.parser(__doc__)
-
-
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Measure or search; return what ``--json`` writes.
 
@@ -406,7 +400,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         DataError: nothing could be used.
         UserError: a wrong setting, file or checkpoint.
     """
-    config = SearchConfig.from_flags(build_parser().parse_args(argv))
+    config = SearchConfig.from_flags(SearchConfig.parser().parse_args(argv))
     log_to_screen()
     if config.sheet:
         check_output_path(config.sheet, PICTURE_TYPES)
@@ -419,11 +413,5 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     return result
 
 
-def command() -> None:
-    """Run ``main``; the exit code is 1 where files were skipped."""
-    if main()["skipped"]:
-        sys.exit(1)
-
-
 if __name__ == "__main__":
-    run(command)
+    run(main, failed=lambda result: result["skipped"])

@@ -53,13 +53,17 @@ def explain(error: BaseException) -> tuple[str, int] | None:
     return None
 
 
-def run(main: Callable[[], Any]) -> NoReturn:
+def run(main: Callable[[], Any], *, failed: Callable[[Any], Any] = lambda result: False) -> NoReturn:
     """Run a script's ``main``; exit with one message and code 2 on an error the user can fix, with 130 on Ctrl-C.
 
     With ``CROSSNET_TRACEBACK=1`` in the environment the traceback is printed before the message.
+
+    Args:
+        main: returns the script's result.
+        failed: whether a result means exit code 1.
     """
     try:
-        main()
+        code = 1 if failed(main()) else 0
     except (Exception, KeyboardInterrupt) as error:
         explained = explain(error)
         if explained is None:
@@ -68,8 +72,7 @@ def run(main: Callable[[], Any]) -> NoReturn:
         if os.environ.get("CROSSNET_TRACEBACK") == "1":
             traceback.print_exception(error)
         print(message, file=sys.stderr)
-        sys.exit(code)
-    sys.exit(0)
+    sys.exit(code)
 
 
 def log_to_screen() -> None:
@@ -86,60 +89,29 @@ def run_name(text: str) -> str:
     return text
 
 
-def positive_int(text: str) -> int:
-    """Parse an integer of at least 1 (argparse type)."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
+def _number(name: str, kind: Callable[[str], Any], fits: Callable[[Any], bool], problem: str) -> Callable[[str], Any]:
+    """Build an argparse type: a number that ``kind`` parses and that fits; ``problem`` is what others are."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f"{text} {problem}")
+        return value
+
+    parse.__name__ = name  # argparse: "invalid positive_int value"
+    return parse
 
 
-def non_negative_int(text: str) -> int:
-    """Parse an integer of at least 0 (argparse type)."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return value
-
-
-def seed_number(text: str) -> int:
-    """Parse a seed that every library accepts, in [0, 2^32) (argparse type)."""
-    value = non_negative_int(text)
-    if value >= 1 << 32:
-        raise argparse.ArgumentTypeError(f"{text} is not below 2^32")
-    return value
-
-
-def non_negative_float(text: str) -> float:
-    """Parse a finite number of at least 0 (argparse type)."""
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number of at least 0")
-    return value
-
-
-def positive_float(text: str) -> float:
-    """Parse a finite number above 0 (argparse type)."""
-    value = non_negative_float(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
-
-
-def fraction(text: str) -> float:
-    """Parse a number in [0, 1) (argparse type)."""
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
-    return value
-
-
-def share(text: str) -> float:
-    """Parse a number between 0 and 1, both excluded (argparse type)."""
-    value = fraction(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
+positive_int = _number("positive_int", int, lambda n: n >= 1, "is not at least 1")
+non_negative_int = _number("non_negative_int", int, lambda n: n >= 0, "is negative")
+# What every library accepts as a seed.
+seed_number = _number("seed_number", non_negative_int, lambda n: n < 1 << 32, "is not below 2^32")
+non_negative_float = _number(
+    "non_negative_float", float, lambda x: 0 <= x < math.inf, "is not a finite number of at least 0"
+)
+positive_float = _number("positive_float", non_negative_float, lambda x: x > 0, "is not above 0")
+fraction = _number("fraction", float, lambda x: 0 <= x < 1, "is not in [0, 1)")
+share = _number("share", fraction, lambda x: x > 0, "is not above 0")
 
 
 def flag(default: Any = None, *names: str, group: str = "", exclusive: str = "", **options: Any) -> Any:
@@ -162,13 +134,14 @@ class Settings:
     """Base of the dataclasses that hold a script's settings: a field for each flag."""
 
     @classmethod
-    def parser(cls, description: str | None, **options: Any) -> argparse.ArgumentParser:
+    def parser(cls, description: str | None = None, **options: Any) -> argparse.ArgumentParser:
         """Build the command line of the fields that are declared with :func:`flag`.
 
         Args:
-            description: shown in the help as it is.
+            description: shown in the help as it is; None means the docstring of the class's module.
             options: as for ``ArgumentParser``.
         """
+        description = description or sys.modules[cls.__module__].__doc__
         parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter, **options)
         about = {field.name: field.metadata for field in dataclasses.fields(cls) if field.metadata}
         # Base classes come first; a field that a subclass declares again belongs to the subclass.

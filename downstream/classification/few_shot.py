@@ -16,7 +16,6 @@ Examples:
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import sys
 from dataclasses import dataclass
@@ -171,11 +170,6 @@ def few_shot_accuracies(
     return accuracies
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Build the command line of this script."""
-    return FewShotConfig.parser(__doc__)
-
-
 def score(config: FewShotConfig, encoder: nn.Module, train: LabeledClouds, test: LabeledClouds) -> dict[str, Any]:
     """Return the results of one encoder: protocol -> setting, such as ``5w10s`` -> mean, std and accuracies."""
     parts = [train] if config.protocol == ["released"] else [train, test]
@@ -202,7 +196,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     Raises:
         UserError: a setting, file or checkpoint is wrong.
     """
-    config = FewShotConfig.from_flags(build_parser().parse_args(argv))
+    config = FewShotConfig.from_flags(FewShotConfig.parser().parse_args(argv))
     log_to_screen()
     train, test = open_splits(config.dataset, config.data_root, variant=config.variant, num_points=config.num_points)
     for protocol, ways, shots in config.episodes():  # fail before computing any features

@@ -79,7 +79,7 @@ class ClassificationConfig(FineTuneConfig, CloudSettings):
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line of this script; docs/fidelity.md lists defaults that differ from the release."""
-    parser = ClassificationConfig.parser(__doc__)
+    parser = ClassificationConfig.parser()
     parser.set_defaults(exp_name="finetune", use_sgd=True)
     add_percent_train(parser)
     add_released_flags(parser, IN_FINE_TUNING)

@@ -99,7 +99,7 @@ class Scores(NamedTuple):
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line of this script."""
-    parser = SVMConfig.parser(__doc__)
+    parser = SVMConfig.parser()
     add_released_flags(parser, IN_LINEAR_SVM)
     return parser
 

@@ -10,7 +10,6 @@ Examples:
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,11 +41,6 @@ class MapConfig(EvaluationConfig):
     perplexity: float = flag(30.0, type=positive_float, metavar="P", help="t-SNE's effective number of neighbors")
     output: str = flag("runs/tsne.png", metavar="FILE", help="picture; the .npz file is written next to it")
     overwrite: bool = flag(False, help="replace an existing .npz file")
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Build the command line of this script."""
-    return MapConfig.parser(__doc__)
 
 
 def embed(features: np.ndarray, *, perplexity: float, seed: int) -> np.ndarray:
@@ -111,7 +105,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     Raises:
         UserError: a setting, file or checkpoint is wrong.
     """
-    config = MapConfig.from_flags(build_parser().parse_args(argv))
+    config = MapConfig.from_flags(MapConfig.parser().parse_args(argv))
     log_to_screen()
     picture = Path(config.output)
     numbers = picture.with_suffix(".npz")

@@ -104,7 +104,7 @@ class PartConfig(SegmentationConfig):
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line of this script; docs/fidelity.md lists defaults that differ from the release."""
-    parser = PartConfig.parser(__doc__)
+    parser = PartConfig.parser()
     parser.set_defaults(exp_name="partseg")
     add_percent_train(parser)
     add_released_flags(parser, IN_FINE_TUNING, datasets=DATASET_NAMES)

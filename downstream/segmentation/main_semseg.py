@@ -140,7 +140,7 @@ class SemanticConfig(SegmentationConfig):
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line of this script; docs/fidelity.md lists defaults that differ from the release."""
-    parser = SemanticConfig.parser(__doc__)
+    parser = SemanticConfig.parser()
     parser.set_defaults(exp_name="semseg")
     parser.add_argument(
         "--model_root",

@@ -11,7 +11,6 @@ Examples:
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,11 +57,6 @@ class PictureConfig(CommonSettings):
     test_area: int = flag(5, type=int, choices=AREAS, help="rooms: area to draw")
     rooms: list[str] | None = flag(nargs="+", metavar="ROOM", help="rooms: names, such as Area_5_office_1")
     output_dir: str = flag("runs/pictures", metavar="DIR", help="folder for sheet.png and the PLY files")
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Build the command line of this script."""
-    return PictureConfig.parser(__doc__)
 
 
 def part_items(config: PictureConfig, model: FineTuned, payload: dict[str, Any]) -> tuple[list[Item], ShapeNetPart]:
@@ -144,7 +138,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     Raises:
         UserError: a setting, file or checkpoint is wrong.
     """
-    config = PictureConfig.from_flags(build_parser().parse_args(argv))
+    config = PictureConfig.from_flags(PictureConfig.parser().parse_args(argv))
     log_to_screen()
     folder = Path(config.output_dir)
     check_output_path(folder / "sheet.png")

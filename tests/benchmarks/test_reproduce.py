@@ -1,6 +1,7 @@
 """The plan of docs/results.md, and the command that runs it."""
 
 import json
+import runpy
 import sys
 from pathlib import Path
 
@@ -22,7 +23,7 @@ PARSERS = {
     "data/make_shapes.py": make_shapes.build_parser,
     "datasets/pack.py": pack.build_parser,
     "downstream/classification/main.py": classification.build_parser,
-    "downstream/classification/few_shot.py": few_shot.build_parser,
+    "downstream/classification/few_shot.py": few_shot.FewShotConfig.parser,
     "downstream/classification/finetune.py": finetune.build_parser,
     "downstream/segmentation/main_partseg.py": main_partseg.build_parser,
     "downstream/segmentation/main_semseg.py": main_semseg.build_parser,
@@ -134,7 +135,7 @@ def test_check_runs_again_and_compares_with_what_is_recorded(project, tmp_path, 
     (tmp_path / "score.py").write_text(SCRIPT.replace("if a.noise else 0", ""))  # the number depends on the call
     monkeypatch.setattr(sys, "argv", ["reproduce", *project, "--rows", "runs", "--check", "--seeds", "1"])
     with pytest.raises(SystemExit) as stop:
-        reproduce._script()
+        runpy.run_path(reproduce.__file__, run_name="__main__")
     assert stop.value.code == 1 and "all labels: recorded 91.0, now" in capsys.readouterr().out
     assert (tmp_path / "results/runs/seed_1/scores.json").read_bytes() == before
 

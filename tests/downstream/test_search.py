@@ -1,6 +1,7 @@
 """Search by picture and by shape, and its score on pairs."""
 
 import json
+import runpy
 import zlib
 
 import numpy as np
@@ -110,7 +111,7 @@ def test_bad_pairs_are_named_and_left_out_and_the_exit_code_says_so(model, tmp_p
     command = ["search", "--model_path", tmp_path / "last.pth", "--data_root", tmp_path / "data", "--device", "cpu"]
     monkeypatch.setattr("sys.argv", [str(a) for a in (*command, "--json", tmp_path / "m.json")])
     with pytest.raises(SystemExit) as ended:
-        script.command()
+        runpy.run_path(script.__file__, run_name="__main__")
     metrics = json.loads((tmp_path / "m.json").read_text())
     assert ended.value.code == 1 and metrics["pairs"] == 4 and set(metrics["skipped"]) == {names[2], names[4]}
     output = capsys.readouterr().out

@@ -59,9 +59,9 @@ def test_other_ends_keep_their_exit_code(capsys):
     def interrupted():
         raise KeyboardInterrupt
 
-    for main, code in ((lambda: {}, 0), (interrupted, 130), (lambda: exit(7), 7)):
+    for main, code in ((lambda: {}, 0), (interrupted, 130), (lambda: exit(7), 7), (lambda: ["bad.ply"], 1)):
         with pytest.raises(SystemExit) as caught:
-            run(main)
+            run(main, failed=bool)
         assert caught.value.code == code
     assert capsys.readouterr().err == "interrupted\n"
     with pytest.raises(ZeroDivisionError):  # a defect of ours shows where it is
@@ -84,7 +84,7 @@ class Another(Example):
 
 
 def test_a_field_is_a_flag_that_subclasses_may_declare_again(capsys):
-    parser = Another.parser("about")
+    parser = Another.parser(description="about")
     settings = Another.from_flags(parser.parse_args(["--two", "b", "--nought", "3", "--switch"]))
     assert (settings.zero, settings.one, settings.two, settings.switch) == (3, None, "b", True)
     assert settings.plain == "not a flag"
@@ -98,7 +98,7 @@ def test_a_field_is_a_flag_that_subclasses_may_declare_again(capsys):
 
 
 def test_help_shows_defaults_and_line_breaks():
-    text = Example.parser("first\n  second", prog="x").format_help()
+    text = Example.parser(description="first\n  second", prog="x").format_help()
     assert "first\n  second" in text
     for shown in (
         "(default: data)",
@@ -180,7 +180,7 @@ def test_write_json_replaces_the_file_in_one_step(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../e1", "a/../..", "/tmp/run"])
 def test_a_run_name_that_leaves_the_output_folder_is_refused(name, capsys):
-    parser = RunConfig.parser(None)
+    parser = RunConfig.parser()
     with pytest.raises(SystemExit):
         parser.parse_args(["--exp_name", name])
     assert "not the name of a folder below --output_dir" in capsys.readouterr().err
@@ -189,7 +189,7 @@ def test_a_run_name_that_leaves_the_output_folder_is_refused(name, capsys):
 
 def test_going_on_and_starting_again_exclude_each_other(capsys):
     with pytest.raises(SystemExit):
-        RunConfig.parser(None).parse_args(["--resume", "--overwrite"])
+        RunConfig.parser().parse_args(["--resume", "--overwrite"])
     assert "not allowed with argument" in capsys.readouterr().err
 
 
