@@ -36,14 +36,7 @@ from utils.weight_files import SUFFIX
 MOST_BYTES = 4_000_000
 KEPT = "## Limits"
 # What the index says, and the rows of a card.
-ROWS = {
-    "encoder": "encoder",
-    "data": "data",
-    "command": "command",
-    "commit": "commit",
-    "steps": "steps",
-    "hours": "hours",
-    "seed": "seed",
+ROWS = {name: name for name in "encoder data command commit steps hours seed".split()} | {
     "stored": "stored in",
     "license": "license",
     "sha256": "SHA-256",

@@ -39,27 +39,9 @@ FILE_LIST, ROOM_LIST = "all_files.txt", "room_filelist.txt"
 CHANNELS = 9
 AREAS = (1, 2, 3, 4, 5, 6)
 CLASS_NAMES = tuple("ceiling floor wall beam column window door table chair sofa bookcase board clutter".split())
-# Red, green and blue in 0..1. Large surfaces are pale so that furniture is easy to see.
-CLASS_COLORS = (
-    np.array(
-        [
-            (215, 226, 240),
-            (184, 160, 126),
-            (205, 205, 190),
-            (120, 94, 240),
-            (255, 127, 14),
-            (92, 206, 230),
-            (140, 86, 75),
-            (44, 160, 44),
-            (214, 39, 40),
-            (227, 119, 194),
-            (31, 119, 180),
-            (23, 90, 80),
-            (90, 90, 90),
-        ]
-    )
-    / 255.0
-)
+# Red, green and blue in 0..1, (13, 3). Large surfaces are pale so that furniture is easy to see.
+_COLORS = "d7e2f0b8a07ecdcdbe785ef0ff7f0e5ccee68c564b2ca02cd62728e377c21f77b4175a505a5a5a"  # RRGGBB of every class
+CLASS_COLORS = np.frombuffer(bytes.fromhex(_COLORS), np.uint8).reshape(-1, 3) / 255.0
 PREPARE_COMMAND = "python -m datasets.s3dis_prepare --raw Stanford3dDataset_v1.2_Aligned_Version --out {root}"
 _ROOM_NAME = re.compile(r"Area_([0-9]{1,6})_\S+")
 _MAX_EXTENT = 10_000  # meters; larger rooms are considered damaged

@@ -31,6 +31,7 @@ from downstream.features import calibrate_batch_norm, evaluating
 from engine.checkpoint import load_checkpoint
 from engine.config import RunConfig
 from engine.data_workers import data_loader
+from engine.device import resolve_device
 from engine.faults import batches
 from engine.load_model import (
     describe_encoder,
@@ -446,6 +447,12 @@ class _Keyed(Dataset):
     def __getitem__(self, key: SampleKey) -> tuple[Any, ...]:
         index = int(self.chosen[key.index])
         return (index, *self.dataset[index])
+
+
+def inference_settings(config: Any) -> dict[str, Any]:
+    """Return the settings of :func:`scores_of` that a script's flags choose: batch size, device and workers."""
+    device = resolve_device(config.device)
+    return {"batch_size": config.test_batch_size, "device": device, "workers": config.workers}
 
 
 def scores_of(

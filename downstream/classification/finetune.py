@@ -38,6 +38,7 @@ from downstream.finetuning import (
     choose_labeled,
     fine_tune,
     hold_out,
+    inference_settings,
     k_flag,
     label_fraction_flag,
     model_flag,
@@ -114,17 +115,8 @@ class Clouds(Dataset):
 
 def score(config: ClassificationConfig, model: nn.Module, clouds: Clouds, chosen: np.ndarray | None = None) -> Scores:
     """Return the overall accuracy, mean class accuracy and accuracy of every class, in percent."""
-    predicted = [
-        scores.argmax(1).cpu().numpy()
-        for scores, _ in scores_of(
-            model,
-            clouds,
-            batch_size=config.test_batch_size,
-            device=resolve_device(config.device),
-            workers=config.workers,
-            chosen=chosen,
-        )
-    ]
+    passes = scores_of(model, clouds, chosen=chosen, **inference_settings(config))
+    predicted = [scores.argmax(1).cpu().numpy() for scores, _ in passes]
     truth = clouds.targets if chosen is None else clouds.targets[chosen]
     counts = confusion_matrix(truth, np.concatenate(predicted), len(clouds.class_names))
     scores = semantic_scores(counts, clouds.class_names)

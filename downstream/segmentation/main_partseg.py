@@ -44,6 +44,7 @@ from downstream.finetuning import (
     choose_labeled,
     fine_tune,
     hold_out,
+    inference_settings,
     k_flag,
     label_fraction_flag,
     labeled_points,
@@ -223,20 +224,14 @@ class PartTask:
         shapes = ShapeNetPart(config.data_root, split, num_points=config.num_points, class_choice=self.class_choice)
         return Parts(shapes)
 
-    def predict(self, model: nn.Module, parts: Parts, chosen: np.ndarray, **test_settings: Any) -> np.ndarray:
+    def predict(self, model: nn.Module, parts: Parts, chosen: np.ndarray, *, votes: int = 1) -> np.ndarray:
         """Predict the parts (n, N) of some shapes."""
-        config = self.config
-        return predict_parts(
-            model,
-            parts,
-            device=self.device,
-            batch_size=config.test_batch_size,
-            chosen=chosen,
-            workers=config.workers,
-            within_category=config.within_category,
-            seed=config.seed,
-            **test_settings,
-        )
+        more = {
+            "within_category": self.config.within_category,
+            "seed": self.config.seed,
+            **inference_settings(self.config),
+        }
+        return predict_parts(model, parts, chosen=chosen, votes=votes, **more)
 
     def validate(self, model: nn.Module, parts: Parts, chosen: np.ndarray) -> Scores:
         """Score a model on some shapes by the labels that the run may use."""

@@ -48,6 +48,7 @@ from downstream.finetuning import (
     check_training_arguments,
     choose_labeled,
     fine_tune,
+    inference_settings,
     k_flag,
     label_fraction_flag,
     labels_text,
@@ -222,10 +223,7 @@ class AreaTest:
 
     def passes(self, model: nn.Module, dataset: Any, chosen: np.ndarray | None = None) -> Iterable[Any]:
         """Run the model over a data set with :func:`downstream.finetuning.scores_of`."""
-        config = self.config
-        return scores_of(
-            model, dataset, batch_size=config.test_batch_size, device=self.device, workers=config.workers, chosen=chosen
-        )
+        return scores_of(model, dataset, chosen=chosen, **inference_settings(self.config))
 
 
 class RoomPrediction(NamedTuple):

@@ -23,7 +23,7 @@ import numpy as np
 from datasets.s3dis import AREAS, CLASS_COLORS, CLASS_NAMES, S3DISRooms
 from datasets.shapenet_part import ShapeNetPart
 from downstream.figures import check_output_path
-from downstream.finetuning import scores_of
+from downstream.finetuning import inference_settings, scores_of
 from downstream.segmentation.drawing import Item, colored, draw_sheet, write_colored_ply
 from downstream.segmentation.main_partseg import Parts, check_fits, predict_parts
 from downstream.segmentation.main_semseg import predict_room
@@ -84,14 +84,7 @@ def part_items(config: PictureConfig, model: FineTuned, payload: dict[str, Any])
     order = [rows[i] for i in range(max(map(len, rounds))) for rows in rounds if i < len(rows)]
     chosen = np.sort(np.array(order[: config.items]))
     chosen = chosen[np.argsort(shapes.categories[chosen], kind="stable")]
-    predicted = predict_parts(
-        model,
-        parts,
-        device=resolve_device(config.device),
-        batch_size=config.test_batch_size,
-        chosen=chosen,
-        workers=config.workers,
-    )
+    predicted = predict_parts(model, parts, chosen=chosen, **inference_settings(config))
     items = []
     for row, guess in zip(chosen, predicted, strict=True):
         name = f"{taxonomy.category_names[shapes.categories[row]]} {row}"
@@ -117,14 +110,7 @@ def room_items(config: PictureConfig, model: FineTuned) -> list[Item]:
     items = []
     for name in (config.rooms or rooms.rooms)[: config.items]:
         room = rooms.rooms.index(name)
-        passes = scores_of(
-            model,
-            rooms,
-            batch_size=config.test_batch_size,
-            device=resolve_device(config.device),
-            workers=config.workers,
-            chosen=rooms.blocks_of(room),
-        )
+        passes = scores_of(model, rooms, chosen=rooms.blocks_of(room), **inference_settings(config))
         predicted = predict_room(passes, rooms.room_size(room), name).predicted
         points, truth = rooms.room_cloud(room)
         hidden = truth == CLASS_NAMES.index("ceiling")

@@ -154,52 +154,38 @@ def test_clouds_without_rendering_are_counted(root):
     assert row.found == {"pairs": 2} and "1 clouds have no rendering, 02691156/1 for one" in row.notes
 
 
+def written(**arrays):
+    return lambda path: write_h5(path, **arrays)
+
+
+PAIRS, ROOM_BLOCKS, WHOLE_ROOMS, OBJ_BG = "ShapeNet pairs", "S3DIS blocks", "S3DIS whole rooms", "ScanObjectNN OBJ_BG"
+VIEW, SCANS = "ShapeNetRendering/02691156/2/rendering/00.png", "ScanObjectNN/main_split"
 DAMAGE = {
-    "truncated PLY": ("ShapeNet/02691156/1.ply", cut, {"ShapeNet pairs"}),
-    "text for PNG": (
-        "ShapeNetRendering/02691156/2/rendering/00.png",
-        lambda path: path.write_text("no picture"),
-        {"ShapeNet pairs"},
-    ),
+    "truncated PLY": ("ShapeNet/02691156/1.ply", cut, {PAIRS}),
+    "text for PNG": (VIEW, lambda path: path.write_text("no picture"), {PAIRS}),
     "truncated h5": (f"{MODELNET}/ply_data_test0.h5", cut, {"ModelNet40", "ModelNet10"}),
-    "no label": (
-        f"{MODELNET}/ply_data_train0.h5",
-        lambda path: write_h5(path, data=clouds(3)),
-        {"ModelNet40", "ModelNet10"},
-    ),
-    "NaN": (
-        "ScanObjectNN/main_split/test.h5",
-        lambda path: write_h5(path, data=clouds(2) * np.nan, label=np.zeros(2)),
-        {"ScanObjectNN OBJ_BG"},
-    ),
-    "label too large": (
-        "ScanObjectNN/main_split/train.h5",
-        lambda path: write_h5(path, data=clouds(2), label=np.array([3, 15])),
-        {"ScanObjectNN OBJ_BG"},
-    ),
-    "no pid": (
-        f"{PART}/ply_data_val0.h5",
-        lambda path: write_h5(path, data=clouds(2), label=np.zeros((2, 1))),
-        {"ShapeNetPart"},
-    ),
+    "no label": (f"{MODELNET}/ply_data_train0.h5", written(data=clouds(3)), {"ModelNet40", "ModelNet10"}),
+    "NaN": (f"{SCANS}/test.h5", written(data=clouds(2) * np.nan, label=np.zeros(2)), {OBJ_BG}),
+    "label too large": (f"{SCANS}/train.h5", written(data=clouds(2), label=np.array([3, 15])), {OBJ_BG}),
+    "no pid": (f"{PART}/ply_data_val0.h5", written(data=clouds(2), label=np.zeros((2, 1))), {"ShapeNetPart"}),
     "fewer labels": (
         f"{PART}/ply_data_test0.h5",
-        lambda path: write_h5(path, data=clouds(2), label=np.zeros((1, 1)), pid=np.zeros((2, 4))),
+        written(data=clouds(2), label=np.zeros((1, 1)), pid=np.zeros((2, 4))),
         {"ShapeNetPart"},
     ),
     "gone but listed": (f"{PART}/ply_data_train0.h5", Path.unlink, {"ShapeNetPart"}),
     "six channels": (
         f"{ROOMS}/ply_data_all_1.h5",
-        lambda path: write_h5(path, data=clouds(2, 4, 6), label=np.zeros((2, 4))),
-        {"S3DIS blocks"},
+        written(data=clouds(2, 4, 6), label=np.zeros((2, 4))),
+        {ROOM_BLOCKS},
     ),
     "no point numbers": (
         f"{ROOMS}_test/ply_data_all_0.h5",
-        lambda path: write_h5(path, data=clouds(1, 4, 9), label=np.zeros((1, 4))),
-        {"S3DIS whole rooms"},
+        written(data=clouds(1, 4, 9), label=np.zeros((1, 4))),
+        {WHOLE_ROOMS},
     ),
-    "empty h5": (f"{ROOMS}/ply_data_all_0.h5", lambda path: path.write_bytes(b""), {"S3DIS blocks"}),
-    "rooms cut": (f"{ROOMS}_test/room_filelist.txt", lambda path: path.write_text(""), {"S3DIS whole rooms"}),
+    "empty h5": (f"{ROOMS}/ply_data_all_0.h5", lambda path: path.write_bytes(b""), {ROOM_BLOCKS}),
+    "rooms cut": (f"{ROOMS}_test/room_filelist.txt", lambda path: path.write_text(""), {WHOLE_ROOMS}),
 }
 
 

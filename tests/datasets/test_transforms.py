@@ -301,7 +301,7 @@ def test_luminance_and_jitter_equal_pillow_to_the_last_bit():
         assert np.array_equal(out.permute(1, 2, 0).numpy(), np.asarray(expected, np.float32))
 
 
-def test_a_render_depends_on_its_own_sample_alone():
+def test_a_render_depends_on_its_own_sample_alone(monkeypatch):
     sizes = [(16, 16), (9, 12), (16, 16), (9, 12), (30, 20), (16, 16), (9, 12)]
     pictures = [photo(seed, size) for seed, size in enumerate(sizes)]
     together = RenderAugmentation(16)
@@ -311,7 +311,7 @@ def test_a_render_depends_on_its_own_sample_alone():
         alone = SampleStreams(seed=1, epoch=0, index=torch.tensor([row]))
         single = augment(together, pictures[row : row + 1], alone)
         assert all(torch.equal(single[name][0], whole[name][row]) for name in ("rgb", "gray"))
-    together.CPU_CHUNK = 3
+    monkeypatch.setattr(RenderAugmentation, "CPU_CHUNK", 3)
     again = augment(together, pictures, streams(7))
     assert all(torch.equal(again[name], whole[name]) for name in whole)
     other = augment(together, pictures, streams(7, epoch=1))
