@@ -1,7 +1,7 @@
 """The least time that a pretraining step can take on a GPU, counted from its operations: nothing is measured.
 
 The step runs on fake tensors, so this needs no GPU. Every operation counts for the longest of what it must move through
-memory, what it must compute, and for selection of neighbours the instructions it must issue, plus a fixed time per
+memory, what it must compute, and for selection of neighbors the instructions it must issue, plus a fixed time per
 launch. The assumptions are those of ``GPU`` below: an H100 at what its kernels reach in practice, not at its data
 sheet's peaks. A real step is slower where operations do not reach these rates or the host cannot launch fast enough.
 Use it to compare two forms of a step, and to see which stage is worth work.
@@ -66,7 +66,7 @@ class GPU:
     collective: float = ALL_REDUCE_SECONDS["cuda"]  # seconds of the smallest all-reduce of one machine
 
 
-# Instructions of a warp for a row of neighbour selection, by coordinates (0: a row of products): apart from the
+# Instructions of a warp for a row of neighbor selection, by coordinates (0: a row of products): apart from the
 # halvings, and for one halving, from tests/compile_kernels.py; then halvings of a mean row. In simulated clouds with
 # input dropout about half the rows need none, because k distances are equal, the others 11 or 16.
 SELECTION = {0: (2600, 71, 9), 3: (3400, 73, 5)}
@@ -260,7 +260,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.roofline", description=__doc__, formatter_class=HelpFormatter
     )
     parser.add_argument("--model", choices=list(ENCODERS), default="dgcnn_cls", help="point encoder")
-    parser.add_argument("--k", type=positive_int, default=20, help="neighbours per point of DGCNN, itself included")
+    parser.add_argument("--k", type=positive_int, default=20, help="neighbors per point of DGCNN, itself included")
     parser.add_argument("--batch_size", type=positive_int, default=32, metavar="B", help="objects of a card's step")
     parser.add_argument("--num_points", type=positive_int, default=2048, metavar="N", help="points of a view")
     parser.add_argument("--image_model", choices=list(IMAGE_ENCODERS), default="resnet50", help="both image encoders")

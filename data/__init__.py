@@ -1,1 +1,1 @@
-"""Getting, checking and making the data sets; the readers are in the package ``datasets``."""
+"""Download, check and make data sets; the package ``datasets`` reads them."""

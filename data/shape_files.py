@@ -54,7 +54,7 @@ def find_shapes(folder: Path, labels: Sequence[Path] = ()) -> list[ShapeFile]:
     above or below the category, define the split. With label files, the category comes only from them.
 
     Raises:
-        DataError: the folder is missing or holds no shape, two files would get the same name, or a label file cannot
+        DataError: the folder is missing or contains no shape, two files would get the same name, or a label file cannot
             be used.
     """
     if not folder.is_dir():
@@ -168,7 +168,7 @@ def read_labels(path: Path) -> dict[str, tuple[str, str | None]]:
             raise DataError(f"{path}, line {number}: expected 'name category' and perhaps train or test, got {line!r}")
         labels[words[0].replace("\\", "/")] = (_safe(words[1]), split)
     if not labels:
-        raise DataError(f"{path} holds no labels; expected 'name category' on each line")
+        raise DataError(f"{path} contains no labels; expected 'name category' on each line")
     return labels
 
 

@@ -205,7 +205,7 @@ def read_labeled_clouds(
     if not (labels.shape == (count,) or labels.shape == (count, 1)):
         raise wrong(f"'label' must be ({count},) or ({count}, 1), one per cloud of 'data', but is {labels.shape}")
     if count == 0 or size == 0:
-        raise wrong("it holds no clouds" if count == 0 else "its clouds hold no points")
+        raise wrong("it contains no clouds" if count == 0 else "its clouds contain no points")
     if num_points is not None:
         if num_points < 1:
             raise UserError(f"the number of points must be at least 1, got {num_points}")

@@ -80,7 +80,7 @@ def listed_files(
         # By number, so that file 10 comes after file 9.
         files = sorted(data_files(folder, f"{prefix}{split}*.h5"), key=lambda file: (len(file.name), file.name))
         if not files:
-            raise DataError(f"{folder} holds neither {index.name} nor {prefix}{split}*.h5", fix=f"Get them: {get}")
+            raise DataError(f"{folder} contains neither {index.name} nor {prefix}{split}*.h5", fix=f"Get them: {get}")
         return files
     try:
         lines = read_lines(index)

@@ -60,7 +60,7 @@ def check_cloud(points: np.ndarray, name: str) -> np.ndarray:
         DataError: the cloud is empty or has non-finite coordinates.
     """
     if len(points) == 0:
-        raise DataError(f"{name} holds no points")
+        raise DataError(f"{name} contains no points")
     if not np.isfinite(points).all():
         bad = ~np.isfinite(points).all(axis=1)
         raise DataError(f"{name}: {bad.sum()} of {len(points)} points are not finite (NaN or infinite coordinates)")

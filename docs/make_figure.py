@@ -128,7 +128,7 @@ def draw(data_root: str, *, model: str = MODEL, seed: int = 1) -> Figure:
     """
     source = open_source(data_root)
     if model not in source.ids:
-        raise UserError(f"{data_root} holds no model {model}; --model names one of its shapes")
+        raise UserError(f"{data_root} contains no model {model}; --model names one of its shapes")
     i = source.ids.index(model)
     points = source.points(i)
     image = decode_image(source.image_file(i, 0), source.where(i, 0))

@@ -119,9 +119,9 @@ def draw_cloud(
         points = np.stack([points[:, 0], points[:, 2], -points[:, 1]], axis=1)
     side, above = np.radians([35, above])
     across = points[:, 0] * np.cos(side) + points[:, 2] * np.sin(side)
-    towards = points[:, 2] * np.cos(side) - points[:, 0] * np.sin(side)
-    height = points[:, 1] * np.cos(above) - towards * np.sin(above)
-    depth = towards * np.cos(above) + points[:, 1] * np.sin(above)
+    toward = points[:, 2] * np.cos(side) - points[:, 0] * np.sin(side)
+    height = points[:, 1] * np.cos(above) - toward * np.sin(above)
+    depth = toward * np.cos(above) + points[:, 1] * np.sin(above)
     order = np.argsort(depth)
     colors = depth[order] if point_colors is None else point_colors[order]
     shading = {"cmap": "viridis"} if point_colors is None else {}

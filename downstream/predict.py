@@ -279,7 +279,7 @@ class Predictor:
         shape = read_source(path)
         if not isinstance(shape, Mesh):
             if not len(shape.points):
-                raise DataError(f"{path} holds no points")
+                raise DataError(f"{path} contains no points")
             return shape.points, shape.colors
         count = {"parts": max(LABELS_OF_MESH, self.size)}.get(self.task, self.size)
         if self.task == "rooms":

@@ -1,4 +1,4 @@
-"""Encoders in forms that other programs read: safetensors, torch.export and ONNX."""
+"""Export encoders for other programs: as safetensors, torch.export program or ONNX."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from utils.weight_files import SUFFIX, write_weights
 
 logger = logging.getLogger("crossnet")
 FORMATS = {"safetensors": SUFFIX, "torch_export": ".pt2", "onnx": ".onnx"}
-KIND = "point-encoder"  # of a safetensors file, beside the tasks of checkpoints
+KIND = "point-encoder"  # of an exported safetensors file; checkpoints have that of their task
 OPSET = 18
 TOLERANCE = 1e-4
-# Clouds and points more than k on which a written file is compared with the encoder.
+# Random inputs on which an exported file is compared with the encoder: clouds, and points beyond k.
 COMPARED_SIZES = ((1, 0), (2, 100), (3, 333))
 _INPUT, _OUTPUTS = "points", ("pooled", "local")
 
 
 class Difference(NamedTuple):
-    """How far features are from a reference's, at worst over sizes and kinds of features."""
+    """Distance of features from reference features, the largest over all input sizes, of pooled and local ones."""
 
     largest: float  # of a number, relative to the largest feature
     norm: float  # of all features, relative to their norm
 
 
 def describe_weights(encoder: nn.Module, payload: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what an exported file says of itself: the encoder, and its training as far as the checkpoint tells.
+    """Return the metadata of an exported file: the encoder, and what the checkpoint says about its training.
 
     Args:
         encoder: with the weights of the checkpoint.
@@ -58,19 +58,19 @@ def describe_weights(encoder: nn.Module, payload: Mapping[str, Any]) -> dict[str
 def export(
     encoder: PointEncoder, path: str | os.PathLike[str], form: str, *, about: Mapping[str, Any], half: bool = False
 ) -> Difference | None:
-    """Write an encoder and compare what was written with it.
+    """Export an encoder, then compare the exported file with it.
 
     Args:
         encoder: on the CPU; left in eval mode.
         path: file to write.
-        form: one of ``FORMATS``. Programs (``torch_export``, ``onnx``) take points (B, C, N) of any B, and any N of at
-            least k, and return the pooled features (B, D) and those of points (B, C, N).
-        about: see ``describe_weights``; goes into the file.
-        half: round matrices to float16; vectors (batch norm, bias) stay, being few and far apart in size. Only
-            safetensors.
+        form: one of ``FORMATS``. Programs (``torch_export``, ``onnx``) take points (B, C, N) with any B and any N >= k,
+            and return pooled features (B, feature_dim) and local features (B, local_dim, N).
+        about: metadata to store, from ``describe_weights``.
+        half: round matrices to float16. Vectors (batch norm, biases) stay float32: they are small, and their values
+            span many magnitudes. Safetensors only.
 
     Returns:
-        How far the features of the file are from the encoder's; None if a package for running the file is missing.
+        Distance of the file's features from the encoder's; None if the package that runs the file is not installed.
 
     Raises:
         UserError: the file cannot be written, a weight is too large for float16, or a package or a newer PyTorch is
@@ -95,12 +95,12 @@ def _rounded(encoder: nn.Module) -> dict[str, Tensor]:
     state = encoder.state_dict()
     matrices = {name: tensor.half() for name, tensor in state.items() if tensor.is_floating_point() and tensor.ndim > 1}
     if large := [name for name, tensor in matrices.items() if not tensor.isfinite().all()]:
-        raise UserError(f"float16 has no numbers as large as those of {', '.join(large)}; export without --half")
+        raise UserError(f"weights are too large for float16 ({', '.join(large)}); export without --half")
     return state | matrices
 
 
 class _Program(nn.Module):
-    """An encoder that returns a plain tuple: a program with it loads where this repository is not."""
+    """Wrap an encoder to return a plain tuple, so that the exported program loads without this repository."""
 
     def __init__(self, encoder: PointEncoder) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class _Program(nn.Module):
 
 
 def _example(encoder: PointEncoder) -> tuple[tuple[Tensor], tuple[dict[int, Any]]]:
-    """Return inputs to record a program with, and which of their sizes are free."""
+    """Return example inputs for tracing, and their dynamic dimensions."""
     least = _least_points(encoder)
     free = {0: torch.export.Dim("clouds"), 2: torch.export.Dim("points", min=least)}
     return (torch.randn(2, encoder.in_channels, least + 17),), (free,)

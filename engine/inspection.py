@@ -1,4 +1,4 @@
-"""What is in a checkpoint: its entries, where it comes from, and which encoder its tensors fit."""
+"""Describe a checkpoint: its entries, its origin, and the encoder that its tensors fit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PROGRAMS = {".onnx": "onnxruntime.InferenceSession(FILE)", ".pt2": "torch.expor
 
 
 def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Say what is in a checkpoint, or in weights of any origin.
+    """Describe a checkpoint of this project, or published weights.
 
     Returns:
         Plain types: file, bytes, sha256, origin, entries; of our checkpoints also kind, epoch, step, git_commit,
@@ -114,7 +114,7 @@ def report(found: Mapping[str, Any]) -> Iterator[str]:
     if "encoder" in found:
         yield from _report_fit(found)
     else:
-        yield f"  encoder: none; no tensor has name and shape of one of {', '.join(ENCODERS)}"
+        yield f"  encoder: none; no tensor has the name and shape of one of {', '.join(ENCODERS)}"
     rest = ("epoch", "step", "git_commit", "versions", "settings", "head")
     for key in (key for key in rest if key in found):
         value = found[key]

@@ -263,7 +263,7 @@ def crossnet_from_checkpoint(path: str | os.PathLike[str]) -> tuple[CrossNet, di
     payload = load_checkpoint(path)
     if "heads_and_image_encoders" not in payload:
         raise CheckpointError(
-            f"{path} holds no projection heads and image encoders; give a last.pth of train_crossnet_con.py"
+            f"{path} contains no projection heads and image encoders; give a last.pth of train_crossnet_con.py"
         )
     with checkpoint_errors(path):
         (encoder, _), flags = _encoder_from_payload(payload, path), payload["arguments"]
@@ -342,7 +342,7 @@ def _fine_tuned_from_payload(
         try:
             sizes = head_kind.sizes(state, encoder)
         except KeyError as error:
-            raise CheckpointError(f"{path} holds no head for {task.kind}: the tensor {error} is missing") from error
+            raise CheckpointError(f"{path} contains no head for {task.kind}: the tensor {error} is missing") from error
     with torch.device("meta"):
         shapes = head_kind(encoder, **sizes)
     what = f"the head for {task.kind}"

@@ -72,7 +72,7 @@ def published_state(
     found = find_state(payload)
     if found is None or "format" in payload:  # one of our checkpoints, with entries missing
         raise CheckpointError(
-            f"{path} holds neither one of our checkpoints nor a state dict of tensors; it holds {_entries(payload)}"
+            f"{path} contains neither one of our checkpoints nor a state dict of tensors; it holds {_entries(payload)}"
         )
     if not quiet and (found.entry or found.prefix.removeprefix("module.")):
         logger.info("%s: %s", path, found.describe())

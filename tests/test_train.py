@@ -94,7 +94,7 @@ def test_checkpoint_rebuilds_the_whole_model(reference, tmp_path):
             crossnet_from_checkpoint(tmp_path / "a.pth")
     del payload["heads_and_image_encoders"]
     save_checkpoint(tmp_path / "a.pth", payload)
-    with pytest.raises(CheckpointError, match="holds no projection heads"):
+    with pytest.raises(CheckpointError, match="contains no projection heads"):
         crossnet_from_checkpoint(tmp_path / "a.pth")
 
 

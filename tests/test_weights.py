@@ -216,7 +216,7 @@ def test_features_of_files_by_weights(weights, tmp_path):
     assert summary["task"] == "features" and len(summary["predicted"]) == 1
     with pytest.raises(CheckpointError, match="pretrained:dgcnn_partseg is not .*a model of parts or rooms"):
         visualize.main(["--model_path", "pretrained:dgcnn_partseg", "--output_dir", str(tmp_path / "pictures")])
-    with pytest.raises(CheckpointError, match="dgcnn_cls.safetensors holds no projection heads and image encoders"):
+    with pytest.raises(CheckpointError, match="dgcnn_cls.safetensors contains no projection heads and image encoders"):
         crossnet_from_checkpoint("pretrained")
 
 

@@ -53,7 +53,7 @@ def _usable(points: np.ndarray, colors: np.ndarray | None, where: str) -> tuple[
     """
     finite = np.isfinite(points).all(1)
     if not finite.any():
-        raise DataError(f"{where} holds no points with finite coordinates")
+        raise DataError(f"{where} contains no points with finite coordinates")
     return points[finite], None if colors is None else colors[finite]
 
 
@@ -91,7 +91,7 @@ def _read_text(data: bytes, where: str) -> tuple[np.ndarray, np.ndarray | None]:
     while rows and (len(rows[0]) == 1 or not all(map(_is_number, rows[0]))):
         rows.pop(0)
     if not rows:
-        raise DataError(f"{where} holds no rows of numbers; expected x y z on each line")
+        raise DataError(f"{where} contains no rows of numbers; expected x y z on each line")
     width = len(rows[0])
     if len(rows[-1]) != width:
         raise DataError(

@@ -73,8 +73,8 @@ def read_things(pack: Path, wanted: Callable[[str, str, np.ndarray], bool] | Non
             key = ids[i].split("/")[-1]
             if wanted is not None and not wanted(key, classes[i], sizes[i]):
                 continue
-            metres = (stored[i] * scale + offset) * file["radius_m"][i] + file["centre_m"][i]
-            points = metres[:, [0, 2, 1]] * [1, -1, 1]  # y up, front at +z -> z up, front at -y
+            meters = (stored[i] * scale + offset) * file["radius_m"][i] + file["centre_m"][i]
+            points = meters[:, [0, 2, 1]] * [1, -1, 1]  # y up, front at +z -> z up, front at -y
             distance = KDTree(points).query(points, k=2)[0][:, 1].mean()
             # The mean distance to the nearest neighbor of random points with density p is 0.5 / sqrt(p).
             area = len(points) * (2 * distance) ** 2

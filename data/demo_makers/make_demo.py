@@ -199,7 +199,7 @@ class DemoSettings(Content):
 
     def __post_init__(self) -> None:
         if not 2 <= self.colours <= 256:
-            raise UserError(f"--colours {self.colours}: a palette has 2 to 256 colours")
+            raise UserError(f"--colours {self.colours}: a palette has 2 to 256 colors")
 
 
 @dataclass(frozen=True)
@@ -465,9 +465,9 @@ def build_shape(job: tuple[Model, int, int, int, int]) -> Shape | str:
     try:
         with zipfile.ZipFile(model.collection) as archive:
             mesh = place(read_model(archive, model.obj), model)
-        metres, color, material, _ = sample_surface(mesh, count, first)
-        points, center, radius = to_unit_sphere(metres)
-        second_metres = sample_surface(mesh, count, second).points
+        meters, color, material, _ = sample_surface(mesh, count, first)
+        points, center, radius = to_unit_sphere(meters)
+        second_meters = sample_surface(mesh, count, second).points
     except SkippedModelError as error:
         return str(error)
     except DataError:  # of sample_surface
@@ -476,7 +476,7 @@ def build_shape(job: tuple[Model, int, int, int, int]) -> Shape | str:
     cameras = [Camera(*angles) for angles in view_angles(rng, views)]
     return Shape(
         points=points.astype(np.float32),
-        svm_points=to_unit_sphere(second_metres)[0].astype(np.float32),
+        svm_points=to_unit_sphere(second_meters)[0].astype(np.float32),
         colors=color,
         material=np.searchsorted(used, material).astype(np.uint8),
         material_names=[mesh.materials[index].name for index in used],
@@ -676,7 +676,7 @@ def write_attribution(out: Path, models: Sequence[Model]) -> None:
         "",
         f"The demo set is derived from {len(models)} 3-D models of the furniture libraries 1.8 of",
         "[Sweet Home 3D](http://www.sweethome3d.com/importModels.jsp), as packed by Debian (`sweethome3d-furniture`).",
-        "They were changed: scaled to the catalogue's size, sampled as points, normalised and drawn as pictures.",
+        "They were changed: scaled to the catalogue's size, sampled as points, normalized and drawn as pictures.",
         "",
         "Their creators do not endorse this project. Each model's licence covers its points and pictures here too:",
         "",

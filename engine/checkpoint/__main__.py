@@ -1,4 +1,4 @@
-"""Say what is in a checkpoint or in weights of any origin; export an encoder for other programs.
+"""Inspect a checkpoint or published weights; export an encoder for other programs.
 
 Examples:
   python -m engine.checkpoint inspect checkpoints/exp/last.pth
@@ -26,13 +26,13 @@ SOURCE = "checkpoint, published weights, or weights of this repository: pretrain
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Command line of this script."""
+    """Build the command line of this script."""
     parser = argparse.ArgumentParser(
         prog="python -m engine.checkpoint", description=__doc__, formatter_class=HelpFormatter
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser(
-        "inspect", help="say what is in a file, and which encoder it fits", formatter_class=HelpFormatter
+        "inspect", help="list what a file contains, and name the encoder it fits", formatter_class=HelpFormatter
     )
     command.set_defaults(function=inspect_command)
     command.add_argument("source", metavar="FILE", help=SOURCE)
@@ -44,8 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--format",
         required=True,
         choices=list(FORMATS),
-        help="safetensors: weights, which all scripts read too; torch_export and onnx: a program for any number of "
-        "clouds and of points",
+        help="safetensors: weights only, which the scripts here read too; torch_export, onnx: a program for any number "
+        "of clouds and points",
     )
     command.add_argument("--out", required=True, metavar="FILE", help="file to write")
     command.add_argument("--overwrite", action="store_true", help="replace --out")
@@ -57,14 +57,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def inspect_command(args: argparse.Namespace) -> dict[str, Any]:
-    """Print what is in a file; return it."""
+    """Print the description of a file; return it."""
     found = inspect(find_weights(args.source))
     print("\n".join(report(found)))
     return found
 
 
 def export_command(args: argparse.Namespace) -> dict[str, Any]:
-    """Write an encoder; return what was written."""
+    """Export an encoder; return the summary."""
     out, suffix = Path(args.out), FORMATS[args.format]
     if out.suffix != suffix:
         raise UserError(f"--out {out}: a file of --format {args.format} ends in {suffix}")
@@ -86,12 +86,12 @@ def export_command(args: argparse.Namespace) -> dict[str, Any]:
             f"by {difference.norm:.1e} in norm"
         )
         if difference.largest > TOLERANCE and not args.half:
-            print(f"warning: that is more than {TOLERANCE}; among equally near points it may take other neighbors")
+            print(f"warning: that is more than {TOLERANCE}; neighbors at equal distances may differ")
     return found
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Run a command; return what it found.
+    """Run a command; return what ``--json`` writes.
 
     Raises:
         UserError: a file or a setting is wrong.

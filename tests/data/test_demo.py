@@ -101,9 +101,9 @@ def test_clouds_are_not_degenerate(pack):
     assert min(distinct) > 900
 
 
-def test_clouds_in_metres_have_the_catalogue_size(pack):
-    metres = pack["points"] * pack["radius_m"][:, None, None] + pack["centre_m"][:, None]
-    low, high = metres.min(1), metres.max(1)
+def test_clouds_in_meters_have_the_catalogue_size(pack):
+    meters = pack["points"] * pack["radius_m"][:, None, None] + pack["centre_m"][:, None]
+    low, high = meters.min(1), meters.max(1)
     extent, size = high - low, pack["size_m"]
     slack = 2e-3 * size.max(1, keepdims=True)
     assert (extent <= size + slack).all()

@@ -368,7 +368,7 @@ def test_labels_of_a_list_by_path_name_or_stem(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "holds no labels"),
+        ("", "contains no labels"),
         ("one\n", "line 1: expected 'name category'"),
         ("one chair valid\n", "line 1: expected 'name category'"),
         (CLA[:-8], "truncated"),

@@ -177,7 +177,7 @@ BREAK = {
         "not a readable PLY.*z",
     ),
     "NaN": (lambda root, name: write_ply(cloud_path(root, name), cloud(1) * np.nan), "48 of 48 points are not finite"),
-    "no points": (lambda root, name: write_ply(cloud_path(root, name), cloud(1, 0)), "holds no points"),
+    "no points": (lambda root, name: write_ply(cloud_path(root, name), cloud(1, 0)), "contains no points"),
     "no PLY": (lambda root, name: cloud_path(root, name).write_text("hello"), "not a readable PLY"),
     "no PNG": (no_pictures, "not a readable PNG"),
 }

@@ -216,7 +216,7 @@ def test_settings_and_checkpoints_that_cannot_search(model, tmp_path):
     encoder = model.point_encoder
     path = tmp_path / "last.pth"
     save_checkpoint(path, {"encoder": describe_encoder(encoder), "point_encoder": encoder.state_dict()})
-    with pytest.raises(CheckpointError, match=r"last\.pth holds no projection heads and image encoders"):
+    with pytest.raises(CheckpointError, match=r"last\.pth contains no projection heads and image encoders"):
         run(tmp_path, "--data_root", tmp_path)
 
 

@@ -77,7 +77,7 @@ def test_rooms_are_drawn_whole_with_their_own_colors(tmp_path):
     metrics = run(tmp_path, "--rooms", "Area_5_office_1")
     assert list(metrics["accuracy"]) == ["Area_5_office_1"] and (tmp_path / "out/sheet.png").exists()
     points, colors = read(tmp_path / "out" / "Area_5_office_1_truth.ply")
-    assert len(points) == 2 * 48 and points[:, 2].max() <= 3 and points[:, 0].max() > 2  # metres
+    assert len(points) == 2 * 48 and points[:, 2].max() <= 3 and points[:, 0].max() > 2  # meters
     low = points[:, 2] < 0.6
     assert (colors[low] == np.round(255 * CLASS_COLORS[1])).all()
     _, scan = read(tmp_path / "out" / "Area_5_office_1_input.ply")

@@ -63,7 +63,7 @@ def test_what_does_not_fit_is_named(tmp_path, capsys):
     assert "1 missing: conv1.weight" in text and "1 unknown: extra" in text
     torch.save({"weights": resnet18().fc.state_dict(), "acc": 0.5}, tmp_path / "resnet.pth")
     found, text = inspect(tmp_path / "resnet.pth", capsys)
-    assert "encoder" not in found and "encoder: none; no tensor has name and shape of one of dgcnn_cls" in text
+    assert "encoder" not in found and "encoder: none; no tensor has the name and shape of one of dgcnn_cls" in text
 
 
 def test_weights_by_name_and_programs(tmp_path, capsys, monkeypatch):

@@ -75,9 +75,9 @@ def room_blocks(blocks: int, points: int, seed: int) -> tuple[np.ndarray, np.nda
     """
     rng = np.random.default_rng(seed)
     unit = rng.uniform(size=(blocks, points, 3)).astype(np.float32)
-    metres = np.concatenate([unit[..., :2] - 0.5, 3 * unit[..., 2:]], axis=2)
+    meters = np.concatenate([unit[..., :2] - 0.5, 3 * unit[..., 2:]], axis=2)
     labels = np.select([unit[..., 2] < 0.2, unit[..., 2] > 0.8], [1, 0], 2)
-    return np.concatenate([metres, rng.uniform(size=unit.shape), unit], axis=2).astype(np.float32), labels
+    return np.concatenate([meters, rng.uniform(size=unit.shape), unit], axis=2).astype(np.float32), labels
 
 
 def write_rooms(root: Path, rooms: Sequence[str], *, blocks: int = 2, points: int = 64, whole: bool = True) -> None:

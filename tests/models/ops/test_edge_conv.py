@@ -270,7 +270,7 @@ def test_no_tensor_of_all_edges_is_kept(monkeypatch, widths):
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
         ours(x.requires_grad_(), index, blocks_of(widths, dtype=torch.float32))
-    assert 0 < max(saved) <= 2 * 40 * 10  # the neighbour lists themselves: one number per edge, no channels
+    assert 0 < max(saved) <= 2 * 40 * 10  # the neighbor lists themselves: one number per edge, no channels
 
 
 def test_transform_net_starts_at_the_identity():
