@@ -74,7 +74,8 @@ class CrossNet(nn.Module):
 
     def project_points(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor]:
         """Project two views, each (B, 3, N) -> (B, 256), as one batch of 2B, so that they share batch statistics."""
-        z1, z2 = self.point_head(pooled_features(self.point_encoder, torch.cat([view1.mT, view2.mT]))).chunk(2)
+        features = pooled_features(self.point_encoder, torch.cat([view1.mT, view2.mT]))  # (2B, feature_dim)
+        z1, z2 = self.point_head(features).chunk(2)  # (B, 256) each
         return z1, z2
 
     def project_images(self, modality: str, images: Tensor | None) -> Tensor | None:
@@ -87,7 +88,7 @@ class CrossNet(nn.Module):
         if images is None:
             raise ValueError(f"the model has a {modality} branch but got no {modality} images")
         features = self.image_encoders[modality](images.flatten(0, -4))  # (B * V, feature_dim)
-        return self.image_heads[modality](features).unflatten(0, images.shape[:-3])
+        return self.image_heads[modality](features).unflatten(0, images.shape[:-3])  # (B, 256) or (B, V, 256)
 
     def project(
         self, view1: Tensor, view2: Tensor, *, rgb: Tensor | None = None, gray: Tensor | None = None

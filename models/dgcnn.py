@@ -44,11 +44,11 @@ class TransformNet(nn.Module):
 
     def forward(self, points: Tensor, neighbors: Tensor) -> Tensor:
         """Return a matrix (B, 3, 3) for each cloud (B, N, 3), given its neighbors (B * N, k)."""
-        rows = edge_conv_two_layers(points.flatten(0, 1), neighbors, self.conv1, self.conv2)
-        x, _ = pool_pointwise([rows], points.shape[0], self.conv3)
-        x = F.leaky_relu(self.bn3(self.linear1(x)), LEAKY_SLOPE)
-        x = F.leaky_relu(self.bn4(self.linear2(x)), LEAKY_SLOPE)
-        return self.transform(x).unflatten(1, (3, 3))
+        rows = edge_conv_two_layers(points.flatten(0, 1), neighbors, self.conv1, self.conv2)  # (B * N, 128)
+        x, _ = pool_pointwise([rows], points.shape[0], self.conv3)  # (B, 1024)
+        x = F.leaky_relu(self.bn3(self.linear1(x)), LEAKY_SLOPE)  # (B, 512)
+        x = F.leaky_relu(self.bn4(self.linear2(x)), LEAKY_SLOPE)  # (B, 256)
+        return self.transform(x).unflatten(1, (3, 3))  # (B, 3, 3)
 
 
 class _DGCNN(PointEncoder):
@@ -64,7 +64,7 @@ class _DGCNN(PointEncoder):
 
     def neighbors(self, points: Tensor) -> Tensor:
         """Return the indices (B * N, k) of the nearest rows of points or features (B, N, C)."""
-        return flatten_neighbors(knn(points, self.k))
+        return flatten_neighbors(knn(points, self.k))  # (B, N, k) -> (B * N, k)
 
 
 class DGCNNCls(_DGCNN):
@@ -95,7 +95,7 @@ class DGCNNCls(_DGCNN):
         shape, rows, layers = points.shape, points.flatten(0, 1), []
         for block in (self.conv1, self.conv2, self.conv3, self.conv4):
             rows = edge_conv(rows, self.neighbors(rows.unflatten(0, shape[:2])), block, clouds=points.shape[0])
-            layers.append(rows)
+            layers.append(rows)  # (B * N, C_i)
         return torch.cat(pool_pointwise(layers, points.shape[0], self.conv5, with_mean=True), dim=1), layers
 
 
@@ -117,11 +117,11 @@ class _DGCNNSeg(_DGCNN):
     def edge_convs(self, points: Tensor, first_neighbors: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Map (B, N, C) and the first layer's neighbors (B * N, k) to (B, E) and three layers of rows (B * N, 64)."""
         shape = points.shape
-        x1 = edge_conv_two_layers(points.flatten(0, 1), first_neighbors, self.conv1, self.conv2)
+        x1 = edge_conv_two_layers(points.flatten(0, 1), first_neighbors, self.conv1, self.conv2)  # (B * N, 64)
         x2 = edge_conv_two_layers(x1, self.neighbors(x1.unflatten(0, shape[:2])), self.conv3, self.conv4)
         x3 = edge_conv(x2, self.neighbors(x2.unflatten(0, shape[:2])), self.conv5, clouds=points.shape[0])
         layers = [x1, x2, x3]
-        pooled, _ = pool_pointwise(layers, points.shape[0], self.conv6)
+        pooled, _ = pool_pointwise(layers, points.shape[0], self.conv6)  # (B, E)
         return pooled, layers
 
 
@@ -144,7 +144,7 @@ class DGCNNPartSeg(_DGCNNSeg):
 
     def pooled_and_layers(self, points: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Map (B, N, 3) to pooled features (B, E) and three layers of rows (B * N, 64)."""
-        matrices = self.transform_net(points, self.neighbors(points))
+        matrices = self.transform_net(points, self.neighbors(points))  # (B, 3, 3)
         with without_autocast(points.device):  # rounding the coordinates would change the neighbors
             points = at_least_float32(points)
             aligned = exact_matmul(points, matrices.to(points.dtype))  # (B, N, 3)

@@ -40,17 +40,17 @@ def nt_xent(a: Tensor, b: Tensor, *, temperature: float, objects: Tensor | None 
     if not temperature > 0:
         raise ValueError(f"temperature = {temperature}: expected a number above 0")
     with without_autocast(a.device):
-        a = F.normalize(at_least_float32(a), dim=1)
-        b = F.normalize(at_least_float32(b), dim=1)
-        all_a, all_b = gather_with_grad(a), gather_with_grad(b)
+        a = F.normalize(at_least_float32(a), dim=1)  # (B, C)
+        b = F.normalize(at_least_float32(b), dim=1)  # (B, C)
+        all_a, all_b = gather_with_grad(a), gather_with_grad(b)  # (A, C) each; A = B times the number of processes
         everything = len(all_a)
-        own = torch.arange(len(a), device=a.device) + rank() * len(a)
-        itself, partner = torch.cat([own, own + everything]), torch.cat([own + everything, own])
-        logits = torch.cat([a, b]) @ torch.cat([all_a, all_b]).T / temperature  # (2B, 2B of all processes)
+        own = torch.arange(len(a), device=a.device) + rank() * len(a)  # (B,) rows of this process in all_a
+        itself, partner = torch.cat([own, own + everything]), torch.cat([own + everything, own])  # (2B,) each
+        logits = torch.cat([a, b]) @ torch.cat([all_a, all_b]).T / temperature  # (2B, 2A)
         logits = logits.scatter(1, itself[:, None], float("-inf"))
         if objects is not None:
-            objects_of_all = gather_with_grad(objects).repeat(2)
-            same = objects.repeat(2)[:, None] == objects_of_all[None, :]
+            objects_of_all = gather_with_grad(objects).repeat(2)  # (2A,)
+            same = objects.repeat(2)[:, None] == objects_of_all[None, :]  # (2B, 2A)
             logits = logits.masked_fill(same.scatter(1, partner[:, None], False), float("-inf"))
         return F.cross_entropy(logits, partner)
 
@@ -110,7 +110,7 @@ def crossnet_objective(
             rows = torch.arange(batch, device=views[0].device) + rank() * batch
             objects = rows.repeat(2) if mask_same_object else None
             return nt_xent(torch.cat(views), torch.cat(images), temperature=temperature, objects=objects)
-        mean = (at_least_float32(views[0]) + at_least_float32(views[1])) / 2
+        mean = (at_least_float32(views[0]) + at_least_float32(views[1])) / 2  # (B, C)
         return functools.reduce(torch.add, (nt_xent(mean, image, temperature=temperature) for image in images))
 
     renders = [images] if images[0].ndim == 2 else map(list, zip(*(image.unbind(1) for image in images), strict=True))

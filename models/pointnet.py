@@ -41,7 +41,7 @@ class PointNetCls(PointEncoder):
         rows, shape = points.flatten(0, 1), points.shape[:2]
         layers = []
         for i in range(1, 6):
-            rows = F.relu(apply_to_rows(rows, getattr(self, f"conv{i}"), getattr(self, f"bn{i}")))
+            rows = F.relu(apply_to_rows(rows, getattr(self, f"conv{i}"), getattr(self, f"bn{i}")))  # (B * N, C_i)
             layers.append(rows)
         return max_over_points(rows.unflatten(0, shape)), layers[:4]
 
@@ -65,13 +65,13 @@ class AlignmentNet(nn.Module):
 
     def forward(self, rows: Tensor, shape: torch.Size) -> Tensor:
         """Return a matrix (B, C, C) for each cloud, given its rows (B * N, C)."""
-        rows = F.relu(apply_to_rows(rows, self.conv1, self.bn1))
-        rows = F.relu(apply_to_rows(rows, self.conv2, self.bn2))
-        rows = F.relu(apply_to_rows(rows, self.conv3, self.bn3))
-        x = max_over_points(rows.unflatten(0, shape))
-        x = F.relu(self.bn4(self.fc1(x)))
-        x = F.relu(self.bn5(self.fc2(x)))
-        x = self.fc3(x).unflatten(1, (self.channels, self.channels))
+        rows = F.relu(apply_to_rows(rows, self.conv1, self.bn1))  # (B * N, 64)
+        rows = F.relu(apply_to_rows(rows, self.conv2, self.bn2))  # (B * N, 128)
+        rows = F.relu(apply_to_rows(rows, self.conv3, self.bn3))  # (B * N, 1024)
+        x = max_over_points(rows.unflatten(0, shape))  # (B, 1024)
+        x = F.relu(self.bn4(self.fc1(x)))  # (B, 512)
+        x = F.relu(self.bn5(self.fc2(x)))  # (B, 256)
+        x = self.fc3(x).unflatten(1, (self.channels, self.channels))  # (B, C, C)
         return x + torch.eye(self.channels, device=x.device, dtype=x.dtype)
 
 
@@ -102,17 +102,17 @@ class PointNetPartSeg(PointEncoder):
     def pooled_and_layers(self, points: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Map (B, N, 3) to pooled features (B, E) and the rows (B * N, C_i) of all pointwise layers."""
         rows, shape = points.flatten(0, 1), points.shape[:2]
-        rows = self.align(rows, shape, self.stn)
-        out1 = F.relu(apply_to_rows(rows, self.conv1, self.bn1))
-        out2 = F.relu(apply_to_rows(out1, self.conv2, self.bn2))
-        out3 = F.relu(apply_to_rows(out2, self.conv3, self.bn3))
-        aligned = self.align(out3, shape, self.fstn)
-        out4 = F.relu(apply_to_rows(aligned, self.conv4, self.bn4))
-        out5 = apply_to_rows(out4, self.conv5, self.bn5)
+        rows = self.align(rows, shape, self.stn)  # (B * N, 3)
+        out1 = F.relu(apply_to_rows(rows, self.conv1, self.bn1))  # (B * N, 64)
+        out2 = F.relu(apply_to_rows(out1, self.conv2, self.bn2))  # (B * N, 128)
+        out3 = F.relu(apply_to_rows(out2, self.conv3, self.bn3))  # (B * N, 128)
+        aligned = self.align(out3, shape, self.fstn)  # (B * N, 128)
+        out4 = F.relu(apply_to_rows(aligned, self.conv4, self.bn4))  # (B * N, 512)
+        out5 = apply_to_rows(out4, self.conv5, self.bn5)  # (B * N, E)
         return max_over_points(out5.unflatten(0, shape)), [out1, out2, out3, out4, out5]
 
     @staticmethod
     def align(rows: Tensor, shape: torch.Size, net: AlignmentNet) -> Tensor:
         """Multiply each cloud's rows by the matrix that ``net`` predicts for it."""
-        matrix = net(rows, shape)
-        return (rows.unflatten(0, shape).to(matrix.dtype) @ matrix).flatten(0, 1)
+        matrix = net(rows, shape)  # (B, C, C)
+        return (rows.unflatten(0, shape).to(matrix.dtype) @ matrix).flatten(0, 1)  # (B, N, C) -> (B * N, C)

@@ -166,7 +166,7 @@ def edge_extremes(
         if about is None:
             return extremes, argmax, None
         offset = total / neighbors.numel()
-        scatter = (squares - total * offset).clamp_min_(0)
+        scatter = (squares - total * offset).clamp_min_(0)  # (C,)
         return extremes, argmax, Moments(a.new_full((), neighbors.numel()), about + offset, scatter)
     moments = edge_moments(a, c, neighbors, in_degree(neighbors).to(a.dtype)) if with_moments else None
     largest, argmax = neighbor_max(a, neighbors, sign)
@@ -214,8 +214,8 @@ class _EdgeConv(torch.autograd.Function):
     ) -> Tensor:
         batch, tiles = uses_batch_statistics(norm), whole_clouds(x, clouds, len(weight))
         offset, constant = center_of(x, weight)
-        sign = sign_of_gain(weight.new_ones(len(weight)) if gain is None else gain).to(x.dtype)
-        extremes = x.new_empty(len(x), len(weight))
+        sign = sign_of_gain(weight.new_ones(len(weight)) if gain is None else gain).to(x.dtype)  # (C_out,)
+        extremes = x.new_empty(len(x), len(weight))  # (P, C_out)
         longest = max(rows.stop - rows.start for rows in tiles)
         argmax = (
             torch.empty_like(extremes, dtype=torch.int16 if longest <= 1 << 15 else torch.int32) if trains else None
@@ -223,7 +223,7 @@ class _EdgeConv(torch.autograd.Function):
         parts = []
         for rows in tiles:
             local_neighbors = neighbors[rows] - rows.start
-            a, c = edge_terms(x[rows] - offset, weight)
+            a, c = edge_terms(x[rows] - offset, weight)  # (p, C_out) each
             extremes[rows], chosen, moments = edge_extremes(a, c, local_neighbors, sign, with_moments=batch)
             parts.append(moments)
             if argmax is not None:
@@ -236,7 +236,7 @@ class _EdgeConv(torch.autograd.Function):
         else:
             (mean, variance), count = running_statistics(norm), None
         mean = mean - constant
-        scale, shift = scale_and_shift(norm, mean, variance)
+        scale, shift = scale_and_shift(norm, mean, variance)  # (C_out,) each
         out = torch.empty_like(extremes) if trains else extremes
         for rows in tiles_of_rows(out):
             out[rows] = F.leaky_relu_(torch.addcmul(shift, extremes[rows], scale), negative_slope)
@@ -265,22 +265,22 @@ class _EdgeConv(torch.autograd.Function):
 
         sum_grad, sum_grad_h = torch.zeros_like(scale), torch.zeros_like(scale)
         for rows in tiles_of_rows(extremes):
-            inner = normalized_gradient(rows)
+            inner = normalized_gradient(rows)  # (p, C_out)
             sum_grad += inner.sum(0)
             sum_grad_h += inner.mul_(extremes[rows] - mean).sum(0)
         grad_scale, constant, grad_gain = gradient_of_statistics(
             ctx.norm, sum_grad, sum_grad_h, scale=scale, mean=mean, variance=variance, count=count
         )
         width = x.shape[1]
-        of_neighbor, of_center = weight[:, :width], weight[:, width:] - weight[:, :width]
+        of_neighbor, of_center = weight[:, :width], weight[:, width:] - weight[:, :width]  # (C_out, C) each
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         sum_a, sum_c = (weight.new_zeros(len(weight), width) for _ in range(2))
         # Batch norm makes this gradient sum to zero over its batch; rounding errors would be multiplied by the offset.
         sums_to_zero = count is not None and not shares_statistics(ctx.norm)
         total = torch.zeros_like(scale)
         for rows in whole_clouds(x, ctx.clouds, len(weight)):
-            centered = x[rows] - offset
-            grad_c = normalized_gradient(rows).mul_(scale)
+            centered = x[rows] - offset  # (p, C)
+            grad_c = normalized_gradient(rows).mul_(scale)  # (p, C_out)
             if count is None:
                 grad_a = torch.zeros_like(grad_c).scatter_add_(0, argmax[rows].to(torch.int64), grad_c)
             else:
@@ -289,10 +289,10 @@ class _EdgeConv(torch.autograd.Function):
                 grad_a, grad_c = edge_gradients(a, c, local_neighbors, grad_scale, constant, grad_c, argmax[rows])
             if not sums_to_zero:
                 total += grad_c.sum(0)
-            sum_a.addmm_(grad_a.T, centered)
+            sum_a.addmm_(grad_a.T, centered)  # (C_out, C)
             sum_c.addmm_(grad_c.T, centered)
             if grad_x is not None:
-                grad_x[rows] = (grad_a @ of_neighbor).addmm_(grad_c, of_center)
+                grad_x[rows] = (grad_a @ of_neighbor).addmm_(grad_c, of_center)  # (p, C)
         grad_weight = torch.cat([sum_a - sum_c, sum_c + torch.outer(total, offset)], dim=1)
         return (
             *(grad_x, grad_weight, None if gain is None else grad_gain, None if bias is None else sum_grad),
@@ -316,7 +316,7 @@ def first_edge_layer(x: Tensor, neighbors: Tensor, block: nn.Sequential) -> tupl
     if not uses_batch_statistics(norm):
         return *edge_terms(x, weight), *scale_and_shift(norm, *running_statistics(norm))
     offset, constant = center_of(x, weight)
-    a, c = edge_terms(x - offset, weight)
+    a, c = edge_terms(x - offset, weight)  # (P, C_out) each
     mean, scatter = _EdgeMoments.apply(a, c, neighbors)
     moments = across_processes(Moments(a.new_full((), neighbors.numel()), mean + constant, scatter), norm)
     variance = moments.scatter / moments.number
@@ -328,7 +328,7 @@ def _edge_conv_of_plain_operations(x: Tensor, neighbors: Tensor, block: nn.Seque
     """Compute ``edge_conv`` with running statistics, in operations that torch.export traces for any number of rows."""
     weight, norm, activation = parts_of(block)
     offset, constant = center_of(x, weight)
-    a, c = edge_terms(x - offset, weight)
+    a, c = edge_terms(x - offset, weight)  # (P, C_out) each
     mean, variance = running_statistics(norm)
     scale, shift = scale_and_shift(norm, mean - constant, variance)
     sign = sign_of_gain(scale)
@@ -390,18 +390,18 @@ def edge_conv_two_layers(x: Tensor, neighbors: Tensor, first: nn.Sequential, sec
         tiles = [(c, neighbors)] if is_exporting() else list(zip(c.split(rows), neighbors.split(rows), strict=True))
 
         def hidden(center: Tensor, index: Tensor) -> Tensor:  # (p, C1), (p, k) -> (p * k, C1)
-            edges = F.embedding(index, a) + center[:, None, :]
+            edges = F.embedding(index, a) + center[:, None, :]  # (p, k, C1)
             return first[2](edges).flatten(0, 1)
 
         def tile_moments(center: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-            h = hidden(center, index)
+            h = hidden(center, index)  # (p * k, C1)
             mean = h.mean(0)
             h = h - mean
             return mean, exact_matmul(h.T, h)  # (C1,), (C1, C1)
 
         def tile_extreme(center: Tensor, index: Tensor) -> Tensor:
-            y = exact_matmul(hidden(center, index), (weight * sign[:, None]).T)
-            return max_over_points(y.unflatten(0, index.shape))
+            y = exact_matmul(hidden(center, index), (weight * sign[:, None]).T)  # (p * k, C_out)
+            return max_over_points(y.unflatten(0, index.shape))  # (p, C_out)
 
         def recomputed(function: Callable[..., Any], *inputs: Tensor) -> Any:
             if is_exporting():
@@ -413,12 +413,12 @@ def edge_conv_two_layers(x: Tensor, neighbors: Tensor, first: nn.Sequential, sec
             counts = torch.stack([a.new_full((), index.numel()) for _, index in tiles])
             means, scatters = (torch.stack(part) for part in zip(*parts, strict=True))
             moments = across_processes(merge_moments(counts, means, scatters), norm)
-            mean = weight @ moments.mean
+            mean = weight @ moments.mean  # (C_out,)
             variance = (exact_matmul(weight, moments.scatter) * weight).sum(1).clamp_min(0) / moments.number
             update_running_statistics(norm, mean, variance, moments.number)
         else:
             mean, variance = running_statistics(norm)
-        scale, shift = scale_and_shift(norm, mean, variance)
+        scale, shift = scale_and_shift(norm, mean, variance)  # (C_out,) each
         sign = sign_of_gain(scale)
         extreme = torch.cat([recomputed(tile_extreme, center, index) for center, index in tiles]) * sign
         return activation(torch.addcmul(shift, extreme, scale))

@@ -47,7 +47,7 @@ def largest(values: Tensor, k: int) -> Tensor:
     groups = n // _GROUP
     grouped = groups * _GROUP  # group g is g, g + groups, g + 2 groups, ...: the maximum runs over contiguous rows
     chosen = _largest_places(values[:, :grouped].unflatten(1, (_GROUP, groups)).amax(1), torch.arange(groups), k)
-    candidates = (chosen[:, None] + torch.arange(0, grouped, groups)[:, None]).flatten(1)
+    candidates = (chosen[:, None] + torch.arange(0, grouped, groups)[:, None]).flatten(1)  # (R, _GROUP * k)
     if grouped < n:
         candidates = torch.cat([candidates, torch.arange(grouped, n).expand(rows, -1)], dim=1)
     return _largest_places(values.gather(1, candidates), candidates, k)
@@ -83,7 +83,7 @@ def knn(points: Tensor, k: int) -> Tensor:
         raise ValueError(f"k = {k} neighbors in clouds of {n} points: k must be between 1 and the number of points")
     with torch.no_grad(), without_autocast(points.device), exact_products(points.device):
         x = at_least_float32(points.detach())
-        x = x - x.mean(dim=1, keepdim=True)
+        x = x - x.mean(dim=1, keepdim=True)  # (B, N, C)
         if (kernels := backend_for(x)) and n <= kernels.MAX_ROW and x.shape[2] <= kernels.MAX_COORDINATES:
             return kernels.nearest(x, k)
         queries, others = closeness_factors(x)  # (B, N, C + 1), (B, C + 1, N)
@@ -93,10 +93,10 @@ def knn(points: Tensor, k: int) -> Tensor:
         width = kernels.padded(n) if kernels and n <= kernels.MAX_ROW else n
         space = None  # all tiles share the memory of the first, which is the largest
         for clouds, rows in tiles_of_clouds(b, n, n, _TILE.get(x.device.type, 1 << 24)):
-            part = queries[clouds, rows]
+            part = queries[clouds, rows]  # (b, n, C + 1)
             space = part.new_empty(len(part), part.shape[1], width) if space is None else space
             closeness = torch.bmm(part, others[clouds], out=space[: len(part), : part.shape[1], :n])  # (b, n, N)
-            index[clouds, rows] = largest(closeness.flatten(0, 1), k).unflatten(0, closeness.shape[:2])
+            index[clouds, rows] = largest(closeness.flatten(0, 1), k).unflatten(0, closeness.shape[:2])  # (b, n, k)
     return index
 
 

@@ -51,7 +51,7 @@ def _reduced(
 
     ``with_mean`` adds the sums over points of the activation's slope and of slope times centered y, each (b, E).
     """
-    value = at_least_float32(y) - mean
+    value = at_least_float32(y) - mean  # (b, n, E)
     before = torch.addcmul(shift, value, scale)
     sums: tuple[Tensor, ...] = ()
     if with_mean:
@@ -122,7 +122,7 @@ class _Pool(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         points, width = len(rows[0]) // clouds, len(weight)
         compute_dtype = autocast_dtype(rows[0])
-        kernel = weight.to(compute_dtype).T
+        kernel = weight.to(compute_dtype).T  # (sum of C_i, E)
         batch = uses_batch_statistics(norm)
         keep = batch or trains
         y = rows[0].new_empty((clouds, points, width) if keep else (0,), dtype=compute_dtype)
@@ -152,7 +152,7 @@ class _Pool(torch.autograd.Function):
         scale, shift = scale_and_shift(norm, torch.zeros_like(mean), variance)  # of the centered y
         groups = -(-points // _GROUP)
         maxima = mean.new_empty((clouds, groups, width))  # (B, groups, E)
-        sum_slope, sum_slope_y = (mean.new_zeros(clouds, width) for _ in range(2))
+        sum_slope, sum_slope_y = (mean.new_zeros(clouds, width) for _ in range(2))  # (B, E) each
         reduce = fused(_reduced, y)
         for c, r in _tiles(clouds, points, width, weight.device):
             tile = y[c, r] if batch else product(c, r)
@@ -174,7 +174,7 @@ class _Pool(torch.autograd.Function):
             *(y, argmax, pooled, sum_slope, sum_slope_y, scale, shift, mean, variance, count, weight, gain, bias, *rows)
         )
         ctx.norm, ctx.negative_slope, ctx.with_mean = norm, negative_slope, with_mean
-        means = (sum_slope_y * scale + sum_slope * shift) / points
+        means = (sum_slope_y * scale + sum_slope * shift) / points  # (B, E)
         return F.leaky_relu(pooled, negative_slope), means
 
     @staticmethod
@@ -186,9 +186,9 @@ class _Pool(torch.autograd.Function):
         compute_dtype = y.dtype
         kernel = weight.to(compute_dtype)
         grad_mean = grad_mean / points
-        grad_at_argmax = leaky_relu_gradient(grad_max, pooled, ctx.negative_slope)
-        best = at_least_float32(y.gather(1, argmax)[:, 0]) - mean
-        sum_grad = grad_at_argmax.sum(0) + (grad_mean * sum_slope).sum(0)
+        grad_at_argmax = leaky_relu_gradient(grad_max, pooled, ctx.negative_slope)  # (B, E)
+        best = at_least_float32(y.gather(1, argmax)[:, 0]) - mean  # (B, E)
+        sum_grad = grad_at_argmax.sum(0) + (grad_mean * sum_slope).sum(0)  # (E,)
         sum_grad_y = (grad_at_argmax * best).sum(0) + (grad_mean * sum_slope_y).sum(0)
         slope_y, constant, grad_gain = gradient_of_statistics(
             ctx.norm, sum_grad, sum_grad_y, scale=scale, mean=mean, variance=variance, count=count
@@ -207,7 +207,7 @@ class _Pool(torch.autograd.Function):
                 grad = _add_at(_gradient(*tile), index, grad_at_argmax[c], inside).to(compute_dtype)
             else:
                 grad = whole(index, grad_at_argmax[c], *tile)
-            grad = grad.flatten(0, 1)
+            grad = grad.flatten(0, 1)  # (b * n, E)
             x = join(compute_dtype, *(part.view(clouds, points, -1)[c, r] for part in rows)).flatten(0, 1)
             if compute_dtype == grad_weight.dtype:
                 grad_weight.addmm_(grad.T, x)
