@@ -336,6 +336,8 @@ def _fine_tuned_from_payload(
     head_kind = task.head_class(type(encoder), name)
     if kind is not None:
         sizes, state = dict(payload["head_sizes"]), payload["head"]
+        if name == "linear" and "norm_pooled.running_mean" not in state:
+            sizes["batch_norm"] = False  # of an earlier version
     else:
         payload, state = {}, {key: tensor for key, tensor in heads.items() if not _is_projection(key)}
         _log_left_out(path, heads.keys() - state.keys())

@@ -180,30 +180,52 @@ class DGCNNSemanticHead(PointHead):
         return *self.conv7, *self.conv8, self.dropout, self.conv9
 
 
+def feature_norm(channels: int, *, batch_norm: bool) -> nn.Module:
+    """Return the layer in front of a linear probe: batch norm without parameters, or nothing.
+
+    It gives all features one scale, so that one learning rate suits every encoder. The probe remains linear, since the
+    norm merges with the layer that follows. From the linear probing of MAE (He et al., CVPR 2022, appendix A.1), with
+    its eps.
+    """
+    return nn.BatchNorm1d(channels, affine=False, eps=1e-6) if batch_norm else nn.Identity()
+
+
 class LinearSemanticHead(PointHead):
-    """Linear probe for points: one 1x1 convolution with bias.
+    """Linear probe for points: one 1x1 convolution with bias, over normalized features.
 
     Args:
         encoder: determines the input widths.
         num_classes: number of classes.
         num_categories: length of the one-hot vector.
+        batch_norm: whether :func:`feature_norm` normalizes the features.
     """
 
-    def __init__(self, encoder: PointEncoder, *, num_classes: int, num_categories: int = 0) -> None:
+    def __init__(
+        self, encoder: PointEncoder, *, num_classes: int, num_categories: int = 0, batch_norm: bool = True
+    ) -> None:
         super().__init__()
         self.num_categories = num_categories
+        self.norm_pooled = feature_norm(encoder.feature_dim, batch_norm=batch_norm)
+        self.norm_local = feature_norm(encoder.local_dim, batch_norm=batch_norm)
         self.linear = nn.Conv1d(encoder.feature_dim + num_categories + encoder.local_dim, num_classes, kernel_size=1)
 
     def layers(self) -> Sequence[Any]:
         """Return the only layer."""
         return (self.linear,)
 
+    def forward(self, features: PointFeatures, *category: Tensor) -> Tensor:
+        """Return scores (B, scores, N), given the category (B,) if there are categories."""
+        pooled, local = features  # (B, feature_dim), (B, N, local_dim)
+        rows = self.norm_local(local.flatten(0, 1))  # (B * N, local_dim)
+        normalized = PointFeatures(self.norm_pooled(pooled), rows.unflatten(0, local.shape[:2]))
+        return super().forward(normalized, *category)
+
 
 class LinearPartHead(LinearSemanticHead):
-    """Linear probe for parts; arguments ``num_categories`` and ``num_parts``."""
+    """Linear probe for parts; arguments ``num_categories``, ``num_parts`` and ``batch_norm``."""
 
-    def __init__(self, encoder: PointEncoder, *, num_categories: int, num_parts: int) -> None:
-        super().__init__(encoder, num_classes=num_parts, num_categories=num_categories)
+    def __init__(self, encoder: PointEncoder, *, num_categories: int, num_parts: int, batch_norm: bool = True) -> None:
+        super().__init__(encoder, num_classes=num_parts, num_categories=num_categories, batch_norm=batch_norm)
 
 
 class ClassHead(Head):
@@ -257,23 +279,25 @@ class PointNetClassHead(ClassHead):
 
 
 class LinearClassHead(Head):
-    """Linear probe for clouds: one linear layer with bias over the pooled features.
+    """Linear probe for clouds: one linear layer with bias over the normalized pooled features.
 
     Args:
         encoder: determines the input width.
         num_classes: number of classes.
+        batch_norm: whether :func:`feature_norm` normalizes the features.
 
     Shape:
         features -> (B, num_classes)
     """
 
-    def __init__(self, encoder: PointEncoder, *, num_classes: int) -> None:
+    def __init__(self, encoder: PointEncoder, *, num_classes: int, batch_norm: bool = True) -> None:
         super().__init__()
+        self.norm_pooled = feature_norm(encoder.feature_dim, batch_norm=batch_norm)
         self.linear = nn.Linear(encoder.feature_dim, num_classes)
 
     def forward(self, features: PointFeatures) -> Tensor:
         """Return scores (B, num_classes)."""
-        return self.linear(features.pooled)
+        return self.linear(self.norm_pooled(features.pooled))
 
 
 HEADS = ("published", "linear")
