@@ -23,7 +23,7 @@ Examples:
   python -m benchmarks.estimate --shapes 43783 --epochs 100 --gpus 1
   python -m benchmarks.estimate --shapes 43783 --epochs 250 --gpus 4 --data_root data --amp bf16 --channels_last
   python -m benchmarks.estimate --shapes 2033 --epochs 6 --num_points 512 --image_model resnet18 --image_size 64 --check
-  python -m benchmarks.estimate --plan benchmarks/reproduce.toml --rows 'modelnet10-*' --seeds 1 2 --seconds 5
+  python -m benchmarks.estimate --plan benchmarks/ablations.toml --seeds 1 2 --seconds 1 --threads 1 --cpu_time
 
 With --plan, the rows of a plan of benchmarks.reproduce are priced, as far as they are not recorded yet. Pretrainings
 that differ in nothing that a step's time depends on are measured once. Linear SVMs are timed on made-up features; other
@@ -116,6 +116,11 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, l
     g = parser.add_argument_group("how")
     g.add_argument("--seconds", type=positive_float, default=40.0, metavar="S", help="of timed steps")
     g.add_argument("--threads", type=positive_int, metavar="T", help="CPU threads of PyTorch (default: its own choice)")
+    g.add_argument(
+        "--cpu_time",
+        action="store_true",
+        help="count processor time, which a busy machine hardly changes; with --threads 1 and --workers 0",
+    )
     g.add_argument("--check", action="store_true", help="then train an epoch of the data and compare")
     g.add_argument("--json", metavar="FILE", help="also write the result to FILE")
     parser.add_argument("--measure", choices=("all", "steps"), help=argparse.SUPPRESS)  # what the fresh processes run
@@ -175,7 +180,9 @@ def started(training: list[str], threads: int | None, *, with_probes: bool = Fal
         torch.set_num_threads(before)
 
 
-def measure_batch(training: list[str], *, seconds: float, threads: int | None, only_steps: bool) -> dict[str, Any]:
+def measure_batch(
+    training: list[str], *, seconds: float, threads: int | None, only_steps: bool, cpu: bool = False
+) -> dict[str, Any]:
     """Time and memory of the step at these settings, the time of the loader alone, and what comes between steps.
 
     Returns:
@@ -195,18 +202,19 @@ def measure_batch(training: list[str], *, seconds: float, threads: int | None, o
         run_.step(batch)
         times: list[float] = []
         while len(times) < 2 or (sum(times) < seconds and len(times) < 200):
-            times.append(seconds_of(lambda: run_.step(batch), device))
+            times.append(seconds_of(lambda: run_.step(batch), device, cpu=cpu))
         # What it holds back for itself counts as well: a GPU is full when nothing is left to hold.
         peak = torch.cuda.max_memory_reserved(device) / 1e6 if on_gpu else resident_megabytes()
         for _ in batches:  # the rest of the epoch; from the next on the workers are busy already
             pass
-        count, start = 0, time.perf_counter()
+        now = time.process_time if cpu else time.perf_counter
+        count, start = 0, now()
         for _ in loader:
             count += 1
-            if time.perf_counter() - start > seconds:
+            if now() - start > seconds:
                 break
-        load = (time.perf_counter() - start) / count
-        more = {} if only_steps else measure_between_steps(run_)
+        load = (now() - start) / count
+        more = {} if only_steps else measure_between_steps(run_, cpu=cpu)
     return {
         "step_seconds": float(np.median(times)),
         "load_seconds": load,
@@ -217,7 +225,7 @@ def measure_batch(training: list[str], *, seconds: float, threads: int | None, o
     }
 
 
-def measure_between_steps(run_: Run) -> dict[str, Any]:
+def measure_between_steps(run_: Run, *, cpu: bool = False) -> dict[str, Any]:
     """What a checkpoint and a probe's features cost, and what must be known of the run for the rest.
 
     Returns:
@@ -233,8 +241,8 @@ def measure_between_steps(run_: Run) -> dict[str, Any]:
 
     features()
     return {
-        "checkpoint_seconds": seconds_of(lambda: save(run_, "last.pth"), task.device),
-        "cloud_seconds": seconds_of(features, task.device) / batch,
+        "checkpoint_seconds": seconds_of(lambda: save(run_, "last.pth"), task.device, cpu=cpu),
+        "cloud_seconds": seconds_of(features, task.device, cpu=cpu) / batch,
         "dims": encoder.feature_dim,
         "probe_sets": [
             {
@@ -263,10 +271,10 @@ def all_reduces_of_step(model: CrossNet, config: train_crossnet_con.PretrainConf
     return config.accumulate * (passes * norms + 4 * pairs + numbers_of_objects)
 
 
-def svm_seconds(train: int, test: int, *, classes: int, dims: int) -> float:
+def svm_seconds(train: int, test: int, *, classes: int, dims: int, cpu: bool = False) -> float:
     """Seconds of a probe's two SVMs: one is timed on made-up features, the other has 80 % of its training clouds."""
     sample = synthetic_features(train=train, test=test, classes=classes, dims=dims)
-    return (1 + 0.8**2) * seconds_of(lambda: linear_svm(*sample))
+    return (1 + 0.8**2) * seconds_of(lambda: linear_svm(*sample), cpu=cpu)
 
 
 def count_checkpoints(*, steps: int, epochs: int, save_every: int, probes: int) -> int:
@@ -301,7 +309,10 @@ def predict(args: argparse.Namespace, full: dict[str, Any], half: dict[str, Any]
     sets = full["probe_sets"]
     probes = -(-args.epochs // run_.eval_every) if sets else 0
     features = sum(found["train"] + found["test"] for found in sets) * full["cloud_seconds"] / args.gpus
-    svm = sum(svm_seconds(found["train"], found["test"], classes=found["classes"], dims=full["dims"]) for found in sets)
+    svm = sum(
+        svm_seconds(found["train"], found["test"], classes=found["classes"], dims=full["dims"], cpu=args.cpu_time)
+        for found in sets
+    )
     checkpoints = count_checkpoints(steps=steps, epochs=args.epochs, save_every=run_.save_every, probes=probes)
     hours = {
         "steps": steps * args.epochs * per_step / 3600,
@@ -457,6 +468,7 @@ def measured(
     """Return ``measure_batch`` of a fresh process."""
     own = ["--measure", what, "--seconds", str(seconds), "--data_root", data]
     own += ["--threads", str(args.threads)] if args.threads else []
+    own += ["--cpu_time"] if args.cpu_time else []
     return in_fresh_process("benchmarks.estimate", [*own, *training])
 
 
@@ -473,7 +485,8 @@ def price_plan(args: argparse.Namespace) -> dict[str, Any]:
             found = measured(args, training, data, seconds=args.seconds)
         return {**found, "seconds_per_step": seconds_per_step(found, run_)}
 
-    result = price(chosen_rows(plan, args.rows), args.seeds, Prices(runner, costs, shapes=args.shapes))
+    prices = Prices(runner, costs, shapes=args.shapes, cpu=args.cpu_time)
+    result = price(chosen_rows(plan, args.rows), args.seeds, prices)
     print(price_table(result))
     return result
 
@@ -488,7 +501,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         return result
     if args.measure:
         training = [*training, "--data_root", args.data_root]
-        result = measure_batch(training, seconds=args.seconds, threads=args.threads, only_steps=args.measure == "steps")
+        how = {"seconds": args.seconds, "threads": args.threads, "cpu": args.cpu_time}
+        result = measure_batch(training, only_steps=args.measure == "steps", **how)
         print(json.dumps(result))
         return result
     run_ = train_crossnet_con.build_parser().parse_args(training)
@@ -516,7 +530,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     keys = ("batch_size", "accumulate", "chunk_size", "num_points", "model", "k", "image_model", "image_size", "amp")
     keys += ("channels_last", "workers", "eval_every", "eval_points", "save_every", "no_sync_bn")
     result["settings"] = {key: getattr(run_, key) for key in keys} | {
-        **{key: getattr(args, key) for key in ("shapes", "epochs", "gpus", "memory_gb", "seconds", "all_reduce_us")},
+        **{
+            key: getattr(args, key)
+            for key in ("shapes", "epochs", "gpus", "memory_gb", "seconds", "cpu_time", "all_reduce_us")
+        },
         "all_reduce_given": given,
         "num_points": run_.num_points or (RELEASED_POINTS if args.data_root is None else "all"),
         "threads": args.threads or torch.get_num_threads(),

@@ -47,10 +47,11 @@ class Prices:
         measure: returns ``seconds_per_step``, ``checkpoint_seconds``, ``cloud_seconds`` (features of one cloud) and
             ``dims`` of the features.
         shapes: pairs of a set that is neither here nor described by the plan.
+        cpu: count processor time.
     """
 
-    def __init__(self, runner: Runner, measure: Measure, *, shapes: int) -> None:
-        self.runner, self.measure, self.shapes = runner, measure, shapes
+    def __init__(self, runner: Runner, measure: Measure, *, shapes: int, cpu: bool = False) -> None:
+        self.runner, self.measure, self.shapes, self.cpu = runner, measure, shapes, cpu
         self.costs: dict[tuple, Mapping[str, float]] = {}
         self.svms: dict[tuple, float] = {}
 
@@ -114,19 +115,25 @@ class Prices:
         cost = self.cost(row)
         key = (name, cost["dims"], *settings.svm_c, settings.cv_folds, *settings.shots, settings.shot_draws)
         if key not in self.svms:
-            self.svms[key] = svm_seconds(settings, clouds, classes=classes, dims=int(cost["dims"]))
+            self.svms[key] = svm_seconds(settings, clouds, classes=classes, dims=int(cost["dims"]), cpu=self.cpu)
         return (sum(clouds.values()) * cost["cloud_seconds"] + self.svms[key]) / 3600
 
 
-def svm_seconds(settings: argparse.Namespace, clouds: Mapping[str, int], *, classes: int, dims: int) -> float:
+def svm_seconds(
+    settings: argparse.Namespace, clouds: Mapping[str, int], *, classes: int, dims: int, cpu: bool = False
+) -> float:
     """Return the seconds of a row's SVMs and retrieval: each kind is timed once on made-up features and multiplied."""
     sample = synthetic_features(train=clouds["train"], test=clouds["test"], classes=classes, dims=dims)
     values, folds = len(settings.svm_c), settings.cv_folds
     # A fold's Gram matrix has the square of its share of the training clouds.
     fits = values * (1 + (folds * (1 - 1 / folds) ** 2 if values > 1 else 0))
-    few = [seconds_of(lambda shots=shots: few_label_svm(*sample, shots=shots, draws=1)) for shots in settings.shots]
-    retrieval = seconds_of(lambda: average_precisions(*sample[2:]))
-    return fits * seconds_of(lambda: linear_svm(*sample)) + settings.shot_draws * sum(few) + retrieval
+    linear = seconds_of(lambda: linear_svm(*sample), cpu=cpu)
+    few = sum(
+        seconds_of(lambda shots=shots: few_label_svm(*sample, shots=shots, draws=1), cpu=cpu)
+        for shots in settings.shots
+    )
+    retrieval = seconds_of(lambda: average_precisions(*sample[2:]), cpu=cpu)
+    return fits * linear + settings.shot_draws * few + retrieval
 
 
 def price(rows: Sequence[Row], seeds: Sequence[int] | None, prices: Prices) -> dict[str, Any]:

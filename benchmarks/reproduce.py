@@ -1,7 +1,8 @@
 """Fill the tables of docs/results.md: run what is missing, record it, write the page.
 
 A plan (benchmarks/reproduce.toml) holds roots (where data lies), data that can be made, pretrainings, tables and rows.
-A row is one way of scoring, of a pretrained encoder or of none, for every seed. Each seed gets a folder
+A row is one way of scoring, of a pretrained encoder or of none, for every seed. Variants are rows whose pretraining
+differs from another row's in a few flags (benchmarks/ablations.toml). Each seed gets a folder
 results/<row>/seed_<s>/ with
   row.json       commands, commit, machine, versions, minutes, SHA-256 of the checkpoint
   scores.json    what the scoring script reported
@@ -15,6 +16,7 @@ Examples:
   python -m benchmarks.reproduce --tables                     # only write docs/results.md from results/
   python -m benchmarks.reproduce --check modelnet10-untrained --seeds 1
   python -m benchmarks.reproduce --quick                      # every row at a tiny size on the demo set
+  python -m benchmarks.reproduce --plan benchmarks/ablations.toml --discard --seeds 1 2    # docs/ablations.md
 """
 
 from __future__ import annotations
@@ -22,23 +24,23 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
+import re
 import shlex
 import shutil
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also run by path
 from benchmarks.measure import ROOT, provenance
+from benchmarks.result_pages import recorded_scores, value_at, write_page
 from utils.cli import HelpFormatter, run, seed_number, write_json
 from utils.errors import UserError
 from utils.files import sha256
-from utils.reproducible import commit_of
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -76,16 +78,25 @@ class Made:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the page: heading, explanation, and columns as paths into ``scores.json``."""
+    """A table of the page: heading, explanation, and columns as paths into ``scores.json``.
+
+    A path that begins with ``training.`` leads into the last epoch of the run that trained what was scored. ``digits``
+    are those behind the point, by column. With ``effects``, rows are shown as differences to the row that they name in
+    ``against``, and drawn into the file ``picture`` beside the page, a panel for each of the columns ``pictured``.
+    """
 
     title: str
     note: str
     columns: Mapping[str, str]
+    digits: Mapping[str, int] = field(default_factory=dict)
+    effects: bool = False
+    picture: str | None = None
+    pictured: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a table: a scoring script and its flags, for each seed."""
+    """One row of a table: a scoring script and its flags, for each seed; differences are shown to ``against``."""
 
     name: str
     table: str
@@ -97,6 +108,26 @@ class Row:
     seeds: Sequence[int] = DEFAULT_SEEDS
     published: str = "not available"
     reproduced: str = "none known"
+    against: str | None = None
+    factor: str = ""
+
+
+@dataclass(frozen=True)
+class Variants:
+    """Variants of a row: its pretraining with other flags, named by the factor and the case."""
+
+    of: str
+    factor: str
+    cases: Mapping[str, Mapping[str, Any]]
+
+    def expand(self, row: Row, pretraining: Pretraining) -> tuple[list[Row], dict[str, Pretraining]]:
+        """Return a row and a pretraining for each case."""
+        rows, pretrainings = [], {}
+        for case, flags in self.cases.items():
+            name = "-".join([row.name, *(re.sub(r"[^a-z0-9.]+", "_", text.lower()) for text in (self.factor, case))])
+            rows.append(replace(row, name=name, label=case, pretraining=name, against=row.name, factor=self.factor))
+            pretrainings[name] = replace(pretraining, name=name, flags={**pretraining.flags, **flags})
+        return rows, pretrainings
 
 
 @dataclass(frozen=True)
@@ -104,7 +135,7 @@ class Plan:
     """The content of a plan file.
 
     Raises:
-        UserError: a row names a table or pretraining that is not in the file, or a name is given twice.
+        UserError: a row names a table, pretraining or row that is not in the file, or a name is given twice.
     """
 
     title: str
@@ -115,6 +146,8 @@ class Plan:
     made: Mapping[str, Made] = field(default_factory=dict)
     quick: Mapping[str, Any] = field(default_factory=dict)
     navigation: str = ""
+    intro: str = ""
+    page: str = "docs/results.md"
     named_roots: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -122,20 +155,25 @@ class Plan:
         """Read a plan; ``roots`` replace those of the file."""
         try:
             content = tomllib.loads(path.read_text(encoding="utf-8"))
+            rows = [Row(**entry) for entry in content["rows"]]
+            pretrainings = {
+                name: Pretraining(name=name, **entry) for name, entry in content.get("pretraining", {}).items()
+            }
+            for variants in [Variants(**entry) for entry in content.get("variants", ())]:
+                base = next(row for row in rows if row.name == variants.of)
+                more = variants.expand(base, pretrainings[base.pretraining or ""])
+                rows, pretrainings = rows + more[0], pretrainings | more[1]
             plan = cls(
                 title=content["title"],
                 roots={**content["roots"], **roots},
-                pretrainings={
-                    name: Pretraining(name=name, **entry) for name, entry in content.get("pretraining", {}).items()
-                },
+                pretrainings=pretrainings,
                 tables={name: Table(**entry) for name, entry in content["tables"].items()},
-                rows=[Row(**entry) for entry in content["rows"]],
+                rows=rows,
                 made={path: Made(**entry) for path, entry in content.get("made", {}).items()},
-                quick=content.get("quick", {}),
-                navigation=content.get("navigation", ""),
                 named_roots=content["roots"],
+                **{name: content[name] for name in ("quick", "navigation", "intro", "page") if name in content},
             )
-        except (OSError, tomllib.TOMLDecodeError, KeyError, TypeError) as error:
+        except (OSError, tomllib.TOMLDecodeError, KeyError, TypeError, StopIteration) as error:
             raise UserError(f"{path} cannot be read as a plan: {error}; compare it with {PLAN.name}") from error
         unknown_roots = sorted(roots.keys() - content["roots"].keys())
         if unknown_roots:
@@ -146,6 +184,8 @@ class Plan:
                 raise UserError(f"{path}: row {row.name} names a table that is not there: {row.table}")
             if row.pretraining and row.pretraining not in plan.pretrainings:
                 raise UserError(f"{path}: row {row.name} names a pretraining that is not there: {row.pretraining}")
+            if row.against and row.against not in names:
+                raise UserError(f"{path}: row {row.name} is compared with a row that is not there: {row.against}")
             if names.count(row.name) > 1:
                 raise UserError(f"{path}: two rows are called {row.name}")
         return plan
@@ -218,6 +258,10 @@ class Runner:
         """Return the folder of a training run's checkpoints."""
         return self.work / name / f"seed_{seed}"
 
+    def record_folder(self, row: Row, seed: int) -> Path:
+        """Return the folder of a seed's record."""
+        return self.results / row.name / f"seed_{seed}"
+
     def share_done(self, name: str, seed: int) -> float:
         """Return the share of a training run's epochs that are done and saved."""
         folder = self.run_folder(name, seed)
@@ -271,7 +315,7 @@ class Runner:
         Raises:
             UserError: it was made by other commands than the plan's.
         """
-        path = self.results / row.name / f"seed_{seed}" / "row.json"
+        path = self.record_folder(row, seed) / "row.json"
         if not path.exists():
             return None
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -293,8 +337,15 @@ class Runner:
         """Return the data that a row needs and that is missing; a try-out needs the demo set alone."""
         return [] if self.quick else self.plan.missing(self.needs(row))
 
-    def run_seed(self, row: Row, seed: int) -> dict[str, Any]:
-        """Run one seed of a row and record it; return its scores.
+    def discard(self, row: Row, seed: int) -> None:
+        """Delete the checkpoints of a row's pretraining if every row that scores them is recorded."""
+        scored = [other for other in self.plan.rows if row.pretraining and other.pretraining == row.pretraining]
+        if scored and all(self.recorded(other, seed) for other in scored):
+            for path in self.run_folder(str(row.pretraining), seed).glob("*.pth"):
+                path.unlink()
+
+    def run_seed(self, row: Row, seed: int) -> None:
+        """Run one seed of a row and record it.
 
         Raises:
             UserError: a command failed; its output is in the row's log.
@@ -328,7 +379,7 @@ class Runner:
             **about,
             "checkpoint_sha256": sha256(checkpoint) if checkpoint.exists() else None,
         }
-        target = self.results / row.name / f"seed_{seed}"
+        target = self.record_folder(row, seed)
         target.mkdir(parents=True, exist_ok=True)
         write_json(target / "scores.json", json.loads(self.plan.portable(json.dumps(scores))))
         for name in ("config.json", "metrics.jsonl"):
@@ -337,83 +388,14 @@ class Runner:
                 (target / name).write_text(text, encoding="utf-8")
         # Last: its presence says that the seed is finished.
         write_json(target / "row.json", json.loads(self.plan.portable(json.dumps(record))))
-        return scores
-
-
-def value_at(scores: Any, path: str) -> float | None:
-    """Return a number of a script's JSON by its path of keys and list positions, with dots between; None if missing.
-
-    ``reported`` is the entry of a fine-tuning run that is reported: the best on held-out data, or else the last.
-    """
-    for key in path.split("."):
-        if key == "reported":
-            scores = scores.get("best") or scores.get("last")
-        elif isinstance(scores, list) and int(key) < len(scores):
-            scores = scores[int(key)]
-        elif isinstance(scores, Mapping) and key in scores:
-            scores = scores[key]
-        else:
-            return None
-    return float(scores) if scores is not None else None
-
-
-def mean_and_deviation(values: Sequence[float]) -> str:
-    """Format mean and sample deviation over seeds; a single seed has no deviation."""
-    if len(values) == 1:
-        return f"{values[0]:.1f} (one seed)"
-    return f"{statistics.mean(values):.1f} +- {statistics.stdev(values):.1f}"
-
-
-def write_tables(plan: Plan, results: Path, page: Path) -> None:
-    """Write the page from the records; cells without one say ``not run``."""
-    lines = [
-        f"# {plan.title}",
-        "",
-        *([plan.navigation, ""] if plan.navigation else []),
-        "Written by `python -m benchmarks.reproduce --tables` from the records in `results/`: one folder a row and",
-        "seed, with commands, settings, scores, commit and machine. Mean and sample standard deviation over seeds.",
-        'Scores are percent. "Not run": nobody has run this row yet. Published numbers are quoted with their source;',
-        "CrossNet's own tables could not be had, so most of its numbers are not available. Single questions that were",
-        "measured once are in [measurements.md](measurements.md). To run a row:",
-        "`python -m benchmarks.reproduce --rows NAME`.",
-        "",
-    ]
-    for name, table in plan.tables.items():
-        lines += [f"## {table.title}", "", table.note.strip(), ""]
-        heading = ["row", *table.columns, "seeds", "published", "reproduced by others", "record"]
-        lines += ["| " + " | ".join(heading) + " |", "| " + " | ".join("---" for _ in heading) + " |"]
-        commands: dict[str, list[str]] = {}
-        for row in plan.rows:
-            if row.table != name:
-                continue
-            folders = sorted((results / row.name).glob("seed_*/row.json"))
-            records = [json.loads(path.read_text(encoding="utf-8")) for path in folders]
-            scores = [json.loads((path.parent / "scores.json").read_text(encoding="utf-8")) for path in folders]
-            cells = []
-            for path in table.columns.values():
-                values = [value for value in (value_at(entry, path) for entry in scores) if value is not None]
-                cells.append(mean_and_deviation(values) if values else "not run")
-            if records:
-                commits = sorted({commit_of(record)[:7] for record in records})
-                cpu = sorted({record["machine"]["gpu"] or record["machine"]["cpu"] for record in records})
-                where = f"[{row.name}](../results/{row.name}), {', '.join(commits)}, {', '.join(cpu)}"
-                commands[row.name] = records[0]["commands"]
-            else:
-                where = f"`{row.name}`"
-            seeds = ", ".join(str(record["seed"]) for record in records) or "-"
-            lines.append("| " + " | ".join([row.label, *cells, seeds, row.published, row.reproduced, where]) + " |")
-        lines.append("")
-        for shown in commands.values():
-            lines += ["```", *shown, "```", ""]
-    page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
 
 def check_row(row: Row, seed: int, *, recorded: Runner, again: Runner, tolerance: float) -> bool:
     """Run a recorded seed again in a separate folder; return whether the table's columns agree."""
-    before = json.loads((recorded.results / row.name / f"seed_{seed}" / "scores.json").read_text(encoding="utf-8"))
+    before = recorded_scores(recorded.record_folder(row, seed))
     shutil.rmtree(again.work, ignore_errors=True)
-    after = again.run_seed(row, seed)
+    again.run_seed(row, seed)
+    after = recorded_scores(again.record_folder(row, seed))
     agree = True
     for column, path in recorded.plan.tables[row.table].columns.items():
         old, new = value_at(before, path), value_at(after, path)
@@ -461,7 +443,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.reproduce", description=__doc__, formatter_class=HelpFormatter
     )
     add_plan_arguments(parser, plan=PLAN)
-    parser.add_argument("--page", default="docs/results.md", metavar="FILE", help="the page that is written")
+    parser.add_argument("--page", metavar="FILE", help="the page that is written (default: the plan's)")
     parser.add_argument("--list", action="store_true", help="show the rows and what each lacks, then stop")
     parser.add_argument("--tables", action="store_true", help="only write the page from what is recorded")
     parser.add_argument(
@@ -475,6 +457,11 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="every row with the plan's quick settings, one seed, in a folder below --work_dir",
     )
+    parser.add_argument(
+        "--discard",
+        action="store_true",
+        help="delete a pretraining's checkpoints, half a gigabyte a seed, once all rows that score them are recorded",
+    )
     parser.add_argument("--json", metavar="FILE", help="also write what was done to FILE")
     return parser
 
@@ -482,12 +469,12 @@ def build_parser() -> argparse.ArgumentParser:
 def prepare(args: argparse.Namespace) -> tuple[Runner, Path]:
     """Return the runner of a command line, and the page it writes."""
     plan = Plan.read(Path(args.plan), dict(args.root))
-    work, results, page, quick = Path(args.work_dir), Path(args.results), Path(args.page), {}
+    work, results, page, quick = Path(args.work_dir), Path(args.results), Path(args.page or plan.page), {}
     if args.quick:
         plan = Plan(**{**vars(plan), "roots": {**plan.roots, **plan.quick.get("roots", {}), **dict(args.root)}})
         quick = plan.quick.get("flags", {})
         work = work / "quick"
-        results, page = work / "results", work / "results.md"
+        results, page = work / "results", work / Path(plan.page).name
     return Runner(plan, work=work, results=results, quick=quick), page
 
 
@@ -523,8 +510,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 if seed not in done:
                     runner.run_seed(row, seed)
                     done.append(seed)
+                if args.discard:
+                    runner.discard(row, seed)
     if not (args.list or args.check):
-        write_tables(runner.plan, runner.results, page)
+        write_page(runner.plan, runner.results, page)
         print(f"wrote {page}")
     write_json(args.json, state)
     return state

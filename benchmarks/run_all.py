@@ -456,7 +456,8 @@ def sections(results: dict[str, Any], folder: Path, link: str) -> list[str]:
             "## Predicting a run",
             "`python -m benchmarks.estimate`, checked by a following epoch in the same number of processes. The "
             "estimate measures one process: what several lose on one machine, by sharing its memory and waiting for "
-            "each other, only shows in the check.",
+            "each other, only shows in the check. `--plan FILE` prices the missing rows of a plan of "
+            "`benchmarks.reproduce` instead.",
             markdown(rows),
         ]
     return text

@@ -1,21 +1,25 @@
 """The plan of docs/results.md, and the command that runs it."""
 
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import train_crossnet_con
 from benchmarks import reproduce
-from benchmarks.reproduce import PLAN, Plan, Runner, command_line, mean_and_deviation, value_at
+from benchmarks.reproduce import PLAN, Plan, Runner, command_line
+from benchmarks.result_pages import mean_and_deviation, value_at
 from data import make_shapes
 from datasets import pack
 from downstream.classification import few_shot, finetune
 from downstream.classification import main as classification
 from downstream.segmentation import main_partseg, main_semseg
 from tests.support.commands import command
+from tests.support.small_run import arguments
 from utils.errors import UserError
 
 PARSERS = {
@@ -82,13 +86,14 @@ needs = ["data/absent|data/gone"]
 
 
 @pytest.mark.parametrize("quick", [False, True])
-def test_every_command_of_the_plan_is_one_that_its_script_takes(quick, tmp_path):
-    plan = Plan.read(PLAN, {})
+@pytest.mark.parametrize("path", [PLAN, PLAN.with_name("ablations.toml")], ids=lambda path: path.stem)
+def test_every_command_of_the_plan_is_one_that_its_script_takes(path, quick, tmp_path):
+    plan = Plan.read(path, {})
     if quick:
-        plan = Plan.read(PLAN, plan.quick["roots"])
+        plan = Plan.read(path, plan.quick["roots"])
     runner = Runner(plan, work=tmp_path, results=tmp_path, quick=plan.quick["flags"] if quick else {})
     scripts = {row.script for row in plan.rows} | {made.script for made in plan.made.values()}
-    assert scripts | {"train_crossnet_con.py"} == set(PARSERS)
+    assert scripts | {"train_crossnet_con.py"} == set(PARSERS) or path != PLAN
     for row in plan.rows:
         for path, (_, script, *words) in runner.making(row).items():
             assert PARSERS[script]().parse_args(words).out == str(path)
@@ -96,6 +101,20 @@ def test_every_command_of_the_plan_is_one_that_its_script_takes(quick, tmp_path)
             args = PARSERS[script]().parse_args(words)
             assert args.seed == 2
             assert not quick or args.data_root.startswith(("data/demo", "runs/reproduce/quick/"))
+
+
+def test_variants_are_rows_whose_pretraining_differs_in_the_flags_of_the_case(tmp_path):
+    plan = Plan.read(PLAN.with_name("ablations.toml"), {})
+    base, *variants = plan.rows
+    assert len(variants) >= 30 and len(plan.pretrainings) == len(plan.rows)
+    common = plan.pretrainings["ablation"].flags
+    for row in variants:
+        assert (row.against, row.flags, row.seeds) == ("ablation", base.flags, base.seeds)
+        flags = plan.pretrainings[row.pretraining].flags
+        assert flags != common and common.keys() <= flags.keys()
+    row = next(row for row in variants if row.name == "ablation-temperature-0.05")
+    training, scoring = Runner(plan, work=tmp_path, results=tmp_path, quick={}).commands(row, 2)
+    assert "--temperature 0.05" in " ".join(training) and f"{tmp_path}/{row.name}/seed_2/last.pth" in scoring
 
 
 def test_the_roots_of_a_joined_set_are_placed_and_what_it_is_made_of_is_made_first(tmp_path):
@@ -158,6 +177,79 @@ def test_data_that_can_be_made_is_made_once(project, tmp_path):
     assert reproduce.main([*project, "--seeds", "1", "2"])["lacks"] == {"recorded": [1, 2], "missing_data": []}
     record = json.loads((tmp_path / "results/lacks/seed_2/row.json").read_text())
     assert record["commands"][0] == f"python {tmp_path}/make.py --out {tmp_path}/here/absent"
+
+
+VARIANTS = """
+title = "Effects"
+[roots]
+[pretraining.small]
+flags = {{ {small} }}
+[tables.t]
+title = "A table"
+note = "What it means."
+effects = true
+picture = "effects.png"
+columns = {{ "all labels" = "accuracy", "view loss" = "training.val_loss_intra" }}
+digits = {{ "view loss" = 3 }}
+[[rows]]
+name = "base"
+table = "t"
+label = "the base"
+pretraining = "small"
+script = "{script}"
+flags = {{ base = 90.0 }}
+[[variants]]
+of = "base"
+factor = "terms"
+[variants.cases]
+"cross alone" = {{ intra_weight = 0.0 }}
+"""
+
+
+def test_variants_train_fill_the_page_with_differences_and_leave_no_checkpoints(
+    project, data_root, tmp_path, monkeypatch, small_runs
+):
+    really_run = reproduce.subprocess.run
+
+    def run(argv, **settings):
+        if argv[1] != "train_crossnet_con.py":
+            return really_run(argv, **settings)
+        train_crossnet_con.main(argv[2:])
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(reproduce.subprocess, "run", run)
+    words = arguments(data_root, tmp_path, "--epochs", 1, "--val_fraction", 0.2)
+    given = zip((word.removeprefix("--") for word in words[::2]), words[1::2], strict=True)
+    small = ", ".join(f"{name} = {value!r}" for name, value in given if name != "output_dir")
+    (tmp_path / "plan.toml").write_text(VARIANTS.format(small=small, script=tmp_path / "score.py"))
+    state = reproduce.main([*project, "--seeds", "1", "2", "--discard"])
+    assert all(entry["recorded"] == [1, 2] for entry in state.values()) and "base-terms-cross_alone" in state
+    page = (tmp_path / "docs/results.md").read_text()
+    assert "[the base](../results/base) | **91.5 +- 0.7** | **" in page
+    (line,) = [line for line in page.splitlines() if "cross alone" in line]
+    name = "[cross alone](../results/base-terms-cross_alone)"
+    assert line.startswith(f"| terms | {name} | ~ +0.0 [+0.0, +0.0] | ")
+    assert re.search(r"\| (~ )?[+-]\d\.\d{3} \[[+-]\d+\.\d{3}, [+-]\d+\.\d{3}\].* \| 1, 2 \|$", line)
+    assert "![differences to the base over seeds](effects.png)" in page and (tmp_path / "docs/effects.png").exists()
+    folder = tmp_path / "work/base-terms-cross_alone/seed_1"
+    assert (folder / "metrics.jsonl").exists() and not list(folder.glob("*.pth"))
+    record = json.loads((tmp_path / "results/base-terms-cross_alone/seed_1/row.json").read_text())
+    assert record["checkpoint_sha256"] and len(record["command_minutes"]) == 2
+    again = reproduce.main([*project, "--rows", "base-*", "--check", "--seeds", "2"])
+    assert again["base-terms-cross_alone"]["agrees"] is True
+
+
+def test_a_row_that_names_another_is_followed_by_their_difference(project, tmp_path):
+    path = tmp_path / "plan.toml"
+    third = path.read_text().split("[[rows]]")[1].replace('"runs"', '"third"').replace("can run", "a rival")
+    path.write_text(path.read_text() + "[[rows]]" + third.replace("90.0", "88.0") + 'against = "runs"\n')
+    reproduce.main([*project, "--seeds", "1", "2"])
+    page = (tmp_path / "docs/results.md").read_text()
+    assert "| a rival | can run | -2.0 [-2.0, -2.0] | ~ +0.0 [+0.0, +0.0] | - |" in page
+    assert "paired over the seeds that both rows have" in page
+    path.write_text(path.read_text().replace('against = "runs"', 'against = "nobody"'))
+    with pytest.raises(UserError, match="row third is compared with a row that is not there: nobody"):
+        reproduce.main([*project, "--list"])
 
 
 def test_a_command_that_fails_is_named_with_its_log_and_nothing_is_recorded(project, tmp_path):

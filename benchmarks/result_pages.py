@@ -1,0 +1,209 @@
+"""Pages and pictures of recorded rows: tables of scores, and differences with their spread."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.spread import Difference, difference
+from utils.reproducible import commit_of
+
+if TYPE_CHECKING:
+    from benchmarks.reproduce import Plan, Row, Table
+
+INTERVAL_NOTE = (
+    "Interval: 95 %, Student's t; paired over the seeds that both rows have, which share data order and drawn labels, "
+    "or Welch's where they share fewer than two. ~ marks a difference **within the spread**: the interval contains 0, "
+    "so it supports no claim."
+)
+WITHIN, BEYOND = "#8c8c8c", "#b5482a"
+
+
+def recorded_scores(folder: Path) -> dict[str, Any]:
+    """Return ``scores.json`` of a seed's record and, as ``training``, the last epoch of the run that was scored."""
+    scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+    if (folder / "metrics.jsonl").exists():
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        scores = {**scores, "training": json.loads(lines[-1]) if lines else {}}
+    return scores
+
+
+def value_at(scores: Any, path: str) -> float | None:
+    """Return a number of a script's JSON by its path of keys and list positions, with dots between; None if missing.
+
+    ``reported`` is the entry of a fine-tuning run that is reported: the best on held-out data, or else the last.
+    """
+    for key in path.split("."):
+        if key == "reported":
+            scores = scores.get("best") or scores.get("last")
+        elif isinstance(scores, list) and int(key) < len(scores):
+            scores = scores[int(key)]
+        elif isinstance(scores, Mapping) and key in scores:
+            scores = scores[key]
+        else:
+            return None
+    return float(scores) if scores is not None else None
+
+
+def mean_and_deviation(values: Sequence[float], *, digits: int = 1) -> str:
+    """Format mean and sample deviation over seeds; a single seed has no deviation."""
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f} (one seed)"
+    return f"{statistics.mean(values):.{digits}f} +- {statistics.stdev(values):.{digits}f}"
+
+
+class Records:
+    """What is recorded of a plan's rows.
+
+    Args:
+        plan: the plan.
+        results: folder of the records.
+    """
+
+    def __init__(self, plan: Plan, results: Path) -> None:
+        self.plan, self.results = plan, results
+        self.rows = {row.name: row for row in plan.rows}
+
+    def folders(self, row: Row) -> list[Path]:
+        """Return the folders of a row's finished seeds."""
+        return sorted(path.parent for path in (self.results / row.name).glob("seed_*/row.json"))
+
+    def of(self, row: Row) -> list[dict[str, Any]]:
+        """Return the records of a row's finished seeds."""
+        return [json.loads((path / "row.json").read_text(encoding="utf-8")) for path in self.folders(row)]
+
+    def values(self, row: Row, path: str) -> dict[int, float]:
+        """Return a column's value by seed."""
+        found = {
+            record["seed"]: value_at(recorded_scores(folder), path)
+            for folder, record in zip(self.folders(row), self.of(row), strict=True)
+        }
+        return {seed: value for seed, value in found.items() if value is not None}
+
+    def difference(self, row: Row, path: str) -> Difference | None:
+        """Compare a row with the one that it names; None without two seeds of both."""
+        theirs = self.rows[row.against] if row.against else None
+        return difference(self.values(row, path), self.values(theirs, path)) if theirs else None
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table whose first row is the heading."""
+    heading, *rest = rows
+    return ["| " + " | ".join(line) + " |" for line in (heading, ["---"] * len(heading), *rest)]
+
+
+def score_table(records: Records, table: Table, rows: Sequence[Row]) -> list[str]:
+    """Return the lines of a table of scores, and the commands of its rows."""
+    lines = [["row", *table.columns, "seeds", "published", "reproduced by others", "record"]]
+    commands: list[list[str]] = []
+    for row in rows:
+        found = records.of(row)
+        cells = []
+        for column, path in table.columns.items():
+            values = list(records.values(row, path).values())
+            cells.append(mean_and_deviation(values, digits=table.digits.get(column, 1)) if values else "not run")
+        where = f"`{row.name}`"
+        if found:
+            commits = sorted({commit_of(record)[:7] for record in found})
+            cpu = sorted({record["machine"]["gpu"] or record["machine"]["cpu"] for record in found})
+            where = f"[{row.name}](../results/{row.name}), {', '.join(commits)}, {', '.join(cpu)}"
+            commands.append(found[0]["commands"])
+        seeds = ", ".join(str(record["seed"]) for record in found) or "-"
+        lines.append([row.label, *cells, seeds, row.published, row.reproduced, where])
+    blocks = [line for shown in commands for line in ("```", *shown, "```", "")]
+    return [*markdown_table(lines), "", *difference_table(records, table, rows), *blocks]
+
+
+def difference_table(records: Records, table: Table, rows: Sequence[Row]) -> list[str]:
+    """Return the lines of the differences between rows and those they name; none without two seeds of both."""
+    lines = []
+    for row in rows:
+        if row.against is None:
+            continue
+        cells = [
+            found.text(table.digits.get(column, 1)) if (found := records.difference(row, path)) else "-"
+            for column, path in table.columns.items()
+        ]
+        if any(cell != "-" for cell in cells):
+            lines.append([row.label, records.rows[row.against].label, *cells])
+    if not lines:
+        return []
+    return [*markdown_table([["difference of", "to", *table.columns], *lines]), "", INTERVAL_NOTE, ""]
+
+
+def effect_table(records: Records, table: Table, rows: Sequence[Row], page: Path) -> list[str]:
+    """Return the lines of a table of variants: scores of the base, differences of the others; draw their picture."""
+    lines = [["factor", "variant", *table.columns, "seeds"]]
+    for row in rows:
+        found = records.of(row)
+        cells = []
+        for column, path in table.columns.items():
+            digits, values = table.digits.get(column, 1), list(records.values(row, path).values())
+            if not values:
+                cells.append("not run")
+            elif row.against is None:
+                cells.append(f"**{mean_and_deviation(values, digits=digits)}**")
+            else:
+                effect = records.difference(row, path)
+                cells.append(effect.text(digits) if effect else f"{statistics.mean(values):.{digits}f} (no interval)")
+        seeds = ", ".join(str(record["seed"]) for record in found) or "-"
+        label = f"[{row.label}](../results/{row.name})" if found else row.label
+        lines.append([row.factor, label, *cells, seeds])
+    shown = [row for row in rows if any(records.difference(row, path) for path in table.columns.values())]
+    picture = []
+    if shown and table.picture:
+        draw_effects(records, table, shown, page.with_name(table.picture))
+        picture = [f"![differences to the base over seeds]({table.picture})", ""]
+    first = next((records.of(row)[0]["commands"] for row in rows if row.against is None and records.of(row)), [])
+    blocks = ["```", *first, "```", ""] if first else []
+    return [*markdown_table(lines), "", INTERVAL_NOTE, "", *picture, *blocks]
+
+
+def draw_effects(records: Records, table: Table, rows: Sequence[Row], path: Path) -> None:
+    """Draw differences to the base: a dot for each seed, mean and interval for each variant, a panel for each column.
+
+    The axes end near the farthest dot: with two seeds intervals are far wider, and are cut there.
+    """
+    from utils.pictures import Figure, save_figure
+
+    columns = table.pictured or list(table.columns)
+    figure = Figure(figsize=(3.2 + 2.9 * len(columns), 1.2 + 0.24 * len(rows)), layout="constrained")
+    panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
+    for axis, column in zip(panels, columns, strict=True):
+        reach = 0.0
+        for place, row in enumerate(rows):
+            effect = records.difference(row, table.columns[column])
+            if effect is None:
+                continue
+            color = WITHIN if effect.within_spread else BEYOND
+            axis.plot([effect.low, effect.high], [place, place], color=color, linewidth=1.2)
+            axis.plot(effect.each, [place] * len(effect.each), ".", color=color, alpha=0.5, markersize=5)
+            axis.plot(effect.mean, place, "D", color=color, markersize=4)
+            reach = max([reach, abs(effect.mean), *map(abs, effect.each)])
+        reach = 1.25 * reach or 1.0
+        axis.set(xlim=(-reach, reach), title=column)
+        axis.axvline(0, color="black", linewidth=0.8)
+        for place, row in enumerate(rows):
+            if place and row.factor != rows[place - 1].factor:
+                axis.axhline(place - 0.5, color="#dddddd", linewidth=0.8)
+    panels[0].set_yticks(range(len(rows)), [f"{row.factor}: {row.label}" for row in rows], fontsize=8)
+    panels[0].set_ylim(len(rows) - 0.5, -0.5)
+    figure.suptitle("Difference to the base: seeds, mean and 95 % interval (gray: within the spread)", fontsize=10)
+    save_figure(figure, path, dpi=110)
+
+
+def write_page(plan: Plan, results: Path, page: Path) -> None:
+    """Write the page of a plan from its records; cells without one say ``not run``."""
+    records = Records(plan, results)
+    lines = [f"# {plan.title}", ""]
+    for part in (plan.navigation, plan.intro):
+        lines += [part.strip(), ""] if part else []
+    page.parent.mkdir(parents=True, exist_ok=True)
+    for name, table in plan.tables.items():
+        rows = [row for row in plan.rows if row.table == name]
+        lines += [f"## {table.title}", "", table.note.strip(), ""]
+        lines += effect_table(records, table, rows, page) if table.effects else score_table(records, table, rows)
+    page.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
