@@ -54,6 +54,16 @@ def uniformity(x: Tensor, *, block: int = 1024) -> float:
     return (total / (len(x) * (len(x) - 1))).log().item()
 
 
+def view_scores(first: Tensor, second: Tensor) -> dict[str, float]:
+    """Return ``val_view_to_view_r1``, ``val_alignment`` and ``val_uniformity`` of projections (n, C) of two views."""
+    a, b = first.numpy(), second.numpy()
+    return {
+        "val_view_to_view_r1": (recall_at_1(a, b) + recall_at_1(b, a)) / 2,
+        "val_alignment": alignment(first, second),
+        "val_uniformity": (uniformity(first) + uniformity(second)) / 2,
+    }
+
+
 class PairValidation:
     """Loss and retrieval on held-out pairs, the same augmented ones in every epoch and every run of the same seed.
 
@@ -132,13 +142,9 @@ class PairValidation:
         losses = np.mean([[part.item() for part in model.losses(group)] for group in groups], axis=0)
         clouds = (projections.view1 + projections.view2) / 2
         images = torch.stack([z for z in (projections.rgb, projections.gray) if z is not None]).mean(0)
-        views = projections.view1, projections.view2
-        first, second = (view.numpy() for view in views)
         return {
             **dict(zip(("val_loss", "val_loss_intra", "val_loss_cross"), losses.tolist(), strict=True)),
             "val_image_to_cloud_r1": recall_at_1(images.numpy(), clouds.numpy()),
             "val_cloud_to_image_r1": recall_at_1(clouds.numpy(), images.numpy()),
-            "val_view_to_view_r1": (recall_at_1(first, second) + recall_at_1(second, first)) / 2,
-            "val_alignment": alignment(*views),
-            "val_uniformity": sum(map(uniformity, views)) / 2,
+            **view_scores(projections.view1, projections.view2),
         }

@@ -15,6 +15,7 @@ from engine.checkpoint import checkpoint_errors, load_checkpoint
 from engine.published_weights import guess_encoder, published_arguments, published_state, split_published_state
 from models import ENCODER_ALIASES, ENCODERS, CrossNet, build_encoder, encoder_arguments, resolve_encoder_name
 from models.pretrained import pretrained_file
+from models.projection_heads import HIDDEN_DIM, point_projection
 from models.task_heads import TASKS, FineTuned
 from utils.errors import CheckpointError, UserError
 
@@ -276,6 +277,33 @@ def crossnet_from_checkpoint(path: str | os.PathLike[str]) -> tuple[CrossNet, di
         state = {f"point_encoder.{key}": value for key, value in payload["point_encoder"].items()}
         load_strictly(model, {**state, **payload["heads_and_image_encoders"]}, path=path, what="the pretraining model")
     return model, payload
+
+
+def encoder_and_point_head(path: str | os.PathLike[str]) -> tuple[nn.Module, nn.Module, dict[str, Any]]:
+    """Rebuild a pretrained point encoder with its projection head, from any checkpoint of ``train_crossnet_con.py``.
+
+    Returns:
+        Encoder and head, in training mode, on the CPU; and the content of the checkpoint.
+
+    Raises:
+        CheckpointError: the file cannot be read, has no point head, or has tensors that do not fit.
+    """
+    path = find_weights(path)
+    payload = load_checkpoint(path)
+    with checkpoint_errors(path):
+        encoder, _ = _encoder_from_payload(payload, path)
+        kept = payload.get("heads_and_image_encoders", {})
+        prefix = "point_head."
+        state = payload.get("point_head") or {
+            name.removeprefix(prefix): value for name, value in kept.items() if name.startswith(prefix)
+        }
+        if not state:
+            raise CheckpointError(
+                f"{path} holds no point head; give a last.pth or step_<n>.pth of train_crossnet_con.py"
+            )
+        head = point_projection(encoder.feature_dim, getattr(encoder, "emb_dims", HIDDEN_DIM))
+        load_strictly(head, state, path=path, what="the point head")
+    return encoder, head, payload
 
 
 def encoders_for(task: type[FineTuned]) -> list[str]:
