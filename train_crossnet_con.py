@@ -90,13 +90,6 @@ class PretrainConfig(RunConfig):
         help="points per view, drawn at random from larger clouds (default: all points, as released)",
     )
     image_size: int = flag(224, type=positive_int, metavar="PX", help="resize renderings to PX x PX")
-    views: int = flag(
-        1,
-        type=positive_int,
-        metavar="V",
-        help="renderings per object, over which the cross-modal term is averaged; distinct if the shape has enough. "
-        "The image encoders take V times as long",
-    )
     background: str = flag(
         "black",
         choices=[*BACKGROUNDS],
@@ -249,7 +242,7 @@ class Pretraining(Task):
     kind = "crossnet-pretraining"
     loss_names = ("loss", "loss_intra", "loss_cross")
     free_on_resume = FREE_ON_RESUME | PROBE_SETTINGS
-    added_settings = MappingProxyType({"val_fraction": 0.0, "ema": 0.0, "views": 1, "without": [], "intra_weight": 1.0})
+    added_settings = MappingProxyType({"val_fraction": 0.0, "ema": 0.0, "without": [], "intra_weight": 1.0})
     collate = staticmethod(collate_pairs)
 
     def __init__(self, config: PretrainConfig) -> None:
@@ -262,11 +255,10 @@ class Pretraining(Task):
             only=read_shape_list(config.list) if config.list else None,
             strict=config.strict_data,
             num_points=config.num_points,
-            views=config.views,
         )
         self.held_out = held_out_shapes(self.dataset.ids, config.val_fraction, seed=config.seed)
         if self.held_out:
-            pairs = self.dataset.subset(self.held_out, views=1)  # so that runs of any --views compare
+            pairs = self.dataset.subset(self.held_out)
             self.dataset = self.dataset.subset(set(self.dataset.ids) - set(self.held_out))
         encoder = self.build_point_encoder()
         self.check_sizes()

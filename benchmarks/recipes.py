@@ -11,7 +11,7 @@ with: clouds of --eval_points points, two augmented views of each, pictures of t
 
 Examples:
   python -m benchmarks.recipes --data_root data/generated/12096.h5 --minutes 8 --work_dir runs/recipes
-  python -m benchmarks.recipes --data_root data/generated/12096.h5 --recipe 'base=' --recipe 'views 2=--views 2'
+  python -m benchmarks.recipes --data_root data/generated/12096.h5 --recipe 'base=' --recipe 'ave=--objective ave'
 
 A call that was stopped continues when it is repeated: finished recipes are kept.
 """
@@ -53,8 +53,6 @@ RECIPES = {
     "1024 points": "--num_points 1024",
     "batch 64": "--batch_size 64",
     "rate 0.003": "--lr 0.003",
-    "2 views": "--views 2",
-    "3 views": "--views 3",
     "48 px": "--image_size 48",
 }
 TRIAL = 8  # steps of the run that measures the time of a step; the first two do not count

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from datasets.pair_sources import choose_shapes, open_source
 from datasets.sampler import SampleKey
-from datasets.streams import SampleStreams, Stream
+from datasets.streams import SampleStreams
 from datasets.untrusted import decode_image
 from utils.errors import DataError
 
@@ -31,7 +31,6 @@ class ShapeNetRender(Dataset):
         strict: raise if a sample cannot be read. Otherwise substitute the next readable one and explain in the sample's
             ``bad``.
         num_points: points that augmentation will draw per view; None if views keep every point.
-        views: renderings of a sample, distinct as far as the shape has them.
 
     Attributes:
         ids: shapes in use, sorted.
@@ -56,10 +55,9 @@ class ShapeNetRender(Dataset):
         only: Iterable[str] | None = None,
         strict: bool = False,
         num_points: int | None = None,
-        views: int = 1,
     ) -> None:
         self.source = open_source(root)
-        self.seed, self.transform, self.strict, self.views = seed, transform, strict, views
+        self.seed, self.transform, self.strict = seed, transform, strict
         self._chosen = list(range(len(self.source.ids)))
         if only is not None:
             self._chosen = choose_shapes(self.source.ids, only, where=str(root))
@@ -70,15 +68,13 @@ class ShapeNetRender(Dataset):
         if num_points is not None and max(self.sizes) >= num_points:
             self.cloud_size = max(self.cloud_size, num_points)
 
-    def subset(self, only: Iterable[str], *, views: int | None = None) -> ShapeNetRender:
+    def subset(self, only: Iterable[str]) -> ShapeNetRender:
         """Return a data set of some of these shapes, with the same source and ``cloud_size``.
 
         Args:
             only: ids of the shapes.
-            views: renderings of a sample; None keeps their number.
         """
         only, part = set(only), copy.copy(self)
-        part.views = views or self.views
         part._chosen = [i for i in self._chosen if self.source.ids[i] in only]
         part.ids = [self.source.ids[i] for i in part._chosen]
         return part
@@ -115,8 +111,8 @@ class ShapeNetRender(Dataset):
 
         Returns:
             ``index``: the requested index; ``points``: (N, 3) float32, of which the first ``count`` are not
-            repetitions; ``pixels``: from the transform, a list with several views; ``bad``: messages of the unreadable
-            samples that this one replaces, usually empty.
+            repetitions; ``pixels``: from the transform; ``bad``: messages of the unreadable samples that this one
+            replaces, usually empty.
 
         Raises:
             DataError: a sample is unreadable (``strict``), or ``ATTEMPTS`` consecutive ones are.
@@ -166,26 +162,10 @@ class ShapeNetRender(Dataset):
             points = points[order[torch.arange(self.cloud_size) % count]]
         sample = {"index": key.index, "points": points, "count": count}
         if self.transform is not None:
-            pixels = [
-                self.transform(decode_image(self.source.image_file(i, view), self.source.where(i, view)))
-                for view in self._choose_views(key, draw, len(self.source.view_names(i)))
-            ]
-            sample["pixels"] = pixels[0] if self.views == 1 else pixels
+            view = int(draw * len(self.source.view_names(i)))
+            image = decode_image(self.source.image_file(i, view), self.source.where(i, view))
+            sample["pixels"] = self.transform(image)
         return sample
-
-    def _choose_views(self, key: SampleKey, draw: float, count: int) -> list[int]:
-        """Return ``views`` of ``count`` renderings: the one that a single view would be, then others in random order.
-
-        Where the shape has too few, they repeat in the same order.
-        """
-        chosen = [int(draw * count)]
-        if self.views > 1:
-            streams = SampleStreams(
-                seed=self.seed, epoch=key.epoch, index=torch.tensor([key.index]), purpose=Stream.VIEWS
-            )
-            order = streams.uniform(count)[0].argsort().tolist()
-            chosen += [view for view in order if view != chosen[0]]
-        return [chosen[i % len(chosen)] for i in range(self.views)]
 
     def __repr__(self) -> str:
         return f"ShapeNetRender({len(self)} shapes of {self.cloud_size} points, {len(self.skipped)} without rendering)"
@@ -197,7 +177,7 @@ def collate_pairs(samples: list[dict[str, Any]]) -> dict[str, Any]:
     Returns:
         ``index`` (B,); ``points`` (B, N, 3); ``counts`` (B,), points of each that are not repetitions; ``bad``, one
         message per replaced sample; and with images ``pixels`` (B, H, W, 3) uint8, padded to the largest height and
-        width, and ``sizes`` (B, 2), height and width of each; with V views (B, V, H, W, 3) and (B, V, 2).
+        width, and ``sizes`` (B, 2), height and width of each.
     """
     batch = {
         "index": torch.tensor([sample["index"] for sample in samples]),
@@ -206,15 +186,11 @@ def collate_pairs(samples: list[dict[str, Any]]) -> dict[str, Any]:
         "bad": ["; ".join(sample["bad"]) for sample in samples if sample["bad"]],
     }
     if "pixels" in samples[0]:
-        views = [sample["pixels"] for sample in samples]
-        several = isinstance(views[0], list)
-        images = [image for of_sample in views for image in of_sample] if several else views
+        images = [sample["pixels"] for sample in samples]
         sizes = torch.tensor([image.shape[:2] for image in images])
         pixels = torch.zeros(len(images), *sizes.amax(0).tolist(), 3, dtype=torch.uint8)
         for image, canvas in zip(images, pixels, strict=True):
             height, width, _ = image.shape
             canvas[:height, :width] = image
         batch |= {"pixels": pixels, "sizes": sizes}
-        if several:
-            batch |= {name: batch[name].unflatten(0, (len(samples), -1)) for name in ("pixels", "sizes")}
     return batch

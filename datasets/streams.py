@@ -43,7 +43,6 @@ class Stream(IntEnum):
     RENDERING = 2  # pretraining: the renderings
     FINE_TUNING = 2  # fine-tuning: augmentation; no run has both
     VOTES = 3
-    VIEWS = 4  # the choice of further views of a shape
     DROPOUT = 16  # and the following values, one per layer
 
 

@@ -332,18 +332,14 @@ class RenderAugmentation:
         """Augment a batch, drawing the same random numbers for every modality.
 
         Args:
-            pixels: (B, H, W, 3) uint8 on the target device, or V renderings of each sample (B, V, H, W, 3).
-            sizes: (B, 2) height and width of each rendering, or (B, V, 2); the padding beyond is ignored. In host
-                memory, since tensor shapes depend on it.
+            pixels: (B, H, W, 3) uint8 on the target device.
+            sizes: (B, 2) height and width of each rendering; the padding beyond is ignored. In host memory, since
+                tensor shapes depend on it.
             streams: of the batch's samples, on the same device as ``pixels``.
 
         Returns:
-            ``rgb`` and ``gray``, float32, as selected by ``modality``; with V renderings (B, V, channels, S, S), the
-            first of which is the one of a single rendering.
+            ``rgb`` and ``gray``, float32, as selected by ``modality``.
         """
-        if pixels.ndim == 5:
-            every = [self(pixels[:, v], sizes[:, v], streams) for v in range(pixels.shape[1])]
-            return {name: torch.stack([images[name] for images in every], dim=1) for name in every[0]}
         device = pixels.device
         factors = streams.uniform(3, low=1 - self.strength, high=1 + self.strength)
         order = streams.uniform(3).argsort(1)
@@ -410,10 +406,7 @@ class PairAugmentation:
         streams = SampleStreams(**keys, purpose=Stream.RENDERING)
         images = self.renderings(tensors["pixels"], batch["sizes"], streams)
         if self.channels_last:
-            images = {
-                name: image.flatten(0, -4).contiguous(memory_format=torch.channels_last).view(image.shape)
-                for name, image in images.items()
-            }
+            images = {name: image.contiguous(memory_format=torch.channels_last) for name, image in images.items()}
         streams = SampleStreams(**keys, purpose=Stream.AUGMENTATION)
         view1 = self.points(tensors["points"], streams, tensors["counts"]).mT
         view2 = self.points(tensors["points"], streams, tensors["counts"]).mT

@@ -16,7 +16,7 @@ MODALITIES = ("both", "rgb", "gray")
 
 
 class Projections(NamedTuple):
-    """Inputs of the losses: (B, 256), or (B, V, 256) for V renders per object; None if the branch does not exist."""
+    """Inputs of the losses: (B, 256) each; None if the branch does not exist."""
 
     view1: Tensor
     view2: Tensor
@@ -79,16 +79,12 @@ class CrossNet(nn.Module):
         return z1, z2
 
     def project_images(self, modality: str, images: Tensor | None) -> Tensor | None:
-        """Project renders (B, channels, H, W) -> (B, 256); return None if the branch does not exist.
-
-        V renders per object, (B, V, channels, H, W) -> (B, V, 256), share batch statistics.
-        """
+        """Project renders (B, channels, H, W) -> (B, 256); return None if the branch does not exist."""
         if modality not in self.image_encoders:
             return None
         if images is None:
             raise ValueError(f"the model has a {modality} branch but got no {modality} images")
-        features = self.image_encoders[modality](images.flatten(0, -4))  # (B * V, feature_dim)
-        return self.image_heads[modality](features).unflatten(0, images.shape[:-3])  # (B, 256) or (B, V, 256)
+        return self.image_heads[modality](self.image_encoders[modality](images))  # (B, 256)
 
     def project(
         self, view1: Tensor, view2: Tensor, *, rgb: Tensor | None = None, gray: Tensor | None = None
@@ -126,9 +122,8 @@ class CrossNet(nn.Module):
         Args:
             view1: first augmented views (B, 3, N).
             view2: second augmented views (B, 3, N) of the same clouds, in the same order.
-            rgb: color renders (B, 3, H, W) of the same objects, or V of each (B, V, 3, H, W); required if that branch
-                exists.
-            gray: gray renders, as ``rgb`` with one channel; required if that branch exists.
+            rgb: color renders (B, 3, H, W) of the same objects; required if that branch exists.
+            gray: gray renders (B, 1, H, W); required if that branch exists.
             only_project: return the projections instead of the losses; ``engine.grad_cache`` calls ``forward`` for
                 them because DistributedDataParallel wraps no other method.
 

@@ -80,12 +80,11 @@ def crossnet_objective(
     - ``ave``: NTX(t1, t2) + alpha (NTX(mean(t1, t2), rgb) + NTX(mean(t1, t2), gray)).
     With a single modality, both are NTX(t1, t2) + alpha NTX(mean(t1, t2), image). Projections are averaged before they
     are normalized.
-    With V renders of an object the cross term is the mean of those of the first renders, of the second, ...
 
     Args:
         views: projections of the two views, each (B, C).
-        rgb: projections of the color renders (B, C), or of V of each object (B, V, C), or None.
-        gray: projections of the gray renders, as ``rgb``, or None.
+        rgb: projections of the color renders (B, C), or None.
+        gray: projections of the gray renders (B, C), or None.
         objective: ``con`` or ``ave``.
         alpha: weight of the cross term.
         intra_weight: weight of the intra term; 0 leaves the cross term alone (ablation).
@@ -103,16 +102,11 @@ def crossnet_objective(
         raise ValueError("expected projections of the color renders, the gray renders or both")
     intra = nt_xent(*views, temperature=temperature)
 
-    def cross_term(images: list[Tensor]) -> Tensor:
-        """Compute the cross term of one render per object, (B, C) for each modality."""
-        if objective == "con" and len(images) == 2:
-            batch = len(views[0])
-            rows = torch.arange(batch, device=views[0].device) + rank() * batch
-            objects = rows.repeat(2) if mask_same_object else None
-            return nt_xent(torch.cat(views), torch.cat(images), temperature=temperature, objects=objects)
+    if objective == "con" and len(images) == 2:
+        batch = len(views[0])
+        objects = (torch.arange(batch, device=views[0].device) + rank() * batch).repeat(2) if mask_same_object else None
+        cross = nt_xent(torch.cat(views), torch.cat(images), temperature=temperature, objects=objects)
+    else:
         mean = (at_least_float32(views[0]) + at_least_float32(views[1])) / 2  # (B, C)
-        return functools.reduce(torch.add, (nt_xent(mean, image, temperature=temperature) for image in images))
-
-    renders = [images] if images[0].ndim == 2 else map(list, zip(*(image.unbind(1) for image in images), strict=True))
-    cross = torch.stack([cross_term(of_each) for of_each in renders]).mean()
+        cross = functools.reduce(torch.add, (nt_xent(mean, image, temperature=temperature) for image in images))
     return Losses(intra_weight * intra + alpha * cross, intra, cross)
