@@ -63,9 +63,10 @@ from benchmarks.measure import (
     seconds_of,
     text_table,
 )
+from benchmarks.plan import Plan
 from benchmarks.plan_hours import Prices, price
 from benchmarks.plan_hours import table as price_table
-from benchmarks.reproduce import Plan, Runner, add_plan_arguments, chosen_rows
+from benchmarks.reproduce import Runner, add_plan_arguments, chosen_rows
 from benchmarks.svm import synthetic_features
 from datasets.pack import pack
 from datasets.pair_sources import PairSource, open_source

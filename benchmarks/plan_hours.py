@@ -11,7 +11,8 @@ from typing import Any
 
 import train_crossnet_con
 from benchmarks.measure import seconds_of, text_table
-from benchmarks.reproduce import PRETRAINING_SCRIPT, Row, Runner, command_line
+from benchmarks.plan import Row
+from benchmarks.reproduce import PRETRAINING_SCRIPT, Runner, command_line
 from benchmarks.svm import synthetic_features
 from datasets.modelnet import ModelNet10, ModelNet40
 from datasets.pair_sources import open_source

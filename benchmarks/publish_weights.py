@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also run by path
-from benchmarks.reproduce import PLAN, Plan, value_at
+from benchmarks.plan import PLAN, Plan
+from benchmarks.result_pages import value_at
 from engine.checkpoint import load_checkpoint
 from engine.export import describe_weights, export
 from engine.load_model import encoder_from_checkpoint

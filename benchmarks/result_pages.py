@@ -6,13 +6,11 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from benchmarks.plan import Plan, Row, Table
 from benchmarks.spread import Difference, difference
 from utils.reproducible import commit_of
-
-if TYPE_CHECKING:
-    from benchmarks.reproduce import Plan, Row, Table
 
 INTERVAL_NOTE = (
     "Interval: 95 %, Student's t; paired over the seeds that both rows have, which share data order and drawn labels, "

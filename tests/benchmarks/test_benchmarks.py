@@ -15,8 +15,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import train_crossnet_con
 from benchmarks import dynamic_edgeconv, estimate, loader, losses, measure, neighbours, plan_hours, run_all, svm
+from benchmarks.plan import Plan
 from benchmarks.reference.textbook_pairs import TextbookPairs, augment_cloud
-from benchmarks.reproduce import Plan, Runner
+from benchmarks.reproduce import Runner
 from engine.grad_cache import backward_in_chunks
 from models import CrossNet, build_encoder
 from models.ops.batch_norm import SyncBatchNorm

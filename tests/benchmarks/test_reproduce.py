@@ -11,7 +11,8 @@ import pytest
 
 import train_crossnet_con
 from benchmarks import reproduce
-from benchmarks.reproduce import PLAN, Plan, Runner, command_line
+from benchmarks.plan import PLAN, Plan
+from benchmarks.reproduce import Runner, command_line
 from benchmarks.result_pages import mean_and_deviation, value_at
 from data import make_shapes
 from datasets import pack
