@@ -27,8 +27,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also run by path
 
 import torch
 from torch import Tensor
@@ -156,7 +155,7 @@ def small_networks(case: Case) -> Iterator[None]:
 
 
 def arguments(case: Case, root: Path, out: Path, shapes: Path) -> list[str]:
-    """The script's command line."""
+    """Return the script's command line."""
     common = ["--data_root", str(root), "--output_dir", str(out), "--exp_name", "dry", "--overwrite"]
     common += ["--model", case.encoder, "--amp", case.amp, "--device", "cuda"]
     size = ["--batch_size", "2" if case.task == "pretraining" else "1"] if case.processes > 1 else []
@@ -197,7 +196,7 @@ def run_case(case: Case, root: Path, out: Path) -> EmulatedGpu:
 
 
 def outcome(case: Case, root: Path, out: Path) -> str:
-    """What is wrong with a case, empty if nothing is."""
+    """Run a case; return what is wrong, or an empty text."""
     try:
         return "; ".join(run_case(case, root, out).problems[:3])
     except Exception as error:  # reported as the case's outcome

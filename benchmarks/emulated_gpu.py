@@ -81,7 +81,7 @@ def on_gpu(x: Any) -> bool:
 
 
 def values_of(x: Any) -> Any:
-    """The values of a tensor on the emulated GPU; anything else as it is."""
+    """Return the values of a tensor on the emulated GPU; return anything else as it is."""
     return x.values if isinstance(x, GpuTensor) else x
 
 
@@ -91,7 +91,7 @@ def to_host(x: Any) -> Any:
 
 
 def _mapped(function: Callable[[Any], Any], tree: Any) -> Any:
-    """``function`` of everything in nested tuples, lists and dicts; in a fraction of the time of PyTorch's pytree."""
+    """Apply ``function`` to everything in nested tuples, lists and dicts, much faster than PyTorch's pytree."""
     if isinstance(tree, (tuple, list)):
         return type(tree)([_mapped(function, x) for x in tree])
     if isinstance(tree, dict):
@@ -234,7 +234,7 @@ class EmulatedGpu(TorchDispatchMode):
         self.steps += 1
 
     def launcher(self, kernel: Any) -> Any:
-        """What stands for a Triton kernel: a launch checks its tensors."""
+        """Replace a Triton kernel by one whose launch only checks its tensors."""
 
         def launch(*values: Any, **named: Any) -> None:
             given = dict(zip(kernel.arg_names, values, strict=False)) | named

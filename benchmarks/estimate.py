@@ -45,8 +45,7 @@ from math import lcm
 from pathlib import Path
 from typing import Any
 
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also run by path
 
 import numpy as np
 import torch
@@ -91,7 +90,7 @@ MODELNET40 = {"dataset": "a set of ModelNet40's size", "train": 9840, "test": 24
 
 
 def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """The command line: ours, and what is left for the training script."""
+    """Parse the command line; return our settings and the words for the training script."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.estimate", description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False
     )
@@ -157,7 +156,7 @@ class StandIn:
         return self.source.view_names(i % len(self.source.ids))[:1]
 
     def image_file(self, i: int, view: int) -> bytes:
-        """Encoded rendering."""
+        """Return an encoded rendering."""
         return self.source.image_file(i % len(self.source.ids), view)
 
     def where(self, i: int, view: int | None = None) -> str:
@@ -167,7 +166,7 @@ class StandIn:
 
 @contextlib.contextmanager
 def started(training: list[str], threads: int | None, *, with_probes: bool = False) -> Iterator[Run]:
-    """The training script's run, built and ready for a step, in a folder that goes away."""
+    """Build a run of the training script, ready for a step, in a temporary folder."""
     before = torch.get_num_threads()
     if threads:
         torch.set_num_threads(threads)
@@ -227,7 +226,7 @@ def measure_batch(
 
 
 def measure_between_steps(run_: Run, *, cpu: bool = False) -> dict[str, Any]:
-    """What a checkpoint and a probe's features cost, and what must be known of the run for the rest.
+    """Measure a checkpoint and a probe's features; return them with the sizes that the estimate needs.
 
     Returns:
         ``checkpoint_seconds`` of one; ``cloud_seconds`` of one cloud's features and their number ``dims``;
@@ -292,7 +291,7 @@ def seconds_per_step(costs: Mapping[str, float], run_: Any) -> float:
 
 
 def predict(args: argparse.Namespace, full: dict[str, Any], half: dict[str, Any] | None, run_: Any) -> dict[str, Any]:
-    """What the measurements say about the run.
+    """Extrapolate the measurements to the whole run.
 
     Args:
         args: shapes, epochs, GPUs and memory.
@@ -407,7 +406,7 @@ def check(
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result for people."""
+    """Format the result as text."""
     s = result["settings"]
     rows = [
         ("shapes per second", f"{result['shapes_per_s']:.1f}"),

@@ -38,17 +38,17 @@ class Recorder:
     """Override what a caller wants to know; by default nothing is noted."""
 
     def entering(self, node: Node) -> None:
-        """Called before a node of the backward pass runs."""
+        """Handle a node of the backward pass before it runs."""
 
     def launched(self, launch: Launch) -> None:
-        """Called for each launch of a Triton kernel."""
+        """Handle a launch of a Triton kernel."""
 
     def fused(self, function: Callable) -> Callable:
         """Return what runs for a function that ``torch.compile`` would fuse."""
         return function
 
     def reduced(self, x: Tensor) -> None:
-        """Called for each all-reduce or all-gather of ``x``."""
+        """Handle an all-reduce or all-gather of ``x``."""
 
 
 def _channel_statistics(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -215,7 +215,7 @@ def _walk(
 def _gradients_of(
     node: Node, slots: dict[int, Tensor], takes_tensors: list[bool] | None, entering: Callable[[Node], None]
 ) -> Sequence[Tensor | None]:
-    """What a node passes on to each of ``next_functions``."""
+    """Return what a node passes to each of its ``next_functions``."""
     if not slots:
         return [None] * len(node.next_functions)
     entering(node)

@@ -31,8 +31,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also run by path
 
 import torch
 from torch import Tensor
@@ -99,12 +98,12 @@ SMALL = Sizes(
 
 
 class Report:
-    """Rows as they are found; each check adds some.
+    """Collects the results of the checks, one row each.
 
     Args:
-        device: what is checked.
+        device: device to check.
         sizes: of the checks.
-        seconds: after this long no further check begins.
+        seconds: time after which no further check begins.
     """
 
     def __init__(self, device: torch.device, *, sizes: Sizes = Sizes(), seconds: float = 360) -> None:  # noqa: B008
@@ -113,12 +112,21 @@ class Report:
         self.numbers: dict[str, Any] = {}
         self.end = time.perf_counter() + seconds
 
-    def check(self, group: str, name: str, action: Callable[[], str]) -> None:
-        """Run a check: its text is the row's detail, a ``NotApplicable`` its reason, any other error makes it fail."""
+    def check(self, group: str, name: str, action: Callable[[], str], *, on_gpu: bool = False) -> None:
+        """Run a check and add its row.
+
+        Args:
+            group: one of ``CHECKS``.
+            name: of the row.
+            action: returns the row's detail; a ``NotApplicable`` says why it does not apply, any other error is a FAIL.
+            on_gpu: whether it does not apply without a GPU.
+        """
         start = time.perf_counter()
         try:
             if start > self.end:
                 raise NotApplicable("not run: the time is over")
+            if on_gpu and self.device.type != "cuda":
+                raise NotApplicable("no GPU")
             row = Row(group, name, PASS, action())
         except NotApplicable as reason:
             row = Row(group, name, NOT_APPLICABLE, str(reason))
@@ -130,20 +138,20 @@ class Report:
 
 
 class NotApplicable(Exception):  # noqa: N818 - not an error
-    """The machine, or the time left, has no place for a check."""
+    """A check cannot run on this machine or in the time left."""
 
 
 class Deviation(Exception):  # noqa: N818 - the row says what it is
-    """A result is too far from what it should be."""
+    """A result is too far from the exact one."""
 
 
 def relative_error(found: Tensor, exact: Tensor) -> float:
-    """Largest difference, of the largest exact value."""
+    """Return the largest difference, relative to the largest exact value."""
     return ((found.detach().cpu().double() - exact).abs().max() / exact.abs().max().clamp_min(1e-30)).item()
 
 
 def bounded(errors: Mapping[str, float], bound: float) -> str:
-    """Text of some errors.
+    """Format errors.
 
     Raises:
         Deviation: one is above the bound.
@@ -159,13 +167,13 @@ def bounded(errors: Mapping[str, float], bound: float) -> str:
 
 @contextlib.contextmanager
 def form(choice: str) -> Iterator[None]:
-    """Inside, the encoder's inner loops are of one form."""
+    """Use one form of the encoder's inner loops in the block."""
     with mock.patch.dict(os.environ, {backend.VARIABLE: choice}):
         yield
 
 
 def kernels_agree(device: torch.device, sizes: Sizes, choice: str) -> str:
-    """Neighbors and an EdgeConv layer of one form against float64 on the CPU."""
+    """Compare neighbors and an EdgeConv layer of one form with float64 on the CPU."""
     generator = torch.Generator().manual_seed(0)
     clouds = torch.randn(sizes.clouds, sizes.points, 3, generator=generator)
     clouds[:, sizes.points // 2 :] = clouds[:, :1]  # as input dropout leaves them
@@ -198,31 +206,27 @@ def kernels_agree(device: torch.device, sizes: Sizes, choice: str) -> str:
 
 
 def check_kernels(report: Report) -> None:
-    """Both forms of the encoder's inner loops."""
+    """Check both forms of the encoder's inner loops."""
     for choice in ("torch", "triton"):
 
         def action(choice: str = choice) -> str:
-            if choice == "triton" and report.device.type != "cuda":
-                raise NotApplicable("no GPU")
             return kernels_agree(report.device, report.sizes, choice)
 
-        report.check("kernels", f"{choice} against float64", action)
+        report.check("kernels", f"{choice} against float64", action, on_gpu=choice == "triton")
 
     def own_tests() -> str:
-        if report.device.type != "cuda":
-            raise NotApplicable("no GPU")
         if subprocess.run([sys.executable, "-c", "import pytest"], capture_output=True, check=False).returncode:
             raise NotApplicable("pytest is not installed (requirements-dev.txt)")
         return command_output([sys.executable, "-m", "pytest", "-q", "-n0", "tests/models/ops/test_backend.py"], 120)
 
-    report.check("kernels", "tests/models/ops/test_backend.py", own_tests)
+    report.check("kernels", "tests/models/ops/test_backend.py", own_tests, on_gpu=True)
 
 
 # --- training steps ---
 
 
 def example_inputs(sizes: Sizes) -> dict[str, Tensor]:
-    """Objects that differ: of equal ones the loss has no gradient but rounding."""
+    """Return inputs of objects that differ; between equal objects the gradient of the loss would be rounding alone."""
     generator = torch.Generator().manual_seed(1)
     stretch = torch.rand(sizes.batch, 3, 1, generator=generator) * 2
     inputs = {
@@ -238,7 +242,7 @@ def example_inputs(sizes: Sizes) -> dict[str, Tensor]:
 def one_step(
     name: str, *, amp: str, variant: str, device: torch.device, dtype: torch.dtype, sizes: Sizes
 ) -> tuple[float, Tensor]:
-    """Loss and gradients (all in one vector, float64 on the CPU) of a step from fixed weights and inputs."""
+    """Return the loss and all gradients (one vector, float64 on the CPU) of a step from fixed weights and inputs."""
     torch.manual_seed(0)
     k = {"k": min(sizes.k, sizes.step_points)} if name.startswith("dgcnn") else {}
     model = CrossNet(build_encoder(name, emb_dims=64, **k), image_model="resnet18").to(device, dtype)
@@ -266,10 +270,10 @@ def one_step(
 def compare_step(
     name: str, *, amp: str, variant: str, device: torch.device, sizes: Sizes, exact: tuple[float, Tensor]
 ) -> str:
-    """A step against its like in float64.
+    """Compare a step with the same step in float64.
 
     Raises:
-        Deviation: it is too far away.
+        Deviation: they differ too much.
     """
     loss, gradients = one_step(name, amp=amp, variant=variant, device=device, dtype=torch.float32, sizes=sizes)
     error = abs(loss - exact[0]) / abs(exact[0])
@@ -282,7 +286,7 @@ def compare_step(
 
 
 def check_training(report: Report) -> None:
-    """Every encoder, precision and variant against the CPU in float64."""
+    """Compare every encoder, precision and variant with the CPU in float64."""
     cpu = torch.device("cpu")
     for name in ENCODERS:
         exact = {
@@ -295,27 +299,26 @@ def check_training(report: Report) -> None:
                 def action(name: str = name, amp: str = amp, variant: str = variant, exact: Any = exact) -> str:
                     if variant == "compile" and name != "dgcnn_cls":
                         raise NotApplicable("the compiled parts are those of dgcnn_cls: image networks and heads")
-                    if variant == "compile" and report.device.type != "cuda":
-                        raise NotApplicable("no GPU")
                     reference = exact["chunks" if variant == "chunks" else "plain"]
                     return compare_step(
                         name, amp=amp, variant=variant, device=report.device, sizes=report.sizes, exact=reference
                     )
 
-                report.check("training", f"{name}, amp {amp}, {variant}", action)
+                compiled = variant == "compile" and name == "dgcnn_cls"
+                report.check("training", f"{name}, amp {amp}, {variant}", action, on_gpu=compiled)
 
 
 # --- whole runs ---
 
 
 def run_arguments(out: Path, *more: str) -> list[str]:
-    """A short run on the demo pairs."""
+    """Return the command line of a short run on the demo pairs."""
     words = "--device cuda --num_points 256 --image_size 64 --image_model resnet18 --batch_size 32 --eval_every 0"
     return ["--data_root", str(DEMO), "--output_dir", str(out), "--exp_name", "check", *words.split(), *more]
 
 
 def command_output(command: list[str], seconds: float, *, expected: int = 0) -> str:
-    """Last line of a command's output.
+    """Return the last line of a command's output.
 
     Raises:
         RuntimeError: it ends with another exit code than expected.
@@ -329,7 +332,7 @@ def command_output(command: list[str], seconds: float, *, expected: int = 0) -> 
 def stop_and_resume(
     out: Path, *, script: Sequence[str] = ("train_crossnet_con.py",), more: Sequence[str] = (), seconds: float = 120
 ) -> str:
-    """SIGTERM after the first epoch, then --resume to the end.
+    """Stop a run by SIGTERM after its first epoch, then resume it to the end.
 
     Args:
         out: folder for the run.
@@ -338,7 +341,7 @@ def stop_and_resume(
         seconds: how long each of the two parts may take.
 
     Raises:
-        RuntimeError: a run ends otherwise than it should.
+        RuntimeError: a run has an unexpected exit code or unexpected epochs.
     """
     command = [sys.executable, *script, *run_arguments(out, "--epochs", str(RUN_EPOCHS), *more)]
     folder = out / "check"
@@ -359,12 +362,10 @@ def stop_and_resume(
 
 
 def check_runs(report: Report) -> None:
-    """Steps without waits, a run that is stopped and goes on, NCCL."""
+    """Check steps without waits, a run that is stopped and resumed, and NCCL."""
     device = report.device
 
     def no_waits() -> str:
-        if device.type != "cuda":
-            raise NotApplicable("no GPU")
         step = speed_step(device, SMALL, amp="bf16")
         step()  # compiles, and copies constants
         torch.cuda.synchronize()
@@ -376,22 +377,18 @@ def check_runs(report: Report) -> None:
         return "no operation of a step waits for the GPU"
 
     def together(count: int) -> str:
-        if device.type != "cuda":
-            raise NotApplicable("no GPU")
         with tempfile.TemporaryDirectory() as folder:
             launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={count}", "--standalone"]
             script = ["train_crossnet_con.py", *run_arguments(Path(folder), "--epochs", "1")]
             return command_output([*launcher, *script], 180)
 
     def resume() -> str:
-        if device.type != "cuda":
-            raise NotApplicable("no GPU")
         with tempfile.TemporaryDirectory() as folder:
             return stop_and_resume(Path(folder))
 
-    report.check("runs", "no waits (set_sync_debug_mode)", no_waits)
-    report.check("runs", "SIGTERM and --resume", resume)
-    report.check("runs", "torchrun, one process", lambda: together(1))
+    report.check("runs", "no waits (set_sync_debug_mode)", no_waits, on_gpu=True)
+    report.check("runs", "SIGTERM and --resume", resume, on_gpu=True)
+    report.check("runs", "torchrun, one process", lambda: together(1), on_gpu=True)
     count = torch.cuda.device_count()
 
     def all_gpus() -> str:
@@ -406,13 +403,13 @@ def check_runs(report: Report) -> None:
 
 
 class Stages:
-    """Seconds of the parts of a step, each waited for."""
+    """Times the parts of a step, synchronizing after each."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.seconds = device, dict[str, float]()
 
     def __call__(self, name: str, action: Callable[[], Any]) -> Any:
-        """Run a part and count its time."""
+        """Run a part and add its time."""
         result: list[Any] = []
         taken = seconds_of(lambda: result.append(action()), self.device)
         self.seconds[name] = self.seconds.get(name, 0.0) + taken
@@ -425,7 +422,7 @@ def without_stages(name: str, action: Callable[[], Any]) -> Any:
 
 
 def speed_step(device: torch.device, sizes: Sizes, *, amp: str) -> Callable[..., None]:
-    """A pretraining step on random pixels and clouds that lie on the device, augmentation and optimizer included."""
+    """Return a pretraining step on random data on the device, with augmentation and optimizer."""
     torch.manual_seed(0)
     encoder = build_encoder("dgcnn_cls", k=min(sizes.k, sizes.speed_points))
     model = CrossNet(encoder, image_model=sizes.speed_image_model).to(device)
@@ -469,7 +466,7 @@ def speed_step(device: torch.device, sizes: Sizes, *, amp: str) -> Callable[...,
 
 
 def measure_speed(device: torch.device, sizes: Sizes, amp: str, *, repeats: int = 5) -> dict[str, Any]:
-    """Shapes per second, memory and time by stage."""
+    """Measure shapes per second, memory, and time by stage."""
     step = speed_step(device, sizes, amp=amp)
     step()
     memory = memory_of(step, device)
@@ -487,7 +484,7 @@ def measure_speed(device: torch.device, sizes: Sizes, amp: str, *, repeats: int 
 
 
 def check_speed(report: Report) -> None:
-    """Numbers, with and without mixed precision."""
+    """Measure the speed with and without mixed precision."""
     for amp in ("bf16", "off"):
 
         def action(amp: str = amp) -> str:
@@ -503,7 +500,7 @@ def check_speed(report: Report) -> None:
 
 
 def check_environment(report: Report) -> None:
-    """Driver, card and versions, for the reader."""
+    """Report driver, card and versions."""
 
     def action() -> str:
         about = {"torch": torch.__version__, "CUDA": torch.version.cuda, "cuDNN": torch.backends.cudnn.version()}
@@ -530,7 +527,7 @@ def check_environment(report: Report) -> None:
 
 
 def driver_version() -> str:
-    """What nvidia-smi says."""
+    """Return the driver version that nvidia-smi reports."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
     try:
         return subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
@@ -559,7 +556,7 @@ text-align: left; vertical-align: top }} .PASS {{ color: #06662d }} .FAIL {{ col
 
 
 def write_report(folder: Path, rows: list[Row], *, title: str, numbers: Mapping[str, Any], about: Any) -> Path:
-    """Write report.html and report.json; returns the page."""
+    """Write report.html and report.json; return the path of the page."""
     counts = {status: sum(row.status == status for row in rows) for status in (PASS, FAIL, NOT_APPLICABLE)}
     lines = "".join(
         f"<tr><td>{html.escape(row.group)}</td><td>{html.escape(row.name)}</td>"
@@ -580,7 +577,7 @@ def write_report(folder: Path, rows: list[Row], *, title: str, numbers: Mapping[
 
 
 def dry_rows(data_root: Path) -> list[Row]:
-    """Every case of the dry run as a row."""
+    """Run every case of the dry run; return a row for each."""
     rows = []
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -596,7 +593,7 @@ def dry_rows(data_root: Path) -> list[Row]:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu_check", description=__doc__, formatter_class=HelpFormatter
     )
@@ -610,7 +607,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> list[Row]:
-    """Check, write the report; returns its rows.
+    """Run the checks and write the report; return its rows.
 
     Raises:
         UserError: there is no GPU.

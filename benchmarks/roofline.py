@@ -24,8 +24,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also run by path
 
 import torch
 from torch import Tensor
@@ -114,7 +113,7 @@ class Stages(Recorder):
             self._enter(before)
 
     def staged(self, stage: str, function: Callable) -> Callable:
-        """``function``, counted as a stage's."""
+        """Wrap ``function`` so that it counts toward a stage."""
 
         @functools.wraps(function)
         def counted(*args: Any, **kwargs: Any) -> Any:
@@ -255,7 +254,7 @@ class _Count(TorchDispatchMode):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line; names as in the training script."""
+    """Build the command line; names are those of the training script."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.roofline", description=__doc__, formatter_class=HelpFormatter
     )
@@ -303,7 +302,7 @@ def _staged_functions(stages: Stages) -> Iterator[None]:
 
 
 def training_step(args: argparse.Namespace, stages: Stages) -> Callable[[], None]:
-    """The training script's step, on a batch of shapes; see ``train_crossnet_con.Pretraining.step``."""
+    """Return a function that runs the training script's step on a batch of shapes."""
     encoder = build_encoder(args.model, **({"k": args.k} if args.model.startswith("dgcnn") else {}))
     model = CrossNet(encoder, image_model=args.image_model)
     if args.channels_last:
@@ -342,7 +341,7 @@ class _Sizes:
         self.rows = rows
 
     def tolist(self) -> list[list[int]]:
-        """The rows."""
+        """Return the rows."""
         return self.rows
 
 
@@ -356,7 +355,7 @@ def _to_channels_last(module: torch.nn.Module) -> None:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result for people."""
+    """Format the result as text."""
     s = result["settings"]
     rows = [("stage", "GB", "GFLOP", "launches", "ms")]
     for stage, cost in (*result["stages"].items(), ("all", result["total"])):

@@ -67,7 +67,7 @@ def draw_picture(ax: Axes, image: Image.Image, x: float, y: float, *, size: floa
 def draw_box(
     ax: Axes, x: float, y: float, width: float, height: float, text: str, edge: str, fill: str, **font: Any
 ) -> None:
-    """A rounded box around (x, y) with text in it."""
+    """Draw a rounded box around (x, y) with text in it."""
     font = {"color": INK, "fontsize": 9, "linespacing": 1.25, **font}
     patch = FancyBboxPatch(
         (x - width / 2, y - height / 2), width, height, boxstyle="round,pad=0,rounding_size=1.4",
@@ -78,7 +78,7 @@ def draw_box(
 
 
 def draw_encoder(ax: Axes, x: float, y: float, height: float, text: str, edge: str, fill: str) -> None:
-    """A funnel: wide where data comes in."""
+    """Draw a funnel that is wide where data comes in."""
     w, h = 8.5, height / 2
     corners = [(x - w, y - h), (x - w, y + h), (x + w, y + 0.62 * h), (x + w, y - 0.62 * h)]
     ax.add_patch(Polygon(corners, facecolor=fill, edgecolor=edge, linewidth=1.3, joinstyle="round", zorder=3))
@@ -86,7 +86,7 @@ def draw_encoder(ax: Axes, x: float, y: float, height: float, text: str, edge: s
 
 
 def draw_vector(ax: Axes, x: float, y: float, name: str, color: str, seed: int) -> None:
-    """A projection as a row of cells of different strength, with its name on the left."""
+    """Draw a projection as a row of cells of different strength, with its name on the left."""
     cells, cell = 7, 1.9
     strength = np.random.default_rng(seed).uniform(0.12, 0.95, cells)
     for n, alpha in enumerate(strength):
@@ -101,14 +101,14 @@ def draw_vector(ax: Axes, x: float, y: float, name: str, color: str, seed: int) 
 def draw_arrow(
     ax: Axes, start: tuple[float, float], end: tuple[float, float], color: str = INK, *, bend: float = 0.0, **style: Any
 ) -> None:
-    """An arrow, straight or bent."""
+    """Draw an arrow, straight or bent."""
     style = {"arrowstyle": "-|>", "mutation_scale": 9, "linewidth": 1.2, "shrinkA": 0, "shrinkB": 0, **style}
     bow = f"arc3,rad={bend}"
     ax.add_patch(FancyArrowPatch(start, end, color=color, connectionstyle=bow, zorder=2, **style))
 
 
 def two_views(points: np.ndarray, seed: int) -> list[np.ndarray]:
-    """Views of a cloud by the pretraining augmentation; shifts, which would only move them on paper, are taken back."""
+    """Return views of a cloud by the pretraining augmentation, without its shifts."""
     augment = pretraining_augmentation()
     streams = SampleStreams(seed=seed, epoch=0, index=torch.tensor([0]))
     views = [augment(torch.from_numpy(points)[None], streams)[0].numpy() for _ in range(2)]

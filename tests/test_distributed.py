@@ -139,7 +139,7 @@ PROBED = ("--epochs", 2, "--eval_every", 1, "--save_every", 0)
 
 @pytest.fixture(scope="module")
 def whole(data_root, tmp_path_factory):
-    """An uninterrupted run of one process, probed."""
+    """Train in one process without interruption, with probes."""
     out = tmp_path_factory.mktemp("whole")
     with float64_runs():
         pretraining.main(arguments(data_root, out, *PROBED, "--batch_size", 8))
@@ -228,7 +228,7 @@ def test_unreadable_samples_of_all_processes_count_and_stop_all(tmp_path):
 
 
 def fail_in_step(how, victim=1):
-    """What happens to one process in its second step."""
+    """Return what happens to one process in its second step."""
     original = Run.step
 
     def step(self, batch):

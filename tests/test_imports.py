@@ -24,7 +24,7 @@ def below(name: str, package: str) -> bool:
 
 
 def level(module: str) -> int | None:
-    """Number of the module's package in ``ORDER``; None for a module of another project."""
+    """Return the number of the module's package in ``ORDER``; None for a module of another project."""
     if any(below(module, command) for command in COMMANDS):
         return ORDER.index("commands")
     package = module.partition(".")[0]

@@ -137,7 +137,7 @@ REFUSE = [
 
 @pytest.fixture(scope="module")
 def place(data_root, tmp_path_factory):
-    """A folder with ``data`` and with ``released``, files of the released scripts."""
+    """Return a folder with ``data`` and with ``released``, files of the released scripts."""
     place = tmp_path_factory.mktemp("place")
     shutil.copytree(data_root, place / "data")
     write_modelnet40(place / "data" / "modelnet40_ply_hdf5_2048")
@@ -223,7 +223,7 @@ def test_the_gpu_of_a_number_is_taken_where_there_are_gpus(monkeypatch):
 
 
 def documented_commands():
-    """The commands in docs/fidelity.md that do what the released scripts do."""
+    """Return the commands in docs/fidelity.md that do what the released scripts do."""
     text = (
         (ROOT / "docs" / "fidelity.md").read_text("utf-8").split("## As released")[1].split("## Old command lines")[0]
     )

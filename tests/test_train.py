@@ -37,7 +37,7 @@ def train(root, out, *more):
 
 @pytest.fixture(scope="module")
 def reference(data_root, tmp_path_factory):
-    """An uninterrupted run."""
+    """Train without interruption."""
     out = tmp_path_factory.mktemp("reference")
     with small_runs(curves=True):
         record = train(data_root, out, *REFERENCE, "--json", out / "result.json")
@@ -181,7 +181,7 @@ def test_a_finished_run_resumes_to_its_own_end(data_root, reference, tmp_path):
 
 
 def refused(root, out, message, *more, kind=UserError):
-    """The run stops with a message and leaves everything as it is."""
+    """Check that the run stops with a message and leaves everything as it is."""
     before = contents(out)
     with pytest.raises(kind, match=message):
         train(root, out, *more)
@@ -386,7 +386,7 @@ def test_weights_that_are_not_finite_are_never_saved(data_root, tmp_path, monkey
 
 @pytest.fixture(scope="module")
 def short(data_root, tmp_path_factory):
-    """Flags of a run of two steps."""
+    """Return the flags of a run of two steps."""
     path = tmp_path_factory.mktemp("list") / "list.txt"
     path.write_text("\n".join(ShapeNetRender(data_root).ids[:8]))
     return ("--list", path, "--epochs", 1, "--eval_every", 0)

@@ -29,7 +29,7 @@ NAMES = list(TINY)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder of tiny weights of every encoder."""
+    """Return a folder of tiny weights of every encoder."""
     folder = tmp_path_factory.mktemp("weights")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretrained, "WEIGHTS", folder)
@@ -45,7 +45,7 @@ def weights(folder, monkeypatch):
 
 @pytest.fixture
 def own_weights(folder, tmp_path, monkeypatch):
-    """A copy that a test may change."""
+    """Return a copy that a test may change."""
     shutil.copytree(folder, tmp_path / "weights")
     monkeypatch.setattr(pretrained, "WEIGHTS", tmp_path / "weights")
     return tmp_path / "weights"

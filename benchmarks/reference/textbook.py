@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 def textbook_knn(x: Tensor, k: int) -> Tensor:
-    """Indices of the k nearest points of every point, itself included: (B, C, N) -> (B, N, k)."""
+    """Return the indices of the k nearest points of every point, itself included: (B, C, N) -> (B, N, k)."""
     square = x.square().sum(dim=1)
     distance = square[:, :, None] - 2 * x.transpose(1, 2) @ x + square[:, None, :]
     return distance.topk(k, dim=2, largest=False).indices

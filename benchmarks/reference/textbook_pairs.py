@@ -27,7 +27,7 @@ def read_cloud(path: Path) -> np.ndarray:
 
 
 def augment_cloud(points: np.ndarray) -> Tensor:
-    """Unit sphere, scale, turn about y, shift, jitter, input dropout: (N, 3) -> (N, 3)."""
+    """Normalize, scale, rotate about y, shift, jitter, drop points: (N, 3) -> (N, 3)."""
     points = points - points.mean(axis=0)
     points = points / np.sqrt((points**2).sum(axis=1)).max()
     points = points * np.random.uniform(0.5, 2)

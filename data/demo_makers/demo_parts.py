@@ -370,7 +370,7 @@ def table(rng: np.random.Generator) -> list[Solid]:
 
 
 def lamp(rng: np.random.Generator) -> list[Solid]:
-    """A table, floor, desk or hanging lamp: base, pole and shade."""
+    """Build a table, floor, desk or hanging lamp: base, pole and shade."""
     kind = rng.choice(["table", "table", "floor", "floor", "desk", "desk", "hanging"])
     tall = {"table": rng.uniform(0.35, 0.6), "floor": rng.uniform(1.1, 1.6), "desk": 0.5, "hanging": 0.8}[kind]
     size = {"table": 0.16, "floor": 0.24, "desk": 0.10, "hanging": 0.20}[kind] * rng.uniform(0.7, 1.25)
@@ -430,7 +430,7 @@ def lamp(rng: np.random.Generator) -> list[Solid]:
 
 
 def mug(rng: np.random.Generator) -> list[Solid]:
-    """A hollow body (straight, tapered or bulged) with a handle (round, ear or square); now and then two."""
+    """Build a hollow body (straight, tapered or bulged) with one handle (round, ear or square), or two."""
     high, radius, wall = rng.uniform(0.07, 0.14), rng.uniform(0.03, 0.05), rng.uniform(0.003, 0.006)
     bottom, bulge, t = rng.uniform(0.6, 1.1), rng.choice([0.0, rng.uniform(-0.12, 0.25)]), np.linspace(0, 1, 9)
     outer = radius * (bottom + (1 - bottom) * t + bulge * np.sin(np.pi * t))
@@ -496,7 +496,7 @@ def bottle(rng: np.random.Generator) -> list[Solid]:
 
 
 def airplane(rng: np.random.Generator) -> list[Solid]:
-    """An airliner, a jet fighter or a propeller plane: body, wings, tail and engines; the nose points to +z."""
+    """Build an airliner, a jet fighter or a propeller plane: body, wings, tail and engines; the nose points to +z."""
     kind = rng.choice(["airliner", "airliner", "fighter", "propeller"])
     length = 1.0
     radius = {
@@ -520,7 +520,7 @@ def airplane(rng: np.random.Generator) -> list[Solid]:
     def fin(
         part: str, root: tuple[float, float, float], span: np.ndarray, chord: float, tip: float, sweep: float
     ) -> Solid:
-        """A blade from the leading edge ``root`` along ``span``; chords run back along -z."""
+        """Build a blade from the leading edge ``root`` along ``span``; chords run back along -z."""
         span, thick = np.asarray(span, float), 0.012
         across = np.cross(span, [0, 0, 1])
         across *= thick / 2 / np.linalg.norm(across)
@@ -672,7 +672,7 @@ def bed(rng: np.random.Generator) -> list[Solid]:
 
 
 def guitar(rng: np.random.Generator) -> list[Solid]:
-    """An acoustic, an electric or a pointed guitar standing upright: head, neck and body."""
+    """Build an upright acoustic, electric or pointed guitar: head, neck and body."""
     kind = rng.choice(["acoustic", "electric", "pointed"])
     deep = rng.uniform(0.08, 0.12) if kind == "acoustic" else rng.uniform(0.035, 0.055)
     upright = about("x", 90)

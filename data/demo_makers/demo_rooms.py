@@ -510,7 +510,7 @@ def furnish_lounge(room: Layout) -> None:
 
 
 def furnish_conference(room: Layout) -> None:
-    """A table in the middle with chairs around it, boards."""
+    """Place a table in the middle with chairs around it, and boards."""
     room.board()
     table = room.in_the_open("table", margin=0.62, tries=300) or room.in_the_open("table", margin=0.4, tries=300)
     if table is not None:
@@ -550,7 +550,7 @@ def furnish_storage(room: Layout) -> None:
 
 
 def furnish_hallway(room: Layout) -> None:
-    """A second and third door, shelves, chairs and plants along the walls."""
+    """Place a second and third door, shelves, chairs and plants along the walls."""
     for _ in range(2):
         room.opening("door")
     room.board()

@@ -207,7 +207,7 @@ def test_products_of_neighbors_and_edge_convs_are_exact_in_both_directions(layer
 
 @pytest.fixture(scope="module")
 def pretrained(root, tmp_path_factory):
-    """A checkpoint of each kind, by the name of its encoder or task."""
+    """Return a checkpoint of each kind, by the name of its encoder or task."""
     out = tmp_path_factory.mktemp("runs")
     found = {}
     for task, encoder in (("pretraining", "dgcnn_cls"), ("parts", "dgcnn_partseg"), ("rooms", "dgcnn_semseg")):

@@ -50,7 +50,7 @@ pathlib.Path(a.json).write_text(json.dumps({"accuracy": a.base + a.seed + extra,
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """A folder with a plan of one row that can run and one whose data is missing; returns the command line for it."""
+    """Write a plan of one row that can run and one whose data is missing; return the command line for it."""
     (tmp_path / "score.py").write_text(SCRIPT)
     (tmp_path / "here").mkdir()
     write_plan(tmp_path)

@@ -255,7 +255,7 @@ CUBE_FACES = ["1 2 4 3", "5 7 8 6", "1 5 6 2", "3 4 8 7", "1 3 7 5", "2 6 8 4"]
 
 @pytest.fixture
 def library(tmp_path):
-    """A furniture library with one box of two materials and one sheet without thickness."""
+    """Return a furniture library with one box of two materials and one sheet without thickness."""
     box = "mtllib box.mtl\n" + "".join(f"v {x} {y} {z}\n" for x, y, z in CUBE_CORNERS)
     box += "usemtl red\n" + "".join(f"f {face}\n" for face in CUBE_FACES[:3])
     box += "usemtl blue paint\n" + "".join(f"f {face}\n" for face in CUBE_FACES[3:])

@@ -79,7 +79,7 @@ class Shop:
         return output
 
     def calls(self):
-        """Calls of curl and gdown since the last time."""
+        """Return the calls of curl and gdown since the last call."""
         lines = self._calls.read_text().splitlines() if self._calls.exists() else []
         self._calls.unlink(missing_ok=True)
         return lines

@@ -32,7 +32,7 @@ def off_text(points, *faces, header="OFF"):
 
 
 def png(*colors):
-    """A picture of one row."""
+    """Return a picture of one row."""
     out = io.BytesIO()
     Image.fromarray(np.array([colors], np.uint8)).save(out, "PNG")
     return out.getvalue()

@@ -29,7 +29,7 @@ FRONT = Camera(azimuth=0, elevation=0, fill=1.0)
 
 
 def box(low, high, color=(0.8, 0.8, 0.8)):
-    """An axis-aligned box of twelve triangles."""
+    """Return an axis-aligned box of twelve triangles."""
     corners = np.array([[x, y, z] for x in (0, 1) for y in (0, 1) for z in (0, 1)], float)
     sides = [(0, 1, 3, 2), (4, 6, 7, 5), (0, 4, 5, 1), (2, 3, 7, 6), (0, 2, 6, 4), (1, 5, 7, 3)]
     triangles = [t for a, b, c, d in sides for t in ((a, b, c), (a, c, d))]

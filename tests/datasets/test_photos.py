@@ -7,7 +7,7 @@ from utils.errors import DataError
 
 
 def disc(background=(240, 240, 240), *, noise=0, size=(60, 40)):
-    """A red disc with a hole that shows the background, in the upper left of an opaque picture."""
+    """Return a red disc with a hole that shows the background, in the upper left of an opaque picture."""
     y, x = np.mgrid[: size[1], : size[0]]
     far = np.hypot(x - 18, y - 15)
     pixels = np.empty((size[1], size[0], 3), np.int16)

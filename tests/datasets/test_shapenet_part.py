@@ -391,7 +391,7 @@ def test_files_stay_untouched(root):
 
 
 def write_point_cloud_datasets(root, *, within=False):
-    """The layout of PointCloudDatasets: train0.h5 and so on, parts in ``seg``."""
+    """Write the layout of PointCloudDatasets: train0.h5 and so on, parts in ``seg``."""
     taxonomy = official_taxonomy()
     folder = root / "shapenetpart_hdf5_2048"
     generator = np.random.default_rng(0)

@@ -33,7 +33,7 @@ def dataset(root, **kwargs):
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    """A folder of 8 shapes and 2 more without rendering, and the same packed."""
+    """Write 8 shapes and 2 more without rendering, as a folder and packed."""
     root = tmp_path_factory.mktemp("pairs")
     ids = write_pairs(root, 8, points=30, unpaired=2)
     return root, packed_copy(root, tmp_path_factory.mktemp("packed") / "pairs.h5"), ids
@@ -158,7 +158,7 @@ def test_a_root_with_a_packed_file_is_read_as_that_file(pairs, tmp_path):
 
 
 def damaged(root, tmp_path, name, how):
-    """A copy of the pairs in which one shape's files are broken."""
+    """Copy the pairs and break the files of one shape."""
     copy = tmp_path / "copy"
     shutil.copytree(root, copy)
     how(copy, name)

@@ -14,7 +14,7 @@ def streams(index, *, seed=1, epoch=0, purpose=0):
 
 
 def splitmix_finalizer(x):
-    """The published finalizer in Python's unbounded integers."""
+    """Compute the published finalizer in Python's unbounded integers."""
     x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & MASK
     x = (x ^ x >> 27) * 0x94D049BB133111EB & MASK
     return x ^ x >> 31

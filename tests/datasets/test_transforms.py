@@ -252,7 +252,7 @@ def plain_form(picture, size, factors, order, flips):
 
 
 def drawn(count, **kwargs):
-    """The factors, orders and flips that ``RenderAugmentation`` draws."""
+    """Draw the factors, orders and flips of ``RenderAugmentation``."""
     numbers = streams(count, **kwargs)
     factors, order = numbers.uniform(3, low=0.6, high=1.4), numbers.uniform(3).argsort(1)
     return zip(factors.tolist(), order.tolist(), (numbers.uniform(2) < 0.5).tolist(), strict=True)

@@ -26,7 +26,7 @@ def shapes(labels, seed, size=20):
 
 @pytest.fixture
 def root(tmp_path):
-    """A data root with a small ModelNet of three classes."""
+    """Return a data root with a small ModelNet of three classes."""
     folder = tmp_path / "data" / "modelnet40_ply_hdf5_2048"
     for seed, (split, labels) in enumerate(LABELS.items()):
         write_h5(folder / f"ply_data_{split}0.h5", data=shapes(labels, seed), label=np.array(labels, "u1")[:, None])

@@ -15,7 +15,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 
 def random_shapes(taxonomy, *, count, size, seed):
-    """True and predicted parts and categories; a part may be absent, a prediction may be of another category."""
+    """Draw true and predicted parts, and categories; a part may be absent, a prediction of another category."""
     generator = np.random.default_rng(seed)
     categories = generator.integers(len(taxonomy.category_names), size=count)
     starts, counts = np.array(taxonomy.part_starts)[categories, None], np.array(taxonomy.part_counts)[categories, None]

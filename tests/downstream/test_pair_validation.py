@@ -68,7 +68,7 @@ def test_alignment_and_uniformity_equal_their_definitions():
 
 @pytest.fixture(scope="module")
 def reference(root, tmp_path_factory):
-    """An uninterrupted run with four pairs held out, and best.pth by them."""
+    """Train without interruption, with four pairs held out that select best.pth."""
     out = tmp_path_factory.mktemp("reference")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(IMAGE_ENCODERS, "resnet18", TinyImageNet)

@@ -25,7 +25,7 @@ from utils.errors import CheckpointError, DataError, UserError
 
 @pytest.fixture
 def model(tmp_path, monkeypatch):
-    """An untrained pretraining model, saved as a run saves it."""
+    """Save an untrained pretraining model as a run does."""
     monkeypatch.setitem(IMAGE_ENCODERS, "resnet18", TinyImageNet)
     return save_model(tmp_path / "last.pth")[1]
 

@@ -29,7 +29,7 @@ def save_rooms(path, **kwargs):
 
 
 def published_names(state):
-    """The 9-channel DGCNN repository's names: DataParallel's prefix, and each batch norm a second time as bnN."""
+    """Rename as in the 9-channel DGCNN repository: DataParallel's prefix, each batch norm a second time as bnN."""
     published = {}
     for key, value in state.items():
         published[f"module.{key}"] = value

@@ -43,7 +43,7 @@ def names_without_weights(monkeypatch):
 
 
 def make(name, **kwargs):
-    """An encoder whose batch norms have seen data."""
+    """Return an encoder whose batch norms have seen data."""
     encoder = build_encoder(name, **(KWARGS[name] | kwargs))
     for module in encoder.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -78,7 +78,7 @@ def norm(prefix, width):
 
 
 def published(name):
-    """A state dict with the field's names: the encoder's, batch norms registered twice, heads."""
+    """Return a state dict as published: the encoder's names, batch norms registered twice, heads."""
     encoder = make(name)
     state = dict(encoder.state_dict())
     width = encoder.feature_dim

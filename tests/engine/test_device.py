@@ -23,7 +23,7 @@ LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A function that pretends a machine with GPUs, and a launcher's variables; returns the GPUs made current."""
+    """Return a function that emulates GPUs and a launcher's variables, and returns the GPUs made current."""
 
     def pretend(count, current=0, **launcher):
         for name in LAUNCHERS:

@@ -28,7 +28,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.i
 
 
 def small_encoder(layout, *, dtype=torch.float64, **kwargs):
-    """A narrow encoder away from its initial state: gains of both signs, and a T-Net that does something."""
+    """Build a narrow encoder away from its initial state: gains of both signs, a T-Net that is not the identity."""
     name, arguments, _, _ = LAYOUTS[layout]
     encoder = build_encoder(name, emb_dims=WIDTH, **{**arguments, **kwargs})
     for module in encoder.modules():
@@ -269,70 +269,51 @@ def block_names(name, *shape):
     return {f"{name}.0.weight": shape, **norm_names(f"{name}.1", shape[0])}
 
 
-def layer_names(kind, name, *shape):
-    return {f"{name}.weight": shape if kind == "linear" else (*shape, 1), f"{name}.bias": shape[:1]}
+def linear_names(name, *shape):
+    return {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+
+
+def conv_names(name, *shape):
+    return linear_names(name, *shape) | {f"{name}.weight": (*shape, 1)}
+
+
+def numbered(name, names, *shapes, first=1):
+    """Return the tensors of ``<name><number>`` for every shape."""
+    return {key: value for i, shape in enumerate(shapes, first) for key, value in names(f"{name}{i}", *shape).items()}
 
 
 def alignment_names(name, channels):
-    widths = (channels, 64, 128, 1024)
-    names = {}
-    for i in range(3):
-        names |= layer_names("conv", f"{name}.conv{i + 1}", widths[i + 1], widths[i])
-    for i, (a, b) in enumerate([(1024, 512), (512, 256), (256, channels**2)]):
-        names |= layer_names("linear", f"{name}.fc{i + 1}", b, a)
-    for i, width in enumerate((64, 128, 1024, 512, 256)):
-        names |= norm_names(f"{name}.bn{i + 1}", width)
-    return names
+    return {
+        **numbered(f"{name}.conv", conv_names, (64, channels), (128, 64), (1024, 128)),
+        **numbered(f"{name}.fc", linear_names, (512, 1024), (256, 512), (channels**2, 256)),
+        **numbered(f"{name}.bn", norm_names, (64,), (128,), (1024,), (512,), (256,)),
+    }
 
 
-SEGMENTATION = {
-    **block_names("conv2", 64, 64, 1, 1),
-    **block_names("conv3", 64, 128, 1, 1),
-    **block_names("conv4", 64, 64, 1, 1),
-    **block_names("conv5", 64, 128, 1, 1),
-    **block_names("conv6", 1024, 192, 1),
-}
+NARROW, WIDE = (64, 64, 1, 1), (64, 128, 1, 1)
+SEGMENTATION = numbered("conv", block_names, (64, 6, 1, 1), NARROW, WIDE, NARROW, WIDE, (1024, 192, 1))
 # Names and shapes in the files that DGCNN, CrossPoint and PointNet repositories publish.
 PUBLISHED = {
-    "dgcnn_cls": {
-        **block_names("conv1", 64, 6, 1, 1),
-        **block_names("conv2", 64, 128, 1, 1),
-        **block_names("conv3", 128, 128, 1, 1),
-        **block_names("conv4", 256, 256, 1, 1),
-        **block_names("conv5", 1024, 512, 1),
-    },
+    "dgcnn_cls": numbered("conv", block_names, (64, 6, 1, 1), WIDE, (128, 128, 1, 1), (256, 256, 1, 1), (1024, 512, 1)),
     "dgcnn_partseg": {
-        **block_names("transform_net.conv1", 64, 6, 1, 1),
-        **block_names("transform_net.conv2", 128, 64, 1, 1),
-        **block_names("transform_net.conv3", 1024, 128, 1),
+        **numbered("transform_net.conv", block_names, (64, 6, 1, 1), (128, 64, 1, 1), (1024, 128, 1)),
         "transform_net.linear1.weight": (512, 1024),
-        **norm_names("transform_net.bn3", 512),
         "transform_net.linear2.weight": (256, 512),
-        **norm_names("transform_net.bn4", 256),
-        **layer_names("linear", "transform_net.transform", 9, 256),
-        **block_names("conv1", 64, 6, 1, 1),
+        **numbered("transform_net.bn", norm_names, (512,), (256,), first=3),
+        **linear_names("transform_net.transform", 9, 256),
         **SEGMENTATION,
     },
-    "dgcnn_semseg": {**block_names("conv1", 64, 6, 1, 1), **SEGMENTATION},
+    "dgcnn_semseg": SEGMENTATION,
     "pointnet_cls": {
-        **{
-            f"conv{i + 1}.weight": (b, a, 1)
-            for i, (a, b) in enumerate([(3, 64), (64, 64), (64, 64), (64, 128), (128, 1024)])
-        },
-        **{
-            key: shape
-            for i, width in enumerate((64, 64, 64, 128, 1024))
-            for key, shape in norm_names(f"bn{i + 1}", width).items()
-        },
+        **{f"conv{i}.weight": shape for i, shape in enumerate(((64, 3, 1), *[(64, 64, 1)] * 2, (128, 64, 1)), 1)},
+        "conv5.weight": (1024, 128, 1),
+        **numbered("bn", norm_names, (64,), (64,), (64,), (128,), (1024,)),
     },
     "pointnet_partseg": {
         **alignment_names("stn", 3),
         **alignment_names("fstn", 128),
-        **{
-            key: shape
-            for i, (a, b) in enumerate([(3, 64), (64, 128), (128, 128), (128, 512), (512, 1024)])
-            for key, shape in {**layer_names("conv", f"conv{i + 1}", b, a), **norm_names(f"bn{i + 1}", b)}.items()
-        },
+        **numbered("conv", conv_names, (64, 3), (128, 64), (128, 128), (512, 128), (1024, 512)),
+        **numbered("bn", norm_names, (64,), (128,), (128,), (512,), (1024,)),
     },
 }
 

@@ -396,7 +396,7 @@ def _fill_a_disk(place: Place, out: Path, size: int) -> None:
 
 
 def disk_full(place: Place, rng: random.Random) -> None:
-    """A disk that is full at a random moment, then has room again."""
+    """Fill the disk at a random moment, then free it."""
     out = place.new()
     size = int(place.size * rng.uniform(0.02, 3))
     code = in_child(_fill_a_disk, place, out, size)
@@ -447,7 +447,7 @@ def _little_shared_memory(place: Place, out: Path, size: int) -> None:
 
 
 def shared_memory_full(place: Place, rng: random.Random) -> None:
-    """A /dev/shm of a random size, then a larger one."""
+    """Give the run a /dev/shm of a random size, then a larger one."""
     out = place.new()
     size = 4096 * rng.randint(2, 40)
     code = in_child(_little_shared_memory, place, out, size)
@@ -518,7 +518,7 @@ def many_bad_samples(place: Place, rng: random.Random) -> None:
 
 
 def damaged_checkpoint(place: Place, rng: random.Random) -> None:
-    """The disk damages the newest checkpoint, or the two newest, or all: the newest intact one is taken, if any."""
+    """Damage the newest checkpoint, or the two newest, or all: the newest intact one is used, if any."""
     out = place.copy()
     folder = out / "crossnet"
     names = CHECKPOINTS[: rng.randint(1, 3)]
@@ -630,7 +630,7 @@ def pickle_bomb(place: Place, rng: random.Random) -> None:
 
 
 def unsafe_archive(place: Place, rng: random.Random) -> None:
-    """An archive with '..', an absolute name, a link or a device is refused; nothing of it is installed."""
+    """Unpack archives with '..', an absolute name, a link or a device: refused, and nothing is installed."""
     out = place.new()
     for make, members, _ in UNSAFE.values():
         archive = make(out / "archive", {f"ShapeNet/02691156/{rng.random()}.ply": b"x", **members})

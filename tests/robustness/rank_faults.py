@@ -134,7 +134,7 @@ def terminated(place: Place, rng: random.Random) -> float:
 
 
 def failed(place: Place, rng: random.Random) -> float:
-    """An error in one of two processes, such as a file that it cannot read."""
+    """Raise an error in one of two processes, such as a file that it cannot read."""
 
     def fail() -> None:
         raise UserError("this file is broken")

@@ -19,7 +19,7 @@ def packed_colors():
 
 
 def pcd(kind, *, points=50, body=None):
-    """A PCD with padding between the coordinates and the color."""
+    """Return a PCD with padding between the coordinates and the color."""
     header = "# .PCD v0.7\nVERSION 0.7\nFIELDS x y z _ rgb\nSIZE 4 4 4 1 4\nTYPE F F F U F\nCOUNT 1 1 1 4 1\n"
     header += f"WIDTH {points}\nHEIGHT 1\nVIEWPOINT 0 0 0 1 0 0 0\nPOINTS {points}\nDATA {kind}\n"
     rgb = packed_colors().view(np.float32)

@@ -12,7 +12,7 @@ from utils.progress import progress
 
 @pytest.fixture
 def log(monkeypatch, capsys):
-    """What is written to standard error, which is not a terminal here; a minute takes 0.05 seconds."""
+    """Return what is written to standard error, which is not a terminal here; a minute takes 0.05 seconds."""
     monkeypatch.setattr(module, "LINE_SECONDS", 0.05)
     return lambda: capsys.readouterr().err
 

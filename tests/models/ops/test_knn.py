@@ -12,7 +12,7 @@ from models.ops.precision import exact_products
 
 
 def exact_nearest(points, k):
-    """Sets of the k nearest by differences in float64: (B, N, C) -> (B, N, k), sorted indices."""
+    """Return the k nearest by differences in float64: (B, N, C) -> (B, N, k), sorted indices."""
     difference = points.double()[:, :, None] - points.double()[:, None]
     return difference.square().sum(3).topk(k, dim=2, largest=False).indices.sort(dim=2).values
 
