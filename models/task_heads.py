@@ -254,7 +254,7 @@ class ClassHead(Head):
             setattr(self, f"linear{i + 1}", nn.Linear(widths[i], widths[i + 1], bias=i > 0))
             setattr(self, f"bn{i + 6}", nn.BatchNorm1d(widths[i + 1]))
             setattr(self, f"dropout{i + 1}", nn.Dropout(dropout))
-        setattr(self, f"linear{len(self.hidden) + 1}", nn.Linear(*widths[-2:]))
+        setattr(self, f"linear{len(self.hidden) + 1}", nn.Linear(widths[-2], widths[-1]))
 
     def forward(self, features: PointFeatures) -> Tensor:
         """Return scores (B, num_classes)."""
