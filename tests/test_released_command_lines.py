@@ -22,58 +22,39 @@ from tests.support.files import write_h5
 from tests.support.paths import ROOT
 from utils.errors import UserError
 
-SCRIPTS = {
-    "train_crossnet_con.py": train_crossnet_con,
-    "main.py": linear_svm,
-    "finetune.py": finetune,
-    "main_partseg.py": main_partseg,
-    "main_semseg.py": main_semseg,
-}
+PRE, TUNE, PARTS, ROOMS, SVM = "train_crossnet_con.py finetune.py main_partseg.py main_semseg.py main.py".split()
+SCRIPTS = {PRE: train_crossnet_con, SVM: linear_svm, TUNE: finetune, PARTS: main_partseg, ROOMS: main_semseg}
 TINY = "--device cpu --workers 0 --k 4 --emb_dims 16 --batch_size 8 --epochs 1"
 TRAINING = {  # in the place of the released sizes; the command line of the table comes behind them
-    "train_crossnet_con.py": f"{TINY} --num_points 24 --image_size 16 --image_model resnet18 --eval_every 0",
-    "finetune.py": f"{TINY} --num_points 24 --batch_size 40",
-    "main_partseg.py": TINY,
-    "main_semseg.py": TINY,
+    PRE: f"{TINY} --num_points 24 --image_size 16 --image_model resnet18 --eval_every 0",
+    TUNE: f"{TINY} --num_points 24 --batch_size 40",
+    PARTS: TINY,
+    ROOMS: TINY,
 }
-SCORING = {name: "--device cpu --workers 0" for name in TRAINING} | {
-    "main.py": "--device cpu --num_points 24 --shots 1"
-}
+SCORING = dict.fromkeys(TRAINING, "--device cpu --workers 0") | {SVM: "--device cpu --num_points 24 --shots 1"}
 
 # Script, released command line, and what it does: settings of the run that it is.
 RUN = [
+    (PRE, "--model dgcnn --use_sgd True --start_epoch 0 --n_imgs 1", {"model": "dgcnn_cls", "use_sgd": True}),
+    (PRE, "--model dgcnn_part --gpu 0 --use_sgd False", {"model": "dgcnn_partseg", "use_sgd": False}),
+    (PRE, "--model dgcnn_sem --eval False --dataset ShapeNet", {"model": "dgcnn_semseg"}),
+    (PRE, "--model dgcnn_seg --no_cuda True --use_sgd 1", {"model": "dgcnn_seg", "use_sgd": True}),
+    (PRE, "--model dgcnn_cls --resume --model_path released/cls.pth", {"k": 4, "emb_dims": 16}),
     (
-        "train_crossnet_con.py",
-        "--model dgcnn --use_sgd True --start_epoch 0 --n_imgs 1",
-        {"model": "dgcnn_cls", "use_sgd": True},
-    ),
-    (
-        "train_crossnet_con.py",
-        "--model dgcnn_part --gpu 0 --use_sgd False",
-        {"model": "dgcnn_partseg", "use_sgd": False},
-    ),
-    ("train_crossnet_con.py", "--model dgcnn_sem --eval False --dataset ShapeNet", {"model": "dgcnn_semseg"}),
-    ("train_crossnet_con.py", "--model dgcnn_seg --no_cuda True --use_sgd 1", {"model": "dgcnn_seg", "use_sgd": True}),
-    ("train_crossnet_con.py", "--model dgcnn_cls --resume --model_path released/cls.pth", {"k": 4, "emb_dims": 16}),
-    (
-        "finetune.py",
+        TUNE,
         "--model dgcnn --dataset ModelNet40 --use_sgd True --scheduler cos --percent_train 0.5 --eval False",
         {"model": "dgcnn_cls", "use_sgd": True, "scheduler": "released", "label_fraction": [0.5], "eval": False},
     ),
-    ("finetune.py", "--pretrain_path released/cls.pth --use_sgd 0 --no_cuda", {"use_sgd": False, "device": "cpu"}),
-    ("finetune.py", "--model dgcnn --no-use_sgd --scheduler cos", {"use_sgd": False, "scheduler": "released"}),
+    (TUNE, "--pretrain_path released/cls.pth --use_sgd 0 --no_cuda", {"use_sgd": False, "device": "cpu"}),
+    (TUNE, "--model dgcnn --no-use_sgd --scheduler cos", {"use_sgd": False, "scheduler": "released"}),
     (
-        "main_partseg.py",
+        PARTS,
         "--model dgcnn --dataset shapenetpart --scheduler cos --use_sgd True --normalize_input False",
         {"model": "dgcnn_partseg", "scheduler": "released", "use_sgd": True},
     ),
+    (PARTS, "--pretrain_path released/part.pth --class_choice cone --scheduler step", {"scheduler": "step"}),
     (
-        "main_partseg.py",
-        "--pretrain_path released/part.pth --class_choice cone --scheduler step",
-        {"scheduler": "step"},
-    ),
-    (
-        "main_semseg.py",
+        ROOMS,
         "--model dgcnn_seg --dataset S3DIS --train_area 1,2,3,4,5,6 --test_area 5 --scheduler cos",
         {"model": "dgcnn_semseg", "scheduler": "released", "train_area": [[1, 2, 3, 4, 5, 6]], "test_area": [5]},
     ),
@@ -81,57 +62,49 @@ RUN = [
 
 # Script, released command line, files that are scored.
 SCORE = [
+    (TUNE, "--eval True --dataset modelnet40 --num_points 24 --model_path released/model.t7", ["released/model.t7"]),
+    (PARTS, "--eval True --model_path released/model_part.t7", ["released/model_part.t7"]),
+    (ROOMS, "--eval 1 --test_area 6 --model_root released/sem", ["released/sem/model_6.t7"]),
     (
-        "finetune.py",
-        "--eval True --dataset modelnet40 --num_points 24 --model_path released/model.t7",
-        ["released/model.t7"],
-    ),
-    ("main_partseg.py", "--eval True --model_path released/model_part.t7", ["released/model_part.t7"]),
-    ("main_semseg.py", "--eval 1 --test_area 6 --model_root released/sem", ["released/sem/model_6.t7"]),
-    (
-        "main_semseg.py",
+        ROOMS,
         "--eval True --test_area all --model_root released/sem",
         [f"released/sem/model_{area}.t7" for area in range(1, 7)],
     ),
     (
-        "main_semseg.py",
+        ROOMS,
         "--eval --test_area all --model_path 'released/sem/model_{area}.t7'",
         [f"released/sem/model_{area}.t7" for area in range(1, 7)],
     ),
-    ("main.py", "--dataset ModelNet40 --model dgcnn --model_path released/cls.pth --k 4 --gpu 0", ["released/cls.pth"]),
-    ("main.py", "--dataset modelnet40 --model_path released/cls.pth --k 4 --eval False", ["released/cls.pth"]),
+    (SVM, "--dataset ModelNet40 --model dgcnn --model_path released/cls.pth --k 4 --gpu 0", ["released/cls.pth"]),
+    (SVM, "--dataset modelnet40 --model_path released/cls.pth --k 4 --eval False", ["released/cls.pth"]),
 ]
 
 # Script, released command line, and words of the line that refuses it: what to type.
 REFUSE = [
-    ("train_crossnet_con.py", "--eval", r"--eval: .*downstream/classification/main.py --model_path"),
-    ("train_crossnet_con.py", "--eval True --model_path a.pth", r"--eval True: .*downstream/classification/main.py"),
-    ("train_crossnet_con.py", "--start_epoch 100", r"--start_epoch 100: .*--resume"),
-    ("train_crossnet_con.py", "--n_imgs 2", r"--n_imgs 2: .*one random rendering .*leave the flag out"),
+    (PRE, "--eval", r"--eval: .*downstream/classification/main.py --model_path"),
+    (PRE, "--eval True --model_path a.pth", r"--eval True: .*downstream/classification/main.py"),
+    (PRE, "--start_epoch 100", r"--start_epoch 100: .*--resume"),
+    (PRE, "--n_imgs 2", r"--n_imgs 2: .*one random rendering .*leave the flag out"),
+    (PRE, "--dataset ModelNet40", r"--dataset ModelNet40: .*--eval_dataset of train_crossnet_con.py"),
+    (PRE, "--gpu 0,1", r"--gpu 0,1: .*torchrun"),
+    (TUNE, "--start_epoch 5", r"--start_epoch 5: .*--resume"),
+    (TUNE, "--normalize_input True", r"--normalize_input True: .*as stored in the files"),
+    (TUNE, "--percent_train 10", r"--label_fraction 10: expected more than 0 and at most 1"),
+    (PARTS, "--dataset S3DIS", r"--dataset S3DIS: this script has one data set \(shapenetpart\)"),
+    (PARTS, "--pretrain_path released/cls.pth", r"holds the encoder dgcnn_cls, .*--model dgcnn_partseg"),
+    (ROOMS, "--dataset modelnet40", r"--dataset modelnet40: this script has one data set \(s3dis\)"),
+    (ROOMS, "--eval True --test_area 6 --model_root released/some", r"model_6.t7 does not exist"),
     (
-        "train_crossnet_con.py",
-        "--dataset ModelNet40",
-        r"--dataset ModelNet40: .*--eval_dataset of train_crossnet_con.py",
-    ),
-    ("train_crossnet_con.py", "--gpu 0,1", r"--gpu 0,1: .*torchrun"),
-    ("finetune.py", "--start_epoch 5", r"--start_epoch 5: .*--resume"),
-    ("finetune.py", "--normalize_input True", r"--normalize_input True: .*as stored in the files"),
-    ("finetune.py", "--percent_train 10", r"--label_fraction 10: expected more than 0 and at most 1"),
-    ("main_partseg.py", "--dataset S3DIS", r"--dataset S3DIS: this script has one data set \(shapenetpart\)"),
-    ("main_partseg.py", "--pretrain_path released/cls.pth", r"holds the encoder dgcnn_cls, .*--model dgcnn_partseg"),
-    ("main_semseg.py", "--dataset modelnet40", r"--dataset modelnet40: this script has one data set \(s3dis\)"),
-    ("main_semseg.py", "--eval True --test_area 6 --model_root released/some", r"model_6.t7 does not exist"),
-    (
-        "main_semseg.py",
+        ROOMS,
         "--eval --test_area all --model_path 'released/some/model_{area}.t7'",
         r"released/some/model_1.t7 does not exist",
     ),
-    ("main_semseg.py", "--eval True", r"--eval needs --model_path"),
-    ("main.py", "--pretrain_path best_model.pth", r"--pretrain_path best_model.pth: .*finetune.py with the same flags"),
-    ("main.py", "--exp_name cls --epochs 200", r"--exp_name cls: .*finetune.py"),
-    ("main.py", "--epochs 200 --use_sgd True", r"--epochs 200: .*finetune.py"),
-    ("main.py", "--percent_train 0.1", r"--percent_train 0.1: .*finetune.py"),
-    ("main.py", "--eval True --model_path released/model.t7", r"--eval True: .*finetune.py"),
+    (ROOMS, "--eval True", r"--eval needs --model_path"),
+    (SVM, "--pretrain_path best_model.pth", r"--pretrain_path best_model.pth: .*finetune.py with the same flags"),
+    (SVM, "--exp_name cls --epochs 200", r"--exp_name cls: .*finetune.py"),
+    (SVM, "--epochs 200 --use_sgd True", r"--epochs 200: .*finetune.py"),
+    (SVM, "--percent_train 0.1", r"--percent_train 0.1: .*finetune.py"),
+    (SVM, "--eval True --model_path released/model.t7", r"--eval True: .*finetune.py"),
 ]
 
 
@@ -194,11 +167,8 @@ def test_it_scores_these_files(script, line, files):
 @pytest.mark.parametrize(("script", "line", "message"), REFUSE)
 def test_it_is_refused_by_a_line_that_names_the_new_way(script, line, message, place, tmp_path):
     with pytest.raises(UserError, match=message) as caught:
-        SCRIPTS[script].main(
-            [*TRAINING.get(script, "").split(), "--output_dir", str(tmp_path / "a"), *shlex.split(line)]
-            if script in TRAINING
-            else shlex.split(line)
-        )
+        out = ["--output_dir", str(tmp_path / "a")] if script in TRAINING else []
+        SCRIPTS[script].main([*TRAINING.get(script, "").split(), *out, *shlex.split(line)])
     assert "\n" not in str(caught.value) and not list(tmp_path.rglob("*.pth"))
 
 

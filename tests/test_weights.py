@@ -163,17 +163,7 @@ def test_pretraining_starts_from_the_weights_of_its_model(weights, data_root, tm
 
 def test_frozen_features_of_weights_by_name_and_of_their_file(weights, data_root):
     file = str(weights / "dgcnn_cls.safetensors")
-    common = [
-        "--dataset",
-        "demo",
-        "--data_root",
-        str(data_root),
-        "--num_points",
-        "24",
-        "--device",
-        "cpu",
-        "--model_path",
-    ]
+    common = f"--dataset demo --data_root {data_root} --num_points 24 --device cpu --model_path".split()
     runs = linear_svm.main([*common, "pretrained", "pretrained:pointnet_cls", file, "--shots", "1"])["runs"]
     assert [record["encoder"] for record in runs] == ["dgcnn_cls", "pointnet_cls", "dgcnn_cls"]
     assert [record["model_path"] for record in runs] == ["pretrained", "pretrained:pointnet_cls", file]
