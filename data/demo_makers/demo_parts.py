@@ -197,18 +197,12 @@ def legs(
     size, taper = rng.uniform(*thick), rng.choice([1.0, rng.uniform(0.45, 0.8)])
     is_round, splay = rng.random() < 0.5, rng.choice([0.0, rng.uniform(0.02, 0.14)]) * height
     x, z = width / 2 - size * 0.6 - rng.uniform(0, 0.12) * width, depth / 2 - size * 0.6 - rng.uniform(0, 0.12) * depth
-    found = [
-        bar(
-            part,
-            (sx * (x + splay), 0, sz * (z + splay)),
-            (sx * x, height, sz * z),
-            size * taper,
-            end=size,
-            is_round=is_round,
-        )
-        for sx in (-1, 1)
-        for sz in (-1, 1)
-    ]
+
+    def leg(sx: int, sz: int) -> Solid:
+        foot, top = (sx * (x + splay), 0, sz * (z + splay)), (sx * x, height, sz * z)
+        return bar(part, foot, top, size * taper, end=size, is_round=is_round)
+
+    found = [leg(sx, sz) for sx in (-1, 1) for sz in (-1, 1)]
     if rng.random() < 0.3:  # stretchers between the legs
         y, across = rng.uniform(0.15, 0.5) * height, size * 0.6
         at = 1 - y / height
@@ -517,9 +511,7 @@ def airplane(rng: np.random.Generator) -> list[Solid]:
     flat = rng.uniform(0.85, 1.15)
     found = [body.moved(np.diag([1, flat, 1]))]
 
-    def fin(
-        part: str, root: tuple[float, float, float], span: np.ndarray, chord: float, tip: float, sweep: float
-    ) -> Solid:
+    def fin(part: str, root: Sequence[float], span: Sequence[float], chord: float, tip: float, sweep: float) -> Solid:
         """Build a blade from the leading edge ``root`` along ``span``; chords run back along -z."""
         span, thick = np.asarray(span, float), 0.012
         across = np.cross(span, [0, 0, 1])
@@ -532,9 +524,8 @@ def airplane(rng: np.random.Generator) -> list[Solid]:
     half = rng.uniform(0.35, 0.6) if kind != "fighter" else rng.uniform(0.25, 0.4)
     chord = rng.uniform(0.14, 0.22) if kind != "fighter" else rng.uniform(0.3, 0.45)
     tip = chord * rng.uniform(0.25, 0.6) if kind != "propeller" else chord * rng.uniform(0.6, 1.0)
-    sweep = {"airliner": rng.uniform(0.1, 0.3), "fighter": rng.uniform(0.15, 0.35), "propeller": rng.uniform(0, 0.05)}[
-        kind
-    ]
+    sweeps = rng.uniform(0.1, 0.3), rng.uniform(0.15, 0.35), rng.uniform(0, 0.05)
+    sweep = dict(zip(("airliner", "fighter", "propeller"), sweeps, strict=True))[kind]
     up = rng.uniform(-0.02, 0.08)
     lead = rng.uniform(0.08, 0.18) if kind != "fighter" else rng.uniform(0.02, 0.1)
     if kind == "propeller":
@@ -547,47 +538,25 @@ def airplane(rng: np.random.Generator) -> list[Solid]:
             found.append(tube("wing", [(x, heights[0] + up * 0.6, z), (x, heights[1] + up * 0.6, z)], 0.007))
         found.append(tube("wing", [(0, 0, lead - chord / 2), (0, heights[1], lead - chord / 2)], 0.012))
     for y in heights:
-        found += [fin("wing", (0, y, lead), np.array([s * half, up, 0]), chord, tip, sweep) for s in (-1, 1)]
+        found += [fin("wing", (0, y, lead), (s * half, up, 0), chord, tip, sweep) for s in (-1, 1)]
     # --- tail
     tail_chord, rise = rng.uniform(0.1, 0.16), rng.uniform(0.12, 0.2)
     z = -length / 2 + tail_chord * rng.uniform(1.0, 1.3)
     lean = rng.uniform(0.02, 0.14)
     tail_half, style = rng.uniform(0.12, 0.2), rng.choice(["plain", "plain", "t", "v"])
     if style == "v":
-        found += [
-            fin(
-                "tail", (0, 0.01, z), np.array([s * tail_half * 0.9, rise * 0.9, 0]), tail_chord, tail_chord * 0.6, lean
-            )
-            for s in (-1, 1)
-        ]
+        spans = [(s * tail_half * 0.9, rise * 0.9, 0) for s in (-1, 1)]
+        found += [fin("tail", (0, 0.01, z), span, tail_chord, tail_chord * 0.6, lean) for span in spans]
     else:
-        found.append(
-            fin("tail", (0, 0.01, z), np.array([0, rise, 0]), tail_chord, tail_chord * rng.uniform(0.4, 0.8), lean)
-        )
+        found.append(fin("tail", (0, 0.01, z), (0, rise, 0), tail_chord, tail_chord * rng.uniform(0.4, 0.8), lean))
         y, shift = (rise * 0.97, lean) if style == "t" else (0.01, 0.0)
-        found += [
-            fin(
-                "tail",
-                (0, y, z - shift),
-                np.array([s * tail_half, 0.01, 0]),
-                tail_chord * 0.8,
-                tail_chord * 0.4,
-                lean * 0.6,
-            )
-            for s in (-1, 1)
-        ]
+        root, blade = (0, y, z - shift), (tail_chord * 0.8, tail_chord * 0.4, lean * 0.6)
+        found += [fin("tail", root, (s * tail_half, 0.01, 0), *blade) for s in (-1, 1)]
     # --- engines
 
     def nacelle(x: float, y: float, z: float, size: float, long: float) -> Solid:
-        shape = [
-            (0.001, 0),
-            (0.6 * size, 0),
-            (size, 0.45 * long),
-            (size * 0.9, long),
-            (0.7 * size, long),
-            (0.65 * size, 0.8 * long),
-            (0.001, 0.8 * long),
-        ]
+        shape = [(0.001, 0), (0.6 * size, 0), (size, 0.45 * long), (size * 0.9, long), (0.7 * size, long)]
+        shape += [(0.65 * size, 0.8 * long), (0.001, 0.8 * long)]
         return lathe("engine", shape).moved(lie, (x, y, z - long / 2))
 
     def propeller(x: float, y: float, z: float, size: float) -> list[Solid]:
@@ -643,9 +612,8 @@ def bed(rng: np.random.Generator) -> list[Solid]:
     wide = w * rng.uniform(0.98, 1.12)
     foot = rng.choice([0.0, h * 0.5])
     if rng.random() < 0.55:
-        found.append(
-            bar("headboard", (0, foot, z), (0, high, z), (wide, deep), end=(wide * rng.uniform(0.75, 1.0), deep))
-        )
+        end = (wide * rng.uniform(0.75, 1.0), deep)
+        found.append(bar("headboard", (0, foot, z), (0, high, z), (wide, deep), end=end))
     else:
         post = max(deep, 0.04)
         found += [
@@ -695,24 +663,16 @@ def guitar(rng: np.random.Generator) -> list[Solid]:
         found = [disc(-0.01, low_r, low_r), disc(0, low_r + gap, low_r * 0.8)]
         for s in (-1, 1):  # two horns
             tip = np.array([s * low_r * rng.uniform(0.75, 0.95), low_r + gap + low_r * rng.uniform(0.75, 1.15)])
-            root = np.array(
-                [[s * 0.05, low_r + gap - 0.05], [s * low_r * 0.78, low_r + gap - 0.05], tip, tip - [s * 0.05, 0]]
-            )
+            y = low_r + gap - 0.05
+            root = np.array([[s * 0.05, y], [s * low_r * 0.78, y], tip, tip - [s * 0.05, 0]])
             found.append(hull("body", np.concatenate([np.c_[root, np.full(4, z)] for z in (-deep / 2.1, deep / 2.1)])))
         body_top = low_r + gap + low_r * 0.75
     else:
         found = []
         wide, body_top = rng.uniform(0.17, 0.24), rng.uniform(0.38, 0.48)
         for s in (-1, 1):  # an arrow's two wings
-            outline = np.array(
-                [
-                    [-s * 0.035, body_top],
-                    [s * 0.035, body_top],
-                    [s * wide, 0.0],
-                    [s * wide * 0.55, 0.0],
-                    [-s * 0.03, body_top * 0.5],
-                ]
-            )
+            outline = np.array([[-s * 0.035, body_top], [s * 0.035, body_top], [s * wide, 0.0]])
+            outline = np.concatenate([outline, [[s * wide * 0.55, 0.0], [-s * 0.03, body_top * 0.5]]])
             found.append(hull("body", np.concatenate([np.c_[outline, np.full(5, z)] for z in (-deep / 2, deep / 2)])))
     wide, front = rng.uniform(0.045, 0.06), deep / 2
     end = max(tall, body_top + 0.25)
