@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also run by path
 import train_crossnet_con
 from benchmarks.frame import Benchmark
 from datasets.pair_sources import held_out_shapes, open_source
