@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 import train_crossnet_con
 from benchmarks import growth
@@ -15,9 +16,9 @@ from utils.errors import CheckpointError, UserError
 
 @pytest.fixture(scope="module")
 def run_folder(data_root, tmp_path_factory):
-    """A run of six steps with two of three checkpoints kept, whose last.pth is a third."""
+    """A run of six steps with checkpoints of two and their averages; last.pth repeats the second."""
     out = tmp_path_factory.mktemp("runs")
-    flags = ("--epochs", 2, "--keep_every", 2, "--val_fraction", 0.2, "--eval_every", 0, "--ema", 0.5)
+    flags = ("--epochs", 2, "--keep_every", 3, "--val_fraction", 0.2, "--eval_every", 0, "--ema", 0.5)
     with small_runs():
         train_crossnet_con.main(arguments(data_root, out, *flags))
     return out / "crossnet"
@@ -28,7 +29,7 @@ def test_checkpoints_are_scored_once_drawn_and_extrapolated(run_folder, data_roo
     argv += ["--device", "cpu", "--work_dir", str(tmp_path / "work"), "--picture", str(tmp_path / "growth.png")]
     result = growth.main([*argv, "--json", str(tmp_path / "growth.json")])
     points = result["runs"]["tiny"]["points"]
-    assert [point["step"] for point in points] == [2, 4, 6]  # last.pth repeats step 6
+    assert [point["step"] for point in points] == [3, 6]
     assert all(point.keys() == {"step", *growth.SCORES} for point in points)
     shown = capsys.readouterr().out
     assert "extrapolated, not measured" in shown and "at steps" in shown and "60" in shown
@@ -37,8 +38,11 @@ def test_checkpoints_are_scored_once_drawn_and_extrapolated(run_folder, data_roo
     with monkeypatch.context() as patch:
         patch.setattr(growth.classification, "evaluate", None)
         assert growth.main(argv)["runs"] == result["runs"]
-    averages = growth.main([*argv, "--averages", "--pairs", str(data_root), "--pairs_count", "5"])
-    assert averages["runs"]["tiny"]["points"] != points
+    (averages,) = growth.read_runs([f"tiny={run_folder}"], averages=True).values()
+    assert [path.name for path in averages] == ["step_3_ema.pth", "step_6_ema.pth", "last_ema.pth"]
+    args = growth.BENCHMARK.parse_args([*argv, "--pairs", str(data_root), "--pairs_count", "5"])
+    views = growth.Scorer(args, torch.device("cpu")).held_out_views({"arguments": {"data_root": "elsewhere"}})
+    assert [batch["view1"].shape for batch in views] == [(5, 3, 24)]
     with pytest.raises(UserError, match="has no step_<n>.pth; train with --keep_every"):
         growth.main([*argv, "--run", f"other={tmp_path}"])
 
