@@ -40,7 +40,7 @@ CHANNELS = 9
 AREAS = (1, 2, 3, 4, 5, 6)
 CLASS_NAMES = tuple("ceiling floor wall beam column window door table chair sofa bookcase board clutter".split())
 # Red, green and blue in 0..1, (13, 3). Large surfaces are pale so that furniture is easy to see.
-_COLORS = "d7e2f0b8a07ecdcdbe785ef0ff7f0e5ccee68c564b2ca02cd62728e377c21f77b4175a505a5a5a"  # RRGGBB of every class
+_COLORS = "d7e2f0 b8a07e cdcdbe 785ef0 ff7f0e 5ccee6 8c564b 2ca02c d62728 e377c2 1f77b4 175a50 5a5a5a"
 CLASS_COLORS = np.frombuffer(bytes.fromhex(_COLORS), np.uint8).reshape(-1, 3) / 255.0
 PREPARE_COMMAND = "python -m datasets.s3dis_prepare --raw Stanford3dDataset_v1.2_Aligned_Version --out {root}"
 _ROOM_NAME = re.compile(r"Area_([0-9]{1,6})_\S+")

@@ -6,12 +6,10 @@ is always explicit and ``source`` records the file that was read.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor
-
-from datasets.hdf5 import CHECK_COMMAND, LabeledClouds, check_split, read_hdf5_clouds
+from datasets.hdf5 import CHECK_COMMAND, CloudArrays, ReadClouds, read_hdf5_clouds
 from utils.errors import DataError, UserError
 
 GET = f"bash data/download_data.sh scanobjectnn (to see what is present: {CHECK_COMMAND})"
@@ -61,7 +59,7 @@ def candidate_files(root: str | Path, split: str, variant: str) -> list[Path]:
     return files
 
 
-class ScanObjectNN(LabeledClouds):
+class ScanObjectNN(ReadClouds):
     """One variant of ScanObjectNN; clouds are not normalized, as in the released evaluation.
 
     Attributes:
@@ -72,31 +70,26 @@ class ScanObjectNN(LabeledClouds):
         each item: points (N, 3) float32, label int in 0..14
     """
 
-    def __init__(
-        self,
-        root: str | Path,
-        split: str,
-        *,
-        variant: str = "OBJ_BG",
-        num_points: int | None = None,
-        transform: Callable[[Tensor], Tensor] | None = None,
-    ) -> None:
+    def __init__(self, root: str | Path, split: str, *, variant: str = "OBJ_BG", **options: Any) -> None:
         """Read one split.
 
         Args:
             root: the data root, ``ScanObjectNN``, ``h5_files`` or the split's folder.
             split: ``"train"`` or ``"test"``.
             variant: a name in ``VARIANTS``.
-            num_points: keep the first rows of every cloud; None keeps all.
-            transform: applied to each (N, 3) cloud on access.
+            options: ``num_points`` and ``transform``, as in :class:`ReadClouds`.
 
         Raises:
             DataError: the file is missing or not as expected.
             UserError: the variant is unknown, or ``num_points`` is larger than the clouds.
         """
         self.variant = resolve_variant(variant)
-        candidates = candidate_files(root, check_split(split), self.variant)
-        found = [file for file in candidates if file.is_file()]
+        if self.variant == "OBJ_BG":
+            self.official_sizes = {"train": 2309, "test": 581}
+        super().__init__(root, split, **options)
+
+    def _read(self, root: Path, split: str, num_points: int | None) -> CloudArrays:
+        found = [file for file in candidate_files(root, split, self.variant) if file.is_file()]
         if not found:
             folder, ending = VARIANTS[self.variant]
             expected = f"h5_files/{folder}/{_OFFICIAL_SPLIT[split]}_objectdataset{ending}.h5"
@@ -104,9 +97,4 @@ class ScanObjectNN(LabeledClouds):
             problem = f"no ScanObjectNN {self.variant} ({split}) in {root}"
             raise DataError(f"{problem}; expected {expected}{released}", fix=f"Get it: {GET}")
         self.source = found[0]
-        if self.variant == "OBJ_BG":
-            self.official_sizes = {"train": 2309, "test": 581}
-        arrays = read_hdf5_clouds(
-            [self.source], class_names=CLASSES, num_points=num_points, get=GET, layout=self.variant
-        )
-        super().__init__(arrays, split, transform=transform)
+        return read_hdf5_clouds(found[:1], class_names=CLASSES, num_points=num_points, get=GET, layout=self.variant)

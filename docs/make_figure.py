@@ -176,7 +176,7 @@ def draw(data_root: str, *, model: str = MODEL, seed: int = 1) -> Figure:
         draw_vector(ax, 110, y, name, POINT, seed=n)
 
     # Image branch.
-    images = ((low + 7, "colour", r"$z_{\mathrm{rgb}}$"), (low - 7, "gray", r"$z_{\mathrm{gray}}$"))
+    images = ((low + 7, "color", r"$z_{\mathrm{rgb}}$"), (low - 7, "gray", r"$z_{\mathrm{gray}}$"))
     for n, (y, kind, name) in enumerate(images):
         draw_arrow(ax, (20.4, low + (1.5 if n == 0 else -1.5)), (36.2, y), bend=0.1 if n else -0.1)
         draw_picture(ax, image, 42.5, y, size=12, gray=kind == "gray")
@@ -203,11 +203,11 @@ def draw(data_root: str, *, model: str = MODEL, seed: int = 1) -> Figure:
     ax.text(149, middle + 5.6, "cross-modal NT-Xent", ha="center", va="center", fontsize=10, color=CROSS, weight="bold")
     formula = r"$L_{\mathrm{cross}} = \mathrm{NTX}([z_{t_1};\, z_{t_2}],\ [z_{\mathrm{rgb}};\, z_{\mathrm{gray}}])$"
     ax.text(149, middle - 0.2, formula, ha="center", va="center", fontsize=10.5)
-    pairing = "$t_1$ pairs with colour, $t_2$ with gray; other rows are negatives"
+    pairing = "$t_1$ pairs with color, $t_2$ with gray; other rows are negatives"
     ax.text(149, middle - 6, pairing, ha="center", va="center", fontsize=8, color=CROSS, style="italic")
     for y, bend, target in ((ys[0], -0.1, 5.5), (ys[1], -0.05, 3), (low + 7, 0.05, -3), (low - 7, 0.1, -5.5)):
         draw_arrow(ax, (118, y - 0.8 if y > middle else y + 0.8), (127.3, middle + target), CROSS, bend=bend)
-    total = r"minimise   $L = L_{\mathrm{intra}} + \alpha\, L_{\mathrm{cross}}$"
+    total = r"minimize   $L = L_{\mathrm{intra}} + \alpha\, L_{\mathrm{cross}}$"
     ax.text(149, low - 7, total, ha="center", va="center", fontsize=11.5, color=INK)
 
     # Afterwards.
