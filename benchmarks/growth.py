@@ -36,6 +36,7 @@ import numpy as np
 import torch
 from scipy import optimize, stats
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also run by path
 from benchmarks.frame import Benchmark
 from benchmarks.measure import text_table
 from benchmarks.spread import LEVEL
