@@ -93,6 +93,13 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in (heading, ["---"] * len(heading), *rest)]
 
 
+def commits_and_machines(records: Sequence[Mapping[str, Any]]) -> str:
+    """Return the commits and machines of records."""
+    commits = sorted({commit_of(record)[:7] for record in records})
+    machines = sorted({record["machine"]["gpu"] or record["machine"]["cpu"] for record in records})
+    return f"{', '.join(commits)}, {', '.join(machines)}"
+
+
 def score_table(records: Records, table: Table, rows: Sequence[Row]) -> list[str]:
     """Return the lines of a table of scores, and the commands of its rows."""
     lines = [["row", *table.columns, "seeds", "published", "reproduced by others", "record"]]
@@ -105,9 +112,7 @@ def score_table(records: Records, table: Table, rows: Sequence[Row]) -> list[str
             cells.append(mean_and_deviation(values, digits=table.digits.get(column, 1)) if values else "not run")
         where = f"`{row.name}`"
         if found:
-            commits = sorted({commit_of(record)[:7] for record in found})
-            cpu = sorted({record["machine"]["gpu"] or record["machine"]["cpu"] for record in found})
-            where = f"[{row.name}](../results/{row.name}), {', '.join(commits)}, {', '.join(cpu)}"
+            where = f"[{row.name}](../results/{row.name}), {commits_and_machines(found)}"
             commands.append(found[0]["commands"])
         seeds = ", ".join(str(record["seed"]) for record in found) or "-"
         lines.append([row.label, *cells, seeds, row.published, row.reproduced, where])
@@ -157,6 +162,8 @@ def effect_table(records: Records, table: Table, rows: Sequence[Row], page: Path
         picture = [f"![differences to the base over seeds]({table.picture})", ""]
     first = next((records.of(row)[0]["commands"] for row in rows if row.against is None and records.of(row)), [])
     blocks = ["```", *first, "```", ""] if first else []
+    if every := [record for row in rows for record in records.of(row)]:
+        blocks = [f"Commit and machine: {commits_and_machines(every)}. The base:", "", *blocks]
     return [*markdown_table(lines), "", INTERVAL_NOTE, "", *picture, *blocks]
 
 

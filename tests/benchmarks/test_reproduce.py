@@ -231,6 +231,7 @@ def test_variants_train_fill_the_page_with_differences_and_leave_no_checkpoints(
     name = "[cross alone](../results/base-terms-cross_alone)"
     assert line.startswith(f"| terms | {name} | ~ +0.0 [+0.0, +0.0] | ")
     assert re.search(r"\| (~ )?[+-]\d\.\d{3} \[[+-]\d+\.\d{3}, [+-]\d+\.\d{3}\].* \| 1, 2 \|$", line)
+    assert "Commit and machine: " in page
     assert "![differences to the base over seeds](effects.png)" in page and (tmp_path / "docs/effects.png").exists()
     folder = tmp_path / "work/base-terms-cross_alone/seed_1"
     assert (folder / "metrics.jsonl").exists() and not list(folder.glob("*.pth"))
