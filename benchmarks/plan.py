@@ -122,7 +122,7 @@ class Plan:
                 name: Pretraining(name=name, **entry) for name, entry in content.get("pretraining", {}).items()
             }
             for variants in [Variants(**entry) for entry in content.get("variants", ())]:
-                base = next(row for row in rows if row.name == variants.of)
+                base = {row.name: row for row in rows}[variants.of]
                 more = variants.expand(base, pretrainings[base.pretraining or ""])
                 rows, pretrainings = rows + more[0], pretrainings | more[1]
             plan = cls(
@@ -135,7 +135,7 @@ class Plan:
                 named_roots=content["roots"],
                 **{name: content[name] for name in ("quick", "navigation", "intro", "page") if name in content},
             )
-        except (OSError, tomllib.TOMLDecodeError, KeyError, TypeError, StopIteration) as error:
+        except (OSError, tomllib.TOMLDecodeError, KeyError, TypeError) as error:
             raise UserError(f"{path} cannot be read as a plan: {error}; compare it with {PLAN.name}") from error
         unknown_roots = sorted(roots.keys() - content["roots"].keys())
         if unknown_roots:
@@ -177,10 +177,13 @@ class Plan:
         return Path(self.roots[root]) / rest
 
     def missing(self, needs: Iterable[str]) -> list[str]:
-        """Return the needed files that are neither there nor can be made; ``root/a|root/b`` needs one of the two."""
+        """Return the needed files that are neither there nor can be made; ``root/a|root/b`` needs one of the two.
+
+        A root that is a file, such as packed pairs, has what its folder would have.
+        """
         absent = []
         for need in needs:
             choices = [self.path(choice) for choice in need.split("|")]
-            if need not in self.made and not any(choice.exists() for choice in choices):
+            if need not in self.made and not any(choice.exists() or choice.parent.is_file() for choice in choices):
                 absent.append(" or ".join(map(str, choices)))
         return absent

@@ -104,6 +104,14 @@ def test_every_command_of_the_plan_is_one_that_its_script_takes(path, quick, tmp
             assert not quick or args.data_root.startswith(("data/demo", "runs/reproduce/quick/"))
 
 
+def test_a_packed_file_may_be_the_root_of_pairs(tmp_path):
+    path = PLAN.with_name("ablations.toml")
+    packed = tmp_path / "pairs.h5"
+    assert Plan.read(path, {"pairs2k": str(packed)}).missing(["pairs2k/ShapeNet"]) == [f"{packed}/ShapeNet"]
+    packed.touch()
+    assert Plan.read(path, {"pairs2k": str(packed)}).missing(["pairs2k/ShapeNet"]) == []
+
+
 def test_variants_are_rows_whose_pretraining_differs_in_the_flags_of_the_case(tmp_path):
     plan = Plan.read(PLAN.with_name("ablations.toml"), {})
     base, *variants = plan.rows
