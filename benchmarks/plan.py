@@ -58,7 +58,11 @@ class Table:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a table: a scoring script and its flags, for each seed; differences are shown to ``against``."""
+    """One row of a table: a scoring script and its flags, for each seed.
+
+    Attributes:
+        against: rows to which the table shows differences.
+    """
 
     name: str
     table: str
@@ -70,7 +74,7 @@ class Row:
     seeds: Sequence[int] = DEFAULT_SEEDS
     published: str = "not available"
     reproduced: str = "none known"
-    against: str | None = None
+    against: Sequence[str] = ()
     factor: str = ""
 
 
@@ -87,7 +91,7 @@ class Variants:
         rows, pretrainings = [], {}
         for case, flags in self.cases.items():
             name = "-".join([row.name, *(re.sub(r"[^a-z0-9.]+", "_", text.lower()) for text in (self.factor, case))])
-            rows.append(replace(row, name=name, label=case, pretraining=name, against=row.name, factor=self.factor))
+            rows.append(replace(row, name=name, label=case, pretraining=name, against=[row.name], factor=self.factor))
             pretrainings[name] = replace(pretraining, name=name, flags={**pretraining.flags, **flags})
         return rows, pretrainings
 
@@ -146,8 +150,8 @@ class Plan:
                 raise UserError(f"{path}: row {row.name} names a table that is not there: {row.table}")
             if row.pretraining and row.pretraining not in plan.pretrainings:
                 raise UserError(f"{path}: row {row.name} names a pretraining that is not there: {row.pretraining}")
-            if row.against and row.against not in names:
-                raise UserError(f"{path}: row {row.name} is compared with a row that is not there: {row.against}")
+            if absent := [name for name in row.against if name not in names]:
+                raise UserError(f"{path}: row {row.name} is compared with a row that is not there: {absent[0]}")
             if names.count(row.name) > 1:
                 raise UserError(f"{path}: two rows are called {row.name}")
         return plan

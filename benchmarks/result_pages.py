@@ -81,10 +81,9 @@ class Records:
         }
         return {seed: value for seed, value in found.items() if value is not None}
 
-    def difference(self, row: Row, path: str) -> Difference | None:
-        """Compare a row with the one that it names; None without two seeds of both."""
-        theirs = self.rows[row.against] if row.against else None
-        return difference(self.values(row, path), self.values(theirs, path)) if theirs else None
+    def difference(self, row: Row, other: str, path: str) -> Difference | None:
+        """Compare a row with one that it names; None without two seeds of both."""
+        return difference(self.values(row, path), self.values(self.rows[other], path))
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -123,15 +122,13 @@ def score_table(records: Records, table: Table, rows: Sequence[Row]) -> list[str
 def difference_table(records: Records, table: Table, rows: Sequence[Row]) -> list[str]:
     """Return the lines of the differences between rows and those they name; none without two seeds of both."""
     lines = []
-    for row in rows:
-        if row.against is None:
-            continue
+    for ours, other in [(row, other) for row in rows for other in row.against]:
         cells = [
-            found.text(table.digits.get(column, 1)) if (found := records.difference(row, path)) else "-"
+            found.text(table.digits.get(column, 1)) if (found := records.difference(ours, other, path)) else "-"
             for column, path in table.columns.items()
         ]
         if any(cell != "-" for cell in cells):
-            lines.append([row.label, records.rows[row.against].label, *cells])
+            lines.append([ours.label, records.rows[other].label, *cells])
     if not lines:
         return []
     return [*markdown_table([["difference of", "to", *table.columns], *lines]), "", INTERVAL_NOTE, ""]
@@ -147,20 +144,21 @@ def effect_table(records: Records, table: Table, rows: Sequence[Row], page: Path
             digits, values = table.digits.get(column, 1), list(records.values(row, path).values())
             if not values:
                 cells.append("not run")
-            elif row.against is None:
+            elif not row.against:
                 cells.append(f"**{mean_and_deviation(values, digits=digits)}**")
             else:
-                effect = records.difference(row, path)
+                effect = records.difference(row, row.against[0], path)
                 cells.append(effect.text(digits) if effect else f"{statistics.mean(values):.{digits}f} (no interval)")
         seeds = ", ".join(str(record["seed"]) for record in found) or "-"
         label = f"[{row.label}](../results/{row.name})" if found else row.label
         lines.append([row.factor, label, *cells, seeds])
-    shown = [row for row in rows if any(records.difference(row, path) for path in table.columns.values())]
+    columns = table.columns.values()
+    shown = [row for row in rows if row.against and any(records.difference(row, row.against[0], c) for c in columns)]
     picture = []
     if shown and table.picture:
         draw_effects(records, table, shown, page.with_name(table.picture))
         picture = [f"![differences to the base over seeds]({table.picture})", ""]
-    first = next((records.of(row)[0]["commands"] for row in rows if row.against is None and records.of(row)), [])
+    first = next((records.of(row)[0]["commands"] for row in rows if not row.against and records.of(row)), [])
     blocks = ["```", *first, "```", ""] if first else []
     if every := [record for row in rows for record in records.of(row)]:
         blocks = [f"Commit and machine: {commits_and_machines(every)}. The base:", "", *blocks]
@@ -180,7 +178,7 @@ def draw_effects(records: Records, table: Table, rows: Sequence[Row], path: Path
     for axis, column in zip(panels, columns, strict=True):
         reach = 0.0
         for place, row in enumerate(rows):
-            effect = records.difference(row, table.columns[column])
+            effect = records.difference(row, row.against[0], table.columns[column])
             if effect is None:
                 continue
             color = WITHIN if effect.within_spread else BEYOND

@@ -118,7 +118,7 @@ def test_variants_are_rows_whose_pretraining_differs_in_the_flags_of_the_case(tm
     assert len(variants) >= 30 and len(plan.pretrainings) == len(plan.rows)
     common = plan.pretrainings["ablation"].flags
     for row in variants:
-        assert (row.against, row.flags, row.seeds) == ("ablation", base.flags, base.seeds)
+        assert (row.against, row.flags, row.seeds) == (["ablation"], base.flags, base.seeds)
         flags = plan.pretrainings[row.pretraining].flags
         assert flags != common and common.keys() <= flags.keys()
     row = next(row for row in variants if row.name == "ablation-temperature-0.05")
@@ -252,12 +252,12 @@ def test_variants_train_fill_the_page_with_differences_and_leave_no_checkpoints(
 def test_a_row_that_names_another_is_followed_by_their_difference(project, tmp_path):
     path = tmp_path / "plan.toml"
     third = path.read_text().split("[[rows]]")[1].replace('"runs"', '"third"').replace("can run", "a rival")
-    path.write_text(path.read_text() + "[[rows]]" + third.replace("90.0", "88.0") + 'against = "runs"\n')
+    path.write_text(path.read_text() + "[[rows]]" + third.replace("90.0", "88.0") + 'against = ["runs"]\n')
     reproduce.main([*project, "--seeds", "1", "2"])
     page = (tmp_path / "docs/results.md").read_text()
     assert "| a rival | can run | -2.0 [-2.0, -2.0] | ~ +0.0 [+0.0, +0.0] | - |" in page
     assert "paired over the seeds that both rows have" in page
-    path.write_text(path.read_text().replace('against = "runs"', 'against = "nobody"'))
+    path.write_text(path.read_text().replace('against = ["runs"]', 'against = ["nobody"]'))
     with pytest.raises(UserError, match="row third is compared with a row that is not there: nobody"):
         reproduce.main([*project, "--list"])
 
