@@ -7,8 +7,8 @@ results/<row>/seed_<s>/ with
   row.json       commands, commit, machine, versions, minutes, SHA-256 of the checkpoint
   scores.json    what the scoring script reported
   config.json, metrics.jsonl  of the run that trained the weights that were scored
-Rows whose data is not there are skipped and shown as "not run". A call that was stopped continues when it is repeated:
-finished seeds are kept, and training resumes from its last checkpoint.
+Rows whose data or weights (pretrained:NAME, docs/weights.md) are not there are skipped and shown as "not run". A call
+that was stopped continues when it is repeated: finished seeds are kept, and training resumes from its last checkpoint.
 
 Examples:
   python -m benchmarks.reproduce --list
@@ -37,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also run by path
 from benchmarks.measure import ROOT, provenance
 from benchmarks.plan import PLAN, Plan, Row
 from benchmarks.result_pages import recorded_scores, value_at, write_page
+from models.pretrained import pretrained_index
 from utils.cli import HelpFormatter, run, seed_number, write_json
 from utils.errors import UserError
 from utils.files import sha256
@@ -61,6 +62,12 @@ def command_line(script: str, flags: Mapping[str, Any]) -> list[str]:
         if value is not True:
             words.extend(map(str, value if isinstance(value, list) else [value]))
     return words
+
+
+def weights_of(row: Row) -> list[str]:
+    """Return the names of this repository's weights that a row starts from or scores."""
+    texts = [value for value in row.flags.values() if isinstance(value, str)]
+    return [text.removeprefix("pretrained:") for text in texts if text.startswith("pretrained:")]
 
 
 class Runner:
@@ -154,15 +161,19 @@ class Runner:
         return record
 
     def identity(self, row: Row) -> dict[str, Any]:
-        """Return the settings that identify a record; where data lies is not among them."""
+        """Return the settings and weights that identify a record; where data lies is not among them."""
         pretraining = self.plan.pretrainings[row.pretraining] if row.pretraining else None
         given = {row.script: row.flags, **({PRETRAINING_SCRIPT: pretraining.flags} if pretraining else {})}
         given |= {made.script: made.flags for need, made in self.plan.made.items() if need in self.needs(row)}
+        index = pretrained_index()  # weights of a name may be published again
+        given |= {f"pretrained:{name}": {"sha256": index[name]["sha256"]} for name in weights_of(row) if name in index}
         return {script: {**flags, **self.quick.get(script, {})} for script, flags in given.items()}
 
     def missing(self, row: Row) -> list[str]:
-        """Return the data that a row needs and that is missing; a try-out needs the demo set alone."""
-        return [] if self.quick else self.plan.missing(self.needs(row))
+        """Return the data and weights that a row needs and that are missing; data of a try-out is the demo set."""
+        index = pretrained_index()
+        weights = [f"pretrained:{name}" for name in weights_of(row) if name not in index]
+        return weights + ([] if self.quick else self.plan.missing(self.needs(row)))
 
     def discard(self, row: Row, seed: int) -> None:
         """Delete the checkpoints of a row's pretraining if every row that scores them is recorded."""

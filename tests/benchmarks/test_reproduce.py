@@ -16,6 +16,7 @@ from benchmarks.reproduce import Runner, command_line
 from benchmarks.result_pages import mean_and_deviation, value_at
 from data import make_shapes
 from datasets import pack
+from downstream import search
 from downstream.classification import few_shot, finetune
 from downstream.classification import main as classification
 from downstream.segmentation import main_partseg, main_semseg
@@ -32,6 +33,7 @@ PARSERS = {
     "downstream/classification/finetune.py": finetune.build_parser,
     "downstream/segmentation/main_partseg.py": main_partseg.build_parser,
     "downstream/segmentation/main_semseg.py": main_semseg.build_parser,
+    "downstream/search.py": search.SearchConfig.parser,
 }
 # A script that scores: writes a number that depends on the seed, and counts its calls.
 SCRIPT = """
@@ -260,6 +262,20 @@ def test_a_row_that_names_another_is_followed_by_their_difference(project, tmp_p
     path.write_text(path.read_text().replace('against = ["runs"]', 'against = ["nobody"]'))
     with pytest.raises(UserError, match="row third is compared with a row that is not there: nobody"):
         reproduce.main([*project, "--list"])
+
+
+def test_a_row_waits_for_its_weights_and_is_a_record_of_these(project, tmp_path, monkeypatch, capsys):
+    write_plan(tmp_path, flags='base = 90.0, noise = "pretrained:tiny"')
+    one = [*project, "--rows", "runs", "--seeds", "1"]
+    for index, missing in (({}, ["pretrained:tiny"]), ({"tiny": {"sha256": "1"}}, [])):
+        monkeypatch.setattr(reproduce, "pretrained_index", lambda index=index: index)
+        assert reproduce.main(one)["runs"]["missing_data"] == missing
+    assert "runs: not run, pretrained:tiny is not there" in capsys.readouterr().out
+    record = json.loads((tmp_path / "results/runs/seed_1/row.json").read_text())
+    assert record["flags"]["pretrained:tiny"] == {"sha256": "1"}
+    monkeypatch.setattr(reproduce, "pretrained_index", lambda: {"tiny": {"sha256": "2"}})
+    with pytest.raises(UserError, match="recorded with other settings"):
+        reproduce.main(one)
 
 
 def test_a_command_that_fails_is_named_with_its_log_and_nothing_is_recorded(project, tmp_path):
