@@ -27,9 +27,17 @@ def test_an_encoder_loads_as_the_page_says(page, tmp_path, monkeypatch):
     publish_tiny(tmp_path, ["dgcnn_cls"])
     save_encoder(tmp_path / "checkpoints/crossnet/last.pth", build_encoder("dgcnn_cls", k=4, emb_dims=16))
     names = {"clouds": torch.randn(2, 3, 32)}
-    (block,) = python_blocks(ROOT / page)
-    exec(block, names)
+    exec(python_blocks(ROOT / page)[0], names)
     assert names["features"].pooled.shape == (2, 32) and names["features"].local.shape == (2, 512, 32)
+
+
+def test_a_clone_finds_neighbors_of_meshes_as_the_page_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pretrained, "WEIGHTS", tmp_path)
+    publish_tiny(tmp_path, ["dgcnn_cls"])
+    names = {}
+    exec(python_blocks(ROOT / "docs/weights.md")[1], names)
+    assert names["features"].shape == (3, 32) and names["neighbor"].shape == (3,)
 
 
 def test_the_encoder_of_the_page_trains_saves_and_loads(tmp_path):
