@@ -223,6 +223,8 @@ class PretrainConfig(RunConfig):
     def __post_init__(self) -> None:
         if self.temperature is None:
             self.resolve(temperature=RELEASED_TEMPERATURE[self.objective])
+        # In one order, so that a run resumes whatever order they are given in.
+        self.resolve(without=[name for name in AUGMENTATIONS if name in self.without])
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -306,10 +308,13 @@ class Pretraining(Task):
         if size < config.batch_size * processes * config.accumulate:
             times = f" x --accumulate {config.accumulate}" if config.accumulate > 1 else ""
             times += f" in each of {processes} processes" if processes > 1 else ""
+            besides = f" besides the {len(self.held_out)} of --val_fraction" if self.held_out else ""
             raise UserError(
                 f"--batch_size {config.batch_size}{times} is larger than the data set: {config.data_root} has {size} "
-                f"pairs; use --batch_size {size // (processes * config.accumulate)} or less"
+                f"pairs{besides}; use --batch_size {size // (processes * config.accumulate)} or less"
             )
+        if not config.alpha and not config.intra_weight:
+            raise UserError("--alpha 0 and --intra_weight 0 leave nothing to train on; at most one of them may be 0")
         if config.select_on == "pairs" and not config.val_fraction:
             raise UserError("--select_on pairs needs held-out pairs; add, for example, --val_fraction 0.05")
         if config.batch_size * (1 if config.no_sync_bn else processes) < 2:
@@ -541,6 +546,8 @@ class Pretraining(Task):
         )
         if self.held_out:
             logger.info("%d pairs are held out; R@1 by chance is %.2g %%", len(self.held_out), 100 / len(self.held_out))
+        if self.config.keep_every > self.total_steps:
+            logger.warning("--keep_every %d keeps nothing: the run has fewer steps", self.config.keep_every)
         if short := dataset.smaller_than(points):
             logger.warning(
                 "clouds of %d to %d points: %d of %d have fewer than %d, and their points repeat",

@@ -55,6 +55,7 @@ def pack(source: PairSource, out: str | os.PathLike[str], *, chosen: list[int], 
         UserError: the file cannot be written.
     """
     out = Path(out)
+    check_sizes(source, chosen)
     views = [(i, view) for i in chosen for view in range(len(source.view_names(i)))]
     size = len(source.points(chosen[0]))
     with replacing(out) as temporary:
@@ -75,10 +76,7 @@ def pack(source: PairSource, out: str | os.PathLike[str], *, chosen: list[int], 
             for n, i in enumerate(progress(chosen, text="packing", unit="shapes")):
                 cloud = source.points(i)
                 if len(cloud) != size:
-                    raise DataError(
-                        f"{source.where(i)} has {len(cloud)} points, {source.where(chosen[0])} has {size}: "
-                        "a packed file needs clouds of one size; pack subsets with --list"
-                    )
+                    raise sizes_differ(source, i, len(cloud), chosen[0], size)
                 points[n] = cloud
                 for view in range(len(source.view_names(i))):
                     data = source.image_file(i, view)
@@ -89,6 +87,30 @@ def pack(source: PairSource, out: str | os.PathLike[str], *, chosen: list[int], 
                     row += 1
         check(source, PackedSource(temporary), chosen)
     return {"shapes": len(chosen), "views": len(views), "points": size, "image_bytes": int(offset[-1])}
+
+
+def sizes_differ(source: PairSource, i: int, size: int, other: int, other_size: int) -> DataError:
+    """Return the error of two clouds that differ in size."""
+    return DataError(
+        f"{source.where(i)} has {size} points, {source.where(other)} has {other_size}: a packed file needs clouds of "
+        "one size; make both with the same --num_points, or pack subsets with --list"
+    )
+
+
+def check_sizes(source: PairSource, chosen: list[int]) -> None:
+    """Compare the sizes that clouds have by their headers, before hours of copying.
+
+    Raises:
+        DataError: two clouds differ in size.
+    """
+    first: tuple[int, int] | None = None
+    for i in progress(chosen, text="sizes", unit="clouds"):
+        size = source.size(i)
+        if size is None:  # unreadable; reading it says why
+            continue
+        first = first or (i, size)
+        if size != first[1]:
+            raise sizes_differ(source, i, size, *first)
 
 
 def check(source: PairSource, packed: PairSource, chosen: list[int]) -> None:
@@ -119,10 +141,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="folders with ShapeNet/ and ShapeNetRendering/, or packed files",
     )
     parser.add_argument("--out", required=True, metavar="F.h5", help="file to write")
-    parser.add_argument(
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument(
         "--list", metavar="FILE", help="pack only these shapes: one <synset>/<model_id> or <model_id> per line"
     )
-    parser.add_argument(
+    choice.add_argument(
         "--shapes",
         type=positive_int,
         metavar="N",
@@ -143,6 +166,9 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
     args = build_parser().parse_args(argv)
     if Path(args.out).exists() and not args.overwrite:
         raise UserError(f"{args.out} exists; --overwrite replaces it")
+    places = [os.path.realpath(root) for root in args.data_root]
+    if repeated := [root for root, place in zip(args.data_root, places, strict=True) if places.count(place) > 1]:
+        raise UserError(f"--data_root names {repeated[0]} twice; each of its shapes would be packed twice")
     source = JoinedSource([open_folders(root) for root in args.data_root], limit=args.shapes)
     chosen = list(range(len(source.ids)))
     if args.list:

@@ -286,7 +286,7 @@ class JoinedSource:
         renamed: the number of shapes whose name got a suffix.
 
     Raises:
-        DataError: there are fewer than ``limit`` shapes.
+        DataError: there are fewer than ``limit`` shapes, or the earlier sources have as many already.
     """
 
     def __init__(self, sources: Sequence[PairSource], *, limit: int | None = None) -> None:
@@ -294,6 +294,9 @@ class JoinedSource:
         places = [(source, i) for source in sources for i in range(len(source.ids))][:limit]
         if limit is not None and len(places) < limit:
             raise DataError(f"there are {len(places)} shapes with renderings, fewer than the {limit} of --shapes")
+        earlier = sum(len(source.ids) for source in sources[:-1])
+        if limit is not None and limit <= earlier:
+            raise DataError(f"--shapes {limit} leaves no place for the last set: the earlier ones have {earlier} shapes")
         named: dict[str, tuple[PairSource, int]] = {}
         self.renamed = 0
         for source, i in places:

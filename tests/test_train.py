@@ -419,6 +419,22 @@ def test_each_term_can_train_alone_and_a_checkpoint_without_its_weight_resumes(d
     train(data_root, tmp_path, *short, "--resume")
     with pytest.raises(CheckpointError, match=r"--without \[\] there, \['color'\] here"):
         train(data_root, tmp_path, *short, "--without", "color", "--resume")
+    with pytest.raises(UserError, match="--alpha 0 and --intra_weight 0 leave nothing to train on"):
+        train(data_root, tmp_path, *short, "--alpha", 0, "--intra_weight", 0, "--overwrite")
+
+
+def test_a_setting_that_was_removed_and_another_order_of_names_do_not_stop_a_run(data_root, tmp_path, short):
+    path = tmp_path / "crossnet" / "last.pth"
+    train(data_root, tmp_path, *short, "--without", "scale", "color")
+    payload = load_checkpoint(path)
+    save_checkpoint(path, {**payload, "arguments": {**payload["arguments"], "views": 1}})
+    train(data_root, tmp_path, *short, "--without", "color", "scale", "--resume")
+    assert crossnet_from_checkpoint(path)[0].alpha == 1
+
+
+def test_a_distance_between_kept_checkpoints_that_keeps_none_is_a_warning(data_root, tmp_path, short):
+    train(data_root, tmp_path, *short, "--keep_every", 1000)
+    assert "--keep_every 1000 keeps nothing" in (tmp_path / "crossnet" / "run.log").read_text()
 
 
 @pytest.mark.parametrize("model", ["dgcnn_cls", "dgcnn_seg", "dgcnn_semseg", "pointnet_cls", "pointnet_partseg"])

@@ -198,6 +198,22 @@ def write_json(path: str | os.PathLike[str] | None, metrics: Mapping[str, Any]) 
             temporary.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
 
 
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Raises:
+        UserError: it cannot be read, or holds something else.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read {path} ({reason}); bring it back, or delete it to make it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} does not hold a JSON object; bring it back, or delete it to make it again")
+    return content
+
+
 def check_writable(folder: str | os.PathLike[str]) -> None:
     """Create a folder and a test file in it, so that a long run does not fail at its first checkpoint.
 

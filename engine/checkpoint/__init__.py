@@ -60,6 +60,8 @@ def save_checkpoint(path: str | os.PathLike[str], payload: Mapping[str, Any], *,
             with contextlib.suppress(OSError):
                 os.replace(keep, path)
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        if "unexpected pos" in reason:  # PyTorch's words for a file that could not be written in full
+            reason = "is the disk full?"
         raise UserError(f"cannot write the checkpoint {path} ({reason}); an earlier one is unchanged") from error
 
 

@@ -106,6 +106,11 @@ def test_several_roots_become_one_set_with_a_name_for_every_shape(root, tmp_path
     assert PackedSource(tmp_path / "seven.h5").ids == sorted([*first.ids, f"{second.ids[0]}-2"])
     with pytest.raises(DataError, match="there are 10 shapes with renderings, fewer than the 11 of --shapes"):
         main("--data_root", root, tmp_path / "second", "--shapes", 11, "--out", tmp_path / "eleven.h5")
+    with pytest.raises(DataError, match="--shapes 6 leaves no place for the last set: the earlier ones have 6"):
+        main("--data_root", root, tmp_path / "second", "--shapes", 6, "--out", tmp_path / "six.h5")
+    (tmp_path / "link").symlink_to(root)
+    with pytest.raises(UserError, match="--data_root names .* twice"):
+        main("--data_root", root, tmp_path / "link", "--out", tmp_path / "twice.h5")
 
 
 def break_cloud(root, ids):

@@ -137,6 +137,8 @@ def test_another_kind_of_score_starts_the_choice_of_the_best_again(root, referen
 def test_held_out_pairs_are_needed_to_choose_by_them(root, tmp_path):
     with pytest.raises(UserError, match="--select_on pairs needs .*--val_fraction 0.05"):
         train(root, tmp_path, "--select_on", "pairs")
+    with pytest.raises(UserError, match="has 3 pairs besides the 10 of --val_fraction; use --batch_size 3"):
+        train(root, tmp_path, "--val_fraction", 0.8)
 
 
 SWITCHES = {

@@ -380,8 +380,9 @@ def test_a_failing_write_leaves_the_old_checkpoint(fails, tmp_path, monkeypatch)
         monkeypatch.setattr(torch, "save", lambda *args: (_ for _ in ()).throw(RuntimeError("unexpected pos 64")))
     else:
         monkeypatch.setattr(os, fails, full_disk)
-    with pytest.raises(UserError, match="cannot write the checkpoint .*a.pth .*an earlier one is unchanged"):
+    with pytest.raises(UserError, match="cannot write the checkpoint .*a.pth .*an earlier one is unchanged") as caught:
         save_checkpoint(path, {"x": torch.zeros(10)})
+    assert ("is the disk full?" in str(caught.value)) == (fails == "torch.save")
     monkeypatch.undo()
     assert contents(tmp_path) == before and load_checkpoint(path)["encoder"]["name"] == "pointnet_cls"
 

@@ -1,6 +1,7 @@
 import pytest
 
-from utils.files import data_files, decode_text, has_data_files, is_data_name, read_lines
+from utils.errors import UserError
+from utils.files import data_files, decode_text, has_data_files, is_data_name, read_lines, replacing
 
 TEXT = "Stühle\nTische\n"
 ENCODINGS = ("utf-8", "utf-8-sig", "latin-1", "utf-16", "utf-16-le", "utf-16-be", "utf-32")
@@ -46,3 +47,8 @@ def test_links_to_folders_are_followed_once_and_may_form_a_loop(tmp_path):
     (elsewhere / "lamps" / "self").symlink_to(elsewhere)
     (root / "gone").symlink_to(tmp_path / "nowhere")
     assert data_files(root, "**/*.obj") == [root / "chairs" / "deep" / "a.obj", root / "linked" / "lamps" / "a.obj"]
+
+
+def test_a_folder_in_the_place_of_a_file_is_an_error_before_hours_of_work(tmp_path):
+    with pytest.raises(UserError, match=f"cannot write {tmp_path}: Is a directory"), replacing(tmp_path):
+        pytest.fail("the block ran")
