@@ -143,13 +143,17 @@ class StandIn:
     """
 
     def __init__(self, source: PairSource, *, shapes: int, points: int) -> None:
-        self.source, self.size = source, points
+        self.source, self.num_points = source, points
         self.ids = [f"00000000/{i:06d}" for i in range(shapes)]
         self.skipped: list[str] = []
 
     def points(self, i: int) -> np.ndarray:
         """Cloud of shape i, (N, 3) float32."""
-        return np.random.default_rng(i).random((self.size, 3), dtype=np.float32)
+        return np.random.default_rng(i).random((self.num_points, 3), dtype=np.float32)
+
+    def size(self, i: int) -> int:
+        """Return the number of points, the same for all shapes."""
+        return self.num_points
 
     def view_names(self, i: int) -> Sequence[str]:
         """Names of the renderings of shape i."""

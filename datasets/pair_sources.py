@@ -296,7 +296,7 @@ class JoinedSource:
             raise DataError(f"there are {len(places)} shapes with renderings, fewer than the {limit} of --shapes")
         earlier = sum(len(source.ids) for source in sources[:-1])
         if limit is not None and limit <= earlier:
-            raise DataError(f"--shapes {limit} leaves no place for the last set: the earlier ones have {earlier} shapes")
+            raise DataError(f"--shapes {limit} leaves no place for the last set: the earlier ones have {earlier}")
         named: dict[str, tuple[PairSource, int]] = {}
         self.renamed = 0
         for source, i in places:
