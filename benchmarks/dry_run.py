@@ -203,6 +203,17 @@ def outcome(case: Case, root: Path, out: Path) -> str:
         return f"{type(error).__name__}: {error}"
 
 
+def outcomes(chosen: Sequence[Case], root: Path) -> Iterator[tuple[Case, str, float]]:
+    """Run cases, their output hidden; yield each with what is wrong and its seconds."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        for case in chosen:
+            start = time.perf_counter()
+            with contextlib.redirect_stdout(None):
+                problem = outcome(case, root, Path(folder))
+            yield case, problem, time.perf_counter() - start
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run all cases; returns the outcome of each.
 
@@ -216,17 +227,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains this")
     parser.add_argument("--json", metavar="FILE", help="also write the outcomes to FILE")
     args = parser.parse_args(argv)
-    torch.set_num_threads(1)
     logging.getLogger("crossnet").setLevel(logging.ERROR)
     chosen = [case for case in cases() if args.only in str(case)]
     found: dict[str, str] = {}
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        for case in chosen:
-            with contextlib.redirect_stdout(None):
-                found[str(case)] = outcome(case, Path(args.data_root), Path(folder))
-            if found[str(case)]:
-                print(f"FAIL  {case}: {found[str(case)]}", flush=True)
+    for case, problem, _ in outcomes(chosen, Path(args.data_root)):
+        found[str(case)] = problem
+        if problem:
+            print(f"FAIL  {case}: {problem}", flush=True)
     counts, bad = Counter(case.row for case in chosen), Counter(case.row for case in chosen if found[str(case)])
     for row, count in counts.items():
         print(f"{row:40s} {count - bad[row]:3d} of {count} pass")

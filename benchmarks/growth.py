@@ -313,15 +313,7 @@ def draw(runs: Mapping[str, Any], path: Path) -> None:
     save_figure(figure, path, dpi=110)
 
 
-BENCHMARK = Benchmark(
-    name="growth",
-    description=__doc__,
-    add_arguments=add_arguments,
-    measure=measure,
-    table=table,
-    repeats=None,
-    threads=1,
-)
+BENCHMARK = Benchmark("growth", __doc__, add_arguments, measure, table, repeats=None, threads=1)
 main = BENCHMARK.main
 
 if __name__ == "__main__":

@@ -172,6 +172,12 @@ def text_table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Format a Markdown table; its first row is the heading."""
+    heading, *rest = rows
+    return "\n".join("| " + " | ".join(row) + " |" for row in (heading, ["---"] * len(heading), *rest))
+
+
 def ratio_text(result: Mapping[str, Any]) -> str:
     """Return the median of the time ratios with their range."""
     ratios = result["time_ratios"]

@@ -36,6 +36,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also run by path
 import train_crossnet_con
 from benchmarks.frame import Benchmark
+from benchmarks.measure import markdown_table
 from datasets.pair_sources import held_out_shapes, open_source
 from datasets.shapenet_render import ShapeNetRender, collate_pairs
 from datasets.transforms import PairAugmentation, RenderPixels
@@ -197,29 +198,17 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 
 def table(result: Mapping[str, Any]) -> str:
     """Format the comparison; a row for the weights and, with ``--ema``, one for their average."""
-    lines = [
-        "| recipe | steps | s/step | R@1 views | R@1 pictures | loss | alignment | uniformity |",
-        "|" + " --- |" * 8,
-    ]
+    rows = [("recipe", "steps", "s/step", "R@1 views", "R@1 pictures", "loss", "alignment", "uniformity")]
     for name, found in result["recipes"].items():
         for suffix, key in (("", "scores"), (", average", "scores_of_average")):
             if scores := found.get(key):
                 numbers = [f"{scores[column]:.1f}" for column in COLUMNS[:2]]
                 numbers += [f"{scores[column]:.3f}" for column in COLUMNS[2:]]
-                steps = [str(found["steps"]), f"{found['seconds_per_step']:.2f}"]
-                lines.append("| " + " | ".join([name + suffix, *steps, *numbers]) + " |")
-    return "\n".join(lines)
+                rows.append((name + suffix, str(found["steps"]), f"{found['seconds_per_step']:.2f}", *numbers))
+    return markdown_table(rows)
 
 
-BENCHMARK = Benchmark(
-    name="recipes",
-    description=__doc__,
-    add_arguments=add_arguments,
-    measure=measure,
-    table=table,
-    repeats=None,
-    threads=1,
-)
+BENCHMARK = Benchmark("recipes", __doc__, add_arguments, measure, table, repeats=None, threads=1)
 main = BENCHMARK.main
 
 if __name__ == "__main__":

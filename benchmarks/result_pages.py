@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.measure import markdown_table
 from benchmarks.plan import Plan, Row, Table
 from benchmarks.spread import Difference, difference
 from utils.reproducible import commit_of
@@ -86,12 +87,6 @@ class Records:
         return difference(self.values(row, path), self.values(self.rows[other], path))
 
 
-def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return the lines of a table whose first row is the heading."""
-    heading, *rest = rows
-    return ["| " + " | ".join(line) + " |" for line in (heading, ["---"] * len(heading), *rest)]
-
-
 def commits_and_machines(records: Sequence[Mapping[str, Any]]) -> str:
     """Return the commits and machines of records."""
     commits = sorted({commit_of(record)[:7] for record in records})
@@ -116,7 +111,7 @@ def score_table(records: Records, table: Table, rows: Sequence[Row]) -> list[str
         seeds = ", ".join(str(record["seed"]) for record in found) or "-"
         lines.append([row.label, *cells, seeds, row.published, row.reproduced, where])
     blocks = [line for shown in commands for line in ("```", *shown, "```", "")]
-    return [*markdown_table(lines), "", *difference_table(records, table, rows), *blocks]
+    return [markdown_table(lines), "", *difference_table(records, table, rows), *blocks]
 
 
 def difference_table(records: Records, table: Table, rows: Sequence[Row]) -> list[str]:
@@ -131,7 +126,7 @@ def difference_table(records: Records, table: Table, rows: Sequence[Row]) -> lis
             lines.append([ours.label, records.rows[other].label, *cells])
     if not lines:
         return []
-    return [*markdown_table([["difference of", "to", *table.columns], *lines]), "", INTERVAL_NOTE, ""]
+    return [markdown_table([["difference of", "to", *table.columns], *lines]), "", INTERVAL_NOTE, ""]
 
 
 def effect_table(records: Records, table: Table, rows: Sequence[Row], page: Path) -> list[str]:
@@ -162,7 +157,7 @@ def effect_table(records: Records, table: Table, rows: Sequence[Row], page: Path
     blocks = ["```", *first, "```", ""] if first else []
     if every := [record for row in rows for record in records.of(row)]:
         blocks = [f"Commit and machine: {commits_and_machines(every)}. The base:", "", *blocks]
-    return [*markdown_table(lines), "", INTERVAL_NOTE, "", *picture, *blocks]
+    return [markdown_table(lines), "", INTERVAL_NOTE, "", *picture, *blocks]
 
 
 def draw_effects(records: Records, table: Table, rows: Sequence[Row], path: Path) -> None:

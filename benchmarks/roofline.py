@@ -21,6 +21,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -314,7 +315,8 @@ def training_step(args: argparse.Namespace, stages: Stages) -> Callable[[], None
     optimizer = build_optimizer(model, argparse.Namespace(use_sgd=False, lr=1e-3, weight_decay=1e-5))
     clouds, index = torch.empty(args.batch_size, args.num_points, 3), torch.arange(args.batch_size)
     pixels = torch.empty(args.batch_size, RENDER_PIXELS, RENDER_PIXELS, 3, dtype=torch.uint8)
-    sizes = _Sizes([[RENDER_PIXELS, RENDER_PIXELS]] * args.batch_size)
+    sides = [[RENDER_PIXELS, RENDER_PIXELS]] * args.batch_size
+    sizes = SimpleNamespace(tolist=lambda: sides)  # real numbers: the step is on fake tensors, which have none
     of_points, of_images = pretraining_augmentation(None), RenderAugmentation(args.image_size, modality="both")
 
     def step() -> None:
@@ -332,17 +334,6 @@ def training_step(args: argparse.Namespace, stages: Stages) -> Callable[[], None
             optimizer.zero_grad(set_to_none=True)
 
     return step
-
-
-class _Sizes:
-    """Sizes of renderings, which are numbers of the host."""
-
-    def __init__(self, rows: list[list[int]]) -> None:
-        self.rows = rows
-
-    def tolist(self) -> list[list[int]]:
-        """Return the rows."""
-        return self.rows
 
 
 def _to_channels_last(module: torch.nn.Module) -> None:

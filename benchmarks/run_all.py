@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also run by path
 
 import torch
 
-from benchmarks.measure import FORMULATIONS, ROOT
+from benchmarks.measure import FORMULATIONS, ROOT, markdown_table
 from utils.cli import HelpFormatter, run, write_json
 from utils.errors import UserError
 from utils.pictures import Figure, LogLocator, save_figure
@@ -147,12 +147,6 @@ def run_job(job: Job, *, quick: bool, folder: Path) -> dict[str, Any]:
 def number(value: float) -> str:
     """Format a number with three significant digits, thousands in full."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """Format a table, whose first row is its head."""
-    head, *body = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([head, "|" + " --- |" * len(rows[0]), *body])
 
 
 def found(results: dict[str, Any], name: str) -> dict[str, Any] | None:
@@ -348,7 +342,7 @@ def draw_speed(results: dict[str, Any], path: Path) -> bool:
 
 def sections(results: dict[str, Any], folder: Path, link: str) -> list[str]:
     """Return the page below its head; draw the pictures into ``folder``."""
-    text = ["## All ratios", markdown(comparison_rows(results))]
+    text = ["## All ratios", markdown_table(comparison_rows(results))]
     if draw_cost(results, folder / "cost.png"):
         text += [
             "## Encoder step",
@@ -381,7 +375,7 @@ def sections(results: dict[str, Any], folder: Path, link: str) -> list[str]:
             "## Neighbor search",
             "All methods are exact; `tree` is SciPy's k-d tree, for coordinates only, on a CPU. The last column is the "
             "fraction of entries in the sorted lists that differ from a search in float64.",
-            markdown(rows),
+            markdown_table(rows),
         ]
     for name in ("step", "gpu_step"):
         if part := found(results, name):
@@ -414,7 +408,7 @@ def sections(results: dict[str, Any], folder: Path, link: str) -> list[str]:
                 f"{number(workers['ours'])}, textbook {number(workers['textbook'])} samples/s."
             )
         text += [
-            markdown(rows),
+            markdown_table(rows),
             "Stages marked * run in batches on the training device in our code; the table has their cost on one core.",
             f"![stages of a sample]({link}/loader.png)",
             f"![samples per second]({link}/speed.png)",
@@ -458,7 +452,7 @@ def sections(results: dict[str, Any], folder: Path, link: str) -> list[str]:
             "estimate measures one process: what several lose on one machine, by sharing its memory and waiting for "
             "each other, only shows in the check. `--plan FILE` prices the missing rows of a plan of "
             "`benchmarks.reproduce` instead.",
-            markdown(rows),
+            markdown_table(rows),
         ]
     return text
 
@@ -499,7 +493,7 @@ def roofline_section(results: dict[str, Any]) -> list[str]:
         f"launch, {gpu['link'] / 1e9:.0f} GB/s between cards and {1e6 * gpu['collective']:.0f} us an all-reduce. "
         "Compiled blocks count as if each reads its inputs and writes its outputs once. Gradients' all-reduces "
         "overlap with the backward pass and are left out.",
-        markdown(rows),
+        markdown_table(rows),
     ]
 
 
