@@ -51,7 +51,7 @@ def mean_and_deviation(values: Sequence[float], *, digits: int = 1) -> str:
     """Format mean and sample deviation over seeds; a single seed has no deviation."""
     if len(values) == 1:
         return f"{values[0]:.{digits}f} (one seed)"
-    return f"{statistics.mean(values):.{digits}f} +- {statistics.stdev(values):.{digits}f}"
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
 class Records:
@@ -95,8 +95,13 @@ def commits_and_machines(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def score_table(records: Records, table: Table, rows: Sequence[Row]) -> list[str]:
-    """Return the lines of a table of scores, and the commands of its rows."""
-    lines = [["row", *table.columns, "seeds", "published", "reproduced by others", "record"]]
+    """Return the lines of a table of scores, and the commands of its rows.
+
+    What others published and reproduced is shown where the plan knows of any.
+    """
+    quoted = any((row.published, row.reproduced) != (Row.published, Row.reproduced) for row in rows)
+    others = ["published", "reproduced by others"] if quoted else []
+    lines = [["row", *table.columns, "seeds", *others, "record"]]
     commands: list[list[str]] = []
     for row in rows:
         found = records.of(row)
@@ -109,7 +114,7 @@ def score_table(records: Records, table: Table, rows: Sequence[Row]) -> list[str
             where = f"[{row.name}](../results/{row.name}), {commits_and_machines(found)}"
             commands.append(found[0]["commands"])
         seeds = ", ".join(str(record["seed"]) for record in found) or "-"
-        lines.append([row.label, *cells, seeds, row.published, row.reproduced, where])
+        lines.append([row.label, *cells, seeds, *([row.published, row.reproduced] if quoted else []), where])
     blocks = [line for shown in commands for line in ("```", *shown, "```", "")]
     return [markdown_table(lines), "", *difference_table(records, table, rows), *blocks]
 
@@ -130,23 +135,29 @@ def difference_table(records: Records, table: Table, rows: Sequence[Row]) -> lis
 
 
 def effect_table(records: Records, table: Table, rows: Sequence[Row], page: Path) -> list[str]:
-    """Return the lines of a table of variants: scores of the base, differences of the others; draw their picture."""
+    """Return the lines of a table of variants: scores of the base, differences of the others; draw their picture.
+
+    Variants without a record are named below the table.
+    """
     lines = [["factor", "variant", *table.columns, "seeds"]]
+    not_run: dict[str, list[str]] = {}
     for row in rows:
         found = records.of(row)
+        if not found:
+            not_run.setdefault(row.factor, []).append(row.label)
+            continue
         cells = []
         for column, path in table.columns.items():
             digits, values = table.digits.get(column, 1), list(records.values(row, path).values())
             if not values:
-                cells.append("not run")
+                cells.append("-")
             elif not row.against:
                 cells.append(f"**{mean_and_deviation(values, digits=digits)}**")
             else:
                 effect = records.difference(row, row.against[0], path)
                 cells.append(effect.text(digits) if effect else f"{statistics.mean(values):.{digits}f} (no interval)")
-        seeds = ", ".join(str(record["seed"]) for record in found) or "-"
-        label = f"[{row.label}](../results/{row.name})" if found else row.label
-        lines.append([row.factor, label, *cells, seeds])
+        seeds = ", ".join(str(record["seed"]) for record in found)
+        lines.append([row.factor, f"[{row.label}](../results/{row.name})", *cells, seeds])
     columns = table.columns.values()
     shown = [row for row in rows if row.against and any(records.difference(row, row.against[0], c) for c in columns)]
     picture = []
@@ -157,7 +168,10 @@ def effect_table(records: Records, table: Table, rows: Sequence[Row], page: Path
     blocks = ["```", *first, "```", ""] if first else []
     if every := [record for row in rows for record in records.of(row)]:
         blocks = [f"Commit and machine: {commits_and_machines(every)}. The base:", "", *blocks]
-    return [markdown_table(lines), "", INTERVAL_NOTE, "", *picture, *blocks]
+    missing = [f"- {factor}: {'; '.join(labels)}" for factor, labels in not_run.items()]
+    if missing:
+        missing = ["Not run:", "", *missing, ""]
+    return [markdown_table(lines), "", INTERVAL_NOTE, "", *picture, *missing, *blocks]
 
 
 def draw_effects(records: Records, table: Table, rows: Sequence[Row], path: Path) -> None:

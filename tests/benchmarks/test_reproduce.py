@@ -145,7 +145,7 @@ def test_a_row_runs_once_a_seed_is_recorded_and_fills_the_page(project, tmp_path
     assert record["seed"] == 2 and record["git_commit"] and record["machine"]["cores"]
     assert "--seed 2" in record["commands"][0]
     page = (tmp_path / "docs/results.md").read_text()
-    assert "| can run | 91.5 +- 0.7 | 40.0 +- 0.0 | not run | 1, 2 | 91.5 (somebody) |" in page
+    assert "| can run | 91.5 ± 0.7 | 40.0 ± 0.0 | not run | 1, 2 | 91.5 (somebody) |" in page
     assert "| cannot run | not run | not run | not run | - | not available |" in page
     reproduce.main([*project, "--seeds", "1", "2", "3"])  # only the third is missing
     assert (tmp_path / "calls").read_text() == "xxx"
@@ -236,7 +236,7 @@ def test_variants_train_fill_the_page_with_differences_and_leave_no_checkpoints(
     state = reproduce.main([*project, "--seeds", "1", "2", "--discard"])
     assert all(entry["recorded"] == [1, 2] for entry in state.values()) and "base-terms-cross_alone" in state
     page = (tmp_path / "docs/results.md").read_text()
-    assert "[the base](../results/base) | **91.5 +- 0.7** | **" in page
+    assert "[the base](../results/base) | **91.5 ± 0.7** | **" in page
     (line,) = [line for line in page.splitlines() if "cross alone" in line]
     name = "[cross alone](../results/base-terms-cross_alone)"
     assert line.startswith(f"| terms | {name} | ~ +0.0 [+0.0, +0.0] | ")
@@ -249,14 +249,21 @@ def test_variants_train_fill_the_page_with_differences_and_leave_no_checkpoints(
     assert record["checkpoint_sha256"] and len(record["command_minutes"]) == 2
     again = reproduce.main([*project, "--rows", "base-*", "--check", "--seeds", "2"])
     assert again["base-terms-cross_alone"]["agrees"] is True
+    (folder.parents[2] / "results/base-terms-cross_alone/seed_1/row.json").unlink()
+    (folder.parents[2] / "results/base-terms-cross_alone/seed_2/row.json").unlink()
+    reproduce.main([*project, "--tables"])
+    page = (tmp_path / "docs/results.md").read_text()
+    assert "Not run:\n\n- terms: cross alone\n" in page and "| terms |" not in page
 
 
 def test_a_row_that_names_another_is_followed_by_their_difference(project, tmp_path):
     path = tmp_path / "plan.toml"
     third = path.read_text().split("[[rows]]")[1].replace('"runs"', '"third"').replace("can run", "a rival")
-    path.write_text(path.read_text() + "[[rows]]" + third.replace("90.0", "88.0") + 'against = ["runs"]\n')
+    plan = path.read_text() + "[[rows]]" + third.replace("90.0", "88.0") + 'against = ["runs"]\n'
+    path.write_text(plan.replace('published = "91.5 (somebody)"\n', ""))
     reproduce.main([*project, "--seeds", "1", "2"])
     page = (tmp_path / "docs/results.md").read_text()
+    assert "| mAP | seeds | record |" in page  # nobody published or reproduced a row
     assert "| a rival | can run | -2.0 [-2.0, -2.0] | ~ +0.0 [+0.0, +0.0] | - |" in page
     assert "paired over the seeds that both rows have" in page
     path.write_text(path.read_text().replace('against = ["runs"]', 'against = ["nobody"]'))
@@ -345,4 +352,4 @@ def test_flags_paths_and_spread_as_text():
     assert value_at(runs, "runs.0.reported.test.miou") == 5.0
     assert value_at(runs, "s.1.0") == 3.0
     assert value_at(runs, "runs.1.best") is None
-    assert mean_and_deviation([1.0, 2.0, 3.0]) == "2.0 +- 1.0"
+    assert mean_and_deviation([1.0, 2.0, 3.0]) == "2.0 ± 1.0"
