@@ -35,10 +35,11 @@ from utils.reproducible import commit_of
 
 RESULTS = "results.json"
 NAVIGATION = (
-    "Documentation: [quick start](../README.md), [data sets](datasets.md), [pretraining](pretraining.md), "
-    "[evaluation](evaluation.md), [weights](weights.md), [results](results.md), [fidelity](fidelity.md), "
-    "[reliability](reliability.md), [several processes](distributed.md), **benchmarks**, "
-    "[adding an encoder or a data set](extending.md)."
+    "Documentation: [quick start](../README.md), [data sets](datasets.md), [generated "
+    "shapes](generated_shapes.md), [pretraining](pretraining.md), [evaluation](evaluation.md), "
+    "[weights](weights.md), [on a GPU](gpu.md), [results](results.md), [ablations](ablations.md), "
+    "[measurements](measurements.md), [fidelity](fidelity.md), [reliability](reliability.md), [several "
+    "processes](distributed.md), **benchmarks**, [adding an encoder or a data set](extending.md)."
 )
 # glibc keeps what is freed for the next allocation, where it would give large blocks back to the system.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}

@@ -72,8 +72,10 @@ SHAPENETPART_SIZES = {"train": 12137, "val": 1870, "test": 2874}
 S3DIS_BLOCKS = 23_585
 SAMPLED_SHAPES = 500  # clouds and views read without --full
 
+_TEN_CLASSES = "only the ten classes of ModelNet10"
 _LIST = "bash data/download_data.sh --list"
 _PRETRAIN = "python train_crossnet_con.py --data_root {root}"
+_SCORE = "python downstream/classification/main.py --dataset {name} --data_root {root} --model_path MODEL"
 _PARTS = "python downstream/segmentation/main_partseg.py --data_root {root}"
 _FOLDER = "python downstream/classification/main.py --dataset folder --data_root {root} --model_path MODEL"
 _PREPARE_MESHES = "python -m data.prepare_meshes --meshes {folder} --out data/mine"
@@ -249,7 +251,7 @@ class _Checker:
                 classes.update(labels.tolist())
             ten.problems = list(forty.problems)
             if classes <= set(MODELNET10_LABELS):  # not the release whose checksums are known
-                forty.notes.append("only the ten classes of ModelNet10")
+                forty.notes.append(_TEN_CLASSES)
             elif layout.name == RELEASED:
                 self.compare_md5("modelnet40", data_files(layout.folder, "*.h5"), forty)
         if own is not None and (layout is None or layout.name == own.name == RESAMPLED):
@@ -334,7 +336,7 @@ class _Checker:
         return finding.settle(complete=False)
 
     def inner_sets(self) -> dict[str, Finding]:
-        """Check pairs and labeled clouds of the user in the files and folders of the root, one level down."""
+        """Check pairs, labeled clouds and ModelNet in the files and folders of the root, one level down."""
         rows: dict[str, Finding] = {}
         for path in data_files(self.root):
             if path.is_dir() and not (path / DEMO_FOLDER).is_dir():
@@ -344,7 +346,7 @@ class _Checker:
         return rows
 
     def prepared_sets(self) -> dict[str, Finding]:
-        """Check pairs and labeled clouds directly in the root, such as ``data.prepare_meshes`` writes."""
+        """Check pairs and labeled clouds directly in the root, such as ``data.prepare_meshes`` writes, and ModelNet."""
         packed = [path for path in data_files(self.root, "*.h5") if _is_packed(path)]
         rows = {f"pairs in {path.parent.name}/{path.name}": _as_own(self.packed(path), path) for path in packed}
         if not packed and has_data_files(self.root / "ShapeNet", "*/*.ply"):
@@ -352,6 +354,13 @@ class _Checker:
         if not _HAS_ROWS.match(self.root.name):
             inner = self.root / LABELED_FOLDER
             rows[f"labeled clouds in {self.root.name}"] = self.own_clouds(inner if inner.is_dir() else self.root)
+        forty, ten = self.modelnet()
+        published = {"ModelNet10": ten} if _TEN_CLASSES in forty.notes else {"ModelNet40": forty, "ModelNet10": ten}
+        for name, row in published.items():
+            if row.where == str(self.root):  # the folder of a layout, of which the root's own rows tell
+                continue
+            row.use = _SCORE.format(name=name.lower(), root=_quoted(self.root))
+            rows[f"{name} in {self.root.name}"] = row
         return {name: row for name, row in rows.items() if row.state != MISSING}
 
     def scanobjectnn(self, variant: str) -> Finding:
@@ -516,7 +525,7 @@ class _Checker:
         packed, labeled = folder / PACKED_NAME, folder / DEMO_FOLDER
         rows = {
             "demo pairs": self.packed(packed) if packed.is_file() else Finding(),
-            "demo labelled": self.demo_labeled(labeled) if labeled.is_dir() else Finding(),
+            "demo labeled": self.demo_labeled(labeled) if labeled.is_dir() else Finding(),
             "demo parts": self.parts(folder),
             "demo rooms, blocks": self.s3dis(folder / BLOCK_FOLDER, _BLOCK_ARRAYS),
             "demo rooms, whole": self.s3dis(folder / ROOM_FOLDER, _ROOM_ARRAYS),

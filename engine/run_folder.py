@@ -236,7 +236,7 @@ class RunFolder:
                 if points:
                     axis.plot(*zip(*points, strict=True), marker=".", label=key.replace("_", " "))
             axis.set(title=title, xlabel="epoch")
-            axis.xaxis.get_major_locator().set_params(integer=True)
+            axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
             axis.grid(alpha=0.3)
             if len(keys) > 1 or "%" in title:
                 axis.legend(fontsize=8)

@@ -65,6 +65,16 @@ def test_links_lead_to_files(page):
             assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
 
 
+def test_every_page_names_all_pages_in_the_order_of_the_readme():
+    (line,) = re.findall(r"Documentation, in reading order: (.*?\))\.", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    pages = dict(re.findall(r"\[([^]]+)\]\(docs/([^)]+)\)", line))
+    assert sorted(pages.values()) == [path.name for path in sorted((ROOT / "docs").glob("*.md"))]
+    for page in pages.values():
+        links = (f"**{title}**" if name == page else f"[{title}]({name})" for title, name in pages.items())
+        expected = f"Documentation: [quick start](../README.md), {', '.join(links)}."
+        assert expected in (ROOT / "docs" / page).read_text(encoding="utf-8").splitlines(), page
+
+
 @BY_NAME
 def test_modules_and_scripts_that_are_named_exist(page):
     text = page.read_text(encoding="utf-8")

@@ -255,7 +255,7 @@ def test_a_missing_shard_of_a_packed_file_is_named(root):
 
 def test_the_demo_set_of_the_repository_is_sound():
     rows = check(DEMO, full=True)
-    sets = ("pairs", "labelled", "parts", "rooms, blocks", "rooms, whole")
+    sets = ("pairs", "labeled", "parts", "rooms, blocks", "rooms, whole")
     assert {rows[f"demo {name}"].state for name in sets} == {"ok"}
     assert rows["demo pairs"].found["pairs"] > 500
     assert rows["demo parts"].found == {"train": 240, "val": 64, "test": 96}
@@ -309,6 +309,8 @@ def test_real_modelnet10_is_complete():
     rows = check(Path(REAL) / "modelnet10")
     assert rows["ModelNet10"].state == "ok" and rows["ModelNet10"].found == {"train": 3991, "test": 908}
     assert rows["ModelNet40"].state == "partial"
+    inner = check(REAL)
+    assert inner["ModelNet10 in modelnet10"].state == "ok" and "ModelNet40 in modelnet10" not in inner
 
 
 @needs_real
@@ -452,6 +454,15 @@ def test_sets_of_ones_own_in_folders_of_the_root_are_named_with_their_command(tm
     view = tmp_path / "mine" / "ShapeNetRendering" / "02691156" / "0" / "rendering" / "00.png"
     view.write_text("hello")
     assert broken(tmp_path)[0] == {"pairs in mine"}
+
+
+def test_modelnet_in_a_folder_of_the_root_is_named_with_its_command(tmp_path, capsys):
+    write_point_cloud_datasets(tmp_path / "mn")
+    report = main(["--data_root", str(tmp_path)])
+    assert {name: row["found"] for name, row in report["sets"].items()} == {
+        f"{name} in mn": row.found for name, row in check(tmp_path / "mn").items() if name.startswith("ModelNet")
+    }
+    assert f"--dataset modelnet40 --data_root {tmp_path / 'mn'} " in capsys.readouterr().out
 
 
 def test_own_meshes_and_clouds_are_told_of_the_commands_that_prepare_them(tmp_path, capsys):
