@@ -539,9 +539,9 @@ class Pretraining(Task):
         dataset = self.dataset
         points = self.config.num_points or dataset.cloud_size
         logger.info(
-            "%s; %d shapes without rendering left out; %d points per view; "
+            "%d pairs, %d shapes without rendering left out; %d of %d points per view; "
             "%d steps of %d objects in %d process(es) on %s",
-            *(dataset, len(dataset.skipped), points, self.total_steps),
+            *(len(dataset), len(dataset.skipped), points, dataset.cloud_size, self.total_steps),
             *(self.sampler.global_batch, world_size(), self.device),
         )
         if self.held_out:

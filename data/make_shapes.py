@@ -376,7 +376,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     counts: dict[str, Any] = write_packed(out, paths, args.shapes, settings)
     shutil.rmtree(folder)
     print(
-        f"{out}: {args.shapes} shapes of {args.num_points} points, {args.views} views each ({settings.pictures}), "
+        f"{out}: {args.shapes:,} shapes of {args.num_points:,} points, views of each: {args.views} ({settings.pictures}), "
         f"level {args.level}, seed {args.seed}; {seconds:.0f} s"
     )
     if args.part_set:

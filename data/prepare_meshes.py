@@ -213,7 +213,7 @@ def finish(
         (folder.root / REPORT_NAME).write_text(text, encoding="utf-8")
     settings = folder.settings
     print(
-        f"{folder.root}: {report['written']} pairs of {settings.num_points} points and {settings.views} views written, "
+        f"{folder.root}: {report['written']:,} pairs of {settings.num_points:,} points and {settings.views} views written, "
         f"{report['kept']} kept, {len(refused)} files left out"
     )
     sides = split_shapes(usable, test_fraction=test_fraction, seed=settings.seed)
@@ -225,6 +225,8 @@ def finish(
         print(
             f"{folder.root / LABELED_FOLDER}: {len(classes)} classes, {train} clouds for training, {test} for testing"
         )
+        if missing := sorted({shape.category for shape in usable if shape.labeled} - classes):
+            print(f"without a cloud for training and one for testing, so left out there: {', '.join(missing)}")
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ def draw_validation(runs: Mapping[str, list[dict[str, Any]]], key: str, heading:
             label = start if number == 0 else None
             axes.plot([line["epoch"] for line in lines], [line[key] for line in lines], color=color, label=label)
     axes.set(xlabel="epoch", ylabel=f"{heading} (%)")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.grid(alpha=0.3)
     axes.legend()
     return figure

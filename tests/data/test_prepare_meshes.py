@@ -394,14 +394,17 @@ def test_labels_that_name_nothing_or_disagree_are_errors(tmp_path):
 
 
 @needs_opengl
-def test_categories_make_a_labeled_set_that_the_svm_reads(tmp_path, in_process):
+def test_categories_make_a_labeled_set_that_the_svm_reads(tmp_path, in_process, capsys):
     folder = tmp_path / "meshes"
     for i in range(5):
         for name, extents in (("flat", (2, 0.1, 2)), ("tall", (0.2, 3 + i, 0.2))):
             (folder / name).mkdir(parents=True, exist_ok=True)
             trimesh.creation.box(extents=extents).export(folder / name / f"{i}.off")
+    (folder / "lone").mkdir()
+    trimesh.creation.box().export(folder / "lone" / "0.off")
     out, report = convert(folder, "--test_fraction", "0.4")
     assert report["classes"] == {"flat": (3, 2), "tall": (3, 2)}
+    assert "left out there: lone\n" in capsys.readouterr().out
     with h5py.File(out / "labeled_hdf5" / "ply_data_test0.h5") as file:
         assert file["data"].shape == (4, 64, 3) and sorted(file["label"][:, 0]) == [0, 0, 1, 1]
         name = file["ids"].asstr()[0]

@@ -217,3 +217,13 @@ def test_a_checkpoint_to_resume_that_is_not_there_is_named_and_not_the_run_in_th
     (tmp_path / "run" / "last.pth").write_bytes(b"precious")
     with pytest.raises(UserError, match=r"--resume .*gone\.pth: there is no such file"):
         RunFolder(tmp_path / "run", resume=str(tmp_path / "gone.pth"))
+
+
+def test_curves_of_one_epoch_show_no_fractions_of_an_epoch(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr("utils.pictures.save_figure", lambda figure, *_, **__: figures.append(figure))
+    folder = RunFolder(tmp_path / "run")
+    folder.append_metrics(record(1))
+    folder.draw_curves()
+    (figure,) = figures
+    assert all(tick == int(tick) for axis in figure.axes for tick in axis.get_xticks())
