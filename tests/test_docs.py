@@ -69,10 +69,13 @@ def test_every_page_names_all_pages_in_the_order_of_the_readme():
     (line,) = re.findall(r"Documentation, in reading order: (.*?\))\.", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     pages = dict(re.findall(r"\[([^]]+)\]\(docs/([^)]+)\)", line))
     assert sorted(pages.values()) == [path.name for path in sorted((ROOT / "docs").glob("*.md"))]
-    for page in pages.values():
-        links = (f"**{title}**" if name == page else f"[{title}]({name})" for title, name in pages.items())
-        expected = f"Documentation: [quick start](../README.md), {', '.join(links)}."
-        assert expected in (ROOT / "docs" / page).read_text(encoding="utf-8").splitlines(), page
+    places = {"CONTRIBUTING.md": ("", "docs/"), "data/README.md": ("../", "../docs/")}
+    for page, (root, docs) in (places | {f"docs/{name}": ("../", "") for name in pages.values()}).items():
+        links = (
+            f"**{title}**" if page == f"docs/{name}" else f"[{title}]({docs}{name})" for title, name in pages.items()
+        )
+        expected = f"Documentation: [quick start]({root}README.md), {', '.join(links)}."
+        assert expected in (ROOT / page).read_text(encoding="utf-8").splitlines(), page
 
 
 @BY_NAME
