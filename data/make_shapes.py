@@ -376,8 +376,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     counts: dict[str, Any] = write_packed(out, paths, args.shapes, settings)
     shutil.rmtree(folder)
     print(
-        f"{out}: {args.shapes:,} shapes of {args.num_points:,} points, views of each: {args.views} ({settings.pictures}), "
-        f"level {args.level}, seed {args.seed}; {seconds:.0f} s"
+        f"{out}: {args.shapes:,} shapes of {args.num_points:,} points, views of each: {args.views} "
+        f"({settings.pictures}), level {args.level}, seed {args.seed}; {seconds:.0f} s"
     )
     if args.part_set:
         counts["part_set"] = write_part_set(out, Path(args.part_set))

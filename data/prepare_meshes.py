@@ -213,8 +213,8 @@ def finish(
         (folder.root / REPORT_NAME).write_text(text, encoding="utf-8")
     settings = folder.settings
     print(
-        f"{folder.root}: {report['written']:,} pairs of {settings.num_points:,} points and {settings.views} views written, "
-        f"{report['kept']} kept, {len(refused)} files left out"
+        f"{folder.root}: {report['written']:,} pairs of {settings.num_points:,} points and {settings.views} views "
+        f"written, {report['kept']} kept, {len(refused)} files left out"
     )
     sides = split_shapes(usable, test_fraction=test_fraction, seed=settings.seed)
     classes = {shape.category for shape in sides["train"]} & {shape.category for shape in sides["test"]}

@@ -4,7 +4,7 @@ The checkpoint decides what is written:
   parts      a colored, labeled PLY of every object, parts.csv, and sheet.png with pictures and legends
   rooms      the same for every room (all points, cut into blocks of 1 m as in the whole-room protocol), and rooms.csv
   classes    classes.csv: the class of every object and the probabilities of all classes
-  features   features.npz of a pretrained encoder: names (n,), features (n, D); --neighbors K draws the nearest objects of each
+  features   features.npz of a pretrained encoder: names (n,), features (n, D); --neighbors K draws the nearest ones
 Inputs are files, folders (with all below) or patterns such as 'scans/*.ply'. Files that cannot be used are named and
 skipped; the exit code is 1 then, and 2 if nothing could be used.
 

@@ -66,8 +66,9 @@ def test_links_lead_to_files(page):
 
 
 def test_every_page_names_all_pages_in_the_order_of_the_readme():
-    (line,) = re.findall(r"Documentation, in reading order: (.*?\))\.", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    pages = dict(re.findall(r"\[([^]]+)\]\(docs/([^)]+)\)", line))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (order,) = re.findall(r"Documentation, in reading order: (.*?\))\.", readme, flags=re.DOTALL)
+    pages = dict(re.findall(r"\[([^]]+)\]\(docs/([^)]+)\)", order))
     assert sorted(pages.values()) == [path.name for path in sorted((ROOT / "docs").glob("*.md"))]
     places = {"CONTRIBUTING.md": ("", "docs/"), "data/README.md": ("../", "../docs/")}
     for page, (root, docs) in (places | {f"docs/{name}": ("../", "") for name in pages.values()}).items():
