@@ -294,9 +294,7 @@ class Pretraining(Task):
         self.probes = self.build_probes()
         self.pair_validation: PairValidation | None = None
         if self.held_out:
-            self.pair_validation = PairValidation(
-                pairs, collate=self.collate, batch_size=config.test_batch_size, workers=config.workers
-            )
+            self.pair_validation = PairValidation(pairs, batch_size=config.test_batch_size, workers=config.workers)
 
     def check_sizes(self) -> None:
         """Fail early if the settings do not fit the data.

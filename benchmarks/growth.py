@@ -39,15 +39,14 @@ from scipy import optimize, stats
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also run by path
 from benchmarks.frame import Benchmark
 from benchmarks.measure import text_table
+from benchmarks.recipes import held_out_pairs
 from benchmarks.spread import LEVEL
 from datasets.pair_sources import held_out_shapes, open_source
 from datasets.registry import CLASSIFICATION_SETS
-from datasets.shapenet_render import ShapeNetRender, collate_pairs
-from datasets.transforms import PairAugmentation, RenderPixels
 from downstream.classification import main as classification
 from downstream.classification.eval_inputs import open_splits
 from downstream.features import evaluating
-from downstream.pair_validation import PairValidation, view_scores
+from downstream.pair_validation import view_scores
 from engine.load_model import encoder_and_point_head
 from models.base import pooled_features
 from utils.cli import non_negative_int, positive_int, run, write_json
@@ -151,14 +150,9 @@ class Scorer:
             held_out = held_out_shapes(ids, min(0.5, self.args.pairs_count / len(ids)), seed=self.args.seed)
         key = "\n".join([root, *held_out])
         if held_out and key not in self.views:
-            pairs = ShapeNetRender(
-                root, seed=self.args.seed, transform=RenderPixels(PICTURE_PX), num_points=self.args.num_points
-            ).subset(held_out)
-            augment = PairAugmentation(
-                num_points=self.args.num_points, image_size=PICTURE_PX, modality="gray", seed=self.args.seed
-            )
-            batches = PairValidation(pairs, collate=collate_pairs, batch_size=32).batches
-            self.views[key] = [augment(batch, epoch=0, device=self.device) for batch in batches]
+            sizes = {"num_points": self.args.num_points, "image_size": PICTURE_PX, "modality": "gray"}
+            validation, augment = held_out_pairs(root, held_out, **sizes, seed=self.args.seed)
+            self.views[key] = [augment(batch, epoch=0, device=self.device) for batch in validation.batches]
         return self.views.get(key, [])
 
     @staticmethod

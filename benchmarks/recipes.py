@@ -38,7 +38,7 @@ import train_crossnet_con
 from benchmarks.frame import Benchmark
 from benchmarks.measure import markdown_table
 from datasets.pair_sources import held_out_shapes, open_source
-from datasets.shapenet_render import ShapeNetRender, collate_pairs
+from datasets.shapenet_render import ShapeNetRender
 from datasets.transforms import PairAugmentation, RenderPixels
 from downstream.features import evaluating
 from downstream.pair_validation import PairValidation, recall_at_1
@@ -94,6 +94,15 @@ def read_recipes(words: Sequence[str] | None) -> dict[str, str]:
     return dict(word.split("=", 1) for word in words)
 
 
+def held_out_pairs(
+    root: str, shapes: Sequence[str], *, num_points: int, image_size: int, modality: str, seed: int
+) -> tuple[PairValidation, PairAugmentation]:
+    """Return the scores of held-out pairs, and what augments their batches, alike at every call."""
+    pairs = ShapeNetRender(root, seed=seed, transform=RenderPixels(image_size), num_points=num_points)
+    augment = PairAugmentation(num_points=num_points, image_size=image_size, modality=modality, seed=seed)
+    return PairValidation(pairs.subset(shapes), batch_size=32), augment
+
+
 class Comparison:
     """Recipes on the same pairs.
 
@@ -138,13 +147,8 @@ class Comparison:
         args = self.args
         model, _ = crossnet_from_checkpoint(path)
         model.temperature = RELEASED_TEMPERATURE[model.objective]
-        pairs = ShapeNetRender(
-            args.data_root, seed=args.seed, transform=RenderPixels(config.image_size), num_points=args.eval_points
-        ).subset(self.held_out)
-        augment = PairAugmentation(
-            num_points=args.eval_points, image_size=config.image_size, modality=config.image_modality, seed=args.seed
-        )
-        validation = PairValidation(pairs, collate=collate_pairs, batch_size=32)
+        sizes = {"num_points": args.eval_points, "image_size": config.image_size, "modality": config.image_modality}
+        validation, augment = held_out_pairs(args.data_root, self.held_out, **sizes, seed=args.seed)
 
         def inputs_of(batch: dict[str, Any]) -> dict[str, Tensor]:
             return augment(batch, epoch=0, device=torch.device("cpu"))

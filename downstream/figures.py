@@ -15,6 +15,7 @@ from utils.pictures import Axes, Figure, save_figure
 
 PICTURE_TYPES = (".png", ".pdf", ".svg", ".jpg")
 RIGHT, WRONG, NEUTRAL = "#2a7f3f", "#c23b22", "#444444"
+SHEET_ROWS, SHEET_NEIGHBORS = 10, 6
 
 
 def check_output_path(path: str | os.PathLike[str], endings: Sequence[str] | None = None) -> None:
@@ -153,11 +154,10 @@ def draw_retrieval(
     labels: np.ndarray,
     class_names: Sequence[str],
     path: str | os.PathLike[str],
-    *,
-    rows: int = 10,
-    top: int = 6,
 ) -> None:
-    """Draw a sheet of queries, one per class, each with its nearest neighbors (cosine of centered features).
+    """Draw a sheet of queries, each with its nearest neighbors (cosine of centered features).
+
+    The queries are the first cloud of each class, of evenly spaced classes if there are many.
 
     Args:
         points: (n, N, 3) clouds.
@@ -165,13 +165,11 @@ def draw_retrieval(
         labels: (n,) classes, indices into ``class_names``.
         class_names: name of every label value.
         path: picture to write.
-        rows: maximum number of queries: the first cloud of evenly spaced classes.
-        top: neighbors per query.
     """
     classes = np.unique(labels)
-    chosen = classes[np.linspace(0, len(classes) - 1, min(rows, len(classes))).round().astype(int)]
+    chosen = classes[np.linspace(0, len(classes) - 1, min(SHEET_ROWS, len(classes))).round().astype(int)]
     queries = np.array([np.flatnonzero(labels == label)[0] for label in chosen])
-    found = nearest(features, queries, top)
+    found = nearest(features, queries, SHEET_NEIGHBORS)
     titles = [class_names[label] for label in labels]
     draw_neighbors(points, titles, queries, found, path, right=labels[found] == labels[queries][:, None])
 

@@ -376,14 +376,13 @@ class FewPointLabels(Dataset):
 
 
 def start_model(
-    config: FineTuneConfig, task: type[FineTuned], *, k: int, sizes: Mapping[str, int], in_channels: int | None = None
+    config: FineTuneConfig, task: type[FineTuned], *, sizes: Mapping[str, int], in_channels: int | None = None
 ) -> tuple[FineTuned, list[str]]:
     """Build the model to train: encoder from ``--pretrain_path`` or from scratch, head from scratch.
 
     Args:
         config: settings of the run.
         task: the task.
-        k: neighbors from scratch, without ``--k``.
         sizes: of the head.
         in_channels: values per point; None uses the checkpoint's, or 3 from scratch.
 
@@ -412,7 +411,7 @@ def start_model(
             )
     else:
         name = resolve_encoder_name(config.model or fitting[0])
-        neighbors = config.k or (k if "k" in encoder_arguments(name) else None)
+        neighbors = config.k or (task.released_k if "k" in encoder_arguments(name) else None)
         encoder = encoder_from_flags(name, k=neighbors, emb_dims=config.emb_dims, in_channels=in_channels)
     # Otherwise the head's initial weights would depend on the encoder's origin.
     seed_everything(config.seed + HEAD_SEED)
@@ -524,7 +523,6 @@ class FineTuning(Task):
 
     Args:
         config: settings of the run.
-        device: device to train on.
         model: encoder and head.
         dataset: items are points (N, C), further inputs of the model, and last the target.
         chosen: samples to train on.
@@ -545,7 +543,6 @@ class FineTuning(Task):
     def __init__(
         self,
         config: FineTuneConfig,
-        device: torch.device,
         *,
         model: FineTuned,
         dataset: Dataset,
@@ -557,13 +554,13 @@ class FineTuning(Task):
         augmentation: PointAugmentation | None = None,
         per_batch: bool = False,
     ) -> None:
-        super().__init__(config, device)
+        super().__init__(config, resolve_device(config.device))
         if len(chosen) < 2:
             raise UserError(f"{len(chosen)} training sample(s): batch norm needs at least two")
         if len(chosen) < world_size():
             raise UserError(f"{len(chosen)} training samples for {world_size()} processes: start fewer processes")
         self.kind = model.kind
-        self.model = model.to(device)
+        self.model = model.to(self.device)
         self.network = self.wrap_distributed(_OnBatches(self.model))
         self.dropouts = SampleDropout.convert(self.model)
         self.limited = config.point_label_fraction < 1

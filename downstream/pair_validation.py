@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from datasets.sampler import SampleKey
-from datasets.shapenet_render import ShapeNetRender
+from datasets.shapenet_render import ShapeNetRender, collate_pairs
 from downstream.features import evaluating
 from downstream.retrieval import match_ranks, recall_scores
 from engine.data_workers import data_loader
@@ -28,7 +28,7 @@ Batch = dict[str, Any]
 
 def recall_at_1(queries: np.ndarray, gallery: np.ndarray) -> float:
     """Return the percentage of queries (n, C) whose nearest item of the gallery by cosine is their own, row for row."""
-    return recall_scores(match_ranks(queries, gallery), top=(1,))["recall_at_1"]
+    return recall_scores(match_ranks(queries, gallery))["recall_at_1"]
 
 
 def alignment(a: Tensor, b: Tensor) -> float:
@@ -71,7 +71,6 @@ class PairValidation:
 
     Args:
         pairs: held out of training.
-        collate: turns samples into a batch.
         batch_size: pairs per forward pass; affects speed and memory only.
         workers: processes that read the pairs.
 
@@ -83,9 +82,7 @@ class PairValidation:
     # split into equal groups of at most this size.
     GROUP = 1024
 
-    def __init__(
-        self, pairs: ShapeNetRender, *, collate: Callable[[list[Any]], Batch], batch_size: int, workers: int = 0
-    ) -> None:
+    def __init__(self, pairs: ShapeNetRender, *, batch_size: int, workers: int = 0) -> None:
         self.count = len(pairs)
         own = np.array_split(np.arange(len(pairs)), world_size())[rank()]
         keys = [
@@ -94,7 +91,7 @@ class PairValidation:
             if len(part)
         ]
         host = torch.device("cpu")
-        loader = data_loader(pairs, batch_sampler=keys, collate=collate, workers=workers, device=host)
+        loader = data_loader(pairs, batch_sampler=keys, collate=collate_pairs, workers=workers, device=host)
         self.batches: Sequence[Batch] = list(batches(loader))
         for message in all_gather_strings([message for batch in self.batches for message in batch["bad"]]):
             logger.warning("held-out pair replaced by another one: %s", message)

@@ -15,6 +15,8 @@ from downstream.svm import linear_svm
 from utils.collectives import broadcast_from_rank0, gather_to_rank0, rank, world_size
 from utils.errors import DataError
 
+HOLDOUT = 0.2  # share of the training clouds for ``val_accuracy``
+
 
 class LinearProbe:
     """Linear SVM on frozen features, with part of the training labels held out to choose a checkpoint.
@@ -25,7 +27,6 @@ class LinearProbe:
         num_points: points per cloud.
         c: C of the SVM.
         batch_size: clouds per forward pass.
-        holdout: share of the training clouds held out for ``val_accuracy``.
 
     Raises:
         DataError: the data set is missing or wrong.
@@ -40,7 +41,6 @@ class LinearProbe:
         num_points: int = 1024,
         c: float = 0.01,
         batch_size: int = 32,
-        holdout: float = 0.2,
     ) -> None:
         self.dataset, self.c, self.batch_size = dataset, c, batch_size
         self.train = open_classification_set(dataset, data_root, "train", num_points=num_points)
@@ -50,10 +50,10 @@ class LinearProbe:
         if len(classes) < 2:
             raise DataError(f"{self.train.files[0]} holds clouds of one class only; the SVM needs at least two")
         # Keep every class in both parts if there are enough clouds.
-        held = math.ceil(holdout * len(rows))
+        held = math.ceil(HOLDOUT * len(rows))
         stratify = labels if counts.min() > 1 and len(classes) <= min(held, len(rows) - held) else None
         # Fixed seed: every run and every epoch holds out the same clouds.
-        self.fit, self.held_out = train_test_split(rows, test_size=holdout, random_state=0, stratify=stratify)
+        self.fit, self.held_out = train_test_split(rows, test_size=HOLDOUT, random_state=0, stratify=stratify)
 
     def __call__(self, encoder: nn.Module, *, device: torch.device) -> dict[str, float]:
         """Score the encoder: each rank extracts features of its share of the clouds, rank 0 fits the SVM.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
+
+TOP = (1, 5, 10)  # k of R@k
 
 
 def unit_features(features: np.ndarray) -> np.ndarray:
@@ -78,20 +78,6 @@ def average_precisions(features: np.ndarray, labels: np.ndarray, *, block: int =
     return result
 
 
-def retrieval_map(features: np.ndarray, labels: np.ndarray, *, block: int = 512) -> float:
-    """Mean average precision in percent: every item queries all others of the given set.
-
-    Queries without another item of their class are excluded (NaN in :func:`average_precisions`).
-
-    Raises:
-        ValueError: as for :func:`average_precisions`, or no class has two members.
-    """
-    values = average_precisions(features, labels, block=block)
-    if np.isnan(values).all():
-        raise ValueError("no class has two members, so nothing can be retrieved")
-    return 100.0 * float(np.nanmean(values))
-
-
 def match_ranks(queries: np.ndarray, gallery: np.ndarray, *, block: int = 512) -> np.ndarray:
     """Return the rank of each query's partner among the whole gallery, by cosine similarity; 1 is the best.
 
@@ -124,18 +110,13 @@ def match_ranks(queries: np.ndarray, gallery: np.ndarray, *, block: int = 512) -
     return ranks
 
 
-def recall_scores(ranks: np.ndarray, *, top: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
-    """Return R@k, the share of queries in percent whose partner is among the first k, and the median rank.
-
-    Args:
-        ranks: (n,) from :func:`match_ranks`.
-        top: the values of k.
-    """
-    scores = {f"recall_at_{k}": 100.0 * float(np.mean(ranks <= k)) for k in top}
+def recall_scores(ranks: np.ndarray) -> dict[str, float]:
+    """Return R@k in percent, the share of queries whose partner is among the first k, and the median of ranks (n,)."""
+    scores = {f"recall_at_{k}": 100.0 * float(np.mean(ranks <= k)) for k in TOP}
     return {**scores, "median_rank": float(np.median(ranks))}
 
 
-def chance_scores(count: int, *, top: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
+def chance_scores(count: int) -> dict[str, float]:
     """Return what :func:`recall_scores` gives on average for a gallery of ``count`` items in random order."""
-    scores = {f"recall_at_{k}": 100.0 * min(k / count, 1.0) for k in top}
+    scores = {f"recall_at_{k}": 100.0 * min(k / count, 1.0) for k in TOP}
     return {**scores, "median_rank": (count + 1) / 2}

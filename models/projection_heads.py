@@ -6,18 +6,18 @@ PROJECTION_DIM = 256
 HIDDEN_DIM = 1024
 
 
-def point_projection(in_dim: int, hidden: int = HIDDEN_DIM, out_dim: int = PROJECTION_DIM) -> nn.Sequential:
+def point_projection(in_dim: int, hidden: int = HIDDEN_DIM) -> nn.Sequential:
     """Build the head of points: D -> hidden (batch norm, ReLU) -> 256, with biases. Published as ``inv_head``."""
     return nn.Sequential(
-        nn.Linear(in_dim, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, out_dim)
+        nn.Linear(in_dim, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, PROJECTION_DIM)
     )
 
 
-def image_projection(in_dim: int, out_dim: int = PROJECTION_DIM) -> nn.Sequential:
+def image_projection(in_dim: int) -> nn.Sequential:
     """Build the head of images: D -> 512 (batch norm, ReLU) -> 256, without biases."""
     return nn.Sequential(
         nn.Linear(in_dim, 512, bias=False),
         nn.BatchNorm1d(512),
         nn.ReLU(inplace=True),
-        nn.Linear(512, out_dim, bias=False),
+        nn.Linear(512, PROJECTION_DIM, bias=False),
     )

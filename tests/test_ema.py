@@ -5,12 +5,10 @@ import torch
 
 from engine.checkpoint import load_checkpoint
 from engine.load_model import crossnet_from_checkpoint, encoder_from_checkpoint
-from engine.run_folder import RunFolder
 from engine.task import Run
-from models.image import IMAGE_ENCODERS
 from tests.robustness.faults import equal, metrics, same_end
 from tests.support.pairs import write_demo_set, write_pairs
-from tests.support.small_run import TinyImageNet, arguments
+from tests.support.small_run import arguments, small_runs
 from train_crossnet_con import main
 from utils.errors import CheckpointError
 
@@ -47,9 +45,7 @@ def reference(root, tmp_path_factory):
         original(self)
         steps.append({name: value.clone() for name, value in self.task.model.state_dict().items()})
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(IMAGE_ENCODERS, "resnet18", TinyImageNet)
-        patch.setattr(RunFolder, "draw_curves", lambda self: None)
+    with small_runs() as patch:
         patch.setattr(Run, "optimizer_step", note)
         train(root, out, *AVERAGED)
     return out / "crossnet", steps

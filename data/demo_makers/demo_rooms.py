@@ -203,12 +203,10 @@ class Layout:
         inside = (box.low > -1e-6).all() and (box.high < self.size + 1e-6).all()
         return bool(inside) and not any(box.meets(other, gap) for other in self.taken if other not in ignore)
 
-    def wall_spot(
-        self, width: float, depth: float, z: tuple[float, float], *, walls: Sequence[int] = range(4), tries: int = 60
-    ) -> tuple[int, float, Box] | None:
+    def wall_spot(self, width: float, depth: float, z: tuple[float, float]) -> tuple[int, float, Box] | None:
         """Find a free place against a wall; return the wall, the middle along it and the box."""
-        for _ in range(tries):
-            wall = int(self.rng.choice(list(walls)))
+        for _ in range(60):
+            wall = int(self.rng.choice(4))
             spare = self.wall_length(wall) - width - 2 * GAP
             if spare < 0:
                 continue
@@ -225,6 +223,11 @@ class Layout:
         number = CLASS_NAMES.index(label)
         rgb = np.broadcast_to(rgb, points.shape)
         self.points.append((points, np.asarray(rgb, float), np.full(len(points), number, np.uint8)))
+
+    def occupy(self, kind: str, box: Box) -> None:
+        """Note what stands where."""
+        self.taken.append(box)
+        self.stands.append((kind, box))
 
     def surface(self, thing: Thing, density: float = THING_DENSITY) -> tuple[np.ndarray, np.ndarray]:
         """Draw points and colors of a thing; interpolate if it has too few points for the density."""
@@ -248,13 +251,12 @@ class Layout:
         points, rgb = self.surface(thing)
         self.add(points @ turn(yaw).T + [x, y, z], rgb, KINDS[kind][0])
         box = footprint(thing.size, x, y, yaw, z)
-        self.taken.append(box)
-        self.stands.append((kind, box))
+        self.occupy(kind, box)
         return box
 
-    def against_wall(self, kind: str, *, z: float = 0.0, gap: float = GAP, thing: Thing | None = None) -> Box | None:
+    def against_wall(self, kind: str, *, z: float = 0.0, gap: float = GAP) -> Box | None:
         """Place a thing with its back to a wall, where there is space; return its box."""
-        thing = thing or self.pick(kind)
+        thing = self.pick(kind)
         depth = thing.size[1] + gap
         found = self.wall_spot(thing.size[0], depth, (z, z + thing.size[2]))
         if found is None:
@@ -271,7 +273,7 @@ class Layout:
         """Draw one of the area's models of a kind."""
         return self.models[kind][int(self.rng.integers(len(self.models[kind])))]
 
-    def in_the_open(self, kind: str, *, z: float = 0.0, margin: float = 0.0, tries: int = 60) -> Box | None:
+    def in_the_open(self, kind: str, *, margin: float, tries: int = 60) -> Box | None:
         """Place a thing anywhere on the floor; keep ``margin`` free around it."""
         thing = self.pick(kind)
         for _ in range(tries):
@@ -280,14 +282,14 @@ class Layout:
             if (2 * half > self.size[:2]).any():
                 continue
             x, y = (self.rng.uniform(h, s - h) for h, s in zip(half, self.size[:2], strict=True))
-            box = footprint(thing.size, x, y, yaw, z)
+            box = footprint(thing.size, x, y, yaw, 0.0)
             if self.is_free(Box(box.low - [margin, margin, 0], box.high + [margin, margin, 0])):
-                return self.stand(thing, kind, x, y, yaw, z)
+                return self.stand(thing, kind, x, y, yaw)
         return None
 
-    def chairs_at(self, table: Box, *, sides: Sequence[int], most: int, chair: Thing | None = None) -> int:
+    def chairs_at(self, table: Box, *, sides: Sequence[int], most: int) -> int:
         """Place chairs at the sides of a table, facing it and slightly under it; return their number."""
-        chair, count = chair or self.pick("chair"), 0
+        chair, count = self.pick("chair"), 0
         for side in sides:
             along = (0, 1) if side % 2 == 0 else (1, 0)
             length = table.high[along[0]] - table.low[along[0]]
@@ -308,11 +310,11 @@ class Layout:
                     count += 1
         return count
 
-    def on_top(self, kind: str, table: Box, count: int, yaw: float, *, tries: int = 20) -> None:
+    def on_top(self, kind: str, table: Box, count: int, yaw: float) -> None:
         """Place small things on a table."""
         for _ in range(count):
             thing = self.pick(kind)
-            for _ in range(tries):
+            for _ in range(20):
                 angle = yaw + self.rng.uniform(-20, 20)
                 half = footprint(thing.size, 0, 0, angle, 0).high[:2] + 0.04
                 low, high = table.low[:2] + half, table.high[:2] - half
@@ -342,8 +344,7 @@ class Layout:
         points[:, 1] -= WALL_DEPTH / 2
         center = (box.low + box.high) / 2
         self.add(points @ turn(-90 * wall).T + [center[0], center[1], sill], rgb, kind)
-        self.taken.append(box)
-        self.stands.append((kind, box))
+        self.occupy(kind, box)
         if kind == "door":
             self.taken.append(self.wall_box(wall, middle, width, 0.85, (0.0, 2.0)))
         self.openings.append((wall, np.array([middle - width / 2, sill]), np.array([middle + width / 2, sill + high])))
@@ -362,8 +363,7 @@ class Layout:
         edge = np.minimum(points - found[2].low, found[2].high - points)[:, [along, 2]].min(1)
         rgb[edge < 0.035] = (150, 150, 152) if self.rng.random() < 0.6 else (140, 104, 70)
         self.add(points, rgb, "board")
-        self.taken.append(found[2])
-        self.stands.append(("board", found[2]))
+        self.occupy("board", found[2])
 
     def column(self, color: np.ndarray) -> None:
         """Place a square or round column at a wall or in a corner, from floor to ceiling."""
@@ -379,8 +379,7 @@ class Layout:
             points[:, :2] = middle + side / 2 * np.stack([np.cos(angle), np.sin(angle)], 1)
         points = points[(points[:, 2] > 1e-6) & (points[:, 2] < self.size[2] - 1e-6)]
         self.add(points, color, "column")
-        self.taken.append(box)
-        self.stands.append(("column", box))
+        self.occupy("column", box)
 
     def beam(self, color: np.ndarray) -> None:
         """Run a beam under the ceiling from wall to wall."""
@@ -396,8 +395,7 @@ class Layout:
         across = 1 - axis
         points = points[(points[:, across] > 1e-6) & (points[:, across] < self.size[across] - 1e-6)]
         self.add(points[points[:, 2] < self.size[2] - 1e-6], color, "beam")
-        self.taken.append(box)
-        self.stands.append(("beam", box))
+        self.occupy("beam", box)
 
     def enclose(self, floor: np.ndarray, wall: np.ndarray, ceiling: np.ndarray) -> None:
         """Add floor, ceiling and walls, without openings and the areas that columns and beams cover."""

@@ -402,13 +402,13 @@ def nearest(values: np.ndarray, centers: np.ndarray) -> np.ndarray:
     return (np.square(centers).sum(1) - 2 * values @ centers.T).argmin(1)
 
 
-def cluster_colors(values: np.ndarray, count: int, rounds: int = 12) -> np.ndarray:
+def cluster_colors(values: np.ndarray, count: int) -> np.ndarray:
     """Return at most ``count`` colors (k, 4) that represent ``values`` (n, 4): all of them, or k-means centers."""
     centers = np.unique(values, axis=0)
     if len(centers) <= count:
         return centers
     centers = centers[np.linspace(0, len(centers) - 1, count).astype(int)]
-    for _ in range(rounds):
+    for _ in range(12):
         owner = nearest(values, centers)
         size = np.bincount(owner, minlength=count)
         total = np.stack([np.bincount(owner, channel, minlength=count) for channel in values.T], 1)
@@ -486,13 +486,11 @@ def build_shape(job: tuple[Model, int, int, int, int]) -> Shape | str:
     )
 
 
-def build_shapes(
-    models: Sequence[Model], *, seed: int, points: int, views: int, view_size: int, colors: int, workers: int
-) -> list[Shape | str]:
-    """Build every model in ``workers`` processes; return one :class:`Shape` or reason per model, in order."""
-    jobs = [(model, seed, points, views, colors) for model in models]
+def build_shapes(models: Sequence[Model], args: DemoSettings) -> list[Shape | str]:
+    """Build every model in several processes; return one :class:`Shape` or reason per model, in order."""
+    jobs = [(model, args.seed, args.points, args.views, args.colours) for model in models]
     # Spawn, not fork: an OpenGL context does not survive a fork.
-    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (view_size,)) as pool:
+    with ProcessPoolExecutor(args.workers, get_context("spawn"), _start_worker, (args.size,)) as pool:
         return list(progress(pool.map(build_shape, jobs), total=len(jobs), text="models", unit="models"))
 
 
@@ -515,7 +513,7 @@ def family(model: Model) -> str:
     return re.sub(r"(_0\d|(?<!\dx)v?\d+|_f)$", "", re.sub(r"_0\d$", "", stem)) + "|" + model.creator
 
 
-def near_duplicates(shapes: Sequence[Shape], tolerance: float = 1.1) -> list[tuple[int, int]]:
+def near_duplicates(shapes: Sequence[Shape]) -> list[tuple[int, int]]:
     """Return the pairs whose clouds are as close to each other as two draws from one surface."""
     from sklearn.neighbors import KDTree
 
@@ -529,7 +527,7 @@ def near_duplicates(shapes: Sequence[Shape], tolerance: float = 1.1) -> list[tup
     for i in range(len(shapes)):
         for j in range(i):
             apart = max(gap(trees[i], shapes[j].points), gap(trees[j], shapes[i].points))
-            if apart < tolerance * (own[i] + own[j]) / 2:
+            if apart < 1.1 * (own[i] + own[j]) / 2:
                 pairs.append((i, j))
     return pairs
 
@@ -766,6 +764,21 @@ def write_readme(
     (out / "README.md").write_text(text, encoding="utf-8")
 
 
+def check_replaceable(path: Path, source: str) -> None:
+    """Check that a file is one of the demo set's, so that it may be replaced.
+
+    Raises:
+        UserError: it is from another source.
+    """
+    try:
+        with h5py.File(path, "r") as file:
+            found = file.attrs.get("source")
+    except OSError:
+        found = None
+    if found != source:
+        raise UserError(f"{path} exists and is not a demo set; choose another --out, so that it is not lost")
+
+
 def check_sizes(out: Path) -> int:
     """Return the bytes under ``out``.
 
@@ -796,13 +809,7 @@ def prepare(out: Path) -> None:
         raise UserError(f"cannot write to {out}: no permission")
     pack = out / PACK_NAME
     if pack.exists():
-        try:
-            with h5py.File(pack, "r") as file:
-                source = file.attrs.get("source")
-        except OSError:
-            source = None
-        if source != PACK_SOURCE:
-            raise UserError(f"{pack} exists and is not a demo set; choose another --out, so that it is not lost")
+        check_replaceable(pack, PACK_SOURCE)
     create_context().release()  # report missing OpenGL before the long part
 
 
@@ -813,15 +820,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     # Sorted as every source of pairs is.
     models.sort(key=lambda model: model.id)
     prepare(args.out)
-    built = build_shapes(
-        models,
-        seed=args.seed,
-        points=args.points,
-        views=args.views,
-        view_size=args.size,
-        colors=args.colours,
-        workers=args.workers,
-    )
+    built = build_shapes(models, args)
     for model, reason in zip(models, built, strict=True):
         if isinstance(reason, str):
             print(f"left out: {model.id}: {reason}")

@@ -28,12 +28,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also run by path
 
 from data.demo_makers.demo_parts import CATEGORIES, build_object
 from data.demo_makers.demo_rooms import AREA_ROOMS, build_rooms
-from data.demo_makers.make_demo import PACK_NAME, check_sizes
+from data.demo_makers.make_demo import PACK_NAME, check_replaceable, check_sizes
 from datasets.s3dis import BLOCK_FOLDER, CLASS_NAMES, ROOM_FOLDER
 from datasets.s3dis_prepare import KINDS, BlockSettings, Room, room_file, write_lists, write_room
 from datasets.shapenet_part import CATEGORY_FILE, HDF5_FOLDERS, PART_FILE, PART_NAME_FILE
 from utils import cli
-from utils.errors import DataError, UserError
+from utils.errors import DataError
 from utils.files import writing
 from utils.progress import progress
 
@@ -191,13 +191,7 @@ def check_free(out: Path) -> None:
     """
     for name in (PART_FOLDER, BLOCK_FOLDER, ROOM_FOLDER):
         for path in sorted((out / name).glob("*.h5")):
-            try:
-                with h5py.File(path, "r") as file:
-                    source = file.attrs.get("source")
-            except OSError:
-                source = None
-            if source != SOURCE:
-                raise UserError(f"{path} exists and is not a demo set; choose another --out, so that it is not lost")
+            check_replaceable(path, SOURCE)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -59,8 +59,6 @@ from utils.errors import CheckpointError, DataError, UserError
 from utils.released_flags import IN_FINE_TUNING, add_percent_train, add_released_flags
 from utils.reproducible import provenance
 
-RELEASED_K = Classification.released_k
-
 
 @dataclass(kw_only=True)
 class ClassificationConfig(FineTuneConfig, CloudSettings):
@@ -131,7 +129,7 @@ def train(config: ClassificationConfig, train_clouds: Clouds, test_clouds: Cloud
     """Run the trainings of one call and return a record for each."""
     sizes = {"num_classes": len(train_clouds.class_names)}
     points = train_clouds.clouds.points.shape[1]
-    check_neighbors(start_model(config, Classification, k=RELEASED_K, sizes=sizes)[0].encoder, points)
+    check_neighbors(start_model(config, Classification, sizes=sizes)[0].encoder, points)
     plans = []
     for fraction in dict.fromkeys(config.label_fraction):
         labeled = choose_labeled(train_clouds.targets, fraction, seed=config.seed)
@@ -144,7 +142,7 @@ def train(config: ClassificationConfig, train_clouds: Clouds, test_clouds: Cloud
     folders = run_folders(config, [f"label_{fraction:g}" for fraction, _, _ in plans])
     records = []
     for (fraction, fit, held), folder in zip(plans, folders, strict=True):
-        model, report = start_model(config, Classification, k=RELEASED_K, sizes=sizes)
+        model, report = start_model(config, Classification, sizes=sizes)
 
         def validate(net: nn.Module, held: np.ndarray = held) -> Scores:
             if config.select_on == "test":
@@ -154,7 +152,6 @@ def train(config: ClassificationConfig, train_clouds: Clouds, test_clouds: Cloud
         possible = config.eval_every and (len(held) or config.select_on == "test")
         task = FineTuning(
             config,
-            resolve_device(config.device),
             model=model,
             dataset=train_clouds,
             chosen=fit,

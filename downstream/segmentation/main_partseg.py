@@ -69,7 +69,6 @@ from utils.files import has_data_files
 from utils.released_flags import IN_FINE_TUNING, add_percent_train, add_released_flags
 from utils.reproducible import provenance
 
-RELEASED_K = PartSegmentation.released_k
 DATASET_NAMES = ("shapenetpart", "shapenet_part", "shapenet")
 VOTE_SCALES = (0.8, 1.25)
 
@@ -302,20 +301,17 @@ def train(config: PartConfig) -> list[dict[str, Any]]:
         validated = [limited(held_parts, held, f, config.seed) if len(held) else held for f in fractions]
     else:
         validated = [held] * len(fractions)
-    check_neighbors(
-        start_model(config, PartSegmentation, k=RELEASED_K, sizes=parts.sizes())[0].encoder, points_of(parts)
-    )
+    check_neighbors(start_model(config, PartSegmentation, sizes=parts.sizes())[0].encoder, points_of(parts))
     folders = run_folders(config, [f"label_{fraction:g}" for fraction in fractions])
     records = []
     for fraction, rows, val_rows, folder in zip(fractions, chosen, validated, folders, strict=True):
-        model, report = start_model(config, PartSegmentation, k=RELEASED_K, sizes=parts.sizes())
+        model, report = start_model(config, PartSegmentation, sizes=parts.sizes())
 
         def validate(net: nn.Module, rows: np.ndarray = val_rows) -> Scores:
             return task.validate(net, held_parts, rows)
 
         tuning = FineTuning(
             config,
-            task.device,
             model=model,
             dataset=parts,
             chosen=rows,

@@ -71,7 +71,6 @@ from utils.errors import CheckpointError, DataError, UserError, warn_on_failure
 from utils.released_flags import IN_FINE_TUNING, add_released_flags
 from utils.reproducible import provenance
 
-RELEASED_K = SemanticSegmentation.released_k
 PROTOCOLS = ("blocks", "rooms")
 SIZES = {"num_classes": len(CLASS_NAMES)}
 ALL, AREA = "all", "{area}"
@@ -304,8 +303,7 @@ def train(config: SemanticConfig) -> list[dict[str, Any]]:
     fractions = list(dict.fromkeys(config.label_fraction))
     if len(fractions) > 1 and len(config.test_area) > 1:
         raise UserError("--test_area all takes one --label_fraction; start one call for each, with its own --exp_name")
-    device = resolve_device(config.device)
-    probe, _ = start_model(config, SemanticSegmentation, k=RELEASED_K, sizes=SIZES, in_channels=config.in_channels)
+    probe, _ = start_model(config, SemanticSegmentation, sizes=SIZES, in_channels=config.in_channels)
     channels = probe.encoder.in_channels
     plans = []
     for area in config.test_area:  # check all data before the first run starts
@@ -333,9 +331,7 @@ def train(config: SemanticConfig) -> list[dict[str, Any]]:
     one = len(fractions) == 1
     folders = run_folders(config, [f"area_{area}" if one else f"label_{f:g}" for area, _, f, _, _ in plans])
     for (area, areas, fraction, test, sets), folder in zip(plans, folders, strict=True):
-        model, report = start_model(
-            config, SemanticSegmentation, k=RELEASED_K, sizes=SIZES, in_channels=config.in_channels
-        )
+        model, report = start_model(config, SemanticSegmentation, sizes=SIZES, in_channels=config.in_channels)
         blocks: Dataset = test.blocks if config.select_on == "test" else sets[-1]
         if config.select_on == "val" and config.point_label_fraction < 1:
             blocks = FewPointLabels(blocks, config.point_label_fraction, seed=config.seed)
@@ -345,7 +341,6 @@ def train(config: SemanticConfig) -> list[dict[str, Any]]:
 
         task = FineTuning(
             config,
-            device,
             model=model,
             dataset=sets[0],
             chosen=np.arange(len(sets[0])),

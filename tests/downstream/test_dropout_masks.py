@@ -45,13 +45,12 @@ class Noise(Dataset):
 
 
 def fine_tuning(tmp_path, task, name):
-    arguments = ["--output_dir", str(tmp_path), "--batch_size", str(SAMPLES), "--workers", "0"]
+    arguments = ["--output_dir", str(tmp_path), "--batch_size", str(SAMPLES), "--workers", "0", "--device", "cpu"]
     config = finetuning.FineTuneConfig.from_flags(finetuning.FineTuneConfig.parser(None).parse_args(arguments))
     torch.manual_seed(0)
     encoder = build_encoder(name, emb_dims=8, **({"k": 4} if name.startswith("dgcnn") else {}))
     tuning = finetuning.FineTuning(
         config,
-        torch.device("cpu"),
         model=TASKS[task](encoder, **SIZES[task]),
         dataset=Noise(task),
         chosen=np.arange(SAMPLES),

@@ -38,13 +38,14 @@ class Balls(Dataset):
 def parse(tmp_path, *arguments):
     parser = ClassificationConfig.parser(None)
     parser.set_defaults(exp_name="a")
-    common = ["--output_dir", tmp_path, "--workers", 0, "--batch_size", 2, "--emb_dims", 8, "--epochs", 2]
+    common = ["--output_dir", tmp_path, "--device", "cpu", "--workers", 0, "--batch_size", 2, "--epochs", 2]
+    common += ["--emb_dims", 8, "--k", 4]
     return ClassificationConfig.from_flags(parser.parse_args([str(a) for a in (*common, *arguments)]))
 
 
 def tuning(tmp_path, *arguments, name="a", **changes):
     args = parse(tmp_path, *arguments)
-    model, _ = finetuning.start_model(args, Classification, k=4, sizes={"num_classes": 2})
+    model, _ = finetuning.start_model(args, Classification, sizes={"num_classes": 2})
     settings = {
         "model": model,
         "dataset": Balls(),
@@ -56,7 +57,7 @@ def tuning(tmp_path, *arguments, name="a", **changes):
         "augmentation": fine_tuning_augmentation(),
     }
     folder = RunFolder(tmp_path / name, overwrite=args.overwrite, resume=args.resume)
-    return Run(finetuning.FineTuning(args, CPU, **{**settings, **changes}), folder)
+    return Run(finetuning.FineTuning(args, **{**settings, **changes}), folder)
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (5, 7, 4)])
@@ -318,9 +319,9 @@ def test_several_runs_are_looked_at_before_one_is_overwritten_or_started(tmp_pat
 def test_the_head_starts_the_same_with_and_without_pretraining(tmp_path):
     encoder = build_encoder("dgcnn_cls", k=4, emb_dims=8)
     torch.save(encoder.state_dict(), tmp_path / "p.pth")
-    more = ("--pretrain_path", tmp_path / "p.pth", "--model", "dgcnn_cls", "--k", 4)
-    fresh, _ = finetuning.start_model(parse(tmp_path), Classification, k=4, sizes={"num_classes": 2})
-    loaded, report = finetuning.start_model(parse(tmp_path, *more), Classification, k=4, sizes={"num_classes": 2})
+    more = ("--pretrain_path", tmp_path / "p.pth", "--model", "dgcnn_cls")
+    fresh, _ = finetuning.start_model(parse(tmp_path), Classification, sizes={"num_classes": 2})
+    loaded, report = finetuning.start_model(parse(tmp_path, *more), Classification, sizes={"num_classes": 2})
     assert torch.equal(fresh.head.linear1.weight, loaded.head.linear1.weight)
     assert torch.equal(loaded.encoder.conv3[0].weight, encoder.conv3[0].weight)
     assert "loaded from" in report[0] and "starts fresh" in report[1]

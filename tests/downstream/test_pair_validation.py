@@ -10,12 +10,11 @@ from datasets.shapenet_render import ShapeNetRender
 from downstream.pair_validation import PairValidation, alignment, uniformity
 from engine.checkpoint import load_checkpoint
 from engine.run_folder import RunFolder
-from models.image import IMAGE_ENCODERS
 from models.losses import crossnet_objective
 from tests.robustness.faults import equal, metrics, same_end, without_speed
 from tests.support.pairs import write_pairs
 from tests.support.several import run_together
-from tests.support.small_run import TinyImageNet, arguments
+from tests.support.small_run import arguments, small_runs
 from train_crossnet_con import main
 from utils.errors import DataError, UserError
 
@@ -70,9 +69,7 @@ def test_alignment_and_uniformity_equal_their_definitions():
 def reference(root, tmp_path_factory):
     """Train without interruption, with four pairs held out that select best.pth."""
     out = tmp_path_factory.mktemp("reference")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(IMAGE_ENCODERS, "resnet18", TinyImageNet)
-        patch.setattr(RunFolder, "draw_curves", lambda self: None)
+    with small_runs():
         train(root, out, *VALIDATED, "--select_on", "pairs")
     return out / "crossnet"
 

@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -377,33 +377,39 @@ def _small_disk(folder: Path, size: int) -> Callable[[int], None]:
 NOT_PERMITTED = 77
 
 
-def _fill_a_disk(place: Place, out: Path, size: int) -> None:
+def _train_until_full(place: Place, out: Path, disk: Path, size: int, flags: Sequence[Any]) -> None:
     """Train until the disk is full, enlarge it, resume; in a process that alone sees the small disk."""
     try:
-        resize = _small_disk(out, size)
+        resize = _small_disk(disk, size)
     except PermissionError:
         sys.exit(NOT_PERMITTED)
-    code = place.train(out)
+    code = place.train(out, *flags)
     if code == 0:
         sys.exit(0)  # it was large enough
-    assert code == EXIT_USER_ERROR, place.output(out)
-    folder = out / "crossnet"
-    for path in folder.glob("*.pth"):
+    said = place.output(out)
+    assert code == EXIT_USER_ERROR, said
+    if disk == _SHARED_MEMORY:
+        assert "error: a process that reads data" in said and "/dev/shm" in said, said
+    for path in (out / "crossnet").glob("*.pth"):
         load_checkpoint(path)
-    assert not list(folder.glob("*.pth.tmp"))
+    assert not list((out / "crossnet").glob("*.pth.tmp"))
     resize(64 << 20)
-    place.finish(out)
+    place.finish(out, "--resume", *flags)
+
+
+def _fill(place: Place, out: Path, disk: Path, size: int, *flags: Any) -> None:
+    """Run with a disk of ``size`` bytes, then with a large one, in a separate process."""
+    code = in_child(_train_until_full, place, out, disk, size, flags)
+    if code == NOT_PERMITTED:
+        raise NotImplementedError("this system does not let a process mount a small disk")
+    assert code == 0, f"{disk} of {size} bytes: {place.output(out)}"
+    shutil.rmtree(out)
 
 
 def disk_full(place: Place, rng: random.Random) -> None:
     """Fill the disk at a random moment, then free it."""
     out = place.new()
-    size = int(place.size * rng.uniform(0.02, 3))
-    code = in_child(_fill_a_disk, place, out, size)
-    if code == NOT_PERMITTED:
-        raise NotImplementedError("this system does not let a process mount a small disk")
-    assert code == 0, f"disk of {size} bytes"
-    shutil.rmtree(out)
+    _fill(place, out, out, int(place.size * rng.uniform(0.02, 3)))
 
 
 SHAPES = 120
@@ -431,30 +437,9 @@ _DAMAGE: tuple[Callable[[Path], Any], ...] = (
 )
 
 
-def _little_shared_memory(place: Place, out: Path, size: int) -> None:
-    """Train until a batch does not fit, enlarge /dev/shm, resume; in a process that alone sees it."""
-    try:
-        resize = _small_disk(_SHARED_MEMORY, size)
-    except PermissionError:
-        sys.exit(NOT_PERMITTED)
-    code = place.train(out, "--workers", 2)
-    if code == 0:
-        sys.exit(0)  # it was large enough
-    said = place.output(out)
-    assert code == EXIT_USER_ERROR and "error: a process that reads data" in said and "/dev/shm" in said, said
-    resize(64 << 20)
-    place.finish(out, "--resume", "--workers", 2)
-
-
 def shared_memory_full(place: Place, rng: random.Random) -> None:
     """Give the run a /dev/shm of a random size, then a larger one."""
-    out = place.new()
-    size = 4096 * rng.randint(2, 40)
-    code = in_child(_little_shared_memory, place, out, size)
-    if code == NOT_PERMITTED:
-        raise NotImplementedError("this system does not let a process mount a small /dev/shm")
-    assert code == 0, f"/dev/shm of {size} bytes: {place.output(out)}"
-    shutil.rmtree(out)
+    _fill(place, place.new(), _SHARED_MEMORY, 4096 * rng.randint(2, 40), "--workers", 2)
 
 
 @contextlib.contextmanager

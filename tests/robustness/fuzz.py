@@ -95,18 +95,15 @@ def _span(data: bytearray, rng: random.Random) -> tuple[int, int]:
 
 
 def flip_bits(data: bytearray, other: bytes, rng: random.Random) -> None:
-    """Flip one to eight bits."""
     for _ in range(rng.randint(1, 8)):
         data[_span(data, rng)[0]] ^= 1 << rng.randrange(8)
 
 
 def truncate(data: bytearray, other: bytes, rng: random.Random) -> None:
-    """Cut off the end."""
     del data[rng.randrange(len(data)) :]
 
 
 def delete_range(data: bytearray, other: bytes, rng: random.Random) -> None:
-    """Remove a range."""
     start, end = _span(data, rng)
     del data[start:end]
 
@@ -136,7 +133,6 @@ def set_integer(data: bytearray, other: bytes, rng: random.Random) -> None:
 
 
 def swap_ranges(data: bytearray, other: bytes, rng: random.Random) -> None:
-    """Swap two ranges, such as two sizes."""
     size = rng.choice((1, 4, 8, 64))
     a, b = sorted(_span(data, rng)[0] for _ in range(2))
     first, second = bytes(data[a : a + size]), bytes(data[b : b + size])
@@ -150,7 +146,6 @@ def splice(data: bytearray, other: bytes, rng: random.Random) -> None:
 
 
 def set_number_text(data: bytearray, other: bytes, rng: random.Random) -> None:
-    """Replace a number in text with another one."""
     found = list(re.finditer(rb"-?\d+(\.\d+)?", data))
     if found:
         place = rng.choice(found[: rng.choice((4, len(found)))])
@@ -343,7 +338,6 @@ def edit_checkpoint(path: Path, rng: random.Random) -> str:
 
 
 def check(condition: bool, what: str) -> None:
-    """Report a wrong sample as a defect."""
     if not condition:
         raise AssertionError(what)
 
@@ -363,7 +357,6 @@ def check_labels(labels: Any, count: int, shape: tuple[int, ...]) -> None:
 
 
 def read_labeled(dataset: Any) -> None:
-    """Read every item of a set for classification."""
     check(len(dataset) > 0, "no items")
     for i in range(len(dataset)):
         points, label = dataset[i]
@@ -396,13 +389,11 @@ def check_image(pixels: torch.Tensor) -> None:
 
 
 def read_png(root: Path) -> None:
-    """Read every picture of a folder."""
     for path in sorted(root.glob("*.png")):
         check_image(RenderPixels(16)(decode_image(path.read_bytes(), str(path))))
 
 
 def read_parts(root: Path) -> None:
-    """Read every labeled shape."""
     for split in ("trainval", "test"):
         dataset = ShapeNetPart(root, split, seed=1)
         check(len(dataset) > 0, "no items")
@@ -415,7 +406,6 @@ def read_parts(root: Path) -> None:
 
 
 def read_blocks(root: Path) -> None:
-    """Read every training block of two areas."""
     dataset = S3DIS(root, [1, 2], in_channels=CHANNELS)
     for i in range(len(dataset)):
         points, labels = dataset[i]
@@ -438,7 +428,6 @@ def read_whole_rooms(root: Path) -> None:
 
 
 def read_raw_rooms(root: Path) -> None:
-    """Read every raw room."""
     for name, folder in find_rooms(root, (1,)).items():
         room = read_room(folder, name)
         check_points(room.rgb)
@@ -457,22 +446,14 @@ def check_model(model: torch.nn.Module) -> None:
         check(features.pooled.shape == (1, encoder.feature_dim), "features")
 
 
-def read_own_checkpoint(root: Path) -> None:
-    """Rebuild an encoder with no other flag."""
+def read_models(load: Callable[[Path], torch.nn.Module], root: Path) -> None:
     for path in sorted(root.glob("*.pth")):
-        check_model(encoder_from_checkpoint(path))
+        check_model(load(path))
 
 
-def read_published(root: Path) -> None:
-    """Read bare weights, as zip and in PyTorch's older form."""
-    for path in sorted(root.glob("*.pth")):
-        check_model(encoder_from_checkpoint(path, model="pointnet_cls"))
-
-
-def read_fine_tuned(root: Path) -> None:
-    """Read an encoder with its head."""
-    for path in sorted(root.glob("*.pth")):
-        check_model(fine_tuned_from_checkpoint(path, Classification)[0])
+read_own_checkpoint = functools.partial(read_models, encoder_from_checkpoint)
+read_published = functools.partial(read_models, lambda path: encoder_from_checkpoint(path, model="pointnet_cls"))
+read_fine_tuned = functools.partial(read_models, lambda path: fine_tuned_from_checkpoint(path, Classification)[0])
 
 
 _runs: dict[Path, Run] = {}
@@ -487,7 +468,6 @@ def _begun(root: Path) -> Run:
 
 
 def read_run(root: Path) -> None:
-    """Resume a run."""
     begun = _begun(root)
     begun.config.resume = str(root / "crossnet" / "last.pth")
     resume(begun)
@@ -513,7 +493,6 @@ def write_clouds(root: Path) -> None:
 
 
 def write_pictures(root: Path) -> None:
-    """Write pictures of several modes and sizes."""
     for i, mode in enumerate(MODES):
         (root / f"{i}.png").write_bytes(png(i, mode, SIZES[i % 3]))
 
@@ -535,7 +514,6 @@ def write_packed(root: Path) -> None:
 
 
 def read_packed(root: Path) -> None:
-    """Read both packed files."""
     for name in ("pairs.h5", "sharded.h5"):
         read_pairs(root / name)
 
@@ -554,7 +532,6 @@ def write_modelnet(root: Path) -> None:
 
 
 def read_modelnet(root: Path) -> None:
-    """Read ModelNet40 and the demo set."""
     read_labeled(ModelNet40(root, "train"))
     read_labeled(DemoShapes(root, "train"))
 
@@ -571,7 +548,6 @@ def write_scans(root: Path) -> None:
 
 
 def read_scans(root: Path) -> None:
-    """Read both splits."""
     for split in ("train", "test"):
         read_labeled(ScanObjectNN(root, split))
 
@@ -597,31 +573,27 @@ def write_blocks(root: Path) -> None:
 
 
 def write_whole_rooms(root: Path) -> None:
-    """Write rooms of one area."""
     write_rooms(root, ["Area_1_office_1", "Area_1_hall_2"], points=8)
 
 
 def write_raw_rooms(root: Path) -> None:
-    """Write two raw rooms."""
     for room in ("office_1", "hall_2"):
         write_raw_room(root, 1, room, points=24, seed=len(room), objects=("chair_1", "floor_1"))
 
 
 def write_own_checkpoint(root: Path) -> None:
-    """Write two encoders."""
     for name, kwargs in (("pointnet_cls", {"emb_dims": 8}), ("dgcnn_cls", {"k": 3, "emb_dims": 8})):
         save_encoder(root / f"{name}.pth", build_encoder(name, **kwargs))
 
 
 def write_published(root: Path) -> None:
-    """Write bare weights in both forms."""
+    """Write bare weights, as zip and in PyTorch's older form."""
     state = build_encoder("pointnet_cls", emb_dims=8).state_dict()
     torch.save({"state_dict": {f"module.{name}": value for name, value in state.items()}}, root / "zip.pth")
     torch.save(state, root / "older.pth", _use_new_zipfile_serialization=False)
 
 
 def write_fine_tuned(root: Path) -> None:
-    """Write a classifier."""
     model = Classification(build_encoder("pointnet_cls", emb_dims=8), num_classes=3)
     save_model(root / "best.pth", model, class_names=["a", "b", "c"])
 
@@ -678,14 +650,12 @@ def write_lists(root: Path) -> None:
 
 
 def read_lists(root: Path) -> None:
-    """Read both splits of ModelNet40 and ModelNet10."""
     for kind in (ModelNet40, ModelNet10):
         for split in ("train", "test"):
             read_labeled(kind(root, split, num_points=8))
 
 
 def read_class_folders(root: Path) -> None:
-    """Read both splits of a user's own clouds, in every format."""
     for split in ("train", "test"):
         read_labeled(OwnClouds(root, split, num_points=16))
 
@@ -700,13 +670,11 @@ def write_other_hdf5(root: Path) -> None:
 
 
 def read_other_hdf5(root: Path) -> None:
-    """Read both sets."""
     read_labeled(ModelNet40(root, "train"))
     read_parts(root)
 
 
 def read_clouds(root: Path) -> None:
-    """Read every cloud of a folder."""
     for path in sorted(root.glob("*.ply")):
         check_points(read_ply(path))
 
@@ -933,7 +901,6 @@ def table(outcomes: list[Outcome]) -> str:
 
 
 def defects(outcomes: list[Outcome]) -> list[Outcome]:
-    """Return the outcomes that are defects."""
     return [outcome for outcome in outcomes if outcome.kind not in ("valid", "refused")]
 
 
