@@ -15,8 +15,8 @@ Examples:
       --num_points 512 --image_size 64 --image_model resnet18
 
 The run folder <output_dir>/<exp_name> gets last.pth, previous.pth (the one before), best.pth (by the probe or by
-held-out pairs), with --ema last_ema.pth and best_ema.pth, with --keep_every step_<n>.pth, config.json, metrics.jsonl,
-run.log and curves.png. Evaluate last.pth with downstream/classification/main.py.
+held-out pairs), with --keep_every step_<n>.pth, config.json, metrics.jsonl, run.log and curves.png. Evaluate last.pth
+with downstream/classification/main.py.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from engine.grad_cache import backward_in_chunks
 from engine.launch import launch
 from engine.load_model import describe_encoder, encoder_from_checkpoint, encoder_from_flags, load_strictly
 from engine.loop import train
-from engine.optim import AMP_DTYPES, LR_SCHEDULES, autocast, base_rate, learning_rate, weight_average
+from engine.optim import AMP_DTYPES, LR_SCHEDULES, autocast, base_rate, learning_rate
 from engine.resume import resume
 from engine.run_folder import RunFolder
 from engine.task import FREE_ON_RESUME, Progress, Run, Task
@@ -66,13 +66,12 @@ from utils.cli import (
     positive_int,
     write_json,
 )
-from utils.collectives import all_gather_strings, broadcast_tensors, is_main, world_size
+from utils.collectives import all_gather_strings, is_main, world_size
 from utils.errors import CheckpointError, UserError
 from utils.released_flags import IN_PRETRAINING, Switch, add_released_flags, model_name
 from utils.reproducible import seed_everything
 
 logger = logging.getLogger("crossnet")
-PARTS = ("point_encoder", "heads_and_image_encoders")  # checkpoint entries with the weights of a CrossNet
 # Free on resume: the probe does not affect training, and the fingerprint covers the shapes that --list selects.
 PROBE_SETTINGS = {"eval_every", "eval_dataset", "eval_root", "eval_points", "svm_c", "select_on", "list"}
 
@@ -174,13 +173,6 @@ class PretrainConfig(RunConfig):
         help="cosine: from --lr to 0 over the run; released: as the released code, which steps the cosine every batch, "
         "so that the rate oscillates between --lr and 0 with a period of 2 x --epochs steps",
     )
-    ema: float = flag(
-        0.0,
-        type=fraction,
-        metavar="D",
-        help="also keep an exponential moving average of all weights with this decay, such as 0.99: it is scored as "
-        "ema_... and saved as last_ema.pth, and does not affect training (default: off)",
-    )
     keep_every: int = flag(
         0,
         type=non_negative_int,
@@ -244,7 +236,7 @@ class Pretraining(Task):
     kind = "crossnet-pretraining"
     loss_names = ("loss", "loss_intra", "loss_cross")
     free_on_resume = FREE_ON_RESUME | PROBE_SETTINGS
-    added_settings = MappingProxyType({"val_fraction": 0.0, "ema": 0.0, "without": [], "intra_weight": 1.0})
+    added_settings = MappingProxyType({"val_fraction": 0.0, "without": [], "intra_weight": 1.0})
     collate = staticmethod(collate_pairs)
 
     def __init__(self, config: PretrainConfig) -> None:
@@ -286,7 +278,6 @@ class Pretraining(Task):
         ).to(self.device)
         if config.channels_last:
             self.model.image_encoders.to(memory_format=torch.channels_last)
-        self.averaged = weight_average(self.model, config.ema) if config.ema else None
         if config.compile:
             for part in (*self.model.image_encoders.values(), *self.model.image_heads.values(), self.model.point_head):
                 part.compile()
@@ -431,79 +422,44 @@ class Pretraining(Task):
                 else f"{progress.bad} of {progress.read} samples could not be read, more than 1 %"
             )
 
-    def after_step(self) -> None:
-        """Update the weight average."""
-        if self.averaged is not None:
-            self.averaged.update_parameters(self.model)
-
-    def models_to_score(self) -> dict[str, CrossNet]:
-        """Return the model and, with ``--ema``, its average, keyed by the prefix of their scores."""
-        return {"": self.model} if self.averaged is None else {"": self.model, "ema_": self.averaged.module}
-
     def validate(self) -> tuple[dict[str, float], float | None]:
         """Score the model on the held-out pairs; with ``--select_on pairs`` the lowest loss selects ``best.pth``."""
-        if self.averaged is not None and self.config.no_sync_bn:
-            broadcast_tensors(self.averaged.buffers())
         if self.pair_validation is None:
             return {}, None
-        scores: dict[str, float] = {}
-        for prefix, model in self.models_to_score().items():
-            found = self.pair_validation(
-                model,
-                inputs_of=lambda batch: self.whole_augmentation(batch, epoch=0, device=self.device),
-                precision=lambda: autocast(self.device, self.config.amp),
-            )
-            scores |= {prefix + name: value for name, value in found.items()}
+        scores = self.pair_validation(
+            self.model,
+            inputs_of=lambda batch: self.whole_augmentation(batch, epoch=0, device=self.device),
+            precision=lambda: autocast(self.device, self.config.amp),
+        )
         return scores, -scores["val_loss"] if self.config.select_on == "pairs" else None
 
     def evaluate(self) -> tuple[dict[str, float], float | None]:
         """Score the encoder with the probes; the first one selects ``best.pth``, unless held-out pairs do."""
         scores: dict[str, float] = {}
-        for prefix, model in self.models_to_score().items():
-            for probe in self.probes:
-                found = probe(model.point_encoder, device=self.device)
-                scores |= {prefix + name: value for name, value in found.items()}
+        for probe in self.probes:
+            scores |= probe(self.model.point_encoder, device=self.device)
         if not self.probes or self.config.select_on == "pairs":
             return scores, None
         return scores, scores[f"{self.probes[0].dataset}_{self.config.select_on}_accuracy"]
 
     def weights(self) -> dict[str, Any]:
-        """Return checkpoint entries: the point encoder, which also loads alone; the rest; both averaged."""
-        weights = self.weights_of(self.model)
-        if self.averaged is not None:
-            averaged = self.weights_of(self.averaged.module)
-            weights |= {f"{name}_ema": averaged[name] for name in PARTS} | {"ema_steps": int(self.averaged.n_averaged)}
-        return weights
+        """Return checkpoint entries: the point encoder, which also loads alone, and the rest."""
+        rest = {key: value for key, value in self.model.state_dict().items() if not key.startswith("point_encoder.")}
+        return {**self.encoder_weights(), "heads_and_image_encoders": rest}
 
-    def averaged_weights(self) -> dict[str, Any] | None:
-        """Return the averaged model in the form of ``weights``, for ``last_ema.pth``; None without ``--ema``."""
-        return None if self.averaged is None else self.weights_of(self.averaged.module)
-
-    def kept_weights(self) -> dict[str, dict[str, Any]]:
-        """Return point encoder and point head for ``step_<n>.pth`` and, with ``--ema``, ``step_<n>_ema.pth``.
+    def kept_weights(self) -> dict[str, Any]:
+        """Return point encoder and point head for ``step_<n>.pth``.
 
         The image encoders are left out: they are most of a checkpoint, and few evaluations need them.
         """
-        return {
-            ending: {**self.encoder_of(model), "point_head": model.point_head.state_dict()}
-            for ending, model in zip(("", "_ema"), self.models_to_score().values(), strict=False)
-        }
+        return {**self.encoder_weights(), "point_head": self.model.point_head.state_dict()}
 
-    def encoder_of(self, model: CrossNet) -> dict[str, Any]:
-        """Return the checkpoint entries of a model's point encoder, and the names of the held-out shapes."""
+    def encoder_weights(self) -> dict[str, Any]:
+        """Return the checkpoint entries of the point encoder, and the names of the held-out shapes."""
         return {
-            "encoder": describe_encoder(model.point_encoder),
-            "point_encoder": model.point_encoder.state_dict(),
+            "encoder": describe_encoder(self.model.point_encoder),
+            "point_encoder": self.model.point_encoder.state_dict(),
             **({"held_out": self.held_out} if self.held_out else {}),
-        }
-
-    def weights_of(self, model: CrossNet) -> dict[str, Any]:
-        """Return the checkpoint entries of a model."""
-        return {
-            **self.encoder_of(model),
-            "heads_and_image_encoders": {
-                key: value for key, value in model.state_dict().items() if not key.startswith("point_encoder.")
-            },
         }
 
     def load_weights(self, payload: Mapping[str, Any], path: Path) -> None:
@@ -519,18 +475,10 @@ class Pretraining(Task):
                 f"now it has as many as --emb_dims, as released. Resume with the code of commit "
                 f"{payload.get('git_commit')}, or start a new run from this encoder with --model_path {path}"
             )
-        self.load_weights_of(self.model, *(payload[name] for name in PARTS), path=path)
-        if self.averaged is not None:
-            self.load_weights_of(self.averaged.module, *(payload[f"{name}_ema"] for name in PARTS), path=path)
-            self.averaged.n_averaged.fill_(payload["ema_steps"])
-
-    def load_weights_of(
-        self, model: CrossNet, encoder: Mapping[str, Any], rest: Mapping[str, Any], *, path: Path
-    ) -> None:
-        """Load the entries ``PARTS`` of a checkpoint into a model."""
-        load_strictly(model.point_encoder, encoder, path=path, what=f"--model {self.config.model}")
+        encoder = payload["point_encoder"]
+        load_strictly(self.model.point_encoder, encoder, path=path, what=f"--model {self.config.model}")
         state = {f"point_encoder.{key}": value for key, value in encoder.items()}
-        load_strictly(model, {**state, **rest}, path=path, what="these settings")
+        load_strictly(self.model, {**state, **payload["heads_and_image_encoders"]}, path=path, what="these settings")
 
     def log_start(self) -> None:
         """Log the data set, the length of the run and the device."""

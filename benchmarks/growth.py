@@ -63,7 +63,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this benchmark."""
     g = parser.add_argument_group("runs")
     g.add_argument("--run", action="append", required=True, metavar="NAME=FOLDER", help="a run folder; may be repeated")
-    g.add_argument("--averages", action="store_true", help="score the averaged weights of --ema, step_<n>_ema.pth")
     g.add_argument("--fit_from", type=non_negative_int, default=0, metavar="STEPS", help="fit from this step on")
     g = parser.add_argument_group("scores")
     g.add_argument("--data_root", required=True, metavar="DIR", help="folder of the labeled set")
@@ -77,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     g.add_argument("--picture", metavar="FILE", help="draw the curves (.png, .pdf)")
 
 
-def read_runs(words: Sequence[str], *, averages: bool) -> dict[str, list[Path]]:
+def read_runs(words: Sequence[str]) -> dict[str, list[Path]]:
     """Return the checkpoints of each ``NAME=FOLDER``: ``step_<n>.pth`` in order, then ``last.pth``.
 
     Raises:
@@ -88,15 +87,14 @@ def read_runs(words: Sequence[str], *, averages: bool) -> dict[str, list[Path]]:
         name, equals, folder = word.partition("=")
         if not equals:
             raise UserError(f"--run {word!r} has no '='; write --run NAME=FOLDER")
-        ending = "_ema" if averages else ""
         steps = {
             int(match[1]): path
             for path in Path(folder).glob("step_*.pth")
-            if (match := re.fullmatch(rf"step_(\d+){ending}\.pth", path.name))
+            if (match := re.fullmatch(r"step_(\d+)\.pth", path.name))
         }
         if not steps:
-            raise UserError(f"{folder} has no step_<n>{ending}.pth; train with --keep_every STEPS")
-        last = Path(folder) / f"last{ending}.pth"
+            raise UserError(f"{folder} has no step_<n>.pth; train with --keep_every STEPS")
+        last = Path(folder) / "last.pth"
         found[name] = [path for _, path in sorted(steps.items())] + ([last] if last.exists() else [])
     return found
 
@@ -240,7 +238,7 @@ def fit(steps: Sequence[float], values: Sequence[float]) -> Fit | None:
 
 def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Score every checkpoint of every run and fit the curves."""
-    runs = read_runs(args.run, averages=args.averages)
+    runs = read_runs(args.run)
     scorer, result = Scorer(args, device), {}
     for name, paths in runs.items():
         scores = {

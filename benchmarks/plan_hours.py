@@ -24,7 +24,7 @@ SVM_SCRIPT = "downstream/classification/main.py"
 # Settings that a step's time depends on; pretrainings that agree in all are measured once.
 COST_SETTINGS = (
     *("batch_size", "accumulate", "chunk_size", "num_points", "objective", "image_modality", "image_model"),
-    *("image_size", "model", "k", "emb_dims", "amp", "channels_last", "compile", "workers", "device", "use_sgd", "ema"),
+    *("image_size", "model", "k", "emb_dims", "amp", "channels_last", "compile", "workers", "device", "use_sgd"),
 )
 # Clouds and classes of labeled sets, so that rows can be priced without them.
 SIZES: Mapping[str, tuple[Mapping[str, int], int]] = {

@@ -48,7 +48,7 @@ from models.losses import RELEASED_TEMPERATURE
 from utils.cli import positive_float, positive_int, run, write_json
 from utils.errors import UserError
 
-BASE = "--batch_size 32 --num_points 512 --image_model resnet18 --image_size 64 --channels_last --ema 0.99"
+BASE = "--batch_size 32 --num_points 512 --image_model resnet18 --image_size 64 --channels_last"
 RECIPES = {
     "base": "",
     "256 points": "--num_points 256",
@@ -185,8 +185,6 @@ class Comparison:
         folder, times = self.train(slug, flags, steps=steps)
         result = {"flags": words, "seconds_per_step": seconds, "steps": steps, "seconds": times[-1] - times[0]}
         result["scores"] = self.score(folder / "last.pth", config)
-        if config.ema:
-            result["scores_of_average"] = self.score(folder / "last_ema.pth", config)
         write_json(finished, result)
         return result
 
@@ -201,14 +199,12 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """Format the comparison; a row for the weights and, with ``--ema``, one for their average."""
+    """Format the comparison."""
     rows = [("recipe", "steps", "s/step", "R@1 views", "R@1 pictures", "loss", "alignment", "uniformity")]
     for name, found in result["recipes"].items():
-        for suffix, key in (("", "scores"), (", average", "scores_of_average")):
-            if scores := found.get(key):
-                numbers = [f"{scores[column]:.1f}" for column in COLUMNS[:2]]
-                numbers += [f"{scores[column]:.3f}" for column in COLUMNS[2:]]
-                rows.append((name + suffix, str(found["steps"]), f"{found['seconds_per_step']:.2f}", *numbers))
+        numbers = [f"{found['scores'][column]:.1f}" for column in COLUMNS[:2]]
+        numbers += [f"{found['scores'][column]:.3f}" for column in COLUMNS[2:]]
+        rows.append((name, str(found["steps"]), f"{found['seconds_per_step']:.2f}", *numbers))
     return markdown_table(rows)
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from engine.config import RunConfig
 
@@ -75,20 +74,6 @@ def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimize
     return torch.optim.Adam(
         parameters, lr=base_rate(config), weight_decay=config.weight_decay, fused=True if fused else None
     )
-
-
-def weight_average(model: nn.Module, decay: float) -> AveragedModel:
-    """Return an exponential moving average of a model, to be updated after every step.
-
-    Buffers are averaged like weights, as in timm and torchvision's references: batch norm's statistics then belong to
-    the averaged weights, not to the newest ones.
-
-    Args:
-        model: the weights in training; the first update copies them.
-        decay: share of the average that a step keeps, below 1.
-    """
-    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
-    return averaged.requires_grad_(False)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:

@@ -42,12 +42,8 @@ def save(run: Run, name: str) -> None:
         "random": random_states(),
         **run.config.provenance(),
     }
-    averaged = task.averaged_weights()
     with postponed(signal.SIGCHLD):
         save_checkpoint(run.folder / name, payload, keep=run.folder / "previous.pth" if name == "last.pth" else None)
-        if averaged is not None:
-            beside = {"kind": task.kind, **averaged, "progress": payload["progress"], **run.config.provenance()}
-            save_checkpoint(run.folder / name.replace(".pth", "_ema.pth"), beside)
 
 
 @main_only
@@ -58,10 +54,14 @@ def keep(run: Run) -> None:
         UserError: as in ``save``.
     """
     check_weights(run)
-    about = {"kind": run.task.kind, "progress": asdict(run.progress), **run.config.provenance()}
+    payload = {
+        "kind": run.task.kind,
+        **run.task.kept_weights(),
+        "progress": asdict(run.progress),
+        **run.config.provenance(),
+    }
     with postponed(signal.SIGCHLD):
-        for ending, weights in run.task.kept_weights().items():
-            save_checkpoint(run.folder / f"step_{run.progress.step}{ending}.pth", {**about, **weights})
+        save_checkpoint(run.folder / f"step_{run.progress.step}.pth", payload)
 
 
 def check_weights(run: Run) -> None:

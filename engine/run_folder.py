@@ -23,8 +23,7 @@ logger = logging.getLogger("crossnet")
 REPLACED = ".replaced"  # suffix of an earlier run's files until the first step of the run that replaces it
 LOG_BYTES = 20_000_000  # about two million steps
 CHECKPOINTS = ("last.pth", "previous.pth", "best.pth")
-AVERAGED = ("last_ema.pth", "best_ema.pth")  # beside the checkpoints of the same names; no run resumes from them
-RUN_FILES = (*CHECKPOINTS, *AVERAGED, "config.json", "metrics.jsonl", "run.log", "curves.png", "result.json")
+RUN_FILES = (*CHECKPOINTS, "config.json", "metrics.jsonl", "run.log", "curves.png", "result.json")
 KEPT = "step_*.pth"  # checkpoints of --keep_every
 
 

@@ -149,16 +149,9 @@ class Task(ABC):
     def count_bad_samples(self, batch: Any, progress: Progress) -> None:  # noqa: B027 - most have none
         """Count unreadable samples of a batch, before its step."""
 
-    def after_step(self) -> None:  # noqa: B027 - most have none
-        """Run after every optimizer step."""
-
-    def averaged_weights(self) -> dict[str, Any] | None:
-        """Return ``weights`` with averaged weights; None without a weight average."""
-        return None
-
-    def kept_weights(self) -> dict[str, dict[str, Any]]:
-        """Return the entries of ``step_<n>.pth``, keyed by an ending of the name, such as ``_ema``."""
-        return {"": self.weights()}
+    def kept_weights(self) -> dict[str, Any]:
+        """Return the entries of ``step_<n>.pth``."""
+        return self.weights()
 
     def validate(self) -> tuple[dict[str, float], float | None]:
         """Return cheap scores after every epoch, and the one that selects ``best.pth``, or None."""
@@ -221,7 +214,6 @@ class Run:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.task.after_step()
 
     def not_finite(self, what: str, step: int) -> UserError:
         """Return the error for a loss or weight that is not finite."""

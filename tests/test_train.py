@@ -427,7 +427,7 @@ def test_a_setting_that_was_removed_and_another_order_of_names_do_not_stop_a_run
     path = tmp_path / "crossnet" / "last.pth"
     train(data_root, tmp_path, *short, "--without", "scale", "color")
     payload = load_checkpoint(path)
-    save_checkpoint(path, {**payload, "arguments": {**payload["arguments"], "views": 1}})
+    save_checkpoint(path, {**payload, "arguments": {**payload["arguments"], "views": 1, "ema": 0.9}})
     train(data_root, tmp_path, *short, "--without", "color", "scale", "--resume")
     assert crossnet_from_checkpoint(path)[0].alpha == 1
 

@@ -16,9 +16,9 @@ from utils.errors import CheckpointError, UserError
 
 @pytest.fixture(scope="module")
 def run_folder(data_root, tmp_path_factory):
-    """A run of six steps with checkpoints of two and their averages; last.pth repeats the second."""
+    """A run of six steps with checkpoints of two; last.pth repeats the second."""
     out = tmp_path_factory.mktemp("runs")
-    flags = ("--epochs", 2, "--keep_every", 3, "--val_fraction", 0.2, "--eval_every", 0, "--ema", 0.5)
+    flags = ("--epochs", 2, "--keep_every", 3, "--val_fraction", 0.2, "--eval_every", 0)
     with small_runs():
         train_crossnet_con.main(arguments(data_root, out, *flags))
     return out / "crossnet"
@@ -38,8 +38,6 @@ def test_checkpoints_are_scored_once_drawn_and_extrapolated(run_folder, data_roo
     with monkeypatch.context() as patch:
         patch.setattr(growth.classification, "evaluate", None)
         assert growth.main(argv)["runs"] == result["runs"]
-    (averages,) = growth.read_runs([f"tiny={run_folder}"], averages=True).values()
-    assert [path.name for path in averages] == ["step_3_ema.pth", "step_6_ema.pth", "last_ema.pth"]
     args = growth.BENCHMARK.parse_args([*argv, "--pairs", str(data_root), "--pairs_count", "5"])
     views = growth.Scorer(args, torch.device("cpu")).held_out_views({"arguments": {"data_root": "elsewhere"}})
     assert [batch["view1"].shape for batch in views] == [(5, 3, 24)]
