@@ -69,11 +69,11 @@ def test_the_cases_cover_what_they_say():
 # --- planted faults ---
 
 
-def planted(root, tmp_path, monkeypatch, change, case=PLAIN):
+def planted(root, tmp_path, monkeypatch, change):
     """Outcome of a run whose model does ``change(losses)`` at the end of each forward pass."""
     forward = CrossNet.forward
     monkeypatch.setattr(CrossNet, "forward", lambda self, *args, **inputs: change(forward(self, *args, **inputs)))
-    return outcome(case, root, tmp_path)
+    return outcome(PLAIN, root, tmp_path)
 
 
 @pytest.mark.parametrize(

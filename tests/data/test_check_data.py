@@ -32,18 +32,19 @@ def clouds(count, points=4, channels=3):
     return np.random.default_rng(0).random((count, points, channels), dtype=np.float32)
 
 
-def add_pairs(root, count=3):
-    for i in range(count):
+def add_pairs(root):
+    for i in range(3):
         write_ply(root / "ShapeNet" / "02691156" / f"{i}.ply", clouds(1, 16)[0])
         view = root / "ShapeNetRendering" / "02691156" / str(i) / "rendering" / "00.png"
         view.parent.mkdir(parents=True)
         Image.new("RGBA", (4, 4)).save(view)
 
 
-def add_modelnet(root, train, test, name=MODELNET):
+def add_modelnet(root, train, test):
+    folder = root / MODELNET
     for split, labels in (("train", train), ("test", test)):
-        write_h5(root / name / f"ply_data_{split}0.h5", data=clouds(len(labels)), label=np.array(labels, "u1")[:, None])
-        (root / name / f"{split}_files.txt").write_text(f"data/{name}/ply_data_{split}0.h5\n")
+        write_h5(folder / f"ply_data_{split}0.h5", data=clouds(len(labels)), label=np.array(labels, "u1")[:, None])
+        (folder / f"{split}_files.txt").write_text(f"data/{MODELNET}/ply_data_{split}0.h5\n")
 
 
 def add_labeled(folder):

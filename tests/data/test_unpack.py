@@ -116,9 +116,9 @@ def test_several_sets_in_one_archive_and_files_of_none(tmp_path):
     assert peek(archive) is None
 
 
-def link(name, kind, target="/etc/passwd"):
+def link(name, kind):
     info = tarfile.TarInfo(name)
-    info.type, info.linkname = kind, target
+    info.type, info.linkname = kind, "/etc/passwd"
     return info
 
 

@@ -174,8 +174,8 @@ def test_released_order_and_views_that_differ():
     assert torch.equal(PointAugmentation([])(points, both), points)
 
 
-def image(pixels, mode=None):
-    return Image.fromarray(np.asarray(pixels, np.uint8), mode)
+def image(pixels):
+    return Image.fromarray(np.asarray(pixels, np.uint8))
 
 
 def saved(picture, **options):

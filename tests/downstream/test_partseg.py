@@ -23,9 +23,9 @@ from utils.errors import CheckpointError, DataError, UserError
 SMALL = ["--k", 4, "--emb_dims", 16, "--batch_size", 4, "--epochs", 2]
 
 
-def save_parts(path, *, categories=2, parts=5, published=False, name="dgcnn_partseg"):
+def save_parts(path, *, categories=2, parts=5, published=False):
     torch.manual_seed(0)
-    encoder = build_encoder(name, emb_dims=16, **({"k": 20} if published else {"k": 4}))
+    encoder = build_encoder("dgcnn_partseg", emb_dims=16, k=20 if published else 4)
     model = PartSegmentation(encoder, num_categories=categories, num_parts=parts)
     if published:
         save_published(path, model)

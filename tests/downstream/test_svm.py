@@ -8,11 +8,11 @@ from sklearn.svm import SVC
 from downstream.svm import cross_validate, draw_labels, few_label_svm, linear_svm, mean_and_std
 
 
-def problem(seed=0, train=120, test=60, width=30, classes=4, dtype=np.float32):
+def problem(seed=0, train=120, test=60, classes=4):
     """Noisy classes whose labels are not consecutive: (train_x, train_y, test_x, test_y)."""
     rng = np.random.default_rng(seed)
     labels = rng.choice([1, 5, 7, 22, 30, 33][:classes], train + test)
-    x = (rng.normal(size=(40, width))[labels] * 0.6 + rng.normal(size=(train + test, width)) + 2).astype(dtype)
+    x = (rng.normal(size=(40, 30))[labels] * 0.6 + rng.normal(size=(train + test, 30)) + 2).astype(np.float32)
     return x[:train], labels[:train], x[train:], labels[train:]
 
 

@@ -67,10 +67,10 @@ def test_every_encoder_comes_back_without_any_flag(name, tmp_path):
     assert torch.load(tmp_path / "new" / "a.pth", weights_only=True)["other"] == [1, "x", {"y": None}]
 
 
-def block(prefix, conv, norm, *, bias=False):
+def block(prefix, conv, norm):
     """Names of a layer and its batch norm in a Sequential, as the field's heads have them."""
-    out = {f"{prefix}.0.weight": torch.randn(conv)} | ({f"{prefix}.0.bias": torch.randn(conv[0])} if bias else {})
-    return out | {f"{prefix}.1.{key}": value for key, value in nn.BatchNorm1d(norm).state_dict().items()}
+    state = nn.BatchNorm1d(norm).state_dict()
+    return {f"{prefix}.0.weight": torch.randn(conv), **{f"{prefix}.1.{key}": value for key, value in state.items()}}
 
 
 def norm(prefix, width):

@@ -20,10 +20,10 @@ def build(task, name, sizes, *, emb_dims=16, seed=0, **kwargs):
     return task(build_encoder(name, emb_dims=emb_dims, **SMALL.get(name, {}), **kwargs), **sizes)
 
 
-def inputs(model, batch=3, points=24):
+def inputs(model):
     torch.manual_seed(1)
-    x = torch.randn(batch, model.encoder.in_channels, points)
-    return (x, torch.arange(batch) % 3) if isinstance(model, PartSegmentation) else (x,)
+    x = torch.randn(3, model.encoder.in_channels, 24)
+    return (x, torch.arange(3)) if isinstance(model, PartSegmentation) else (x,)
 
 
 @pytest.mark.parametrize(("task", "name", "sizes"), CASES)

@@ -18,10 +18,10 @@ def packed_colors():
     return (COLORS[:, 0] << 16 | COLORS[:, 1] << 8 | COLORS[:, 2]).astype(np.uint32)
 
 
-def pcd(kind, *, points=50, body=None):
+def pcd(kind, *, body=None):
     """Return a PCD with padding between the coordinates and the color."""
     header = "# .PCD v0.7\nVERSION 0.7\nFIELDS x y z _ rgb\nSIZE 4 4 4 1 4\nTYPE F F F U F\nCOUNT 1 1 1 4 1\n"
-    header += f"WIDTH {points}\nHEIGHT 1\nVIEWPOINT 0 0 0 1 0 0 0\nPOINTS {points}\nDATA {kind}\n"
+    header += f"WIDTH 50\nHEIGHT 1\nVIEWPOINT 0 0 0 1 0 0 0\nPOINTS 50\nDATA {kind}\n"
     rgb = packed_colors().view(np.float32)
     if body is None and kind == "ascii":
         rows = [[*map(repr, map(float, p)), "0 0 0 0", repr(float(c))] for p, c in zip(POINTS, rgb, strict=True)]
