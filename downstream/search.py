@@ -35,16 +35,7 @@ from data.shape_files import SUFFIXES
 from datasets.pair_sources import PairSource, choose_shapes, open_source, read_shape_list
 from datasets.photos import PHOTO_SUFFIXES, cut_out, framed, read_photo
 from downstream.features import check_neighbors
-from downstream.figures import (
-    NEUTRAL,
-    PICTURE_TYPES,
-    RIGHT,
-    WRONG,
-    check_output_path,
-    draw_cloud,
-    draw_picture,
-    shortened,
-)
+from downstream.figures import NEUTRAL, PICTURE_TYPES, RIGHT, WRONG, check_output_path, draw_cloud, draw_picture
 from downstream.pair_space import PairProjections, PairReader, PairSpace, pair_scores, project_pairs
 from downstream.predict import POINTS, Prediction, Predictor, PredictorSettings, find_inputs
 from downstream.retrieval import unit_rows
@@ -225,7 +216,8 @@ def draw_pairs(space: PairSpace, read: PairReader, pairs: PairProjections, path:
 
 def short_name(name: str) -> str:
     """Return the end of a name, without its folders, short enough for the title of a small picture."""
-    return shortened(name.rpartition("/")[2], 18)
+    name = name.rpartition("/")[2]
+    return name if len(name) <= 18 else f"...{name[-15:]}"
 
 
 class Search:
