@@ -89,7 +89,7 @@ def growth(steps: list[int], values: list[float]) -> dict[str, float]:
     """Fit a line to the last three quarters: slope per 1,000 steps, its standard error, and the range of the values."""
     kept = np.asarray(steps) >= max(steps) / 4
     x, y = np.asarray(steps)[kept] / 1000, np.asarray(values)[kept]
-    (slope, offset), residual = np.polyfit(x, y, 1), 0.0
+    slope, offset = np.polyfit(x, y, 1)
     residual = float(np.sum((y - slope * x - offset) ** 2))
     error = math.sqrt(residual / max(1, len(x) - 2) / max(float(np.sum((x - x.mean()) ** 2)), 1e-12))
     return {

@@ -324,11 +324,8 @@ def loader_bars(loader: dict[str, Any]) -> dict[str, dict[str, float]]:
     }
 
 
-def draw_speed(results: dict[str, Any], path: Path) -> bool:
-    """Draw samples per second of a worker, ours and textbook; return False if the loader was not run."""
-    loader = found(results, "loader")
-    if not loader:
-        return False
+def draw_speed(loader: dict[str, Any], path: Path) -> None:
+    """Draw samples per second of a worker, ours and textbook."""
     figure, (ax,) = new_figure(1)
     forms = {"textbook": "textbook", "whole": "ours, with\nthe batch part", "ours": "ours, worker"}
     rates = [loader[form]["samples_per_second"] for form in forms]
@@ -338,7 +335,6 @@ def draw_speed(results: dict[str, Any], path: Path) -> bool:
     ax.set(ylabel="shapes per second and core")
     ax.legend(fontsize=8)
     save_figure(figure, path, dpi=90)
-    return True
 
 
 def sections(results: dict[str, Any], folder: Path, link: str) -> list[str]:
@@ -391,7 +387,7 @@ def sections(results: dict[str, Any], folder: Path, link: str) -> list[str]:
             ]
     if loader := found(results, "loader"):
         draw_shares(loader_bars(loader), "a pretraining sample", "milliseconds on one core", folder / "loader.png")
-        draw_speed(results, folder / "speed.png")
+        draw_speed(loader, folder / "speed.png")
         stages = loader["stages_ms"]
         rows = [["stage, ms per sample", "ours", "textbook"]]
         for name in {**stages["ours"], **stages["textbook"]}:

@@ -34,13 +34,7 @@ class LinearProbe:
     """
 
     def __init__(
-        self,
-        dataset: str,
-        data_root: str,
-        *,
-        num_points: int = 1024,
-        c: float = 0.01,
-        batch_size: int = 32,
+        self, dataset: str, data_root: str, *, num_points: int = 1024, c: float = 0.01, batch_size: int = 32
     ) -> None:
         self.dataset, self.c, self.batch_size = dataset, c, batch_size
         self.train = open_classification_set(dataset, data_root, "train", num_points=num_points)

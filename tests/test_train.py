@@ -100,21 +100,9 @@ def test_checkpoint_rebuilds_the_whole_model(reference, tmp_path):
 
 def test_the_loss_falls_far_below_chance(data_root, tmp_path):
     # Without augmentation an object's two views are told from the others' soon.
-    without = ("--without", "scale", "rotate", "translate", "jitter", "dropout", "color", "flip")
-    flags = (
-        *without,
-        "--epochs",
-        10,
-        "--eval_every",
-        0,
-        "--save_every",
-        0,
-        "--log_every",
-        100,
-        "--image_modality",
-        "rgb",
-    )
-    train(data_root, tmp_path, *flags, "--num_points", 48)
+    flags = "--without scale rotate translate jitter dropout color flip --epochs 10 --eval_every 0 --save_every 0"
+    flags += " --log_every 100 --image_modality rgb --num_points 48"
+    train(data_root, tmp_path, *flags.split())
     losses = [record["loss_intra"] for record in metrics(tmp_path / "crossnet")]
     assert losses[-1] < 0.5 * math.log(2 * 4 - 1) and losses[-1] < losses[0], losses
 

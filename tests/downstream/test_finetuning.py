@@ -183,8 +183,7 @@ def test_the_best_epoch_is_kept_beside_the_last(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [(), ("--use_sgd", "--amp", "bf16", "--scheduler", "step"), ("--freeze_encoder", "--calibrate_bn")],
+    "arguments", [(), ("--use_sgd", "--amp", "bf16", "--scheduler", "step"), ("--freeze_encoder", "--calibrate_bn")]
 )
 def test_resuming_within_an_epoch_is_exact(tmp_path, arguments):
     few = (*arguments, "--epochs", 2, "--save_every", 1)

@@ -2,14 +2,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score
 
-from downstream.retrieval import (
-    average_precisions,
-    chance_scores,
-    match_ranks,
-    nearest,
-    recall_scores,
-    unit_features,
-)
+from downstream.retrieval import average_precisions, chance_scores, match_ranks, nearest, recall_scores, unit_features
 
 
 def clouds_of_features(seed=0):

@@ -296,10 +296,7 @@ def test_k_of_the_checkpoint_is_the_default_and_another_is_used_with_a_warning(t
         ({"format": None}, "checkpoint format None"),
         ({"encoder": {"name": "point_mamba", "kwargs": {}}}, "describes an encoder that this version does not have"),
         ({"encoder": {"name": "pointnet_cls", "kwargs": {"depth": 3}}}, "describes an encoder .*depth"),
-        (
-            {"encoder": {"name": "dgcnn_cls", "kwargs": {"emb_dims": 24}}},
-            "describes an encoder .*lacks the setting k",
-        ),
+        ({"encoder": {"name": "dgcnn_cls", "kwargs": {"emb_dims": 24}}}, "describes an encoder .*lacks the setting k"),
     ],
 )
 def test_checkpoints_of_other_versions_are_refused(change, message, tmp_path):

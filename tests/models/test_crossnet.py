@@ -129,7 +129,7 @@ def test_projection_heads_are_the_released_ones():
         (256, 512),
     ]  # as wide as the embedding
     assert {key: tuple(p.shape) for key, p in images.named_parameters()} == {
-        **{"0.weight": (512, 2048), "1.weight": (512,), "1.bias": (512,), "3.weight": (256, 512)},
+        **{"0.weight": (512, 2048), "1.weight": (512,), "1.bias": (512,), "3.weight": (256, 512)}
     }
     assert [type(layer) for layer in points] == [type(layer) for layer in images]
     assert isinstance(points[2], nn.ReLU)
