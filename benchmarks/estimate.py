@@ -134,13 +134,7 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, l
 
 
 class StandIn:
-    """Pairs for measuring: the renderings of a source, over and over, with random clouds.
-
-    Args:
-        source: whose renderings to use.
-        shapes: number of pairs.
-        points: size of the clouds.
-    """
+    """Pairs for measuring: the renderings of a source, over and over, with random clouds."""
 
     def __init__(self, source: PairSource, *, shapes: int, points: int) -> None:
         self.source, self.num_points = source, points
@@ -384,12 +378,7 @@ def check(
 ) -> dict[str, float]:
     """Train an epoch of the data measured with, in as many processes as the run would have, and compare.
 
-    Args:
-        training: flags of the training script.
-        predicted: seconds per step.
-        objects: of a step, over all processes.
-        threads: CPU threads of PyTorch in each process.
-        processes: how many.
+    ``predicted`` is in seconds per step; ``objects`` are those of a step over all processes.
 
     Returns:
         Predicted and measured seconds per step and the error in per cent.

@@ -98,13 +98,7 @@ SMALL = Sizes(
 
 
 class Report:
-    """Collects the results of the checks, one row each.
-
-    Args:
-        device: device to check.
-        sizes: of the checks.
-        seconds: time after which no further check begins.
-    """
+    """Collects the results of the checks, one row each; no further check begins after ``seconds``."""
 
     def __init__(self, device: torch.device, *, sizes: Sizes = Sizes(), seconds: float = 360) -> None:  # noqa: B008
         self.device, self.sizes = device, sizes

@@ -100,12 +100,7 @@ def read_runs(words: Sequence[str]) -> dict[str, list[Path]]:
 
 
 class Scorer:
-    """Scores of checkpoints; each is kept in a file.
-
-    Args:
-        args: flags of the command.
-        device: runs the encoders.
-    """
+    """Scores of checkpoints; each is kept in a file."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
         self.args, self.device = args, device

@@ -69,12 +69,6 @@ def build_parser() -> argparse.ArgumentParser:
 def recorded(name: str, source: Path, *, plan: Plan, results: Path) -> tuple[str, dict[str, str]]:
     """Return the commands and the scores that a row of the plan has recorded for a checkpoint.
 
-    Args:
-        name: of the row.
-        source: the checkpoint, one of the row's seeds.
-        plan: with the row.
-        results: folder of the records.
-
     Raises:
         UserError: there is no such row, or none of its records is of this checkpoint.
     """
@@ -93,13 +87,7 @@ def recorded(name: str, source: Path, *, plan: Plan, results: Path) -> tuple[str
 
 
 def card(name: str, entry: Mapping[str, Any], rest: str) -> str:
-    """Return a model card.
-
-    Args:
-        name: of the weights.
-        entry: of the index.
-        rest: text below what follows from the entry.
-    """
+    """Return a model card: what the entry of the index says, then ``rest``."""
     encoder, stored = entry["encoder"], f"{entry['dtype']}, unchanged"
     if entry["dtype"] == "float16":
         stored = f"float16; that changes features by {entry['rounding']} of their norm"

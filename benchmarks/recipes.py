@@ -104,11 +104,7 @@ def held_out_pairs(
 
 
 class Comparison:
-    """Recipes on the same pairs.
-
-    Args:
-        args: flags of the command.
-    """
+    """Recipes on the same pairs."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args

@@ -55,12 +55,7 @@ def mean_and_deviation(values: Sequence[float], *, digits: int = 1) -> str:
 
 
 class Records:
-    """What is recorded of a plan's rows.
-
-    Args:
-        plan: the plan.
-        results: folder of the records.
-    """
+    """What is recorded of a plan's rows."""
 
     def __init__(self, plan: Plan, results: Path) -> None:
         self.plan, self.results = plan, results

@@ -43,10 +43,6 @@ def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Differ
     Where they share two seeds or more, the interval is that of the paired t-test over these seeds, which share data
     order, held-out pairs and drawn labels; otherwise that of Welch's t-test.
 
-    Args:
-        ours: score by seed.
-        theirs: score by seed.
-
     Returns:
         The difference; None if a side has a single seed and no interval exists.
     """

@@ -124,10 +124,6 @@ def stored_array(file: h5py.File, name: str) -> h5py.Dataset:
     A header of a hundred bytes can claim terabytes, which would be allocated, or refer to any file of this computer for
     the values.
 
-    Args:
-        file: open file.
-        name: of the array.
-
     Raises:
         KeyError: the file has no such array.
         ValueError: the array, or a chunk of it, claims more than the stored bytes can fill, or its values are outside

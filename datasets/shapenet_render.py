@@ -69,11 +69,7 @@ class ShapeNetRender(Dataset):
             self.cloud_size = max(self.cloud_size, num_points)
 
     def subset(self, only: Iterable[str]) -> ShapeNetRender:
-        """Return a data set of some of these shapes, with the same source and ``cloud_size``.
-
-        Args:
-            only: ids of the shapes.
-        """
+        """Return a data set of some of these shapes, with the same source and ``cloud_size``."""
         only, part = set(only), copy.copy(self)
         part._chosen = [i for i in self._chosen if self.source.ids[i] in only]
         part.ids = [self.source.ids[i] for i in part._chosen]

@@ -132,12 +132,6 @@ class PairReader:
 def project_pairs(space: PairSpace, read: PairReader, rows: Sequence[int], *, batch_size: int = 32) -> PairProjections:
     """Project pairs; those that cannot be read are left out.
 
-    Args:
-        space: of a run.
-        read: reads a pair.
-        rows: numbers of the pairs in the reader's source.
-        batch_size: pairs per forward pass.
-
     Raises:
         DataError: none can be read.
     """

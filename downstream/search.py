@@ -175,16 +175,7 @@ def score_table(metrics: dict[str, Any]) -> str:
 
 
 def draw_pairs(space: PairSpace, read: PairReader, pairs: PairProjections, path: str, *, rows: int, top: int) -> None:
-    """Draw pairs of evenly spaced numbers: left the picture with the shapes it finds, right the reverse.
-
-    Args:
-        space: the run's.
-        read: reads a pair.
-        pairs: the measured ones.
-        path: picture to write.
-        rows: number of queries in each direction.
-        top: best items to draw for each.
-    """
+    """Draw pairs of evenly spaced numbers: left the picture with the shapes it finds, right the reverse."""
     count, top = len(pairs.rows), min(top, len(pairs.rows))
     queries = np.linspace(0, count - 1, min(rows, count)).round().astype(int)
     clouds, pictures = unit_rows(pairs.clouds), unit_rows(pairs.pictures[space.branches[0]])
@@ -222,9 +213,6 @@ def short_name(name: str) -> str:
 
 class Search:
     """Searches the shapes of ``--gallery``, or those of the pairs.
-
-    Args:
-        config: settings.
 
     Attributes:
         gallery: what can be found.
@@ -363,15 +351,7 @@ def search(config: SearchConfig) -> dict[str, Any]:
 
 
 def draw_search(queries: Sequence[Query], engine: Search, path: str, *, up: str, gallery_up: str) -> None:
-    """Draw every query beside what it found; the query's own file has a green frame.
-
-    Args:
-        queries: one row each.
-        engine: what was searched.
-        path: picture to write.
-        up: axis of the queries that points up.
-        gallery_up: axis of the gallery that points up.
-    """
+    """Draw every query beside what it found; the query's own file has a green frame."""
     columns = 1 + len(queries[0].order)
     figure = Figure(figsize=(1.5 * columns, 1.7 * len(queries)), layout="constrained")
     for row, query in zip(figure.subplots(len(queries), columns, squeeze=False), queries, strict=True):

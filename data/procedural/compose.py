@@ -394,13 +394,7 @@ def _by_area(cumulative: np.ndarray, rng: np.random.Generator, count: int) -> np
 
 
 def sample_visible(shape: GeneratedShape, count: int, rng: np.random.Generator) -> SurfaceSamples:
-    """Draw points uniformly by area from the surface of the union; points inside another part are rejected.
-
-    Args:
-        shape: the shape to sample.
-        count: n.
-        rng: random generator.
-    """
+    """Draw points uniformly by area from the surface of the union; points inside another part are rejected."""
     corners = np.concatenate([part.solid.vertices[part.solid.triangles] for part in shape.parts])  # (t, 3, 3)
     owner = np.repeat(np.arange(len(shape.parts)), [len(part.solid.triangles) for part in shape.parts])
     areas, normals = _areas_and_normals(corners)

@@ -196,12 +196,7 @@ def predict_parts(
 
 
 class PartTask:
-    """The data of one call, and how it is scored.
-
-    Args:
-        config: the parsed command line.
-        class_choice: category of the model; None for all.
-    """
+    """The data of one call, and how it is scored; ``class_choice`` None means a model of all categories."""
 
     def __init__(self, config: PartConfig, class_choice: str | None) -> None:
         self.config, self.device = config, resolve_device(config.device)

@@ -162,11 +162,6 @@ def protocols_of(config: SemanticConfig) -> list[str]:
 class AreaTest:
     """Test models on one area.
 
-    Args:
-        config: the parsed command line.
-        area: the area.
-        in_channels: values per point that the model takes.
-
     Raises:
         DataError: a protocol's blocks are missing or wrong, or the area has no rooms.
     """
@@ -235,11 +230,6 @@ class RoomPrediction(NamedTuple):
 
 def predict_room(passes: Iterable[Any], size: int, name: str) -> RoomPrediction:
     """Merge a room's predictions: average each point's class probabilities over its blocks.
-
-    Args:
-        passes: scores and batches of the room's blocks.
-        size: points of the room.
-        name: of the room, for messages.
 
     Raises:
         DataError: a point is in no block.

@@ -111,11 +111,7 @@ def in_child(function: Callable[..., None], *args: Any) -> int:
 
 
 class Place:
-    """Data, an uninterrupted run on it, and folders for runs that are broken.
-
-    Args:
-        folder: scratch space.
-    """
+    """Data, an uninterrupted run on it, and folders for runs that are broken."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.root, self.count = folder, folder / "data", 0
@@ -567,11 +563,7 @@ def leftovers(place: Place, rng: random.Random) -> None:
 
 
 class Bomb:
-    """Makes a folder when it is unpickled without care.
-
-    Args:
-        marker: the folder.
-    """
+    """Makes a folder when it is unpickled without care."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker

@@ -175,12 +175,7 @@ TEXT_MUTATORS = (set_number_text, edit_lines)
 
 
 def mutate(data: bytes, other: bytes, rng: random.Random) -> tuple[bytes, str]:
-    """Change a file in one to three ways.
-
-    Args:
-        data: the valid file.
-        other: another valid file, for splices.
-        rng: decides everything.
+    """Change a file in one to three ways; ``other`` is another valid file, for splices.
 
     Returns:
         The changed file and what was done.

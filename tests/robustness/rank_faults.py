@@ -43,11 +43,7 @@ SETTINGS = ("--epochs", 6, "--eval_every", 3, "--save_every", 2)
 
 
 class Place:
-    """Data, an uninterrupted run, and folders for others.
-
-    Args:
-        folder: scratch space.
-    """
+    """Data, an uninterrupted run, and folders for others."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.root = folder, folder / "data"
