@@ -227,11 +227,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 class Pretraining(Task):
-    """Pretraining of CrossNet on pairs of a cloud and renderings.
-
-    Args:
-        config: settings of the run.
-    """
+    """Pretraining of CrossNet on pairs of a cloud and renderings."""
 
     kind = "crossnet-pretraining"
     loss_names = ("loss", "loss_intra", "loss_cross")

@@ -219,12 +219,6 @@ def write_page(
 ) -> Path:
     """Write report.html.
 
-    Args:
-        folder: the demo's output folder, with its pictures.
-        report: content of report.json.
-        data_root: the demo set.
-        headings: headings of each segmentation task's scores.
-
     Returns:
         Path of the page.
     """

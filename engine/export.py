@@ -39,12 +39,7 @@ class Difference(NamedTuple):
 
 
 def describe_weights(encoder: nn.Module, payload: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the metadata of an exported file: the encoder, and what the checkpoint says about its training.
-
-    Args:
-        encoder: with the weights of the checkpoint.
-        payload: content of the checkpoint.
-    """
+    """Return the metadata of an exported file: the encoder, and what the checkpoint says about its training."""
     ours = payload if "point_encoder" in payload else {}
     training = {**ours, **ours.get("progress", {})}
     return {

@@ -99,11 +99,7 @@ def evaluate(run: Run) -> dict[str, float]:
 
 
 class Meter:
-    """Losses, times and the log of a run; losses stay on the device until they are flushed.
-
-    Args:
-        run: the run to report on.
-    """
+    """Losses, times and the log of a run; losses stay on the device until they are flushed."""
 
     def __init__(self, run: Run) -> None:
         self.run, self.pending, self.last = run, [], 0.0

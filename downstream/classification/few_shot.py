@@ -135,19 +135,7 @@ def few_shot_accuracies(
     runs: int = 10,
     seed: int = 1,
 ) -> list[float]:
-    """Return the accuracy of every run in percent.
-
-    Args:
-        train_x: (n, D) features.
-        train_y: (n,) classes.
-        test_x: (m, D) features.
-        test_y: (m,) classes.
-        protocol: one of ``PROTOCOLS``.
-        ways: classes per episode.
-        shots: labeled clouds per class.
-        queries: clouds to classify per class.
-        runs: number of episodes.
-        seed: of the episodes.
+    """Return the accuracy of every run in percent, from features (n, D) and classes (n,) of both splits.
 
     Raises:
         UserError: too few classes have enough clouds.

@@ -154,18 +154,9 @@ def predict_parts(
     within_category: bool = False,
     seed: int = 1,
 ) -> np.ndarray:
-    """Predict the part of every point.
+    """Predict the part of every point of the chosen shapes; None means all.
 
-    Args:
-        model: a part segmentation model.
-        parts: the shapes.
-        device: device of the model.
-        batch_size: shapes per forward pass.
-        chosen: shapes to predict; None means all.
-        workers: data-loading processes.
-        votes: predictions averaged per shape, V - 1 of them from scaled copies.
-        within_category: predict only parts of the shape's category.
-        seed: of the scaled copies.
+    With ``votes`` above 1 the predictions are averaged over the shape and ``votes`` - 1 scaled copies.
 
     Returns:
         (n, N) int64 part numbers over all categories.
