@@ -97,7 +97,7 @@ def score_table(records: Records, table: Table, rows: Sequence[Row]) -> list[str
     quoted = any((row.published, row.reproduced) != (Row.published, Row.reproduced) for row in rows)
     others = ["published", "reproduced by others"] if quoted else []
     lines = [["row", *table.columns, "seeds", *others, "record"]]
-    commands: list[list[str]] = []
+    blocks: list[str] = []
     for row in rows:
         found = records.of(row)
         cells = []
@@ -107,10 +107,9 @@ def score_table(records: Records, table: Table, rows: Sequence[Row]) -> list[str
         where = f"`{row.name}`"
         if found:
             where = f"[{row.name}](../results/{row.name}), {commits_and_machines(found)}"
-            commands.append(found[0]["commands"])
+            blocks += [f"`{row.name}`, seed {found[0]['seed']}:", "", "```", *found[0]["commands"], "```", ""]
         seeds = ", ".join(str(record["seed"]) for record in found) or "-"
         lines.append([row.label, *cells, seeds, *([row.published, row.reproduced] if quoted else []), where])
-    blocks = [line for shown in commands for line in ("```", *shown, "```", "")]
     return [markdown_table(lines), "", *difference_table(records, table, rows), *blocks]
 
 

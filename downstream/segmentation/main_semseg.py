@@ -340,7 +340,7 @@ def train(config: SemanticConfig) -> list[dict[str, Any]]:
             identity=f"areas {areas}, rooms {sets[0].rooms}, {sets[0].num_points} points",
         )
         held = len(sets[1].rooms) if len(sets) > 1 else 0
-        lines = [f"test area {area}; {sets[0]!r}; {held} rooms held out", *report]
+        lines = [f"test area {area}; {sets[0]!r}; rooms held out: {held}", *report]
         result = fine_tune(Run(task, folder), test, lines)
         records.append({"test_area": area, "train_areas": areas, "folder": str(folder.path), "held_out_rooms": held})
         records[-1] |= {"label_fraction": fraction, "point_label_fraction": config.point_label_fraction}
