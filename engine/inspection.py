@@ -99,7 +99,8 @@ def _content(value: Any) -> str:
         tensors = [item for item in value.values() if isinstance(item, Tensor)]
         if tensors:
             return f"{len(tensors)} tensors, {sum(tensor.numel() for tensor in tensors):,} numbers"
-        return f"{len(value)} entries: {', '.join(str(key)[:40] for key in list(value)[:SHOWN_NAMES])}"
+        names = [str(key)[:40] for key in list(value)[:SHOWN_NAMES]] + ["..."] * (len(value) > SHOWN_NAMES)
+        return f"{len(value)} entries: {', '.join(names)}" if value else "empty"
     if isinstance(value, bool | int | float | str | None):
         return repr(value)[:80]
     return type(value).__name__

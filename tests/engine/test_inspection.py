@@ -7,6 +7,7 @@ import torch
 from torchvision.models import resnet18
 
 from engine.checkpoint.__main__ import main
+from engine.inspection import _content
 from models import pretrained
 from models.task_heads import PartSegmentation
 from tests.support.checkpoints import save_model
@@ -29,6 +30,12 @@ def test_a_checkpoint_of_pretraining(tmp_path, capsys):
     assert "encoder: dgcnn_cls (k 4, emb_dims 16): all 30 tensors fit" in text
     assert "git_commit: abc" in text and "settings: seed 5, batch_size 8" in text
     assert "use: --pretrain_path or --model_path\n" in text and "point_encoder: 30 tensors" in text
+
+
+def test_long_and_empty_entries_are_shown_as_such():
+    assert _content({}) == "empty"
+    assert _content({"a": 1, "b": 2}) == "2 entries: a, b"
+    assert _content(dict.fromkeys("abcdefgh", 1)) == "8 entries: a, b, c, d, e, ..."
 
 
 def test_a_fine_tuned_model_has_a_head(tmp_path, capsys):
