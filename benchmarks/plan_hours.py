@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from datasets.pair_sources import open_source
 from downstream.classification import main as classification
 from downstream.retrieval import average_precisions
 from downstream.svm import few_label_svm, linear_svm
+from utils.cli import read_json
 
 SVM_SCRIPT = "downstream/classification/main.py"
 # Settings that a step's time depends on; pretrainings that agree in all are measured once.
@@ -38,6 +39,11 @@ SIZES: Mapping[str, tuple[Mapping[str, int], int]] = {
 NOT_PRICED = "starts of processes, reading labeled sets, scoring of held-out pairs, data that is made"
 # Words of the training script, pairs to read (None: a stand-in), points of the clouds whose features are timed.
 Measure = Callable[[Sequence[str], "str | None", int], Mapping[str, float]]
+
+
+def say(text: str) -> None:
+    """Tell what takes the time; the table comes last."""
+    print(text, file=sys.stderr, flush=True)
 
 
 class Prices:
@@ -78,6 +84,7 @@ class Prices:
         points = self.svm_settings(row).num_points if row.script == SVM_SCRIPT else 1024
         key = (*(getattr(settings, name) for name in COST_SETTINGS), data, points)
         if key not in self.costs:
+            say(f"{row.name}: timing a training step of {settings.model}, {settings.batch_size} objects")
             self.costs[key] = self.measure(words, data, points)
         return self.costs[key]
 
@@ -106,7 +113,7 @@ class Prices:
         """
         if row.script != SVM_SCRIPT:
             records = (self.runner.results / row.name).glob("seed_*/row.json")
-            minutes = [json.loads(path.read_text(encoding="utf-8")).get("command_minutes") for path in records]
+            minutes = [read_json(path).get("command_minutes") for path in records]
             return statistics.mean(each[-1] for each in minutes if each) / 60 if any(minutes) else None
         settings = self.svm_settings(row)
         name = f"scanobjectnn {settings.variant}" if settings.dataset == "scanobjectnn" else settings.dataset
@@ -116,6 +123,7 @@ class Prices:
         cost = self.cost(row)
         key = (name, cost["dims"], *settings.svm_c, settings.cv_folds, *settings.shots, settings.shot_draws)
         if key not in self.svms:
+            say(f"{row.name}: timing linear SVMs on {name}")
             self.svms[key] = svm_seconds(settings, clouds, classes=classes, dims=int(cost["dims"]), cpu=self.cpu)
         return (sum(clouds.values()) * cost["cloud_seconds"] + self.svms[key]) / 3600
 

@@ -16,7 +16,6 @@ Examples:
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,7 +28,7 @@ from engine.checkpoint import load_checkpoint
 from engine.export import describe_weights, export
 from engine.load_model import encoder_from_checkpoint
 from models import ENCODERS, pretrained
-from utils.cli import HelpFormatter, log_to_screen, run, write_json
+from utils.cli import HelpFormatter, log_to_screen, read_json, run, write_json
 from utils.errors import UserError
 from utils.files import replacing, sha256
 from utils.weight_files import SUFFIX
@@ -77,9 +76,9 @@ def recorded(name: str, source: Path, *, plan: Plan, results: Path) -> tuple[str
         raise UserError(f"--row {name}: the plan has no such row; python -m benchmarks.reproduce --list shows all")
     checksum = sha256(source)
     for path in sorted((results / name).glob("seed_*/row.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if record["checkpoint_sha256"] == checksum:
-            found = json.loads((path.parent / "scores.json").read_text(encoding="utf-8"))
+        record = read_json(path)
+        if record.get("checkpoint_sha256") == checksum:
+            found = read_json(path.parent / "scores.json")
             columns = {title: value_at(found, place) for title, place in plan.tables[row.table].columns.items()}
             scores = {f"{name}, {title}": f"{value:.1f}" for title, value in columns.items() if value is not None}
             return "; ".join(record["commands"][:-1]), scores  # the last command scores

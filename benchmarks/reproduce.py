@@ -38,7 +38,7 @@ from benchmarks.measure import ROOT, provenance
 from benchmarks.plan import PLAN, Plan, Row
 from benchmarks.result_pages import recorded_scores, value_at, write_page
 from models.pretrained import pretrained_index
-from utils.cli import HelpFormatter, run, seed_number, write_json
+from utils.cli import HelpFormatter, check_writable, read_json, run, seed_number, write_json
 from utils.errors import UserError
 from utils.files import sha256
 
@@ -101,7 +101,7 @@ class Runner:
         folder = self.run_folder(name, seed)
         if not all((folder / file).exists() for file in ("last.pth", "config.json", "metrics.jsonl")):
             return 0.0
-        epochs = json.loads((folder / "config.json").read_text(encoding="utf-8"))["arguments"]["epochs"]
+        epochs = read_json(folder / "config.json")["arguments"]["epochs"]
         return min(1.0, len((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) / epochs)
 
     def training_command(self, name: str, script: str, flags: Mapping[str, Any], seed: int) -> list[str]:
@@ -152,8 +152,8 @@ class Runner:
         path = self.record_folder(row, seed) / "row.json"
         if not path.exists():
             return None
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if record["flags"] != self.identity(row):
+        record = read_json(path)
+        if record.get("flags") != self.identity(row):
             raise UserError(
                 f"{path.parent} was recorded with other settings than the plan's; move it away to run the row again, "
                 "or give the row another name"
@@ -201,9 +201,12 @@ class Runner:
                     [sys.executable, *command[1:]], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, check=False
                 )
                 if done.returncode:
-                    raise UserError(f"{shlex.join(command)} ended with exit code {done.returncode}; see {log}")
+                    last = (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"])[-1]
+                    raise UserError(
+                        f"{shlex.join(command)} ended with exit code {done.returncode}; see {log}, which ends: {last}"
+                    )
                 minutes.append(round((time.time() - begun) / 60, 2))
-        scores = json.loads((self.work / row.name / f"seed_{seed}.json").read_text(encoding="utf-8"))
+        scores = read_json(self.work / row.name / f"seed_{seed}.json")
         trained = self.run_folder(row.name if row.script in TRAINING_SCRIPTS else row.pretraining or "", seed)
         checkpoint = trained / "last.pth"
         record = {
@@ -230,13 +233,21 @@ class Runner:
 
 def check_row(row: Row, seed: int, *, recorded: Runner, again: Runner, tolerance: float) -> bool:
     """Run a recorded seed again in a separate folder; return whether the table's columns agree."""
-    before = recorded_scores(recorded.record_folder(row, seed))
+    folder = recorded.record_folder(row, seed)
+    before = recorded_scores(folder)
     shutil.rmtree(again.work, ignore_errors=True)
     again.run_seed(row, seed)
     after = recorded_scores(again.record_folder(row, seed))
-    agree = True
-    for column, path in recorded.plan.tables[row.table].columns.items():
-        old, new = value_at(before, path), value_at(after, path)
+    columns = recorded.plan.tables[row.table].columns
+    pairs = {column: (value_at(before, path), value_at(after, path)) for column, path in columns.items()}
+    agree = any(old is not None for old, _ in pairs.values())
+    if not agree:
+        print(
+            f"{row.name}, seed {seed}: none of the columns {', '.join(columns)} is in {folder / 'scores.json'}: DIFFERS"
+        )
+    for column, (old, new) in pairs.items():
+        if old is None and new is None:  # a column of other rows
+            continue
         same = old == new or (old is not None and new is not None and abs(old - new) <= tolerance)
         agree &= same
         print(f"{row.name}, seed {seed}, {column}: recorded {old}, now {new}: {'agrees' if same else 'DIFFERS'}")
@@ -325,6 +336,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = build_parser().parse_args(argv)
     runner, page = prepare(args)
     rows = chosen_rows(runner.plan, args.rows)
+    if not (args.list or args.tables):
+        check_writable(runner.work)
+        check_writable(runner.results)
     state: dict[str, Any] = {}
     for row in rows:
         seeds = args.seeds or (row.seeds[:1] if args.quick else row.seeds)
@@ -339,6 +353,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             again = Runner(
                 runner.plan, work=runner.work / "check", results=runner.work / "check_results", quick=runner.quick
             )
+            if not done:
+                print(f"{row.name}: nothing to check, no seed of {list(seeds)} is recorded in {runner.results}")
             agree = [check_row(row, seed, recorded=runner, again=again, tolerance=args.tolerance) for seed in done]
             state[row.name]["agrees"] = all(agree) if agree else None
         elif missing:

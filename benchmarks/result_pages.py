@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,9 @@ from typing import Any
 from benchmarks.measure import markdown_table
 from benchmarks.plan import Plan, Row, Table
 from benchmarks.spread import Difference, difference
+from utils.cli import read_json
+from utils.errors import UserError
+from utils.files import replacing
 from utils.reproducible import commit_of
 
 INTERVAL_NOTE = (
@@ -23,10 +27,15 @@ WITHIN, BEYOND = "#8c8c8c", "#b5482a"
 
 def recorded_scores(folder: Path) -> dict[str, Any]:
     """Return ``scores.json`` of a seed's record and, as ``training``, the last epoch of the run that was scored."""
-    scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
-    if (folder / "metrics.jsonl").exists():
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        scores = {**scores, "training": json.loads(lines[-1]) if lines else {}}
+    scores, metrics = read_json(folder / "scores.json"), folder / "metrics.jsonl"
+    if metrics.exists():
+        lines = metrics.read_text(encoding="utf-8").splitlines()
+        try:
+            scores = {**scores, "training": json.loads(lines[-1]) if lines else {}}
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"the last line of {metrics} is not JSON ({error}); delete {folder} to run it again"
+            ) from error
     return scores
 
 
@@ -63,11 +72,12 @@ class Records:
 
     def folders(self, row: Row) -> list[Path]:
         """Return the folders of a row's finished seeds."""
-        return sorted(path.parent for path in (self.results / row.name).glob("seed_*/row.json"))
+        found = (self.results / row.name).glob("seed_*/row.json")
+        return sorted(path.parent for path in found if re.fullmatch(r"seed_\d+", path.parent.name))
 
     def of(self, row: Row) -> list[dict[str, Any]]:
         """Return the records of a row's finished seeds."""
-        return [json.loads((path / "row.json").read_text(encoding="utf-8")) for path in self.folders(row)]
+        return [read_json(path / "row.json") for path in self.folders(row)]
 
     def values(self, row: Row, path: str) -> dict[int, float]:
         """Return a column's value by seed."""
@@ -202,14 +212,18 @@ def draw_effects(records: Records, table: Table, rows: Sequence[Row], path: Path
 
 
 def write_page(plan: Plan, results: Path, page: Path) -> None:
-    """Write the page of a plan from its records; cells without one say ``not run``."""
+    """Write the page of a plan from its records; cells without one say ``not run``.
+
+    Raises:
+        UserError: a record cannot be read, or the page cannot be written.
+    """
     records = Records(plan, results)
     lines = [f"# {plan.title}", ""]
     for part in (plan.navigation, plan.intro):
         lines += [part.strip(), ""] if part else []
-    page.parent.mkdir(parents=True, exist_ok=True)
     for name, table in plan.tables.items():
         rows = [row for row in plan.rows if row.table == name]
         lines += [f"## {table.title}", "", table.note.strip(), ""]
         lines += effect_table(records, table, rows, page) if table.effects else score_table(records, table, rows)
-    page.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    with replacing(page) as temporary:
+        temporary.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")

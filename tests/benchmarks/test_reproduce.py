@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -289,7 +290,7 @@ def test_a_row_waits_for_its_weights_and_is_a_record_of_these(project, tmp_path,
 
 def test_a_command_that_fails_is_named_with_its_log_and_nothing_is_recorded(project, tmp_path):
     write_plan(tmp_path, flags="base = 90.0, fail = true")
-    with pytest.raises(UserError, match=r"--fail .* exit code 1; see .*seed_1.log"):
+    with pytest.raises(UserError, match=r"--fail .* exit code 1; see .*seed_1.log, .*: asked to fail"):
         reproduce.main([*project, "--rows", "runs", "--seeds", "1"])
     assert "asked to fail" in (tmp_path / "work/runs/seed_1.log").read_text()
     assert not (tmp_path / "results/runs").exists()
@@ -323,12 +324,32 @@ num_points = 16
     assert f"| {scores['test_accuracy_mean']:.1f} (one seed) |" in (tmp_path / "quick/results.md").read_text()
 
 
+VARIANT = '[[variants]]\nfactor = "f"\ncases = {}\n'
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (('table = "t"', 'table = "u"'), "row runs names a table that is not there: u"),
         (('[[rows]]\nname = "lacks"', '[[rows]]\nname = "runs"'), "two rows are called runs"),
-        (("label =", "lable ="), "cannot be read as a plan"),
+        (("label =", "lable ="), "row 1 has the unknown field lable; there are name, table, label"),
+        (('label = "can run"', ""), "row 1 lacks label"),
+        (("note =", "nota ="), "table t has the unknown field nota"),
+        (('label = "can run"', 'label = "can run"\nseeds = 1'), "row 1 has seeds = 1, which is not of the type .*int"),
+        (('label = "can run"', 'label = "can run"\nseeds = ["1"]'), "row 1 has seeds = "),
+        (('["data/absent|data/gone"]', '"data/absent"'), "row 2 has needs = 'data/absent', which is not"),
+        (("data/absent", "dta/absent"), "row lacks needs dta/absent, which begins with none of the roots"),
+        (("base = 90.0", 'noise = "{dta}/x"'), "row runs names a root that is not there: {dta}"),
+        (("score.py", "scores.py"), "row runs names a script that is not there: .*scores.py"),
+        (('name = "runs"', 'name = "../runs"'), "'../runs' is the name of a folder too"),
+        (('name = "runs"', 'name = "check"'), "'check' is the name of a folder too"),
+        (("[[rows]]", "[[row]]"), "row is not a part of a plan; there are title"),
+        (('title = "Results"', ""), "title is missing"),
+        (
+            ("[tables.t]", '[[variants]]\nof = "runs"\nfactor = "f"\ncases = {}\n[tables.t]'),
+            "has no pretraining to vary",
+        ),
+        (("[tables.t]", '[[variants]]\nof = "run"\nfactor = "f"\ncases = {}\n[tables.t]'), "which is not there"),
         (("[roots]", "[roots"), "cannot be read as a plan"),
     ],
 )
@@ -337,6 +358,50 @@ def test_a_plan_that_does_not_fit_is_an_error_that_names_it(project, tmp_path, c
     path.write_text(path.read_text().replace(*change))
     with pytest.raises(UserError, match=message):
         reproduce.main([*project, "--list"])
+
+
+def test_a_plan_that_is_not_text_is_an_error(project, tmp_path):
+    (tmp_path / "plan.toml").write_bytes(b"\x89HDF")
+    with pytest.raises(UserError, match="plan.toml cannot be read as a plan"):
+        reproduce.main([*project, "--list"])
+
+
+def test_a_damaged_record_is_named_and_a_copy_beside_it_does_not_count(project, tmp_path):
+    reproduce.main([*project, "--seeds", "1"])
+    folder = tmp_path / "results/runs/seed_1"
+    shutil.copytree(folder, folder.with_name("seed_1.bak"))
+    reproduce.main([*project, "--tables"])
+    assert "| 91.0 (one seed) |" in (tmp_path / "docs/results.md").read_text()
+    for name, message in {"scores.json": "cannot read", "row.json": "cannot read|does not hold"}.items():
+        for content in ('{"na', "[]", None):
+            text = (folder / name).read_text()
+            (folder / name).write_text(content) if content else (folder / name).unlink()
+            if (name, content) == ("row.json", None):  # as if the seed had not run
+                reproduce.main([*project, "--tables"])
+            else:
+                with pytest.raises(UserError, match=f"{message}.*|does not hold"):
+                    reproduce.main([*project, "--tables"])
+            (folder / name).write_text(text)
+    (folder / "metrics.jsonl").write_text('{"epoch": 1}\n{"epo')
+    with pytest.raises(UserError, match="the last line of .*metrics.jsonl is not JSON"):
+        reproduce.main([*project, "--tables"])
+
+
+def test_a_check_that_compares_nothing_does_not_agree(project, tmp_path, capsys):
+    reproduce.main([*project, "--rows", "runs", "--check", "--seeds", "1"])
+    assert "nothing to check, no seed of [1] is recorded" in capsys.readouterr().out
+    reproduce.main([*project, "--seeds", "1"])
+    (tmp_path / "results/runs/seed_1/scores.json").write_text("{}")
+    assert reproduce.main([*project, "--rows", "runs", "--check", "--seeds", "1"])["runs"]["agrees"] is False
+    assert "none of the columns all labels, 1 label, mAP is in" in capsys.readouterr().out
+
+
+def test_folders_that_cannot_be_written_are_errors_before_anything_runs(project, tmp_path):
+    (tmp_path / "file").touch()
+    for flag in ("--work_dir", "--results", "--page"):
+        with pytest.raises(UserError, match="cannot write"):
+            reproduce.main([*project, "--seeds", "1", flag, str(tmp_path / "file" / "deeper")])
+    assert (tmp_path / "calls").read_text() == "x"  # the page comes last
 
 
 def test_unknown_rows_and_roots_are_errors(project):
