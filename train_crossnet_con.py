@@ -308,11 +308,8 @@ class Pretraining(Task):
             )
         if config.chunk_size == 1:
             raise UserError("--chunk_size 1 leaves no statistics for batch norm; use 2 or more")
-        if config.num_points and config.num_points > self.dataset.cloud_size:
-            raise UserError(
-                f"--num_points {config.num_points} is more than the clouds of {config.data_root} have: "
-                f"{max(self.dataset.sizes)}"
-            )
+        if config.num_points:
+            self.dataset.check_points(config.num_points, flag="--num_points")
         points = config.num_points or self.dataset.cloud_size
         if config.k is not None and config.k > points:
             raise UserError(f"--k {config.k} neighbors in clouds of {points} points; use --k {points} or less")

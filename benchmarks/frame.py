@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,9 +21,39 @@ import torch
 from benchmarks.measure import in_fresh_process, provenance
 from engine.device import resolve_device
 from utils.cli import HelpFormatter, positive_int, seed_number, write_json
+from utils.errors import UserError
 
 # Flags that do not belong to the settings of a result: they name places on this machine or how it was called.
 NOT_SETTINGS = ("json", "data_root", "picture", "part", "argv")
+
+
+def named(words: Sequence[str], flag: str, value: str) -> dict[str, str]:
+    """Read the words ``NAME=VALUE`` of a flag.
+
+    Args:
+        words: to read.
+        flag: for messages.
+        value: what VALUE is called in messages.
+
+    Raises:
+        UserError: a word without ``=``, or a name that is no file's or is given twice.
+    """
+    found: dict[str, str] = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        if not equals:
+            raise UserError(f"{flag} {word!r} has no '='; write {flag} 'NAME={value}'")
+        if not re.fullmatch(r"\w[\w .+-]*", name):
+            raise UserError(f"{flag} {word!r}: files are called NAME; use letters, digits, blanks and . _ + -")
+        if file_name(name) in map(file_name, found):
+            raise UserError(f"{flag} {word!r}: there is another NAME like this; its files would be the same")
+        found[name] = text
+    return found
+
+
+def file_name(name: str) -> str:
+    """Return the name of the files of what ``named`` read."""
+    return name.replace(" ", "_")
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ A call that was stopped continues when it is repeated: checkpoints that were sco
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 import warnings
@@ -37,7 +36,7 @@ import torch
 from scipy import optimize, stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also run by path
-from benchmarks.frame import Benchmark
+from benchmarks.frame import Benchmark, file_name, named
 from benchmarks.measure import text_table
 from benchmarks.recipes import held_out_pairs
 from benchmarks.spread import LEVEL
@@ -46,10 +45,11 @@ from datasets.registry import CLASSIFICATION_SETS
 from downstream.classification import main as classification
 from downstream.classification.eval_inputs import open_splits
 from downstream.features import evaluating
+from downstream.figures import PICTURE_TYPES, check_output_path
 from downstream.pair_validation import view_scores
 from engine.load_model import encoder_and_point_head
 from models.base import pooled_features
-from utils.cli import non_negative_int, positive_int, run, write_json
+from utils.cli import non_negative_int, positive_int, read_json, run, write_json
 from utils.errors import UserError
 from utils.files import sha256
 
@@ -80,13 +80,10 @@ def read_runs(words: Sequence[str]) -> dict[str, list[Path]]:
     """Return the checkpoints of each ``NAME=FOLDER``: ``step_<n>.pth`` in order, then ``last.pth``.
 
     Raises:
-        UserError: a word without ``=``, or a folder without kept checkpoints.
+        UserError: a word is not ``NAME=FOLDER``, or a folder has no kept checkpoints.
     """
     found = {}
-    for word in words:
-        name, equals, folder = word.partition("=")
-        if not equals:
-            raise UserError(f"--run {word!r} has no '='; write --run NAME=FOLDER")
+    for name, folder in named(words, "--run", "FOLDER").items():
         steps = {
             int(match[1]): path
             for path in Path(folder).glob("step_*.pth")
@@ -108,16 +105,19 @@ class Scorer:
         words += ["--shots", "1", "--model_path", "-", "--device", str(device), "--seed", str(args.seed)]
         self.config = classification.SVMConfig.from_flags(classification.build_parser().parse_args(words))
         self.splits = open_splits(args.dataset, args.data_root, variant=self.config.variant, num_points=args.num_points)
-        names = ("dataset", "num_points", "pairs", "pairs_count", "seed")
+        names = ("dataset", "data_root", "num_points", "pairs", "pairs_count", "seed")
         self.settings = {name: getattr(args, name) for name in names}
         self.views: dict[str, list[dict[str, torch.Tensor]]] = {}
 
     def __call__(self, name: str, path: Path) -> dict[str, Any]:
         """Score a checkpoint of the run ``name``, or return what an earlier call found; with its ``step``."""
-        kept, key = Path(self.args.work_dir) / name / f"{path.stem}.json", {**self.settings, "sha256": sha256(path)}
+        kept, key = (
+            Path(self.args.work_dir) / file_name(name) / f"{path.stem}.json",
+            {**self.settings, "sha256": sha256(path)},
+        )
         if kept.exists():
-            found = json.loads(kept.read_text(encoding="utf-8"))
-            if found["settings"] == key:
+            found = read_json(kept)
+            if found.get("settings") == key:
                 return found["scores"]
         encoder, head, payload = encoder_and_point_head(path)
         record = classification.evaluate(encoder, *self.splits, self.config).record
@@ -140,11 +140,19 @@ class Scorer:
         held_out = payload.get("held_out", [])
         if self.args.pairs:
             ids = open_source(root).ids
-            held_out = held_out_shapes(ids, min(0.5, self.args.pairs_count / len(ids)), seed=self.args.seed)
+            chosen = held_out_shapes(ids, min(0.5, self.args.pairs_count / len(ids)), seed=self.args.seed)
+            same = Path(root).resolve() == Path(payload["arguments"]["data_root"]).resolve()
+            if same and not set(chosen) <= set(held_out):
+                raise UserError(
+                    f"--pairs {root} are the pairs that a run trained on; leave --pairs out, or name others"
+                )
+            held_out = chosen
         key = "\n".join([root, *held_out])
         if held_out and key not in self.views:
             sizes = {"num_points": self.args.num_points, "image_size": PICTURE_PX, "modality": "gray"}
-            validation, augment = held_out_pairs(root, held_out, **sizes, seed=self.args.seed)
+            validation, augment = held_out_pairs(
+                root, held_out, **sizes, seed=self.args.seed, points_flag="--num_points"
+            )
             self.views[key] = [augment(batch, epoch=0, device=self.device) for batch in validation.batches]
         return self.views.get(key, [])
 
@@ -300,7 +308,13 @@ def draw(runs: Mapping[str, Any], path: Path) -> None:
     save_figure(figure, path, dpi=110)
 
 
-BENCHMARK = Benchmark("growth", __doc__, add_arguments, measure, table, repeats=None, threads=1)
+def check(args: argparse.Namespace) -> None:
+    """Fail before the scores are computed if the picture cannot be drawn."""
+    if args.picture:
+        check_output_path(args.picture, PICTURE_TYPES)
+
+
+BENCHMARK = Benchmark("growth", __doc__, add_arguments, measure, table, repeats=None, threads=1, check=check)
 main = BENCHMARK.main
 
 if __name__ == "__main__":

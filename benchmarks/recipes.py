@@ -13,13 +13,13 @@ Examples:
   python -m benchmarks.recipes --data_root data/generated/12096.h5 --minutes 8 --work_dir runs/recipes
   python -m benchmarks.recipes --data_root data/generated/12096.h5 --recipe 'base=' --recipe 'ave=--objective ave'
 
-A call that was stopped continues when it is repeated: finished recipes are kept.
+A call that was stopped continues when it is repeated: finished recipes are kept. A recipe that cannot be trained is
+named in the table, and the exit code is 1.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import statistics
 import sys
@@ -35,7 +35,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also run by path
 import train_crossnet_con
-from benchmarks.frame import Benchmark
+from benchmarks.frame import Benchmark, file_name, named
 from benchmarks.measure import markdown_table
 from datasets.pair_sources import held_out_shapes, open_source
 from datasets.shapenet_render import ShapeNetRender
@@ -45,7 +45,7 @@ from downstream.pair_validation import PairValidation, recall_at_1
 from engine.load_model import crossnet_from_checkpoint
 from models.base import pooled_features
 from models.losses import RELEASED_TEMPERATURE
-from utils.cli import positive_float, positive_int, run, write_json
+from utils.cli import explain, positive_float, positive_int, read_json, run, write_json
 from utils.errors import UserError
 
 BASE = "--batch_size 32 --num_points 512 --image_model resnet18 --image_size 64 --channels_last"
@@ -58,6 +58,8 @@ RECIPES = {
     "48 px": "--image_size 48",
 }
 TRIAL = 8  # steps of the run that measures the time of a step; the first two do not count
+# Settings that the results of all recipes depend on.
+SETTINGS = ("base", "minutes", "held_out", "eval_points", "data_root", "seed", "threads")
 COLUMNS = ("r1_views", "r1_pictures", "loss", "alignment", "uniformity")
 
 
@@ -84,21 +86,21 @@ def read_recipes(words: Sequence[str] | None) -> dict[str, str]:
     """Read ``NAME=FLAGS`` entries; None means the built-in recipes.
 
     Raises:
-        UserError: an entry without ``=``.
+        UserError: an entry without ``=``, or a name that is not that of a folder or is given twice.
     """
-    if words is None:
-        return RECIPES
-    for word in words:
-        if "=" not in word:
-            raise UserError(f"--recipe {word!r} has no '='; write --recipe 'NAME=FLAGS', where FLAGS may be empty")
-    return dict(word.split("=", 1) for word in words)
+    return RECIPES if words is None else named(words, "--recipe", "FLAGS")
 
 
 def held_out_pairs(
-    root: str, shapes: Sequence[str], *, num_points: int, image_size: int, modality: str, seed: int
+    root: str, shapes: Sequence[str], *, num_points: int, image_size: int, modality: str, seed: int, points_flag: str
 ) -> tuple[PairValidation, PairAugmentation]:
-    """Return the scores of held-out pairs, and what augments their batches, alike at every call."""
+    """Return the scores of held-out pairs, and what augments their batches, alike at every call.
+
+    Raises:
+        DataError: the clouds are smaller than ``num_points``, the value of ``points_flag``.
+    """
     pairs = ShapeNetRender(root, seed=seed, transform=RenderPixels(image_size), num_points=num_points)
+    pairs.check_points(num_points, flag=points_flag)
     augment = PairAugmentation(num_points=num_points, image_size=image_size, modality=modality, seed=seed)
     return PairValidation(pairs.subset(shapes), batch_size=32), augment
 
@@ -111,7 +113,13 @@ class Comparison:
         self.work_dir = Path(args.work_dir)
         self.work_dir.mkdir(parents=True, exist_ok=True)
         ids = open_source(args.data_root).ids
+        if len(ids) - args.held_out < 2:
+            raise UserError(
+                f"--held_out {args.held_out} of {len(ids)} pairs of {args.data_root}; 2 at least must remain"
+            )
         self.held_out = held_out_shapes(ids, args.held_out / len(ids), seed=args.seed)
+        # Before anything is trained.
+        ShapeNetRender(args.data_root, num_points=args.eval_points).check_points(args.eval_points, flag="--eval_points")
         left = sorted(set(ids) - set(self.held_out))
         order = torch.randperm(len(left), generator=torch.Generator().manual_seed(args.seed)).tolist()
         self.shapes = [left[i] for i in order]
@@ -122,6 +130,8 @@ class Comparison:
         samples = steps * config.batch_size
         epochs = -(-samples // len(self.shapes))
         chosen = self.work_dir / f"{name}.txt"
+        if (self.work_dir / name).exists() and not chosen.exists():
+            raise UserError(f"{self.work_dir / name} is not from this benchmark; choose another --work_dir")
         chosen.write_text("\n".join(self.shapes[: samples // epochs]) + "\n")
         argv = [*flags, "--list", str(chosen), "--epochs", str(epochs)]
         argv += ["--output_dir", str(self.work_dir), "--exp_name", name, "--overwrite"]
@@ -144,7 +154,9 @@ class Comparison:
         model, _ = crossnet_from_checkpoint(path)
         model.temperature = RELEASED_TEMPERATURE[model.objective]
         sizes = {"num_points": args.eval_points, "image_size": config.image_size, "modality": config.image_modality}
-        validation, augment = held_out_pairs(args.data_root, self.held_out, **sizes, seed=args.seed)
+        validation, augment = held_out_pairs(
+            args.data_root, self.held_out, **sizes, seed=args.seed, points_flag="--eval_points"
+        )
 
         def inputs_of(batch: dict[str, Any]) -> dict[str, Tensor]:
             return augment(batch, epoch=0, device=torch.device("cpu"))
@@ -166,14 +178,36 @@ class Comparison:
             "uniformity": found["val_uniformity"],
         }
 
-    def run(self, name: str, words: str) -> dict[str, Any]:
-        """Train and score a recipe, or return what an earlier call found."""
-        args, slug = self.args, name.replace(" ", "_")
-        finished = self.work_dir / f"{slug}.json"
-        if finished.exists():
-            return json.loads(finished.read_text())
+    def flags(self, name: str, words: str) -> list[str]:
+        """Return the flags of a recipe.
+
+        Raises:
+            UserError: the words cannot be split.
+        """
+        args = self.args
         flags = ["--data_root", args.data_root, "--workers", "0", "--eval_every", "0", "--save_every", "0"]
-        flags += ["--seed", str(args.seed), *shlex.split(args.base), *shlex.split(words)]
+        try:
+            return [*flags, "--seed", str(args.seed), *shlex.split(args.base), *shlex.split(words)]
+        except ValueError as error:
+            raise UserError(f"the flags of recipe {name!r} cannot be read: {error}") from error
+
+    def run(self, name: str, words: str) -> dict[str, Any]:
+        """Train and score a recipe, or return what an earlier call found.
+
+        Raises:
+            UserError: an earlier call had other settings, or the recipe cannot be trained.
+        """
+        args, slug = self.args, file_name(name)
+        finished = self.work_dir / f"{slug}.json"
+        settings = {key: getattr(args, key) for key in SETTINGS} | {"recipe": words}
+        if finished.exists():
+            result = read_json(finished)
+            before = result.get("settings", {})
+            if changed := [key for key in settings if before.get(key) != settings[key]]:
+                words = ", ".join(f"--{key} {before.get(key)!r} there, {settings[key]!r} here" for key in changed)
+                raise UserError(f"{finished} was made with {words}; choose another --work_dir, or delete it")
+            return result
+        flags = self.flags(name, words)
         config = self.config(flags)
         seconds = statistics.median(np.diff(self.train(f"{slug}_trial", flags, steps=TRIAL)[1])[1:])
         steps = max(round(60 * args.minutes / seconds), 1)
@@ -181,16 +215,30 @@ class Comparison:
         folder, times = self.train(slug, flags, steps=steps)
         result = {"flags": words, "seconds_per_step": seconds, "steps": steps, "seconds": times[-1] - times[0]}
         result["scores"] = self.score(folder / "last.pth", config)
+        result["settings"] = settings
         write_json(finished, result)
         return result
+
+    def run_or_fail(self, name: str, words: str) -> dict[str, Any]:
+        """Return the result of ``run``, or ``failed``, what prevents it: the other recipes are compared without it."""
+        try:
+            return self.run(name, words)
+        except Exception as error:
+            explained = explain(error)
+            if explained is None:
+                raise
+            print(f"{name}: {explained[0]}", file=sys.stderr, flush=True)
+            return {"flags": words, "failed": explained[0]}
 
 
 def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Run every recipe."""
-    comparison = Comparison(args)
+    recipes, comparison = read_recipes(args.recipe), Comparison(args)
+    for name, words in recipes.items():
+        comparison.config(comparison.flags(name, words))  # unknown flags end the command before an hour of training
     return {
         "held_out": len(comparison.held_out),
-        "recipes": {name: comparison.run(name, words) for name, words in read_recipes(args.recipe).items()},
+        "recipes": {name: comparison.run_or_fail(name, words) for name, words in recipes.items()},
     }
 
 
@@ -198,6 +246,9 @@ def table(result: Mapping[str, Any]) -> str:
     """Format the comparison."""
     rows = [("recipe", "steps", "s/step", "R@1 views", "R@1 pictures", "loss", "alignment", "uniformity")]
     for name, found in result["recipes"].items():
+        if "failed" in found:
+            rows.append((name, found["failed"].replace("|", "/"), *[""] * 6))
+            continue
         numbers = [f"{found['scores'][column]:.1f}" for column in COLUMNS[:2]]
         numbers += [f"{found['scores'][column]:.3f}" for column in COLUMNS[2:]]
         rows.append((name, str(found["steps"]), f"{found['seconds_per_step']:.2f}", *numbers))
@@ -208,4 +259,4 @@ BENCHMARK = Benchmark("recipes", __doc__, add_arguments, measure, table, repeats
 main = BENCHMARK.main
 
 if __name__ == "__main__":
-    run(main)
+    run(main, failed=lambda result: any("failed" in found for found in result["recipes"].values()))

@@ -64,7 +64,7 @@ class ShapeNetRender(Dataset):
         self.ids = [self.source.ids[i] for i in self._chosen]
         self.skipped = self.source.skipped
         self.sizes = self._look_at_sizes()
-        self.cloud_size = self.sizes[0]
+        self.root, self.cloud_size = root, self.sizes[0]
         if num_points is not None and max(self.sizes) >= num_points:
             self.cloud_size = max(self.cloud_size, num_points)
 
@@ -74,6 +74,15 @@ class ShapeNetRender(Dataset):
         part._chosen = [i for i in self._chosen if self.source.ids[i] in only]
         part.ids = [self.source.ids[i] for i in part._chosen]
         return part
+
+    def check_points(self, num_points: int, *, flag: str) -> None:
+        """Check that some clouds have the points that each view draws.
+
+        Raises:
+            DataError: none has; the message names the flag.
+        """
+        if num_points > self.cloud_size:
+            raise DataError(f"{flag} {num_points} is more than the clouds of {self.root} have: {max(self.sizes)}")
 
     def _look_at_sizes(self) -> list[int]:
         """Return the size of the first readable cloud; of all clouds if a sample of them shows that sizes differ."""

@@ -38,11 +38,24 @@ def test_checkpoints_are_scored_once_drawn_and_extrapolated(run_folder, data_roo
     with monkeypatch.context() as patch:
         patch.setattr(growth.classification, "evaluate", None)
         assert growth.main(argv)["runs"] == result["runs"]
-    args = growth.BENCHMARK.parse_args([*argv, "--pairs", str(data_root), "--pairs_count", "5"])
+    kept = tmp_path / "work/tiny/step_3.json"
+    found = kept.read_text()
+    kept.write_text("{")
+    with pytest.raises(UserError, match="cannot read .*step_3.json .*delete it to make it again"):
+        growth.main(argv)
+    kept.write_text(found)
+    pairs = [*argv, "--pairs", str(data_root), "--pairs_count", "5"]
+    with pytest.raises(UserError, match="--pairs .* are the pairs that a run trained on"):
+        growth.main([*pairs, "--seed", "2"])
+    args = growth.BENCHMARK.parse_args(pairs)
     views = growth.Scorer(args, torch.device("cpu")).held_out_views({"arguments": {"data_root": "elsewhere"}})
     assert [batch["view1"].shape for batch in views] == [(5, 3, 24)]
     with pytest.raises(UserError, match="has no step_<n>.pth; train with --keep_every"):
         growth.main([*argv, "--run", f"other={tmp_path}"])
+    with pytest.raises(UserError, match="--run 'tiny=.*there is another NAME like this"):
+        growth.main([*argv, "--run", f"tiny={tmp_path}"])
+    with pytest.raises(UserError, match="growth.xyz"):
+        growth.main([*argv, "--picture", str(tmp_path / "growth.xyz")])
 
 
 def test_a_kept_checkpoint_holds_the_point_head_of_its_run(run_folder):

@@ -11,11 +11,13 @@ from utils.errors import UserError
 BASE = "--batch_size 4 --num_points 32 --k 4 --emb_dims 16 --image_size 16"
 
 
+def command(root, *more):
+    words = ["--data_root", str(root / "data"), "--work_dir", str(root / "work"), "--base", BASE, "--held_out", "4"]
+    return [*words, "--minutes", "0.002", "--eval_points", "40", *more]
+
+
 def compare(root, *more):
-    return recipes.main(
-        ["--data_root", str(root / "data"), "--work_dir", str(root / "work"), "--base", BASE, "--held_out", "4"]
-        + ["--minutes", "0.002", "--eval_points", "40", *more]
-    )
+    return recipes.main(command(root, *more))
 
 
 def test_recipes_train_for_their_time_and_are_scored_on_pairs_that_none_has_seen(tmp_path, small_runs, capsys):
@@ -37,9 +39,40 @@ def test_recipes_train_for_their_time_and_are_scored_on_pairs_that_none_has_seen
     (tmp_path / "work/base/last.pth").unlink()
     again = compare(tmp_path, *two)["recipes"]
     assert again == found
+    with pytest.raises(UserError, match="base.json was made with --seed 1 there, 2 here; choose another --work_dir"):
+        recipes.Comparison(recipes.BENCHMARK.parse_args(command(tmp_path, "--seed", "2"))).run("base", "")
 
 
-def test_a_recipe_without_a_name_is_refused(tmp_path):
+def test_a_recipe_that_cannot_be_trained_is_named_and_the_others_are_compared(tmp_path, small_runs, capsys):
     write_pairs(tmp_path / "data", 24, points=48)
-    with pytest.raises(UserError, match="--recipe 'views' has no '='"):
-        compare(tmp_path, "--recipe", "views")
+    found = compare(tmp_path, "--recipe", "wild=--lr 1e30", "--recipe", "large=--batch_size 40")["recipes"]
+    assert "not finite" in found["wild"]["failed"] and "larger than the data set" in found["large"]["failed"]
+    assert "| wild | failed: error: the loss is not finite" in capsys.readouterr().out
+    assert not list((tmp_path / "work").glob("*.json"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--recipe", "views"], "--recipe 'views' has no '='"),
+        (["--recipe", "a b=", "--recipe", "a_b=--lr 1"], "--recipe 'a_b=--lr 1': there is another NAME like this"),
+        (["--recipe", "../up="], "--recipe '../up=': files are called NAME"),
+        (["--recipe", "base='"], "the flags of recipe 'base' cannot be read: No closing quotation"),
+        (["--held_out", "23"], "--held_out 23 of 24 pairs of .*; 2 at least must remain"),
+        (["--eval_points", "49"], "--eval_points 49 is more than the clouds of .* have: 48"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_anything_is_trained(tmp_path, words, message):
+    write_pairs(tmp_path / "data", 24, points=48)
+    with pytest.raises(UserError, match=message):
+        compare(tmp_path, *words)
+    assert not list((tmp_path / "work").glob("*.txt"))
+
+
+def test_a_run_of_someone_else_in_the_work_folder_is_left_alone(tmp_path):
+    write_pairs(tmp_path / "data", 24, points=48)
+    (tmp_path / "work/base_trial").mkdir(parents=True)
+    (tmp_path / "work/base_trial/last.pth").write_text("precious")
+    found = compare(tmp_path, "--recipe", "base=")["recipes"]
+    assert "base_trial is not from this benchmark" in found["base"]["failed"]
+    assert (tmp_path / "work/base_trial/last.pth").read_text() == "precious"
