@@ -36,6 +36,8 @@ def train(run: Run) -> dict[str, Any]:
         if run.progress.step == first:
             run.folder.discard_start()
         raise
+    finally:
+        run.folder.unlock()
 
 
 def train_all_epochs(run: Run) -> dict[str, Any]:

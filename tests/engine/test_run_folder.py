@@ -1,6 +1,7 @@
 import gc
 import json
 import logging
+import subprocess
 import sys
 import types
 
@@ -10,6 +11,7 @@ from PIL import Image
 from engine.checkpoint import save_checkpoint
 from engine.run_folder import RUN_FILES, RunFolder, WandbMirror
 from tests.support.files import contents
+from tests.support.paths import ROOT
 from utils.errors import UserError
 
 
@@ -36,6 +38,30 @@ def test_an_earlier_run_is_kept_unless_asked(tmp_path):
     (tmp_path / "other" / "notes.txt").write_text("mine")
     RunFolder(tmp_path / "other")
     assert contents(tmp_path / "other") == {"notes.txt": b"mine"}
+
+
+def test_a_folder_in_which_another_process_trains_is_refused_until_that_ends(tmp_path):
+    script = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from engine.run_folder import RunFolder
+folder = RunFolder({str(tmp_path)!r}, resume="auto")
+print("locked", flush=True)
+sys.stdin.readline()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(UserError, match=f"another process .process {other.pid} on .* trains in {tmp_path}"):
+            RunFolder(tmp_path, resume="auto")
+        other.communicate("\n")
+    assert not (tmp_path / ".lock").exists()
+    (tmp_path / ".lock").write_text("left by a process that was killed")
+    folder = RunFolder(tmp_path, overwrite=True)
+    RunFolder(tmp_path, resume="auto")  # the same process, as in a notebook
+    folder.unlock()
+    assert not (tmp_path / ".lock").exists()
 
 
 def test_an_earlier_run_is_removed_when_the_new_one_begins(tmp_path):

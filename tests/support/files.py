@@ -10,8 +10,9 @@ import h5py
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
-    """Return every file below a folder with its bytes, every folder with None."""
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+    """Return every file below a folder with its bytes, every folder with None; locks of runs do not count."""
+    paths = (path for path in sorted(folder.rglob("*")) if path.name != ".lock")
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in paths}
 
 
 def write_h5(path: Path, **arrays: Any) -> Path:
