@@ -337,7 +337,12 @@ def hold_out(labels: np.ndarray, share: float, *, seed: int) -> tuple[np.ndarray
 def labels_text(config: FineTuneConfig, fraction: float) -> str:
     """Return how many labels a run uses: the share of the samples, and of their points where that is limited."""
     points = config.point_label_fraction
-    return f"{fraction:.0%}" + (f" of the samples, {points:.2%} of their points" if points < 1 else "")
+    return percent(fraction) + (f" of the samples, {percent(points)} of their points" if points < 1 else "")
+
+
+def percent(fraction: float) -> str:
+    """Format a fraction in percent; small ones keep their digits."""
+    return f"{100 * fraction:.3g}%"
 
 
 def labeled_points(labels: np.ndarray, fraction: float, *, seed: int, index: int) -> np.ndarray:

@@ -142,6 +142,8 @@ def measure(config: SearchConfig) -> dict[str, Any]:
     print(score_table(metrics))
     if held_out:
         print("These pairs were held out of the run's training.")
+        if absent := len(space.held_out) - len(held_out):
+            print(f"{absent} pairs that it held out are not in {config.data_root}: scores of fewer pairs are higher.")
     elif not config.list:
         print("Pairs that pretraining has seen are easier: pretrain with --val_fraction, or name others with --list.")
     if config.sheet:
@@ -327,7 +329,8 @@ def search(config: SearchConfig) -> dict[str, Any]:
     engine.skipped |= missing
     queries = [query for path in progress(names.values(), text="searching", unit="queries") if (query := engine(path))]
     if not queries:
-        raise DataError(f"no query could be used: {'; '.join(list(engine.skipped.values())[:3])}")
+        reasons = [*missing.values(), *(engine.skipped[str(path)] for path in names.values())]
+        raise DataError(f"no query could be used: {'; '.join(reasons[:3])}")
     found = []
     for query in queries:
         kind = "shape" if query.picture is None else f"picture, background {query.background}"

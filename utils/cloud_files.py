@@ -46,12 +46,13 @@ def read_cloud_file(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarra
 
 
 def _usable(points: np.ndarray, colors: np.ndarray | None, where: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """Drop points with NaN coordinates, which depth cameras write for missing depth.
+    """Drop points with NaN coordinates, which depth cameras write for missing depth, or with some beyond float32.
 
     Raises:
         DataError: no point is left.
     """
-    finite = np.isfinite(points).all(1)
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(points.astype(np.float32)).all(1)  # the squares of larger ones are not finite in float64
     if not finite.any():
         raise DataError(f"{where} contains no points with finite coordinates")
     return points[finite], None if colors is None else colors[finite]

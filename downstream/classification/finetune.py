@@ -42,6 +42,7 @@ from downstream.finetuning import (
     k_flag,
     label_fraction_flag,
     model_flag,
+    percent,
     reported_entry,
     run_folders,
     scores_of,
@@ -227,7 +228,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             how, entry = reported_entry(record)
             last = record["last"]
             print(
-                f"\n{name}, test split, {record['label_fraction']:.0%} of the labels ({record['labels_used']}): "
+                f"\n{name}, test split, {percent(record['label_fraction'])} of the labels ({record['labels_used']}): "
                 f"{how} (epoch {entry['epoch']}): {result_line(entry['test'])}\n"
                 f"  last (epoch {last['epoch']}): {result_line(last['test'])}"
             )

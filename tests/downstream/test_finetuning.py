@@ -324,3 +324,8 @@ def test_the_head_starts_the_same_with_and_without_pretraining(tmp_path):
     assert torch.equal(fresh.head.linear1.weight, loaded.head.linear1.weight)
     assert torch.equal(loaded.encoder.conv3[0].weight, encoder.conv3[0].weight)
     assert "loaded from" in report[0] and "starts fresh" in report[1]
+
+
+@pytest.mark.parametrize(("fraction", "text"), [(1.0, "100%"), (0.05, "5%"), (0.001, "0.1%"), (1 / 3, "33.3%")])
+def test_small_shares_of_labels_are_not_shown_as_none(fraction, text):
+    assert finetuning.percent(fraction) == text

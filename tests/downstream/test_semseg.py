@@ -106,7 +106,7 @@ def test_few_labels_by_room_and_by_point_on_a_frozen_encoder(run, evaluate, tmp_
         (0.4, 2, 2),
         (0.7, 4, 4),
     ]
-    assert "six_fold" not in metrics and "40% of the samples, 5.00% of their points" in capsys.readouterr().out
+    assert "six_fold" not in metrics and "40% of the samples, 5% of their points" in capsys.readouterr().out
     path = tmp_path / "runs/a/label_0.4/last.pth"
     saved = torch.load(path, weights_only=True)
     assert all(torch.equal(value, saved["point_encoder"][key]) for key, value in encoder.state_dict().items())

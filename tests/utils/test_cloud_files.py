@@ -84,6 +84,9 @@ def test_points_without_a_place_are_left_out(tmp_path):
     points[::2, 1] = np.nan
     np.save(tmp_path / "c.npy", points)
     np.testing.assert_array_equal(read_cloud_file(tmp_path / "c.npy")[0], POINTS[1::2])
+    points[::2, 1] = 1e300  # its square is infinite
+    np.save(tmp_path / "c.npy", points)
+    np.testing.assert_array_equal(read_cloud_file(tmp_path / "c.npy")[0], POINTS[1::2])
     np.save(tmp_path / "c.npy", points[::2])
     with pytest.raises(DataError, match="no points with finite coordinates"):
         read_cloud_file(tmp_path / "c.npy")
