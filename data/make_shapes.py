@@ -366,6 +366,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     out = Path(args.out)
     if out.exists() and not args.overwrite:
         raise UserError(f"{out} exists; --overwrite replaces it")
+    if out.is_dir():
+        raise UserError(f"{out} is a folder; --out names the file to write, such as {out / 'shapes.h5'}")
+    if args.sheet and Path(args.sheet).suffix.lower() not in Image.registered_extensions():
+        raise UserError(f"--sheet {args.sheet}: the name must end as a picture's, such as .png")
     if args.part_set:
         check_part_set(Path(args.part_set), args.shapes)
     settings = replace(ShapeSettings.from_flags(args), pictures=choose_pictures(args.pictures))

@@ -29,6 +29,7 @@ from data.rendering.meshes import MESH_SUFFIXES
 from data.rendering.shape import check_mesh
 from data.shape_files import ShapeFile
 from datasets.own_clouds import LABELED_FOLDER
+from datasets.untrusted import read_ply
 from utils.cli import Settings, flag, non_negative_int, positive_int, seed_number
 from utils.cloud_files import CLOUD_SUFFIXES, read_cloud_file
 from utils.errors import DataError, UserError
@@ -349,17 +350,21 @@ def write_labeled(folder: PairFolder, sides: dict[str, list[ShapeFile]]) -> dict
 
     Returns:
         Training and test size of every class.
+
+    Raises:
+        UserError: they cannot be written.
+        DataError: the cloud of a pair cannot be read.
     """
     target = folder.root / LABELED_FOLDER
-    target.mkdir(exist_ok=True)
+    with writing(target):
+        target.mkdir(exist_ok=True)
     classes = sorted({shape.category for shapes in sides.values() for shape in shapes})
     for side, shapes in sides.items():
         reading = progress(shapes, text=f"labeled clouds, {side}", unit="shapes", leave=False)
-        clouds = [PlyData.read(folder.paths.cloud(shape.name))["vertex"].data for shape in reading]
-        points = np.stack([np.stack([cloud[axis] for axis in "xyz"], 1) for cloud in clouds])
+        points = np.stack([read_ply(folder.paths.cloud(shape.name)) for shape in reading])
         path = target / f"ply_data_{side}0.h5"
         with replacing(path) as temporary, h5py.File(temporary, "w") as file:
-            file.create_dataset("data", data=points.astype(np.float32), compression="gzip", shuffle=True)
+            file.create_dataset("data", data=points, compression="gzip", shuffle=True)
             file["label"] = np.array([[classes.index(shape.category)] for shape in shapes], np.int64)
             ids = np.array([shape.name for shape in shapes], dtype=object)
             file.create_dataset("ids", data=ids, dtype=h5py.string_dtype("utf-8"))

@@ -212,6 +212,13 @@ def finish(
     with writing(folder.root / REPORT_NAME):
         (folder.root / REPORT_NAME).write_text(text, encoding="utf-8")
     settings = folder.settings
+    here = {shape.name for shape in shapes}
+    report["earlier"] = [n for n in folder.records if n not in here and folder.paths.cloud(n).exists()]
+    if report["earlier"]:
+        print(
+            f"note: {folder.root} also holds {len(report['earlier'])} pairs of earlier calls, whose files are not "
+            f"among those of this one, such as {report['earlier'][0]}; pretraining uses them too"
+        )
     print(
         f"{folder.root}: {report['written']:,} pairs of {settings.num_points:,} points and {settings.views} views "
         f"written, {report['kept']} kept, {len(refused)} files left out"

@@ -54,6 +54,15 @@ def test_a_file_of_shapes_is_read_as_pretraining_pairs(made):
     assert not out.with_name("shapes.h5.blocks").exists()
 
 
+@pytest.mark.parametrize(
+    ("more", "message"), [(["--sheet", "a.xyz"], "--sheet a.xyz: the name must end"), (["--overwrite"], "is a folder")]
+)
+def test_what_cannot_be_written_is_an_error_before_anything_is_made(tmp_path, more, message):
+    with pytest.raises(UserError, match=message):
+        make(tmp_path if "--overwrite" in more else tmp_path / "a.h5", *more)
+    assert not list(tmp_path.parent.glob("*.blocks"))
+
+
 def test_pictures_show_the_shape_on_a_transparent_background(made):
     pairs = ShapeNetRender(made[0]).source
     for i in range(12):
