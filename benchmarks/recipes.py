@@ -228,7 +228,7 @@ class Comparison:
             if explained is None:
                 raise
             print(f"{name}: {explained[0]}", file=sys.stderr, flush=True)
-            return {"flags": words, "failed": explained[0]}
+            return {"flags": words, "failed": explained[0].removeprefix("error: ")}
 
 
 def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
@@ -247,7 +247,8 @@ def table(result: Mapping[str, Any]) -> str:
     rows = [("recipe", "steps", "s/step", "R@1 views", "R@1 pictures", "loss", "alignment", "uniformity")]
     for name, found in result["recipes"].items():
         if "failed" in found:
-            rows.append((name, found["failed"].replace("|", "/"), *[""] * 6))
+        if "failed" in found:
+            rows.append((name, f"failed: {found['failed']}".replace("|", "/"), *[""] * 6))
             continue
         numbers = [f"{found['scores'][column]:.1f}" for column in COLUMNS[:2]]
         numbers += [f"{found['scores'][column]:.3f}" for column in COLUMNS[2:]]

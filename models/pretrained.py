@@ -25,7 +25,8 @@ def pretrained_index() -> dict[str, dict[str, Any]]:
         index = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {path} ({error}); {fix}") from error
-    if not isinstance(index, dict):
+    entries = index.values() if isinstance(index, dict) else [None]
+    if not all(isinstance(entry, dict) and {"file", "sha256"} <= entry.keys() for entry in entries):
         raise CheckpointError(f"{path} is not an index of weights; {fix}")
     return index
 

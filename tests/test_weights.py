@@ -134,6 +134,10 @@ def test_weights_that_cannot_be_had_are_told(own_weights):
     (own_weights / "pointnet_cls.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"pointnet_cls.safetensors is missing; .*git checkout -- "):
         models.load("pointnet_cls")
+    for damaged in ("[]", '{"dgcnn_cls": 1}', '{"dgcnn_cls": {"file": "dgcnn_cls.safetensors"}}'):
+        (own_weights / "index.json").write_text(damaged)
+        with pytest.raises(CheckpointError, match=r"index.json is not an index of weights; .*git checkout -- weights"):
+            models.load("dgcnn_cls")
     (own_weights / "index.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"cannot read .*index.json .*git checkout -- weights"):
         models.load("dgcnn_cls")

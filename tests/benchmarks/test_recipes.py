@@ -47,7 +47,7 @@ def test_a_recipe_that_cannot_be_trained_is_named_and_the_others_are_compared(tm
     write_pairs(tmp_path / "data", 24, points=48)
     found = compare(tmp_path, "--recipe", "wild=--lr 1e30", "--recipe", "large=--batch_size 40")["recipes"]
     assert "not finite" in found["wild"]["failed"] and "larger than the data set" in found["large"]["failed"]
-    assert "| wild | failed: error: the loss is not finite" in capsys.readouterr().out
+    assert "| wild | failed: the loss is not finite" in capsys.readouterr().out
     assert not list((tmp_path / "work").glob("*.json"))
 
 

@@ -202,8 +202,9 @@ def test_bad_queries_and_shapes_are_named(model, tmp_path, capsys):
     result = run(tmp_path, *search, shape, tmp_path / "no.png", tmp_path / "gone.png")
     assert set(result["skipped"]) == {str(tmp_path / name) for name in ("mine/cut.off", "no.png", "gone.png")}
     assert capsys.readouterr().out.count("skipped: ") == 3 and len(result["queries"]) == 1
-    with pytest.raises(DataError, match=r"no query could be used: [^;]*no\.png is not a readable picture[^;]*$"):
+    with pytest.raises(DataError, match=r"no query could be used: .*no\.png is not a readable picture") as caught:
         run(tmp_path, *search, tmp_path / "no.png")
+    assert "cut.off" not in str(caught.value)
     with pytest.raises(DataError, match="the gallery has no usable shape"):
         run(tmp_path, "--gallery", tmp_path / "empty", "--query", shape)
 
