@@ -247,7 +247,6 @@ def table(result: Mapping[str, Any]) -> str:
     rows = [("recipe", "steps", "s/step", "R@1 views", "R@1 pictures", "loss", "alignment", "uniformity")]
     for name, found in result["recipes"].items():
         if "failed" in found:
-        if "failed" in found:
             rows.append((name, f"failed: {found['failed']}".replace("|", "/"), *[""] * 6))
             continue
         numbers = [f"{found['scores'][column]:.1f}" for column in COLUMNS[:2]]
