@@ -111,10 +111,8 @@ class Scorer:
 
     def __call__(self, name: str, path: Path) -> dict[str, Any]:
         """Score a checkpoint of the run ``name``, or return what an earlier call found; with its ``step``."""
-        kept, key = (
-            Path(self.args.work_dir) / file_name(name) / f"{path.stem}.json",
-            {**self.settings, "sha256": sha256(path)},
-        )
+        kept = Path(self.args.work_dir) / file_name(name) / f"{path.stem}.json"
+        key = {**self.settings, "sha256": sha256(path)}
         if kept.exists():
             found = read_json(kept)
             if found.get("settings") == key:
