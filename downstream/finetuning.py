@@ -691,7 +691,7 @@ def fine_tune(run: Run, test: Callable[[nn.Module], Scores], report: Iterable[st
     if resume(run):
         result = broadcast_from_rank0(lambda: earlier_result(folder)) if run.progress.epoch >= config.epochs else None
         if result is not None:
-            logger.info("%s is already finished", folder.path)
+            logger.info("the result is that of %s", folder / "result.json")
             return result
     elif config.calibrate_bn:
         calibrated = task.calibrate()

@@ -14,7 +14,7 @@ import torch
 from engine.checkpoint import checkpoint_errors, save_checkpoint
 from engine.faults import postponed
 from engine.optim import load_optimizer
-from engine.task import Progress, Run
+from engine.task import Progress, Run, Task
 from utils.collectives import broadcast_from_rank0, main_only, world_size
 from utils.errors import CheckpointError
 from utils.reproducible import random_states, restore_random_states
@@ -100,12 +100,14 @@ def changes_since(run: Run, payload: Mapping[str, Any]) -> list[str]:
 def can_extend(run: Run, payload: Mapping[str, Any]) -> bool:
     """Return whether more epochs merely extend the checkpoint's run: its steps so far keep their learning rates."""
     task, before = run.task, payload["arguments"]["epochs"]
-    if before >= task.config.epochs:
-        return False
-    done = Progress(**payload["progress"]).step
+    return before < task.config.epochs and keeps_rates(task, before, done=Progress(**payload["progress"]).step)
+
+
+def keeps_rates(task: Task, epochs: int, *, done: int) -> bool:
+    """Return whether the first ``done`` steps would have the same learning rates in a run of ``epochs`` epochs."""
     steps = range(0, done, max(1, done // 1000))
     rates, config = [task.learning_rate(step) for step in steps], task.config
-    task.config = replace(config, epochs=before)
+    task.config = replace(config, epochs=epochs)
     try:
         return rates == [task.learning_rate(step) for step in steps]
     finally:
@@ -133,7 +135,16 @@ def resume(run: Run) -> bool:
         run.progress.best, run.progress.best_epoch = Progress.best, Progress.best_epoch
     run.folder.cut_metrics(run.progress.epoch)
     logger.info("resumed %s: %d epochs and %d steps done", path, run.progress.epoch, run.progress.step)
+    if run.progress.epoch >= run.config.epochs:
+        logger.info("nothing is left to train: all %d epochs are done; %s", run.config.epochs, train_further(run, path))
     return True
+
+
+def train_further(run: Run, path: Path) -> str:
+    """Return advice on how to train a finished run further, for a message."""
+    if keeps_rates(run.task, run.config.epochs + 1, done=run.progress.step):
+        return "a higher --epochs continues the run"
+    return "this run cannot be extended, because its learning rate follows from --epochs; " + run.task.fresh_start(path)
 
 
 def load_state(run: Run, payload: Mapping[str, Any], path: Path) -> None:

@@ -2,6 +2,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -166,6 +167,8 @@ def test_a_finished_run_resumes_to_its_own_end(data_root, reference, tmp_path):
     assert train(data_root, tmp_path, *REFERENCE, "--resume") == reference[1]
     after = contents(folder)
     assert all(after[name] == before[name] for name in ("last.pth", "best.pth", "metrics.jsonl", "curves.png"))
+    says = r"nothing is left to train: all 3 epochs are done; .* cannot be extended, .*; --model_path \S+/last.pth "
+    assert re.search(says, (folder / "run.log").read_text())
 
 
 def refused(root, out, message, *more, kind=UserError):

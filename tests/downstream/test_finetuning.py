@@ -230,11 +230,13 @@ def test_statistics_of_an_untrained_encoder_are_set_from_the_samples_alone(tmp_p
     assert "statistics are those of 6 samples" in (tmp_path / "a/run.log").read_text()
 
 
-def test_a_finished_run_is_extended_exactly_where_its_rate_does_not_follow_from_the_epochs(tmp_path):
+def test_a_finished_run_is_extended_exactly_where_its_rate_does_not_follow_from_the_epochs(tmp_path, caplog):
     steps = ("--use_sgd", "--scheduler", "step", "--epochs")
     whole = tuning(tmp_path, *steps, 3, name="whole")
     finetuning.fine_tune(whole, lambda model: {}, [])
     finetuning.fine_tune(tuning(tmp_path, *steps, 2, name="part"), lambda model: {}, [])
+    finetuning.fine_tune(tuning(tmp_path, *steps, 2, "--resume", name="part"), lambda model: {}, [])
+    assert "all 2 epochs are done; a higher --epochs continues the run" in caplog.text  # as the next call does
     more = tuning(tmp_path, *steps, 3, "--resume", name="part")
     finetuning.fine_tune(more, lambda model: {}, [])
     assert more.progress.epoch == whole.progress.epoch == 3
@@ -243,6 +245,10 @@ def test_a_finished_run_is_extended_exactly_where_its_rate_does_not_follow_from_
     with pytest.raises(CheckpointError, match="--epochs 3 there, 2 here"):  # not the other way round
         finetuning.fine_tune(tuning(tmp_path, *steps, 2, "--resume", name="part"), lambda model: {}, [])
     finetuning.fine_tune(tuning(tmp_path, "--use_sgd", name="cosine"), lambda model: {}, [])
+    caplog.clear()
+    finetuning.fine_tune(tuning(tmp_path, "--use_sgd", "--resume", name="cosine"), lambda model: {}, [])
+    assert "all 2 epochs are done; this run cannot be extended" in caplog.text
+    assert "a new run with another --exp_name" in caplog.text
     with pytest.raises(CheckpointError, match="--epochs 2 there, 3 here.*nor extended where .*; a new run"):
         finetuning.fine_tune(tuning(tmp_path, "--use_sgd", "--epochs", 3, "--resume", name="cosine"), lambda m: {}, [])
 
