@@ -82,8 +82,31 @@ def _check(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, test_y:
             raise ValueError(f"{name} features are not finite")
     if train_x.shape[1] != test_x.shape[1]:
         raise ValueError(f"training features have {train_x.shape[1]} columns, test features {test_x.shape[1]}")
-    if len(np.unique(train_y)) < 2:
+    check_labels(train_y)
+
+
+def check_labels(labels: np.ndarray, *, c_values: Sequence[float] = (RELEASED_C,), folds: int = 5) -> None:
+    """Check, before any features are computed, that :func:`linear_svm` can use the labels of a training split.
+
+    Args:
+        labels: (n,) classes.
+        c_values: as for :func:`linear_svm`.
+        folds: as for :func:`linear_svm`.
+
+    Raises:
+        ValueError: there is one class, or cross-validation is needed and no class has two samples.
+    """
+    if len(np.unique(labels)) < 2:
         raise ValueError("a classifier needs training samples of at least two classes")
+    if len(set(c_values)) > 1:
+        _number_of_folds(labels, folds)
+
+
+def _number_of_folds(labels: np.ndarray, folds: int) -> int:
+    folds = min(folds, int(np.unique(labels, return_counts=True)[1].max()))
+    if folds < 2:
+        raise ValueError("cross-validation needs at least two folds and a class with two samples; give one value of C")
+    return folds
 
 
 def cross_validate(
@@ -105,10 +128,7 @@ def cross_validate(
     Raises:
         ValueError: no class has two samples.
     """
-    sizes = np.unique(labels, return_counts=True)[1]
-    folds = min(folds, int(sizes.max()))
-    if folds < 2:
-        raise ValueError("cross-validation needs at least two folds and a class with two samples; give one value of C")
+    folds = _number_of_folds(labels, folds)
     correct = dict.fromkeys(c_values, 0)
     # Each fold is a block of the Gram matrix, so the splitter only needs the number of samples.
     splitter = StratifiedKFold(folds, shuffle=True, random_state=seed)

@@ -17,8 +17,10 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,7 +42,7 @@ from downstream.classification.eval_inputs import (
 from downstream.features import check_neighbors
 from downstream.figures import PICTURE_TYPES, check_output_path, draw_confusion_matrix, draw_retrieval
 from downstream.retrieval import average_precisions
-from downstream.svm import RELEASED_C, few_label_svm, linear_svm, mean_and_std
+from downstream.svm import RELEASED_C, check_labels, few_label_svm, linear_svm, mean_and_std
 from utils.cli import flag, log_to_screen, positive_float, positive_int, run, write_json
 from utils.errors import DataError, UserError, warn_on_failure
 from utils.released_flags import IN_LINEAR_SVM, add_released_flags
@@ -104,6 +106,15 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@contextlib.contextmanager
+def data_errors(dataset: str) -> Iterator[None]:
+    """Turn the errors of the scores, which know no data set, into a :class:`DataError` that names it."""
+    try:
+        yield
+    except ValueError as error:
+        raise DataError(f"{dataset} cannot be scored: {error}") from error
+
+
 def evaluate(encoder: nn.Module, train: LabeledClouds, test: LabeledClouds, config: SVMConfig) -> Scores:
     """Score one encoder in all three ways, in percent.
 
@@ -116,15 +127,13 @@ def evaluate(encoder: nn.Module, train: LabeledClouds, test: LabeledClouds, conf
     train_x, test_x = features_of(encoder, config, clouds, train=train)
     extracted = time.perf_counter()
     sets = (train_x, train.labels, test_x, test.labels)
-    try:
+    with data_errors(config.dataset):
         svm = linear_svm(*sets, c_values=config.svm_c, folds=config.cv_folds, seed=config.seed)
         shots = {
             s: few_label_svm(*sets, shots=s, draws=config.shot_draws, seed=config.seed)
             for s in sorted(set(config.shots))
         }
         precisions = average_precisions(test_x, test.labels)
-    except ValueError as error:
-        raise DataError(f"{config.dataset} cannot be scored: {error}") from error
     left_out = int(np.isnan(precisions).sum())
     right = svm.predictions == test.labels
     record = {
@@ -213,7 +222,7 @@ def notes(metrics: dict[str, Any]) -> list[str]:
         draws = metrics["shot_draws"]
         lines.append(f"+- in a run's few-label columns: standard deviation over {draws} draws of the labels")
     if metrics["number_of_runs"] == 1:
-        lines.append("one run, so no deviation over runs (test_accuracy_std is 0)")
+        lines.append("one run, so no deviation over runs; it takes several encoders (--model_path or --seeds)")
     else:
         lines.append("+- in the last line: standard deviation over runs")
     for record in metrics["runs"]:
@@ -243,6 +252,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     log_to_screen()
     about = provenance()  # now, because the repository may change during the run
     train, test = open_splits(config.dataset, config.data_root, variant=config.variant, num_points=config.num_points)
+    with data_errors(config.dataset):
+        check_labels(train.labels, c_values=config.svm_c, folds=config.cv_folds)
     found = candidates(config)
     for candidate in found:
         check_neighbors(candidate.encoder, config.num_points, name=candidate.name)

@@ -65,6 +65,18 @@ def test_random_encoder_end_to_end(root, tmp_path, capsys):
     assert "24 train clouds, but the published set has 3991" in output
 
 
+@pytest.mark.parametrize(
+    ("labels", "flags", "message"),
+    [([2] * 5, (), "at least two classes"), ([2, 8, 33], ("--svm_c", 0.01, 1), "a class with two samples; give one")],
+)
+def test_labels_without_an_svm_are_told_before_features_are_computed(root, monkeypatch, labels, flags, message):
+    file = root / "modelnet40_ply_hdf5_2048" / "ply_data_train0.h5"
+    write_h5(file, data=shapes(labels, 0), label=np.array(labels, "u1")[:, None])
+    monkeypatch.setattr(script, "features_of", None)
+    with pytest.raises(DataError, match=f"modelnet10 cannot be scored: .*{message}"):
+        run(root, *SMALL, *flags)
+
+
 def test_several_seeds_give_mean_and_deviation_over_runs(root, capsys):
     metrics = run(root, *SMALL, "--seeds", 1, 2, 3, "--shots", 2, "--shot_draws", 2)
     runs = metrics["runs"]

@@ -52,7 +52,7 @@ def test_separable_features_are_classified_and_noise_is_not():
         assert 35 < np.mean(chance) < 65
 
 
-def test_the_command_line(tmp_path, capsys):
+def test_the_command_line(tmp_path, capsys, monkeypatch):
     write_demo_set(tmp_path, train=10, test=4)
     report = tmp_path / "m.json"
     arguments = [*SMALL, "--data_root", str(tmp_path), "--seeds", "1", "2", "--ways", "2", "--shots", "1", "2"]
@@ -66,7 +66,9 @@ def test_the_command_line(tmp_path, capsys):
             assert len(result["accuracies"]) == 3 and result["mean"] == pytest.approx(np.mean(result["accuracies"]))
             assert result["std"] == pytest.approx(np.std(result["accuracies"], ddof=1))
     assert "protocol test: percent of 2 queries a class of the test split" in capsys.readouterr().out
-    with pytest.raises(UserError, match="lower --ways, --shots or --queries"):
-        script.main([*arguments, "--queries", "100"])
+    monkeypatch.setattr(script, "features_of", None)  # found before minutes of feature extraction
+    for protocol in script.PROTOCOLS:
+        with pytest.raises(UserError, match="lower --ways, --shots or --queries"):
+            script.main([*arguments, "--queries", "100", "--protocol", protocol])
     with pytest.raises(UserError, match="--ways 1"):
         script.main([*arguments, "--ways", "1"])
