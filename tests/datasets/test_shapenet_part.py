@@ -290,8 +290,9 @@ def test_half_of_the_tables_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("counts", [official_taxonomy().part_counts, [12, 1, 7]])
-def test_parts_of_a_category_have_distinct_colors(counts):
+def test_parts_of_a_category_have_distinct_colors_and_none_is_gray(counts):
     colors = part_colors(counts)
+    assert np.ptp(colors, axis=1).min() > 0.5  # the input and the errors of a sheet are gray
     assert colors.shape == (sum(counts), 3) and colors.min() >= 0 and colors.max() <= 1
     start = 0
     for count in counts:
