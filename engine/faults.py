@@ -135,3 +135,10 @@ def exit_after_sigterm(run: Run) -> NoReturn:
     last = run.folder / "last.pth"
     logger.warning("stopped by SIGTERM at step %d; continue from %s with --resume", run.progress.step, last)
     raise SystemExit(EXIT_TERMINATED)
+
+
+def log_interrupt(run: Run) -> None:
+    """Log how to continue after Ctrl-C, if the run has written a checkpoint; call it before ``discard_start``."""
+    if run.folder.has_checkpoint():
+        step, folder = run.progress.step, run.folder.path
+        logger.warning("interrupted at step %d; continue from the newest checkpoint in %s with --resume", step, folder)

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from engine.faults import Stop, batches, data_workers, exit_after_sigterm, stop_on_sigterm
+from engine.faults import Stop, batches, data_workers, exit_after_sigterm, log_interrupt, stop_on_sigterm
 from engine.resume import keep, save
 from engine.run_folder import WandbMirror
 from engine.task import Run
@@ -32,7 +32,9 @@ def train(run: Run) -> dict[str, Any]:
     first = run.progress.step
     try:
         return train_all_epochs(run)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            log_interrupt(run)
         if run.progress.step == first:
             run.folder.discard_start()
         raise

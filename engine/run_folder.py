@@ -165,6 +165,10 @@ class RunFolder:
                 self.cut_metrics(0)
         return found
 
+    def has_checkpoint(self) -> bool:
+        """Return whether there is a checkpoint of this run; files that it is about to replace do not count."""
+        return any((self / name).exists() for name in CHECKPOINTS)
+
     def has_best(self) -> bool:
         """Return whether ``best.pth`` exists and is not known to be damaged."""
         best = self / "best.pth"
@@ -212,7 +216,7 @@ class RunFolder:
 
         Does nothing if there is a checkpoint or metrics: then the run had started earlier.
         """
-        if any((self / name).exists() for name in (*CHECKPOINTS, "metrics.jsonl")):
+        if self.has_checkpoint() or (self / "metrics.jsonl").exists():
             return
         for handler in [handler for handler in logger.handlers if isinstance(handler, _RunLog)]:
             logger.removeHandler(handler)

@@ -185,18 +185,29 @@ def test_the_best_epoch_is_kept_beside_the_last(tmp_path):
 @pytest.mark.parametrize(
     "arguments", [(), ("--use_sgd", "--amp", "bf16", "--scheduler", "step"), ("--freeze_encoder", "--calibrate_bn")]
 )
-def test_resuming_within_an_epoch_is_exact(tmp_path, arguments):
+def test_resuming_within_an_epoch_is_exact(tmp_path, arguments, caplog):
     few = (*arguments, "--epochs", 2, "--save_every", 1)
     whole = tuning(tmp_path, *few, name="whole")
     finetuning.fine_tune(whole, lambda model: {}, [])
 
-    def stop():
-        raise KeyboardInterrupt
+    def interrupt(step, *flags):
+        def stop(batch, progress):
+            if progress.step == step:
+                raise KeyboardInterrupt
 
-    part = tuning(tmp_path, *few, name="part")
-    part.task.count_bad_samples = lambda batch, progress: stop() if progress.step == 4 else None
-    with pytest.raises(KeyboardInterrupt):
-        finetuning.fine_tune(part, lambda model: {}, [])
+        part = tuning(tmp_path, *few, *flags, name="part")
+        part.task.count_bad_samples = stop
+        with pytest.raises(KeyboardInterrupt):
+            finetuning.fine_tune(part, lambda model: {}, [])
+
+    interrupt(0)
+    assert "interrupted" not in caplog.text  # nothing to continue from
+    interrupt(4)
+    message = f"interrupted at step 4; continue from the newest checkpoint in {tmp_path / 'part'} with --resume"
+    assert message in caplog.text and message in (tmp_path / "part" / "run.log").read_text()
+    caplog.clear()
+    interrupt(0, "--overwrite")
+    assert "interrupted" not in caplog.text  # the checkpoint belongs to the earlier run, which is put back
     again = tuning(tmp_path, *few, "--resume", name="part")
     finetuning.fine_tune(again, lambda model: {}, [])
     assert again.progress.step == whole.progress.step == 6
