@@ -148,10 +148,11 @@ def open_work_folder(out: Path, settings: ShapeSettings) -> Path:
     """Return the folder of the finished blocks, which a stopped run leaves next to ``--out``.
 
     Raises:
-        UserError: it holds shapes with other settings.
+        UserError: it holds shapes with other settings, or cannot be written.
     """
     folder = out.with_name(out.name + ".blocks")
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     note = folder / "settings.json"
     text = json.dumps(asdict(settings))
     if note.exists() and note.read_text() != text:

@@ -12,7 +12,7 @@ from pathlib import Path, PurePath
 from data.rendering.meshes import MESH_SUFFIXES
 from utils.cloud_files import CLOUD_SUFFIXES
 from utils.errors import DataError
-from utils.files import data_files, read_lines
+from utils.files import check_name, data_files, read_lines
 
 SUFFIXES = (*MESH_SUFFIXES, *CLOUD_SUFFIXES)
 NO_CATEGORY = "00000000"
@@ -54,8 +54,8 @@ def find_shapes(folder: Path, labels: Sequence[Path] = ()) -> list[ShapeFile]:
     above or below the category, define the split. With label files, the category comes only from them.
 
     Raises:
-        DataError: the folder is missing or contains no shape, two files would get the same name, or a label file cannot
-            be used.
+        DataError: the folder is missing or contains no shape, two files would get the same name, a name is not UTF-8,
+            or a label file cannot be used.
     """
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder; pass the one with the mesh files as --meshes")
@@ -71,6 +71,7 @@ def find_shapes(folder: Path, labels: Sequence[Path] = ()) -> list[ShapeFile]:
     for shape in shapes:
         if often[shape.name.lower()] > 1:  # chair.obj and chair.glb
             shape = replace(shape, id=f"{shape.id}-{shape.path.suffix[1:].lower()}")
+        check_name(shape.name, shape.path)
         other = by_name.setdefault(shape.name.lower(), shape)
         if other is not shape:
             raise DataError(f"{other.path} and {shape.path} would both become {shape.name}.ply; rename one")

@@ -15,7 +15,7 @@ import numpy as np
 from datasets.hdf5 import CHECK_COMMAND, SPLITS, CloudArrays, ReadClouds, read_class_names, read_hdf5_clouds
 from datasets.shape_reader import DEFAULT_POINTS, SHAPE_SUFFIXES, Reader, read_shape, read_shapes
 from utils.errors import DataError, UserError
-from utils.files import data_files, has_data_files
+from utils.files import check_name, data_files, has_data_files
 
 FOLDER_LAYOUT = "<split>/<class>/<file>"
 LABELED_FOLDER = "labeled_hdf5"  # where data.prepare_meshes writes labeled clouds, beside the pairs
@@ -39,13 +39,15 @@ class ClassFolders(NamedTuple):
         """Return the files of one split, class by class, and their labels, (n,) int64.
 
         Raises:
-            DataError: the split has no files.
+            DataError: the split has no files, or a name is not UTF-8.
         """
         files: list[Path] = []
         labels: list[int] = []
         for label, name in enumerate(self.class_names):
             folder = self.folders.get((name, split))
             found = shape_files(folder) if folder else []
+            for file in found:
+                check_name(str(file.relative_to(self.root)), file)
             files += found
             labels += [label] * len(found)
         if not files:

@@ -14,7 +14,7 @@ import numpy as np
 from datasets.hdf5 import hdf5_file, open_hdf5, stored_array
 from datasets.untrusted import GET_PAIRS, PLY_HEADER, PLY_VERTICES, check_cloud, read_ply
 from utils.errors import DataError
-from utils.files import data_files, is_data_name, read_lines
+from utils.files import check_name, data_files, is_data_name, read_lines
 
 PACKED_NAME = "shapenet_render.h5"
 
@@ -48,7 +48,7 @@ class FolderSource:
     """Pairs ``<root>/ShapeNet/<synset>/<id>.ply``, ``<root>/ShapeNetRendering/<synset>/<id>/rendering/*.png``.
 
     Raises:
-        DataError: there are no clouds, or none has a rendering.
+        DataError: there are no clouds, none has a rendering, or a name is not UTF-8.
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
@@ -63,6 +63,7 @@ class FolderSource:
         self.ids, self.skipped, self._views = [], [], []
         for file in files:
             name = f"{file.parent.name}/{file.stem}"
+            check_name(name, file)
             views = self._list_views(name)
             if views:
                 self.ids.append(name)

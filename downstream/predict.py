@@ -53,7 +53,7 @@ from models.base import PointFeatures
 from models.task_heads import Classification, FineTuned, PartSegmentation, SemanticSegmentation
 from utils.cli import Settings, flag, log_to_screen, positive_int, run, seed_number, write_json
 from utils.errors import CheckpointError, DataError, UserError
-from utils.files import data_files
+from utils.files import check_name, data_files
 from utils.progress import progress
 
 TASKS: dict[str, type[FineTuned] | None] = {
@@ -251,6 +251,7 @@ class Predictor:
         Raises:
             DataError: the file cannot be used.
         """
+        check_name(name, path)
         rng = np.random.default_rng([self.settings.seed, zlib.crc32(name.encode())])
         points, colors = self._read(path, rng)  # (N, 3), (N, 3) in 0..1 or None
         k = getattr(self.encoder, "k", 1)

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
-from utils.errors import UserError
+from utils.errors import DataError, UserError
 
 # Left in folders by macOS, Windows and network disks. Names with a leading dot (.DS_Store, ._00.png, .nfs0001) are
 # skipped anyway.
@@ -81,6 +81,22 @@ def _below(folder: Path) -> Iterator[Path]:
             yield path
             if path.is_dir():
                 (links if path.is_symlink() else folders).append(path)
+
+
+def check_name(name: str, path: str | os.PathLike[str]) -> None:
+    """Check that a name can be hashed and written into tables; archives from other systems hold names that cannot.
+
+    Args:
+        name: what is used of the path.
+        path: for the message.
+
+    Raises:
+        DataError: the name is not UTF-8.
+    """
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{path}: its name is not UTF-8", fix="Rename it") from error
 
 
 def decode_text(data: bytes) -> str:

@@ -61,6 +61,9 @@ def test_what_cannot_be_written_is_an_error_before_anything_is_made(tmp_path, mo
     with pytest.raises(UserError, match=message):
         make(tmp_path if "--overwrite" in more else tmp_path / "a.h5", *more)
     assert not list(tmp_path.parent.glob("*.blocks"))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write .*a.h5.blocks"):
+        make(tmp_path / "file" / "a.h5")
 
 
 def test_pictures_show_the_shape_on_a_transparent_background(made):

@@ -454,6 +454,11 @@ def test_nothing_usable_or_two_of_one_name_is_an_error(tmp_path, meshes, in_proc
     (tmp_path / "bad" / "flat.off").write_text(BAD["flat.off"])
     with pytest.raises(DataError, match="none of the 1 files"):
         convert(tmp_path / "bad", "--views", "0")
+    strange = meshes / "box" / os.fsdecode(b"\xff.off")
+    strange.write_text((meshes / "box" / "a.off").read_text())
+    with pytest.raises(DataError, match="its name is not UTF-8. Rename it"):
+        convert(meshes)
+    strange.unlink()
     (meshes / "box" / "A.off").write_text((meshes / "box" / "a.off").read_text())  # one name on macOS and Windows
     with pytest.raises(DataError, match="would both become box/"):
         convert(meshes)

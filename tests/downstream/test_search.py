@@ -1,7 +1,9 @@
 """Search by picture and by shape, and its score on pairs."""
 
 import json
+import os
 import runpy
+import shutil
 import zlib
 
 import numpy as np
@@ -198,10 +200,13 @@ def test_bad_queries_and_shapes_are_named(model, tmp_path, capsys):
     write_gallery(tmp_path / "mine")
     (tmp_path / "mine" / "cut.off").write_text("OFF\n4 4 0\n0 0 0\n")
     (tmp_path / "no.png").write_text("no picture")
+    strange = tmp_path / "mine" / os.fsdecode(b"\xff.ply")
+    shutil.copy(tmp_path / "mine" / "cloud0.ply", strange)
     shape, search = tmp_path / "mine" / "cloud0.ply", ("--gallery", tmp_path / "mine", "--query")
     result = run(tmp_path, *search, shape, tmp_path / "no.png", tmp_path / "gone.png")
-    assert set(result["skipped"]) == {str(tmp_path / name) for name in ("mine/cut.off", "no.png", "gone.png")}
-    assert capsys.readouterr().out.count("skipped: ") == 3 and len(result["queries"]) == 1
+    bad = {str(tmp_path / name) for name in ("mine/cut.off", "no.png", "gone.png")}
+    assert set(result["skipped"]) == {*bad, str(strange)}
+    assert capsys.readouterr().out.count("skipped: ") == 4 and len(result["queries"]) == 1
     with pytest.raises(DataError, match=r"no query could be used: .*no\.png is not a readable picture") as caught:
         run(tmp_path, *search, tmp_path / "no.png")
     assert "cut.off" not in str(caught.value)

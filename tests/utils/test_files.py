@@ -1,7 +1,9 @@
+import os
+
 import pytest
 
-from utils.errors import UserError
-from utils.files import data_files, decode_text, has_data_files, is_data_name, read_lines, replacing
+from utils.errors import DataError, UserError
+from utils.files import check_name, data_files, decode_text, has_data_files, is_data_name, read_lines, replacing
 
 TEXT = "Stühle\nTische\n"
 ENCODINGS = ("utf-8", "utf-8-sig", "latin-1", "utf-16", "utf-16-le", "utf-16-be", "utf-32")
@@ -52,3 +54,10 @@ def test_links_to_folders_are_followed_once_and_may_form_a_loop(tmp_path):
 def test_a_folder_in_the_place_of_a_file_is_an_error_before_hours_of_work(tmp_path):
     with pytest.raises(UserError, match=f"cannot write {tmp_path}: Is a directory"), replacing(tmp_path):
         pytest.fail("the block ran")
+
+
+def test_a_name_that_is_not_text_is_named(tmp_path):
+    name = os.fsdecode(b"\xff\xfe.npy")
+    with pytest.raises(DataError, match=r"dcff.dcfe.npy: its name is not UTF-8. Rename it"):
+        check_name(name, tmp_path / name)
+    check_name("é ü", tmp_path)
