@@ -58,6 +58,6 @@ def test_a_folder_in_the_place_of_a_file_is_an_error_before_hours_of_work(tmp_pa
 
 def test_a_name_that_is_not_text_is_named(tmp_path):
     name = os.fsdecode(b"\xff\xfe.npy")
-    with pytest.raises(DataError, match=r"dcff.dcfe.npy: its name is not UTF-8. Rename it"):
+    with pytest.raises(DataError, match=r"dcff.+dcfe\.npy: its name is not UTF-8\. Rename it"):
         check_name(name, tmp_path / name)
     check_name("é ü", tmp_path)
