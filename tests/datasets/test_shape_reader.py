@@ -78,7 +78,7 @@ BAD = {
     "beyond.off": ("OFF\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1 7\n", "not a readable mesh"),
     "words.txt": ("one two three\n", "words.txt"),
     "two.xyz": ("1 2\n3 4\n", "two.xyz"),
-    "far.xyz": ("1 2 3\n1e300 0 0\n", "beyond 1e\\+15"),
+    "far.xyz": ("1 2 3\n1e17 0 0\n", "beyond 1e\\+15"),
     "empty.txt": ("", "empty.txt"),
     "a.npy": ("hello", "a.npy"),
     "a.pcd": ("hello", "a.pcd"),
