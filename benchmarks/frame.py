@@ -36,7 +36,7 @@ def named(words: Sequence[str], flag: str, value: str) -> dict[str, str]:
         value: what VALUE is called in messages.
 
     Raises:
-        UserError: a word without ``=``, or a name that is no file's or is given twice.
+        UserError: a word without ``=``, or a name that cannot be a file name or is given twice.
     """
     found: dict[str, str] = {}
     for word in words:

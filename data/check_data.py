@@ -485,7 +485,7 @@ class _Checker:
             rows |= self.segmentation()
         published_root = self.root.resolve() == _OWN_FOLDER  # data/ of the repository, which must have the demo set
         classes = find_class_folders(self.root)
-        # One class alone is no labeled set: <root>/scans/train/<class>/* is one in the folder scans.
+        # One class alone does not make a labeled set: <root>/scans/train/<class>/* is one in the folder scans.
         has_classes = classes is not None and len(classes.class_names) > 1
         inner = {} if is_demo or has_classes else self.inner_sets()
         if not is_demo and all(row.own or row.state == MISSING for row in rows.values()):
