@@ -1,8 +1,9 @@
 r"""Compare recipes of pretraining at equal time, judged without labels, to choose one for a long run.
 
-Each recipe trains for as many steps as fit into --minutes of processor time, with a cosine schedule to its end. All are
-then scored alike, in eval mode, on the same held-out pairs, whatever number of points or batch size they were trained
-with: clouds of --eval_points points, two augmented views of each, pictures of the recipe's size.
+Each recipe trains for as many steps as fit into --minutes of processor time, or for --steps, with a cosine schedule to
+its end. All are then scored alike, in eval mode, on the same held-out pairs, whatever number of points or batch size they
+were trained with: clouds of --eval_points points, two augmented views of each, pictures of the recipe's size. A recipe
+may train on other pairs (--data_root among its flags); it is scored on held-out pairs of this command's --data_root.
 
   R@1 views     percent of clouds whose nearest cloud among the other views of all is their own; features of the encoder
   R@1 pictures  percent of pictures whose nearest cloud is their own, and the reverse, mean; projections
@@ -12,6 +13,8 @@ with: clouds of --eval_points points, two augmented views of each, pictures of t
 Examples:
   python -m benchmarks.recipes --data_root data/generated/12096.h5 --minutes 8 --work_dir runs/recipes
   python -m benchmarks.recipes --data_root data/generated/12096.h5 --recipe 'base=' --recipe 'ave=--objective ave'
+  python -m benchmarks.recipes --data_root data/shapenet2k --steps 114 --recipe 'own=' \
+      --recipe 'generated=--data_root data/generated/12096.h5'
 
 A call that was stopped continues when it is repeated: finished recipes are kept. A recipe that cannot be trained is
 named in the table, and the exit code is 1.
@@ -59,7 +62,7 @@ RECIPES = {
 }
 TRIAL = 8  # steps of the run that measures the time of a step; the first two do not count
 # Settings that the results of all recipes depend on.
-SETTINGS = ("base", "minutes", "held_out", "eval_points", "data_root", "seed", "threads")
+SETTINGS = ("base", "minutes", "steps", "held_out", "eval_points", "data_root", "seed", "threads")
 COLUMNS = ("r1_views", "r1_pictures", "loss", "alignment", "uniformity")
 
 
@@ -74,9 +77,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"name and flags of train_crossnet_con.py, added to those of --base (default: {', '.join(RECIPES)})",
     )
     g.add_argument("--base", default=BASE, metavar="FLAGS", help="flags of every recipe")
-    g.add_argument(
+    length = g.add_mutually_exclusive_group()
+    length.add_argument(
         "--minutes", type=positive_float, default=8.0, metavar="M", help="processor time of a recipe's steps"
     )
+    length.add_argument("--steps", type=positive_int, metavar="N", help="as many steps for every recipe instead")
     g.add_argument("--held_out", type=positive_int, default=512, metavar="N", help="pairs that no recipe trains on")
     g.add_argument("--eval_points", type=positive_int, default=1024, metavar="N", help="points of a cloud in scoring")
     g.add_argument("--work_dir", default="runs/recipes", metavar="DIR", help="checkpoints and results of recipes")
@@ -120,19 +125,24 @@ class Comparison:
         self.held_out = held_out_shapes(ids, args.held_out / len(ids), seed=args.seed)
         # Before anything is trained.
         ShapeNetRender(args.data_root, num_points=args.eval_points).check_points(args.eval_points, flag="--eval_points")
-        left = sorted(set(ids) - set(self.held_out))
-        order = torch.randperm(len(left), generator=torch.Generator().manual_seed(args.seed)).tolist()
-        self.shapes = [left[i] for i in order]
+
+    def shapes(self, root: str) -> list[str]:
+        """Return the shapes of a data set that are not held out, in random order."""
+        held_out = self.held_out if Path(root).resolve() == Path(self.args.data_root).resolve() else ()
+        left = sorted(set(open_source(root).ids) - set(held_out))
+        order = torch.randperm(len(left), generator=torch.Generator().manual_seed(self.args.seed)).tolist()
+        return [left[i] for i in order]
 
     def train(self, name: str, flags: Sequence[str], *, steps: int) -> tuple[Path, list[float]]:
         """Train for a number of steps; return the run folder and the processor time in seconds after each step."""
         config = self.config(flags)
+        shapes = self.shapes(config.data_root)
         samples = steps * config.batch_size
-        epochs = -(-samples // len(self.shapes))
+        epochs = -(-samples // len(shapes))
         chosen = self.work_dir / f"{name}.txt"
         if (self.work_dir / name).exists() and not chosen.exists():
             raise UserError(f"{self.work_dir / name} is not from this benchmark; choose another --work_dir")
-        chosen.write_text("\n".join(self.shapes[: samples // epochs]) + "\n")
+        chosen.write_text("\n".join(shapes[: samples // epochs]) + "\n")
         argv = [*flags, "--list", str(chosen), "--epochs", str(epochs)]
         argv += ["--output_dir", str(self.work_dir), "--exp_name", name, "--overwrite"]
         times: list[float] = []
@@ -210,7 +220,7 @@ class Comparison:
         flags = self.flags(name, words)
         config = self.config(flags)
         seconds = statistics.median(np.diff(self.train(f"{slug}_trial", flags, steps=TRIAL)[1])[1:])
-        steps = max(round(60 * args.minutes / seconds), 1)
+        steps = args.steps or max(round(60 * args.minutes / seconds), 1)
         print(f"{name}: {seconds:.2f} s a step, {steps} steps", file=sys.stderr, flush=True)
         folder, times = self.train(slug, flags, steps=steps)
         result = {"flags": words, "seconds_per_step": seconds, "steps": steps, "seconds": times[-1] - times[0]}

@@ -43,6 +43,23 @@ def test_recipes_train_for_their_time_and_are_scored_on_pairs_that_none_has_seen
         recipes.Comparison(recipes.BENCHMARK.parse_args(command(tmp_path, "--seed", "2"))).run("base", "")
 
 
+def test_recipes_on_other_pairs_take_the_same_steps_and_are_scored_on_the_same_pairs(tmp_path, small_runs):
+    own = write_pairs(tmp_path / "data", 12, points=48)
+    write_pairs(tmp_path / "other", 16, points=48)  # its first twelve ids are those of the first set
+    argv = command(tmp_path, "--recipe", "own=", "--recipe", f"other=--data_root {tmp_path / 'other'}")
+    at = argv.index("--minutes")
+    del argv[at : at + 2]
+    comparison = recipes.Comparison(recipes.BENCHMARK.parse_args([*argv, "--steps", "3"]))
+    assert len(comparison.shapes(str(tmp_path / "other"))) == 16
+    assert set(comparison.shapes(f"{tmp_path}/data/../data")) == set(own) - set(comparison.held_out)
+    found = recipes.main([*argv, "--steps", "3"])["recipes"]
+    assert [(name, result["steps"]) for name, result in found.items()] == [("own", 3), ("other", 3)]
+    config = json.loads((tmp_path / "work/other/config.json").read_text())
+    assert config["arguments"]["data_root"] == str(tmp_path / "other")
+    with pytest.raises(UserError, match="own.json was made with --steps 3 there, 4 here"):
+        recipes.Comparison(recipes.BENCHMARK.parse_args([*argv, "--steps", "4"])).run("own", "")
+
+
 def test_a_recipe_that_cannot_be_trained_is_named_and_the_others_are_compared(tmp_path, small_runs, capsys):
     write_pairs(tmp_path / "data", 24, points=48)
     found = compare(tmp_path, "--recipe", "wild=--lr 1e30", "--recipe", "large=--batch_size 40")["recipes"]
