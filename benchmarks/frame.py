@@ -89,12 +89,8 @@ class Benchmark:
         """The module's full name."""
         return f"benchmarks.{self.name}"
 
-    def parse_args(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
-        """Read the command line.
-
-        Raises:
-            UserError: flags that do not fit together.
-        """
+    def parser(self) -> argparse.ArgumentParser:
+        """Build the command line."""
         parser = argparse.ArgumentParser(
             prog=f"python -m {self.module}", description=self.description, formatter_class=HelpFormatter
         )
@@ -109,7 +105,15 @@ class Benchmark:
         g.add_argument("--seed", type=seed_number, default=1, metavar="S", help="seed of everything random")
         g.add_argument("--json", metavar="FILE", help="also write the result, with machine and versions, to FILE")
         parser.add_argument("--part", nargs="+", help=argparse.SUPPRESS)  # what ``fresh`` asks a process for
-        args = parser.parse_args(argv)
+        return parser
+
+    def parse_args(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
+        """Read the command line.
+
+        Raises:
+            UserError: flags that do not fit together.
+        """
+        args = self.parser().parse_args(argv)
         args.argv = list(sys.argv[1:] if argv is None else argv)
         if vars(args).get("quick"):
             vars(args).update(self.quick)

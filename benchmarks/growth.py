@@ -80,7 +80,7 @@ def read_runs(words: Sequence[str]) -> dict[str, list[Path]]:
     """Return the checkpoints of each ``NAME=FOLDER``: ``step_<n>.pth`` in order, then ``last.pth``.
 
     Raises:
-        UserError: a word is not ``NAME=FOLDER``, or a folder has no kept checkpoints.
+        UserError: a word is not ``NAME=FOLDER``, or a folder has none of them.
     """
     found = {}
     for name, folder in named(words, "--run", "FOLDER").items():
@@ -89,10 +89,10 @@ def read_runs(words: Sequence[str]) -> dict[str, list[Path]]:
             for path in Path(folder).glob("step_*.pth")
             if (match := re.fullmatch(r"step_(\d+)\.pth", path.name))
         }
-        if not steps:
-            raise UserError(f"{folder} has no step_<n>.pth; train with --keep_every STEPS")
         last = Path(folder) / "last.pth"
         found[name] = [path for _, path in sorted(steps.items())] + ([last] if last.exists() else [])
+        if not found[name]:
+            raise UserError(f"{folder} has neither step_<n>.pth nor last.pth; train with --keep_every STEPS")
     return found
 
 
@@ -257,20 +257,31 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     return {"runs": result}
 
 
-def table(result: Mapping[str, Any]) -> str:
-    """Format the scores by step, and the extrapolations."""
-    lines = [("run", "steps", *SCORES, "")]
-    ahead = [("extrapolated, not measured", "score", "at steps", "a + b log(steps)", "saturating", "")]
-    for name, found in result["runs"].items():
+def score_lines(runs: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Return a table of the scores by run and step, heading first."""
+    lines = [("run", "steps", *SCORES)]
+    for name, found in runs.items():
         for point in found["points"]:
-            cells = (f"{point[s]:.1f}" if s in PERCENT else f"{point[s]:.3f}" for s in SCORES if s in point)
-            blank = ("-" for s in SCORES if s not in point)
-            lines.append((name, f"{point['step']:,}", *cells, *blank, ""))
+            cells = [f"{point[s]:.{1 if s in PERCENT else 3}f}" if s in point else "-" for s in SCORES]
+            lines.append((name, f"{point['step']:,}", *cells))
+    return lines
+
+
+def fit_lines(runs: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Return a table of what the fitted curves give at ten times the steps, heading first."""
+    lines = [("extrapolated, not measured", "score", "at steps", "a + b log(steps)", "saturating")]
+    for name, found in runs.items():
         for score, curve in found["fits"].items():
             low_high = "" if curve["log_interval"] is None else " [{:.1f}, {:.1f}]".format(*curve["log_interval"])
             other = "-" if curve["power_value"] is None else f"{curve['power_value']:.1f}"
-            ahead.append((name, score, f"{curve['at']:,}", f"{curve['log_value']:.1f}{low_high}", other, ""))
-    return "\n".join([text_table(lines), "", text_table(ahead)])
+            lines.append((name, score, f"{curve['at']:,}", f"{curve['log_value']:.1f}{low_high}", other))
+    return lines
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """Format the scores by step, and the extrapolations."""
+    tables = (score_lines(result["runs"]), fit_lines(result["runs"]))
+    return "\n\n".join(text_table([(*line, "") for line in lines]) for lines in tables)
 
 
 def draw(runs: Mapping[str, Any], path: Path) -> None:

@@ -81,7 +81,8 @@ class Table:
 
     A path that begins with ``training.`` leads into the last epoch of the run that trained what was scored. ``digits``
     are those behind the point, by column. With ``effects``, rows are shown as differences to the row that they name in
-    ``against``, and drawn into the file ``picture`` beside the page, a panel for each of the columns ``pictured``.
+    ``against``, and drawn into the file ``picture`` beside the page, a panel for each of the columns ``pictured``. With
+    ``growth``, rows are those of ``benchmarks/growth.py``, shown and drawn step by step.
     """
 
     title: str
@@ -89,6 +90,7 @@ class Table:
     columns: Mapping[str, str]
     digits: Mapping[str, int] = field(default_factory=dict)
     effects: bool = False
+    growth: bool = False
     picture: str | None = None
     pictured: Sequence[str] = ()
 
@@ -231,7 +233,7 @@ class Plan:
             if script and not (ROOT / script).is_file():
                 raise PlanError(f"{what} names a script that is not there: {script}")
             for name in re.findall(r"\{(\w+)\}", str(list(entry.flags.values()))):
-                if name not in self.roots and name not in ("pretrained", "area"):
+                if name not in self.roots and name not in ("pretrained", "run_folder", "area"):
                     raise PlanError(f"{what} names a root that is not there: {{{name}}}")
             for choice in (choice for need in getattr(entry, "needs", ()) for choice in need.split("|")):
                 if choice.partition("/")[0] not in self.roots:

@@ -1,9 +1,9 @@
 r"""Compare recipes of pretraining at equal time, judged without labels, to choose one for a long run.
 
 Each recipe trains for as many steps as fit into --minutes of processor time, or for --steps, with a cosine schedule to
-its end. All are then scored alike, in eval mode, on the same held-out pairs, whatever number of points or batch size they
-were trained with: clouds of --eval_points points, two augmented views of each, pictures of the recipe's size. A recipe
-may train on other pairs (--data_root among its flags); it is scored on held-out pairs of this command's --data_root.
+its end. All are then scored alike, in eval mode, on the same held-out pairs, whatever number of points or batch size
+they were trained with: clouds of --eval_points points, two augmented views of each, pictures of the recipe's size. A
+recipe may train on other pairs (--data_root among its flags); it is scored on held-out pairs of this command's.
 
   R@1 views     percent of clouds whose nearest cloud among the other views of all is their own; features of the encoder
   R@1 pictures  percent of pictures whose nearest cloud is their own, and the reverse, mean; projections

@@ -127,15 +127,15 @@ class Runner:
 
     def commands(self, row: Row, seed: int) -> list[list[str]]:
         """Return the commands of one seed of a row, in order, without those that make data."""
-        commands, pretrained = [], ""
+        commands, flags = [], dict(row.flags)
         if row.pretraining:
             pretraining = self.plan.pretrainings[row.pretraining]
             commands.append(self.training_command(pretraining.name, PRETRAINING_SCRIPT, pretraining.flags, seed))
-            pretrained = str(self.run_folder(pretraining.name, seed) / "last.pth")
-        flags = {
-            key: value.replace("{pretrained}", pretrained) if isinstance(value, str) else value
-            for key, value in row.flags.items()
-        }
+            folder = self.run_folder(pretraining.name, seed)
+            for key, value in flags.items():
+                if isinstance(value, str):
+                    value = value.replace("{pretrained}", str(folder / "last.pth"))
+                    flags[key] = value.replace("{run_folder}", str(folder))
         report = {"json": self.work / row.name / f"seed_{seed}.json"}
         if row.script in TRAINING_SCRIPTS:
             commands.append(self.training_command(row.name, row.script, flags, seed) + command_line("", report)[2:])

@@ -42,13 +42,16 @@ def recorded_scores(folder: Path) -> dict[str, Any]:
 def value_at(scores: Any, path: str) -> float | None:
     """Return a number of a script's JSON by its path of keys and list positions, with dots between; None if missing.
 
-    ``reported`` is the entry of a fine-tuning run that is reported: the best on held-out data, or else the last.
+    ``reported`` is the entry of a fine-tuning run that is reported: the best on held-out data, or else the last; ``*``
+    is the only entry of a mapping.
     """
     for key in path.split("."):
         if key == "reported":
             scores = scores.get("best") or scores.get("last")
         elif isinstance(scores, list) and int(key) < len(scores):
             scores = scores[int(key)]
+        elif key == "*" and isinstance(scores, Mapping) and len(scores) == 1:
+            (scores,) = scores.values()
         elif isinstance(scores, Mapping) and key in scores:
             scores = scores[key]
         else:
@@ -99,6 +102,21 @@ def commits_and_machines(records: Sequence[Mapping[str, Any]]) -> str:
     return f"{', '.join(commits)}, {', '.join(machines)}"
 
 
+def seeds_of(found: Sequence[Mapping[str, Any]]) -> str:
+    """Return the seeds of records."""
+    return ", ".join(str(record["seed"]) for record in found)
+
+
+def record_cell(row: Row, found: Sequence[Mapping[str, Any]]) -> str:
+    """Return a row's name; with records as a link to them, with their commits and machines."""
+    return f"[{row.name}](../results/{row.name}), {commits_and_machines(found)}" if found else f"`{row.name}`"
+
+
+def commands_block(row: Row, found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the lines that show the commands of a row's first record."""
+    return [f"`{row.name}`, seed {found[0]['seed']}:", "", "```", *found[0]["commands"], "```", ""]
+
+
 def score_table(records: Records, table: Table, rows: Sequence[Row]) -> list[str]:
     """Return the lines of a table of scores, and the commands of its rows.
 
@@ -114,12 +132,10 @@ def score_table(records: Records, table: Table, rows: Sequence[Row]) -> list[str
         for column, path in table.columns.items():
             values = list(records.values(row, path).values())
             cells.append(mean_and_deviation(values, digits=table.digits.get(column, 1)) if values else "not run")
-        where = f"`{row.name}`"
         if found:
-            where = f"[{row.name}](../results/{row.name}), {commits_and_machines(found)}"
-            blocks += [f"`{row.name}`, seed {found[0]['seed']}:", "", "```", *found[0]["commands"], "```", ""]
-        seeds = ", ".join(str(record["seed"]) for record in found) or "-"
-        lines.append([row.label, *cells, seeds, *([row.published, row.reproduced] if quoted else []), where])
+            blocks += commands_block(row, found)
+        quotes = [row.published, row.reproduced] if quoted else []
+        lines.append([row.label, *cells, seeds_of(found) or "-", *quotes, record_cell(row, found)])
     return [markdown_table(lines), "", *difference_table(records, table, rows), *blocks]
 
 
@@ -160,8 +176,7 @@ def effect_table(records: Records, table: Table, rows: Sequence[Row], page: Path
             else:
                 effect = records.difference(row, row.against[0], path)
                 cells.append(effect.text(digits) if effect else f"{statistics.mean(values):.{digits}f} (no interval)")
-        seeds = ", ".join(str(record["seed"]) for record in found)
-        lines.append([row.factor, f"[{row.label}](../results/{row.name})", *cells, seeds])
+        lines.append([row.factor, f"[{row.label}](../results/{row.name})", *cells, seeds_of(found)])
     columns = table.columns.values()
     shown = [row for row in rows if row.against and any(records.difference(row, row.against[0], c) for c in columns)]
     picture = []
@@ -176,6 +191,32 @@ def effect_table(records: Records, table: Table, rows: Sequence[Row], page: Path
     if missing:
         missing = ["Not run:", "", *missing, ""]
     return [markdown_table(lines), "", INTERVAL_NOTE, "", *picture, *missing, *blocks]
+
+
+def growth_table(records: Records, table: Table, rows: Sequence[Row], page: Path) -> list[str]:
+    """Return the lines of tables of scores along runs, and what their curves give beyond; draw their picture."""
+    from benchmarks.growth import draw, fit_lines, score_lines
+
+    runs: dict[str, Any] = {}
+    lines, blocks = [["row", "seeds", "record"]], []
+    for row in rows:
+        found = records.of(row)
+        if found:
+            blocks += commands_block(row, found)
+        for record, folder in zip(found, records.folders(row), strict=True):
+            (scores,) = read_json(folder / "scores.json")["runs"].values()
+            runs[row.label if len(found) == 1 else f"{row.label}, seed {record['seed']}"] = scores
+        lines.append([row.label, seeds_of(found) or "not run", record_cell(row, found)])
+    if not runs:
+        return [markdown_table(lines), ""]
+    picture = table.picture or f"{page.stem}_growth.png"
+    draw(runs, page.with_name(picture))
+    return [
+        *(markdown_table(lines), ""),
+        *(markdown_table(score_lines(runs)), "", markdown_table(fit_lines(runs)), ""),
+        *(f"![Scores against steps, with curves extrapolated to ten times the steps]({picture})", ""),
+        *blocks,
+    ]
 
 
 def draw_effects(records: Records, table: Table, rows: Sequence[Row], path: Path) -> None:
@@ -224,6 +265,9 @@ def write_page(plan: Plan, results: Path, page: Path) -> None:
     for name, table in plan.tables.items():
         rows = [row for row in plan.rows if row.table == name]
         lines += [f"## {table.title}", "", table.note.strip(), ""]
-        lines += effect_table(records, table, rows, page) if table.effects else score_table(records, table, rows)
+        if table.effects or table.growth:
+            lines += (effect_table if table.effects else growth_table)(records, table, rows, page)
+        else:
+            lines += score_table(records, table, rows)
     with replacing(page) as temporary:
         temporary.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")

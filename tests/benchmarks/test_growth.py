@@ -50,7 +50,7 @@ def test_checkpoints_are_scored_once_drawn_and_extrapolated(run_folder, data_roo
     args = growth.BENCHMARK.parse_args(pairs)
     views = growth.Scorer(args, torch.device("cpu")).held_out_views({"arguments": {"data_root": "elsewhere"}})
     assert [batch["view1"].shape for batch in views] == [(5, 3, 24)]
-    with pytest.raises(UserError, match="has no step_<n>.pth; train with --keep_every"):
+    with pytest.raises(UserError, match="has neither step_<n>.pth nor last.pth; train with --keep_every"):
         growth.main([*argv, "--run", f"other={tmp_path}"])
     with pytest.raises(UserError, match="--run 'tiny=.*there is another NAME like this"):
         growth.main([*argv, "--run", f"tiny={tmp_path}"])

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 import train_crossnet_con
-from benchmarks import reproduce
+from benchmarks import growth, reproduce
 from benchmarks.plan import PLAN, Plan
 from benchmarks.reproduce import Runner, command_line
 from benchmarks.result_pages import mean_and_deviation, value_at
@@ -34,6 +34,7 @@ PARSERS = {
     "downstream/classification/finetune.py": finetune.build_parser,
     "downstream/segmentation/main_partseg.py": main_partseg.build_parser,
     "downstream/segmentation/main_semseg.py": main_semseg.build_parser,
+    "benchmarks/growth.py": growth.BENCHMARK.parser,
     "downstream/search.py": search.SearchConfig.parser,
 }
 # A script that scores: writes a number that depends on the seed, and counts its calls.
@@ -257,6 +258,61 @@ def test_variants_train_fill_the_page_with_differences_and_leave_no_checkpoints(
     reproduce.main([*project, "--tables"])
     page = (tmp_path / "docs/results.md").read_text()
     assert "Not run:\n\n- terms: cross alone\n" in page and "| terms |" not in page
+
+
+GROWTH = """
+title = "Results"
+[roots]
+data = "{data}"
+[pretraining.small]
+flags = {{ {small} }}
+[tables.t]
+title = "Growth"
+growth = true
+picture = "curves.png"
+note = "What it means."
+columns = {{ "mAP" = "runs.*.points.-1.mAP" }}
+[[rows]]
+name = "grows"
+table = "t"
+label = "tiny pairs"
+pretraining = "small"
+script = "benchmarks/growth.py"
+[rows.flags]
+run = "run={{run_folder}}"
+work_dir = "{{run_folder}}/growth"
+data_root = "{{data}}"
+dataset = "demo"
+num_points = 24
+"""
+
+
+def test_scores_along_a_run_fill_the_page_step_by_step(project, data_root, tmp_path, monkeypatch, small_runs):
+    mains = {"train_crossnet_con.py": train_crossnet_con.main, "benchmarks/growth.py": growth.main}
+
+    def run(argv, **settings):
+        if argv[0] == sys.executable:
+            mains[argv[1]](argv[2:])
+        return SimpleNamespace(returncode=0, stdout="")
+
+    monkeypatch.setattr(reproduce.subprocess, "run", run)
+    words = arguments(data_root, tmp_path, "--epochs", 2, "--keep_every", 3, "--val_fraction", 0.2, "--eval_every", 0)
+    given = zip((word.removeprefix("--") for word in words[::2]), words[1::2], strict=True)
+    small = ", ".join(f"{name} = {value!r}" for name, value in given if name != "output_dir")
+    (tmp_path / "plan.toml").write_text(GROWTH.format(small=small, data=data_root))
+    reproduce.main([*project, "--tables"])
+    page = (tmp_path / "docs/results.md").read_text()
+    assert "| tiny pairs | not run | `grows` |" in page and "curves.png" not in page
+    assert reproduce.main([*project, "--seeds", "1", "2"])["grows"]["recorded"] == [1, 2]
+    page = (tmp_path / "docs/results.md").read_text()
+    assert "| tiny pairs | 1, 2 | [grows](../results/grows), " in page
+    steps = re.findall(r"^\| tiny pairs, seed (\d) \| (\d+) \| .*$", page, flags=re.M)
+    assert steps == [("1", "3"), ("1", "6"), ("2", "3"), ("2", "6")]
+    assert "extrapolated, not measured" in page and "](curves.png)" in page
+    assert (tmp_path / "docs/curves.png").stat().st_size > 10_000
+    assert (tmp_path / "work/small/seed_2/growth/run/step_3.json").exists()
+    scores = json.loads((tmp_path / "results/grows/seed_2/scores.json").read_text())
+    assert value_at(scores, "runs.*.points.-1.mAP") == scores["runs"]["run"]["points"][1]["mAP"]
 
 
 def test_a_row_that_names_another_is_followed_by_their_difference(project, tmp_path):
