@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import h5py
@@ -537,13 +538,13 @@ class FineTuning(Task):
         identity: text that identifies the training data.
         augmentation: of the training clouds.
         per_batch: as for ``fine_tuning_rate``.
+        own_settings: see ``Task``.
 
     Raises:
         UserError: there are fewer than two samples, or fewer samples than processes.
     """
 
-    # These flags list the runs of a call and may change on resume; fingerprint() compares each run's samples.
-    free_on_resume = FREE_ON_RESUME | {"label_fraction", "test_area", "train_area"}
+    free_on_resume = FREE_ON_RESUME | {"confusion_matrix"}
 
     def __init__(
         self,
@@ -558,6 +559,7 @@ class FineTuning(Task):
         identity: str,
         augmentation: PointAugmentation | None = None,
         per_batch: bool = False,
+        own_settings: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         super().__init__(config, resolve_device(config.device))
         if len(chosen) < 2:
@@ -577,6 +579,7 @@ class FineTuning(Task):
         self.sampler = self.sampler_of(len(chosen), batch, keep_rest=len(chosen) < DROP_REST_FROM)
         self.score_held_out, self.score, self.table = validate, score, dict(table)
         self.identity, self.augmentation, self.per_batch = identity, augmentation, per_batch
+        self.own_settings = own_settings
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of a step."""

@@ -75,18 +75,25 @@ def check_weights(run: Run) -> None:
         raise run.not_finite("some weights are", run.progress.step)
 
 
-def changes_since(run: Run, payload: Mapping[str, Any]) -> list[str]:
-    """Describe the settings that change the result and differ from those of a checkpoint's run."""
-    before, now, sampler = payload["arguments"], run.config.flags, run.task.sampler
+def changes_since(run: Run, payload: Mapping[str, Any], *, same_samples: bool) -> list[str]:
+    """Describe the settings that change the result and differ from those of a checkpoint's run.
+
+    Args:
+        run: the run that resumes.
+        payload: the checkpoint.
+        same_samples: whether both have the same training samples; the size of a small set limits the batch.
+    """
+    before, now, sampler, own = payload["arguments"], run.config.flags, run.task.sampler, run.task.own_settings
     free = set(run.task.free_on_resume)
     if can_extend(run, payload):
         free.add("epochs")
     before = {**run.task.added_settings, **before}
     names = sorted(key for key in now if key not in free and before.get(key, now[key]) != now[key])
+    names = [key for key in names if key not in own or own[key] not in before[key]]
     changes = [f"--{key} {before[key]} there, {now[key]} here" for key in names]
     there, here, batch = payload.get("processes", 1), world_size(), payload["global_batch"]
     own, rest = divmod(batch, here * sampler.parts)
-    if batch != sampler.global_batch:
+    if same_samples and batch != sampler.global_batch:
         changes.append(
             f"--batch_size {before['batch_size']} in {there} process(es) there, "
             f"{run.config.batch_size} in {here} here, a global batch of {sampler.global_batch}, not {batch}: "
@@ -157,7 +164,8 @@ def load_state(run: Run, payload: Mapping[str, Any], path: Path) -> None:
     if payload.get("kind") != task.kind or "optimizer" not in payload:
         kind = task.kind.removeprefix("crossnet-")
         raise CheckpointError(f"{path} is not a {kind} checkpoint: --resume needs a last.pth of this script")
-    changes = changes_since(run, payload)
+    same_samples = payload["shapes"] == task.fingerprint()
+    changes = changes_since(run, payload, same_samples=same_samples)
     if changes:
         text = f"{path} was trained with other settings ({', '.join(changes)}): repeat them, or start a new run"
         if any(change.startswith("--epochs ") for change in changes):
@@ -166,7 +174,7 @@ def load_state(run: Run, payload: Mapping[str, Any], path: Path) -> None:
                 f"{task.fresh_start(path)}"
             )
         raise CheckpointError(text)
-    if payload["shapes"] != task.fingerprint():
+    if not same_samples:
         raise CheckpointError(f"{path} was trained on other shapes than {run.config.data_root} holds")
     task.load_weights(payload, path)
     load_optimizer(run.optimizer, payload["optimizer"])

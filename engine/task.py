@@ -82,6 +82,7 @@ class Task(ABC):
         kind: written to checkpoints; a run resumes only from its own kind.
         loss_names: names of the losses from ``forward_backward``, in order; the first one is minimized.
         free_on_resume: settings that may change when a run resumes.
+        own_settings: of settings that list the runs of a call, this run's value; a checkpoint fits if its list has it.
         added_settings: settings that checkpoints of earlier versions lack, with the values these versions implied.
         collate: makes a batch of samples; None means PyTorch's default.
         model, dataset, sampler: set by the subclass.
@@ -91,6 +92,7 @@ class Task(ABC):
     kind: str
     loss_names: tuple[str, ...] = ("loss",)
     free_on_resume: Collection[str] = FREE_ON_RESUME
+    own_settings: Mapping[str, Any] = MappingProxyType({})
     added_settings: Mapping[str, Any] = MappingProxyType({})
     collate: Callable | None = None
     model: nn.Module

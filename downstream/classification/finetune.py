@@ -162,6 +162,7 @@ def train(config: ClassificationConfig, train_clouds: Clouds, test_clouds: Cloud
             identity=f"{config.dataset} {config.variant}, {points} points, labels {train_clouds.targets.tolist()}",
             augmentation=fine_tuning_augmentation(),
             per_batch=True,
+            own_settings={"label_fraction": fraction},
         )
         result = fine_tune(Run(task, folder), lambda net: score(config, net, test_clouds), report)
         records.append(

@@ -305,6 +305,7 @@ def train(config: PartConfig) -> list[dict[str, Any]]:
             score="instance_miou",
             table=parts.table(),
             identity=f"{len(parts)} shapes, labels {int(parts.shapes.parts.sum())}, {points_of(parts)} points",
+            own_settings={"label_fraction": fraction},
         )
         result = fine_tune(Run(tuning, folder), task.score_test, [repr(parts.shapes), *report])
         records.append(

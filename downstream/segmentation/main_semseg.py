@@ -338,6 +338,7 @@ def train(config: SemanticConfig) -> list[dict[str, Any]]:
             score="mean_iou",
             table={"class_names": list(CLASS_NAMES), "train_areas": areas},
             identity=f"areas {areas}, rooms {sets[0].rooms}, {sets[0].num_points} points",
+            own_settings={"label_fraction": fraction, "test_area": area},
         )
         held = len(sets[1].rooms) if len(sets) > 1 else 0
         lines = [f"test area {area}; {sets[0]!r}; rooms held out: {held}", *report]

@@ -42,6 +42,16 @@ def test_limited_labels_keep_a_cloud_of_every_class_and_count_what_is_held_out(r
     assert runs[0]["best"] is None and runs[0]["selected_on"] is None and runs[1]["best"]
 
 
+def test_resuming_with_other_labels_names_the_flag_and_not_the_batch_that_they_limit(run):
+    run("--epochs", 1, "--label_fraction", 0.1)
+    for flags, message in (
+        (("--label_fraction", 0.2), r"\(--label_fraction \[0.1\] there, \[0.2\] here\)"),
+        (("--label_fraction", 0.1, "--holdout", 0.5), r"\(--holdout 0.1 there, 0.5 here\)"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            run("--epochs", 1, *flags, "--resume")
+
+
 def test_pretrained_encoder_and_published_classifier(run, tmp_path):
     save_encoder(tmp_path / "pre.pth", build_encoder("pointnet_cls", emb_dims=16))
     few = [*EVAL, "--batch_size", 6, "--epochs", 1]

@@ -90,6 +90,19 @@ def test_train_area_trains_on_those_alone_and_never_on_the_tested_one(run):
         run("--test_area", 5, "--train_area", "5", "--overwrite")
 
 
+def test_a_finished_run_is_not_taken_for_one_of_another_area(run, tmp_path):
+    areas = ("--train_area", "1,2", "--test_area")
+    run(*areas, 5)
+    for flags, message in (
+        ((*areas, 4), r"\(--test_area \[5\] there, \[4\] here\)"),
+        (("--train_area", "1,3", "--test_area", 5), r"\(--train_area \[\[1, 2\]\] there, \[\[1, 3\]\] here\)"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            run(*flags, "--resume")
+    again = run(*areas, 5, "--resume", "--confusion_matrix", tmp_path / "c.png")  # which only draws
+    assert again["runs"][0]["test_area"] == 5 and (tmp_path / "c.png").exists()
+
+
 def test_the_released_train_area_leaves_the_tested_area_out(run):
     for number, areas in ((5, [1, 2, 3, 4, 6]), (1, [2, 3, 4, 5, 6])):
         (record,) = run("--train_area", "1,2,3,4,5,6", "--test_area", number, "--overwrite")["runs"]
