@@ -29,6 +29,7 @@ from datasets.sampler import SampleKey
 from datasets.streams import SampleStreams, Stream
 from datasets.transforms import PointAugmentation
 from downstream.features import calibrate_batch_norm, evaluating
+from downstream.figures import check_output_path
 from engine.checkpoint import load_checkpoint
 from engine.config import RunConfig
 from engine.data_workers import data_loader
@@ -51,7 +52,7 @@ from engine.task import FREE_ON_RESUME, Progress, Run, Task
 from models import ENCODER_ALIASES, build_encoder, encoder_arguments, resolve_encoder_name
 from models.ops.dropout import SampleDropout
 from models.task_heads import HEADS, FineTuned
-from utils.cli import check_writable, flag, positive_int, write_json
+from utils.cli import flag, fraction, non_negative_float, non_negative_int, positive_float, positive_int, write_json
 from utils.collectives import broadcast_from_rank0, gather_rows, is_main, rank, world_size
 from utils.errors import CheckpointError, UserError
 from utils.files import replacing
@@ -83,7 +84,7 @@ class FineTuneConfig(RunConfig):
     emb_dims: int | None = flag(
         type=positive_int, metavar="E", help="width of the embedding (default: the checkpoint's; 1024)"
     )
-    dropout: float | None = flag(type=float, metavar="P", help="dropout of the head (default: as published)")
+    dropout: float | None = flag(type=fraction, metavar="P", help="dropout of the head (default: as published)")
     head: str = flag(
         "published",
         choices=HEADS,
@@ -102,10 +103,10 @@ class FineTuneConfig(RunConfig):
     )
     batch_size: int = flag(32, type=positive_int, metavar="B", help="samples per process and step")
     test_batch_size: int = flag(16, type=positive_int, metavar="B", help="samples per forward pass in tests")
-    lr: float = flag(1e-3, type=float, metavar="LR", help="peak learning rate of Adam; SGD uses 100 x this")
+    lr: float = flag(1e-3, type=positive_float, metavar="LR", help="peak learning rate of Adam; SGD uses 100 x this")
     use_sgd: bool = flag(False, action=Switch, help="SGD with momentum instead of Adam")
-    momentum: float = flag(0.9, type=float, metavar="M", help="momentum of SGD")
-    weight_decay: float = flag(1e-4, type=float, metavar="WD", help="L2 penalty")
+    momentum: float = flag(0.9, type=non_negative_float, metavar="M", help="momentum of SGD")
+    weight_decay: float = flag(1e-4, type=non_negative_float, metavar="WD", help="L2 penalty")
     scheduler: str = flag(
         "cosine",
         type=scheduler_name,
@@ -114,10 +115,14 @@ class FineTuneConfig(RunConfig):
         "released: like the released code (docs/fidelity.md): for classification the rate oscillates with every "
         "batch, for segmentation it is constant under Adam",
     )
-    label_smoothing: float = flag(SMOOTHING, type=float, metavar="EPS", help="0 turns it off")
+    label_smoothing: float = flag(SMOOTHING, type=fraction, metavar="EPS", help="0 turns it off")
     amp: str = flag("off", choices=[*AMP_DTYPES], help="mixed precision of the training steps")
     eval_every: int = flag(
-        1, group="selection of the best epoch", type=int, metavar="EPOCHS", help="epochs between validations; 0 = never"
+        1,
+        group="selection of the best epoch",
+        type=non_negative_int,
+        metavar="EPOCHS",
+        help="epochs between validations; 0 = never",
     )
     select_on: str = flag(
         "val",
@@ -196,10 +201,6 @@ def check_training_arguments(config: FineTuneConfig) -> None:
         raise UserError("--eval scores a finished model (--model_path) and cannot be used with --pretrain_path")
     if config.batch_size * (1 if config.no_sync_bn else world_size()) < 2:
         raise UserError("--batch_size 1 gives batch norm no statistics; use 2 or more")
-    if not 0 <= config.label_smoothing < 1:
-        raise UserError(f"--label_smoothing {config.label_smoothing}: expected 0 or more and less than 1")
-    if config.dropout is not None and not 0 <= config.dropout < 1:
-        raise UserError(f"--dropout {config.dropout}: expected 0 or more and less than 1")
     if config.dropout is not None and config.head == "linear":
         raise UserError("--dropout belongs to --head published; --head linear has none")
     check_fraction(config.point_label_fraction, flag="--point_label_fraction")
@@ -208,8 +209,9 @@ def check_training_arguments(config: FineTuneConfig) -> None:
             "--freeze_encoder without --pretrain_path: an untrained encoder whose batch norms have seen no data; "
             "--calibrate_bn makes it a fair baseline"
         )
-    if config.json and is_main():
-        check_writable(Path(config.json).absolute().parent)
+    if is_main():
+        for path in filter(None, (config.json, kept)):
+            check_output_path(path)
 
 
 def write_arrays(path: str | Path, arrays: Mapping[str, Any]) -> None:
@@ -239,9 +241,14 @@ def smoothed_cross_entropy(
 
     Shape:
         scores (B, K) or (B, K, N), target (B,) or (B, N) -> (); with ``reduction="none"`` as the target, flat
+
+    Raises:
+        UserError: the true class would get less than the others.
     """
     classes = scores.shape[1]
     smoothing = eps * classes / (classes - 1) if classes > 1 else 0.0
+    if smoothing > 1:
+        raise UserError(f"--label_smoothing {eps:g} with {classes} classes: expected at most 1 - 1/{classes}")
     if scores.ndim == 3 and (scores.is_cuda or reduction == "none"):
         # The CUDA loss of (B, K, N) is not deterministic.
         scores, target = scores.mT.flatten(0, 1), target.flatten()  # (B * N, K), (B * N,)

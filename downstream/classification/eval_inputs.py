@@ -14,6 +14,7 @@ from datasets.hdf5 import LabeledClouds
 from datasets.registry import CLASSIFICATION_SETS, find_datasets, open_classification_set
 from datasets.scanobjectnn import VARIANTS
 from downstream.features import calibrate_batch_norm, extract_features
+from downstream.figures import check_output_path
 from engine.device import resolve_device
 from engine.load_model import (
     DEFAULT_ENCODER,
@@ -108,6 +109,8 @@ class EvaluationConfig(CommonSettings, CloudSettings):
     )
 
     def __post_init__(self) -> None:
+        if self.json is not None:
+            check_output_path(self.json)
         if self.seeds and not self.random_init:
             raise UserError("--seeds needs --random_init, whose weights it draws; for random draws use --seed")
 

@@ -54,9 +54,9 @@ from engine.launch import launch
 from engine.load_model import fine_tuned_from_checkpoint
 from engine.task import Run
 from models.task_heads import Classification
-from utils.cli import flag, log_to_screen, write_json
+from utils.cli import flag, fraction, log_to_screen, write_json
 from utils.collectives import is_main
-from utils.errors import CheckpointError, DataError, UserError
+from utils.errors import CheckpointError, DataError
 from utils.released_flags import IN_FINE_TUNING, add_percent_train, add_released_flags
 from utils.reproducible import provenance
 
@@ -70,7 +70,7 @@ class ClassificationConfig(FineTuneConfig, CloudSettings):
     label_fraction: list[float] = label_fraction_flag("labels", "the training labels to use, at least one per class")
     holdout: float = flag(
         0.1,
-        type=float,
+        type=fraction,
         metavar="F",
         help="share of the labels in use that is held out to select the best epoch; every class keeps at least one for "
         "training; 0 holds out none",
@@ -213,8 +213,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     config = ClassificationConfig.from_flags(build_parser().parse_args(argv))
     log_to_screen()
     check_training_arguments(config)
-    if not 0 <= config.holdout < 1:
-        raise UserError(f"--holdout {config.holdout:g}: expected 0 or more and less than 1")
     if config.dataset == "scanobjectnn":
         config.resolve(variant=resolve_variant(config.variant))
     splits = open_splits(config.dataset, config.data_root, variant=config.variant, num_points=config.num_points)

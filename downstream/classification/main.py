@@ -87,8 +87,6 @@ class SVMConfig(EvaluationConfig):
             raise UserError(f"--cv_folds {self.cv_folds}: cross-validation needs at least 2 folds")
         for path in filter(None, (self.confusion_matrix, self.retrieval_sheet)):
             check_output_path(path, PICTURE_TYPES)
-        if self.json is not None:
-            check_output_path(self.json)
 
 
 class Scores(NamedTuple):

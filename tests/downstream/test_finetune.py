@@ -79,8 +79,6 @@ def test_bad_input_is_named(run, tmp_path):
     save_model(tmp_path / "m.pth", model, table={"class_names": list("abcde")})
     with pytest.raises(CheckpointError, match=r"knows 5 classes \(a, b, c, d, \.\.\.\), demo has 3 \(ball, plate, rod"):
         run("--eval", "--model_path", tmp_path / "m.pth")
-    with pytest.raises(UserError, match="--holdout 1"):
-        run("--holdout", 1)
     with pytest.raises(UserError, match="k = 40 neighbors in clouds of 32 points"):
         run("--k", 40)
     with pytest.raises(UserError, match="--batch_size 1"):

@@ -67,6 +67,8 @@ def test_label_smoothing_is_the_released_formula(shape):
     expected = -(share * F.log_softmax(scores, 1)).sum(1).mean()
     assert finetuning.smoothed_cross_entropy(scores, target).item() == pytest.approx(expected.item(), rel=1e-6)
     assert finetuning.smoothed_cross_entropy(torch.randn(3, 1), torch.zeros(3, dtype=torch.int64)).item() == 0
+    with pytest.raises(UserError, match="--label_smoothing 0.9 with 7 classes: expected at most 1 - 1/7"):
+        finetuning.smoothed_cross_entropy(scores, target, 0.9)
 
 
 def test_points_without_a_label_are_ignored_and_every_sample_counts_alike():
@@ -309,12 +311,25 @@ def test_settings_that_contradict_each_other(tmp_path):
         (("--model_path", "x"), "to start from pretrained weights use --pretrain_path"),
         (("--eval", "--model_path", "x", "--pretrain_path", "y"), "cannot be used with --pretrain_path"),
         (("--batch_size", 1), "--batch_size 1"),
-        (("--label_smoothing", 1), "--label_smoothing"),
-        (("--dropout", 1), "--dropout"),
         (("--dropout", 0.5, "--head", "linear"), "--dropout belongs to --head published"),
+        (("--json", tmp_path), "cannot write"),
     ):
         with pytest.raises(UserError, match=message):
             finetuning.check_training_arguments(parse(tmp_path, *arguments))
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        *[("--lr", value) for value in ("-1", "0", "nan")],
+        *[(flag, "-1") for flag in ("--weight_decay", "--momentum", "--eval_every")],
+        *[(flag, "1") for flag in ("--label_smoothing", "--dropout", "--holdout")],
+    ],
+)
+def test_values_that_cannot_train_are_refused_by_name(tmp_path, capsys, flag, value):
+    with pytest.raises(SystemExit):
+        parse(tmp_path, flag, value)
+    assert f"argument {flag}: " in capsys.readouterr().err
 
 
 def test_several_runs_are_looked_at_before_one_is_overwritten_or_started(tmp_path):
