@@ -132,17 +132,17 @@ def train(config: ClassificationConfig, train_clouds: Clouds, test_clouds: Cloud
     points = train_clouds.clouds.points.shape[1]
     check_neighbors(start_model(config, Classification, sizes=sizes)[0].encoder, points)
     plans = []
-    for fraction in dict.fromkeys(config.label_fraction):
-        labeled = choose_labeled(train_clouds.targets, fraction, seed=config.seed)
+    for share in dict.fromkeys(config.label_fraction):
+        labeled = choose_labeled(train_clouds.targets, share, seed=config.seed)
         fit, held = labeled, labeled[:0]
         if config.select_on == "val" and config.holdout and config.eval_every:
             fit, held = (
                 labeled[part] for part in hold_out(train_clouds.targets[labeled], config.holdout, seed=config.seed)
             )
-        plans.append((fraction, fit, held))
-    folders = run_folders(config, [f"label_{fraction:g}" for fraction, _, _ in plans])
+        plans.append((share, fit, held))
+    folders = run_folders(config, [f"label_{share:g}" for share, _, _ in plans])
     records = []
-    for (fraction, fit, held), folder in zip(plans, folders, strict=True):
+    for (share, fit, held), folder in zip(plans, folders, strict=True):
         model, report = start_model(config, Classification, sizes=sizes)
 
         def validate(net: nn.Module, held: np.ndarray = held) -> Scores:
@@ -162,12 +162,12 @@ def train(config: ClassificationConfig, train_clouds: Clouds, test_clouds: Cloud
             identity=f"{config.dataset} {config.variant}, {points} points, labels {train_clouds.targets.tolist()}",
             augmentation=fine_tuning_augmentation(),
             per_batch=True,
-            own_settings={"label_fraction": fraction},
+            own_settings={"label_fraction": share},
         )
         result = fine_tune(Run(task, folder), lambda net: score(config, net, test_clouds), report)
         records.append(
             {
-                "label_fraction": fraction,
+                "label_fraction": share,
                 "labels_used": len(fit) + len(held),
                 "folder": str(folder.path),
                 "validation_samples": len(held),
