@@ -319,7 +319,7 @@ class Pretraining(Task):
         config = self.config
         wanted = {"k": config.k, "emb_dims": config.emb_dims}
         if config.model_path:
-            encoder = encoder_from_checkpoint(config.model_path, model=config.model, **wanted)
+            encoder = encoder_from_checkpoint(config.model_path, model=config.model, in_channels=3, **wanted)
         else:
             encoder = encoder_from_flags(config.model, **wanted)
         # Checkpoints record the values in use, not None.

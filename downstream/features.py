@@ -24,7 +24,9 @@ def check_neighbors(encoder: nn.Module, points: int, *, name: str = "the encoder
     """
     k = getattr(encoder, "k", 0)
     if k > points:
-        raise UserError(f"{name}: k = {k} neighbors in clouds of {points} points; choose --k or --num_points to fit")
+        raise UserError(
+            f"{name}: k = {k} neighbors in clouds of {points} points; use more points (--num_points) or a smaller k"
+        )
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from utils.pictures import Axes, Figure, save_figure
 PICTURE_TYPES = (".png", ".pdf", ".svg", ".jpg")
 RIGHT, WRONG, NEUTRAL = "#2a7f3f", "#c23b22", "#444444"
 SHEET_ROWS, SHEET_NEIGHBORS = 10, 6
+SHEET_POINTS = 2048  # of a small cloud; more would only hide each other
 
 
 def check_output_path(path: str | os.PathLike[str], endings: Sequence[str] | None = None) -> None:
@@ -90,6 +91,11 @@ def draw_confusion_counts(
         axes.text(column, row, text, ha="center", va="center", fontsize=8 if size <= 20 else 6, color=color)
     figure.colorbar(image, ax=axes, shrink=0.7, label="percent of the true class")
     save_figure(figure, path)
+
+
+def thinned(points: np.ndarray) -> np.ndarray:
+    """Return evenly spaced rows of (N, 3) points, at most ``SHEET_POINTS``; scans are in the scanner's order."""
+    return points[:: -(-len(points) // SHEET_POINTS)]
 
 
 def draw_cloud(

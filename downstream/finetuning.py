@@ -410,17 +410,14 @@ def start_model(
     fitting = encoders_for(task)
     if config.pretrain_path:
         path = find_weights(config.pretrain_path, model=config.model or fitting[0])
-        encoder = encoder_from_checkpoint(path, model=config.model, k=config.k, emb_dims=config.emb_dims)
+        encoder = encoder_from_checkpoint(
+            path, model=config.model, k=config.k, emb_dims=config.emb_dims, in_channels=in_channels
+        )
         name = describe_encoder(encoder)["name"]
         if type(encoder) not in task.heads:
             raise CheckpointError(
                 f"{config.pretrain_path} holds the encoder {name}, which has no head for {task.kind}: pretrain with "
                 f"--model {' or '.join(fitting)}"
-            )
-        if in_channels not in (None, encoder.in_channels):
-            raise CheckpointError(
-                f"{config.pretrain_path} holds an encoder of {encoder.in_channels} values per point; "
-                f"--in_channels {in_channels} does not fit it"
             )
     else:
         name = resolve_encoder_name(config.model or fitting[0])

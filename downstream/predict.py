@@ -41,7 +41,7 @@ from datasets.s3dis import CLASS_COLORS, CLASS_NAMES
 from datasets.s3dis_prepare import MAX_DISTANCE, BlockSettings, Room, block_values, choose_points
 from datasets.shapenet_part import PartTaxonomy, draw_rows, official_taxonomy
 from downstream.features import check_neighbors, evaluating
-from downstream.figures import check_output_path, draw_neighbors
+from downstream.figures import check_output_path, draw_neighbors, thinned
 from downstream.finetuning import scores_of
 from downstream.retrieval import nearest
 from downstream.segmentation.drawing import Item, draw_sheet, write_colored_ply
@@ -51,7 +51,7 @@ from engine.load_model import encoder_from_checkpoint, find_weights, fine_tuned_
 from models import ENCODER_ALIASES, ENCODERS
 from models.base import PointFeatures
 from models.task_heads import Classification, FineTuned, PartSegmentation, SemanticSegmentation
-from utils.cli import Settings, flag, log_to_screen, positive_int, run, seed_number, write_json
+from utils.cli import Settings, flag, log_to_screen, non_negative_int, positive_int, run, seed_number, write_json
 from utils.errors import CheckpointError, DataError, UserError
 from utils.files import check_name, data_files
 from utils.progress import progress
@@ -66,7 +66,7 @@ POINTS = {"parts": 2048, "rooms": 4096, "classes": 1024, "features": 1024}
 UNITS = {"m": 1.0, "cm": 0.01, "mm": 0.001, "in": 0.0254, "ft": 0.3048}
 ROOM_DENSITY, ROOM_POINTS = 2000, (20_000, 2_000_000)  # points drawn from a mesh of a room: a square meter, limits
 LABELS_OF_MESH = 8192  # points drawn from an object's mesh to be labeled
-SHEET_ROWS, SHEET_POINTS = 20, 4096
+SHEET_ROWS = 20
 LINES, LABELS_PER_LINE = 20, 4  # printed
 
 
@@ -192,7 +192,7 @@ class Predictor:
         self.device = resolve_device(settings.device)
         kind, payload = TASKS[self.task], {}
         if kind is None:
-            model: nn.Module = encoder_from_checkpoint(self.path, model=settings.model, k=settings.k)
+            model: nn.Module = encoder_from_checkpoint(self.path, model=settings.model, k=settings.k, in_channels=3)
         else:
             model, payload = fine_tuned_from_checkpoint(self.path, kind, model=settings.model, k=settings.k)
         self.model = model.to(self.device)
@@ -444,7 +444,7 @@ class _Writer:
             np.savez(self._file("features.npz"), names=np.array(names), features=features)
             if neighbors and len(items) > 1:
                 found = nearest(features, shown, neighbors)
-                clouds = [item.points[:SHEET_POINTS] for item in items]
+                clouds = [thinned(item.points) for item in items]
                 draw_neighbors(clouds, names, shown, found, self._file("neighbors.png"), up=report.up)
             return
         rows = _class_rows(report) if report.task == "classes" else _point_rows(report)
@@ -517,7 +517,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output_dir", required=True, metavar="DIR", help="new folder for the results")
     parser.add_argument("--overwrite", action="store_true", help="write into --output_dir although it is not empty")
     parser.add_argument(
-        "--neighbors", type=int, default=0, metavar="K", help="of features: draw each object's K nearest ones"
+        "--neighbors",
+        type=non_negative_int,
+        default=0,
+        metavar="K",
+        help="of features: draw each object's K nearest ones",
     )
     parser.add_argument("--json", metavar="FILE", help="also write a summary to FILE as one JSON object")
     return parser
@@ -535,6 +539,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     folder = Path(args.output_dir)
     if folder.is_dir() and any(folder.iterdir()) and not args.overwrite:
         raise UserError(f"{folder} is not empty; choose a new --output_dir, or --overwrite")
+    if args.json:
+        check_output_path(args.json)
     settings = asdict(PredictorSettings.from_flags(args))
     report = predict(args.model_path, args.inputs, folder, neighbors=args.neighbors, **settings)
     for line in answers(report):

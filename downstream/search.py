@@ -35,7 +35,16 @@ from data.shape_files import SUFFIXES
 from datasets.pair_sources import PairSource, choose_shapes, open_source, read_shape_list
 from datasets.photos import PHOTO_SUFFIXES, cut_out, framed, read_photo
 from downstream.features import check_neighbors
-from downstream.figures import NEUTRAL, PICTURE_TYPES, RIGHT, WRONG, check_output_path, draw_cloud, draw_picture
+from downstream.figures import (
+    NEUTRAL,
+    PICTURE_TYPES,
+    RIGHT,
+    WRONG,
+    check_output_path,
+    draw_cloud,
+    draw_picture,
+    thinned,
+)
 from downstream.pair_space import PairProjections, PairReader, PairSpace, pair_scores, project_pairs
 from downstream.predict import POINTS, Prediction, Predictor, PredictorSettings, find_inputs
 from downstream.retrieval import unit_rows
@@ -43,8 +52,6 @@ from utils.cli import CommonSettings, flag, log_to_screen, positive_int, run, wr
 from utils.errors import DataError, UserError
 from utils.pictures import Axes, Figure, save_figure
 from utils.progress import progress
-
-SHEET_POINTS = 2048  # of a cloud; more would only hide each other
 
 
 @dataclass(kw_only=True)
@@ -369,11 +376,6 @@ def draw_search(queries: Sequence[Query], engine: Search, path: str, *, up: str,
             title = f"{short_name(item.name)}\n{similarity:.2f}"
             draw_cloud(axes, engine.points_to_draw(item), title=title, color=color, up=gallery_up)
     save_figure(figure, path)
-
-
-def thinned(points: np.ndarray) -> np.ndarray:
-    """Return evenly spaced rows of (N, 3) points, at most ``SHEET_POINTS``."""
-    return points[:: -(-len(points) // SHEET_POINTS)]
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

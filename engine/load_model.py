@@ -125,7 +125,12 @@ def encoder_from_flags(
 
 
 def encoder_from_checkpoint(
-    path: str | os.PathLike[str], *, model: str | None = None, k: int | None = None, emb_dims: int | None = None
+    path: str | os.PathLike[str],
+    *,
+    model: str | None = None,
+    k: int | None = None,
+    emb_dims: int | None = None,
+    in_channels: int | None = None,
 ) -> nn.Module:
     """Rebuild a point encoder and load its weights strictly.
 
@@ -138,6 +143,7 @@ def encoder_from_checkpoint(
         model: encoder name; must agree with the checkpoint.
         k: number of neighbors; overrides the checkpoint's with a warning.
         emb_dims: must agree with the weights.
+        in_channels: values per point that the encoder must take; None takes any number.
 
     Returns:
         The encoder, in training mode, on the CPU.
@@ -149,6 +155,8 @@ def encoder_from_checkpoint(
     payload = load_checkpoint(path)
     with checkpoint_errors(path):
         encoder, heads = _encoder_from_payload(payload, path, model=model, k=k, emb_dims=emb_dims)
+    if in_channels not in (None, encoder.in_channels):
+        raise CheckpointError(f"{path} holds an encoder of {encoder.in_channels} values per point, not {in_channels}")
     _log_left_out(path, heads)
     return encoder
 

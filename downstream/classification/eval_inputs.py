@@ -140,7 +140,9 @@ def candidates(config: EvaluationConfig) -> list[Candidate]:
         names = [Path(path).name for path in config.model_path]
         for path, name in zip(config.model_path, names, strict=True):
             file = find_weights(path, model=config.model)
-            encoder = encoder_from_checkpoint(file, model=config.model, k=config.k, emb_dims=config.emb_dims)
+            encoder = encoder_from_checkpoint(
+                file, model=config.model, k=config.k, emb_dims=config.emb_dims, in_channels=3
+            )
             # Runs usually differ by folder: checkpoints/a/last.pth, checkpoints/b/last.pth.
             shown = name if names.count(name) == 1 else path
             found.append(Candidate(shown, encoder, {"model_path": str(path), "sha256": sha256(file)}))
@@ -169,6 +171,8 @@ def open_splits(
         found = find_datasets(data_root)
         hint = f" (found there: --dataset {', '.join(found)})" if found and dataset not in found else ""
         raise DataError(f"{error}{hint}") from error
+    # Without names, each split numbers its classes up to its highest label.
+    train.class_names = test.class_names = max(train.class_names, test.class_names, key=len)
     for part in (train, test):
         print(f"{part!r} from {', '.join(map(str, part.files))} ({part.layout})")
         if part.repeated:

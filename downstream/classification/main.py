@@ -252,6 +252,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     train, test = open_splits(config.dataset, config.data_root, variant=config.variant, num_points=config.num_points)
     with data_errors(config.dataset):
         check_labels(train.labels, c_values=config.svm_c, folds=config.cv_folds)
+    if len(foreign := np.setdiff1d(test.labels, train.labels)):
+        names = ", ".join(test.class_names[label] for label in foreign)
+        print(
+            f"note: {np.isin(test.labels, foreign).sum()} test clouds count as errors of the SVM, because no training "
+            f"cloud has their class: {names}"
+        )
     found = candidates(config)
     for candidate in found:
         check_neighbors(candidate.encoder, config.num_points, name=candidate.name)

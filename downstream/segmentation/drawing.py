@@ -86,7 +86,7 @@ def draw_sheet(
     figure.suptitle(title, fontsize=11)
     grid = figure.subplots(len(items), count + 1, squeeze=False, gridspec_kw={"width_ratios": [1] * count + [0.85]})
     for row, item in zip(grid, items, strict=True):
-        seen = np.flatnonzero(~item.hidden)
+        seen = np.flatnonzero(~item.hidden | item.hidden.all())  # a cloud of hidden points is drawn whole
         seen = seen[np.random.default_rng(0).permutation(len(seen))[:SHEET_POINTS]]
         headings = {"input": shortened(item.name, 36)}
         if item.truth is not None:

@@ -176,6 +176,16 @@ class AreaTest:
         if "rooms" in wanted:
             self.rooms = S3DISRooms(config.data_root, area, in_channels=in_channels)
 
+    def check(self, encoder: nn.Module) -> None:
+        """Check that every block has at least as many points as the encoder has neighbors.
+
+        Raises:
+            UserError: they have fewer.
+        """
+        sizes = [self.blocks and self.blocks.num_points, self.rooms and self.rooms.block_points]
+        for points in filter(None, sizes):
+            check_neighbors(encoder, points)
+
     def __call__(self, model: nn.Module) -> dict[str, Scores]:
         """Return the scores by protocol, each with its confusion matrix."""
         counts = {}
@@ -316,6 +326,7 @@ def train(config: SemanticConfig) -> list[dict[str, Any]]:
                 if names
             ]
             check_neighbors(probe.encoder, sets[0].num_points)
+            test.check(probe.encoder)
             plans.append((area, areas, fraction, test, sets))
     records = []
     one = len(fractions) == 1
@@ -403,8 +414,7 @@ def score_checkpoints(config: SemanticConfig) -> list[dict[str, Any]]:
         if trained and area in trained:
             print(f"warning: {path} was trained on area {area}; its score there says nothing about new rooms")
         test = AreaTest(config, area, channels)
-        if test.blocks is not None:
-            check_neighbors(model.encoder, test.blocks.num_points)
+        test.check(model.encoder)
         scores = test(model.to(test.device))
         kept |= test.kept or {}
         records.append({"test_area": area, "train_areas": trained, "model_path": str(path), "test": scores})

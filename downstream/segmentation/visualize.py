@@ -22,10 +22,11 @@ import numpy as np
 
 from datasets.s3dis import AREAS, CLASS_COLORS, CLASS_NAMES, S3DISRooms
 from datasets.shapenet_part import ShapeNetPart
+from downstream.features import check_neighbors
 from downstream.figures import check_output_path
 from downstream.finetuning import inference_settings, scores_of
 from downstream.segmentation.drawing import Item, colored, draw_sheet, write_colored_ply
-from downstream.segmentation.main_partseg import Parts, check_fits, predict_parts
+from downstream.segmentation.main_partseg import Parts, check_fits, points_of, predict_parts
 from downstream.segmentation.main_semseg import predict_room
 from engine.device import resolve_device
 from engine.load_model import fine_tuned_from_checkpoint, kind_of_checkpoint
@@ -51,7 +52,9 @@ class PictureConfig(CommonSettings):
     )
     k: int | None = flag(type=positive_int, help="neighbors per point (default: the checkpoint's)")
     test_batch_size: int = flag(8, type=positive_int, metavar="B", help="samples per forward pass")
-    items: int = flag(6, group="what to draw", type=positive_int, metavar="N", help="shapes or rooms")
+    items: int = flag(
+        6, group="what to draw", type=positive_int, metavar="N", help="shapes or rooms, unless --rooms names them"
+    )
     class_test: list[str] | None = flag(nargs="+", metavar="NAME", help="parts: categories to draw (default: all)")
     num_points: int | None = flag(type=positive_int, metavar="N", help="parts: points per shape (default: all)")
     test_area: int = flag(5, type=int, choices=AREAS, help="rooms: area to draw")
@@ -70,6 +73,7 @@ def part_items(config: PictureConfig, model: FineTuned, payload: dict[str, Any])
     shapes = ShapeNetPart(config.data_root, "test", num_points=config.num_points, class_choice=choice)
     parts = Parts(shapes)
     check_fits(config.model_path, model, payload, parts)
+    check_neighbors(model.encoder, points_of(parts), name=config.model_path)
     taxonomy, categories = shapes.taxonomy, np.unique(shapes.categories)
     if config.class_test:
         wanted = [taxonomy.category_number(name) for name in config.class_test]
@@ -104,11 +108,12 @@ def room_items(config: PictureConfig, model: FineTuned) -> list[Item]:
         UserError: the room is unknown.
     """
     rooms = S3DISRooms(config.data_root, config.test_area, in_channels=model.encoder.in_channels)
+    check_neighbors(model.encoder, rooms.block_points, name=config.model_path)
     for name in config.rooms or []:
         if name not in rooms.rooms:
             raise UserError(f"no room {name} in area {config.test_area}; it has {', '.join(rooms.rooms)}")
     items = []
-    for name in (config.rooms or rooms.rooms)[: config.items]:
+    for name in config.rooms or rooms.rooms[: config.items]:
         room = rooms.rooms.index(name)
         passes = scores_of(model, rooms, chosen=rooms.blocks_of(room), **inference_settings(config))
         predicted = predict_room(passes, rooms.room_size(room), name).predicted
@@ -127,7 +132,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     config = PictureConfig.from_flags(PictureConfig.parser().parse_args(argv))
     log_to_screen()
     folder = Path(config.output_dir)
-    check_output_path(folder / "sheet.png")
+    for path in filter(None, (folder / "sheet.png", config.json)):
+        check_output_path(path)
     tasks = {"parts": PartSegmentation, "rooms": SemanticSegmentation}
     name = config.task
     if name is None:

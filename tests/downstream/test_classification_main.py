@@ -226,6 +226,9 @@ def test_settings_that_do_not_go_together(root, tmp_path):
         run(root, "--random_init", "--model", "pointnet_cls", "--k", 3, "--num_points", 16)
     with pytest.raises(CheckpointError, match="holds a dgcnn_cls, not the pointnet_cls"):
         run(root, "--model_path", path, "--model", "pointnet_cls", "--num_points", 16)
+    save_encoder(tmp_path / "nine.pth", build_encoder("dgcnn_semseg", k=3, emb_dims=8, in_channels=9))
+    with pytest.raises(CheckpointError, match="nine.pth holds an encoder of 9 values per point, not 3"):
+        run(root, "--model_path", tmp_path / "nine.pth", "--num_points", 16)
     cut(path)
     with pytest.raises(CheckpointError, match=str(path)):
         run(root, "--model_path", path, "--num_points", 16)

@@ -2,11 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from downstream.classification import few_shot, finetune, tsne
 from downstream.classification import main as svm
 from downstream.probe import LinearProbe
+from tests.support.files import write_h5
 from tests.support.shape_files import STRETCH, write_class_folders, write_point_cloud_datasets, write_resampled
 from utils.errors import DataError
 
@@ -72,6 +74,27 @@ def test_the_layout_of_modelnet_is_named_in_the_result(tmp_path, write):
     )
     assert origin(metrics, "train") == {"layout": metrics["data"]["test"]["layout"], "folder": str(folder), "clouds": 8}
     assert ("PointCloudDatasets" in origin(metrics)["layout"]) == (write is write_point_cloud_datasets)
+
+
+@pytest.mark.parametrize(("train", "test"), [([0, 1, 2, 3], [0, 1, 2]), ([0, 1, 2], [0, 1, 2, 3])])
+def test_classes_without_names_that_one_split_lacks(tmp_path, monkeypatch, capsys, small_runs, train, test):
+    for split, classes in (("train", train), ("test", test)):
+        labels = np.repeat(classes, 4)
+        data = np.random.default_rng(0).normal(size=(len(labels), 32, 3)) * (1 + labels[:, None, None])
+        write_h5(tmp_path / f"{split}.h5", data=data.astype("f4"), label=labels)
+    drawn = []
+    monkeypatch.setattr(svm, "draw_confusion_matrix", lambda *arguments, **_: drawn.append(arguments))
+    metrics = run(svm, tmp_path, *RANDOM, "--confusion_matrix", tmp_path / "c.png")
+    assert drawn[0][2] == tuple(f"class {i}" for i in range(4)) and metrics["test_clouds"] == 4 * len(test)
+    note = "4 test clouds count as errors of the SVM, because no training cloud has their class: class 3"
+    assert (note in capsys.readouterr().out) == (len(test) == 4)
+    arguments = (*SMALL, "--output_dir", tmp_path, "--workers", 0, "--epochs", 1, "--batch_size", 6)
+    if len(test) == 4:
+        with pytest.raises(DataError, match="the test split has classes without training clouds: class 3"):
+            run(finetune, tmp_path, *arguments)
+    else:
+        result = run(finetune, tmp_path, *arguments)["runs"][0]["last"]["test"]
+        assert list(result["class_accuracy"]) == [f"class {i}" for i in range(4)]
 
 
 def test_another_name_says_what_is_there(root):

@@ -21,7 +21,7 @@ from models import build_encoder
 from models.task_heads import Classification, PartSegmentation, SemanticSegmentation
 from tests.support.checkpoints import save_encoder, save_model
 from tests.support.commands import command
-from utils.errors import DataError, UserError
+from utils.errors import CheckpointError, DataError, UserError
 
 RNG = np.random.default_rng(0)
 PART_TABLE = {
@@ -102,6 +102,25 @@ def test_the_sheet_shows_what_the_file_holds_and_what_is_predicted(parts, tmp_pa
     assert names and set(names) <= {"c0", "c1", "c2"}
 
 
+def test_a_room_of_ceiling_alone_is_drawn(tmp_path):
+    model = SemanticSegmentation(build_encoder("dgcnn_semseg", k=4, emb_dims=16), num_classes=13)
+    torch.nn.init.zeros_(model.head.conv9.weight)  # equal scores: the first class everywhere
+    save_model(tmp_path / "m.pth", model, table={})
+    write_cloud(tmp_path / "a.ply", RNG.uniform(size=(64, 3)))
+    summary = run(tmp_path, tmp_path / "m.pth", tmp_path / "a.ply", "--num_points", 32)
+    rows = list(csv.DictReader(open(tmp_path / "out" / "rooms.csv")))
+    assert [(row["name"], row["points"]) for row in rows] == [("ceiling", "64")]
+    assert Path(summary["files"][-1]).name == "sheet.png" and (tmp_path / "out" / "sheet.png").stat().st_size > 5000
+
+
+def test_features_need_an_encoder_of_coordinates(tmp_path):
+    encoder = build_encoder("dgcnn_semseg", k=4, emb_dims=16, in_channels=9)
+    save(tmp_path / "m.pth", SemanticSegmentation, encoder, num_classes=13)
+    write_cloud(tmp_path / "a.ply", RNG.uniform(size=(64, 3)))
+    with pytest.raises(CheckpointError, match="m.pth holds an encoder of 9 values per point, not 3"):
+        run(tmp_path, tmp_path / "m.pth", tmp_path / "a.ply", "--task", "features")
+
+
 def test_the_parts_are_those_of_a_literal_pass(parts, tmp_path):
     points = RNG.normal(size=(64, 3))
     write_cloud(tmp_path / "a.ply", points)
@@ -170,6 +189,17 @@ def test_features_and_their_neighbors(encoder, tmp_path):
         assert found["names"].tolist() == list("abcd") and found["features"].shape == (4, 32)
         assert np.isfinite(found["features"]).all()
     assert (tmp_path / "out" / "neighbors.png").stat().st_size > 5000
+
+
+def test_the_sheet_of_neighbors_shows_the_whole_of_a_scan_in_order(encoder, tmp_path, monkeypatch):
+    for name in "ab":
+        write_cloud(tmp_path / f"{name}.ply", np.linspace([0, 0, 0], [1, 1, 1], 10_000))
+    drawn = []
+    monkeypatch.setattr(script, "draw_neighbors", lambda clouds, *_, **__: drawn.extend(clouds))
+    run(tmp_path, encoder, str(tmp_path / "*.ply"), "--num_points", 40, "--neighbors", 1)
+    assert all(1000 < len(points) < 5000 and points.max() > 0.99 for points in drawn) and len(drawn) == 2
+    with pytest.raises(SystemExit):
+        run(tmp_path, encoder, tmp_path / "a.ply", "--neighbors", -1)
 
 
 def test_the_up_axis_of_a_file_does_not_matter_once_it_is_said(encoder, tmp_path):

@@ -180,7 +180,7 @@ def test_a_pretrained_encoder_of_three_channels_starts_the_run_and_nine_are_refu
     few = ["--batch_size", 4, "--epochs", 1]
     record = run("--pretrain_path", tmp_path / "pre.pth", small=few)["runs"][0]
     assert record["pretrain_path"] == str(tmp_path / "pre.pth")
-    with pytest.raises(CheckpointError, match="an encoder of 3 values per point; --in_channels 9"):
+    with pytest.raises(CheckpointError, match="an encoder of 3 values per point, not 9"):
         run("--pretrain_path", tmp_path / "pre.pth", "--in_channels", 9, "--overwrite", small=few)
     assert (tmp_path / "runs/a/last.pth").exists()
 
@@ -200,6 +200,9 @@ def test_bad_input_is_named(run, evaluate, tmp_path):
     save_model(tmp_path / "parts.pth", parts)
     with pytest.raises(CheckpointError, match="holds a model for part segmentation; expected a model for semantic"):
         evaluate(tmp_path / "parts.pth")
+    save_rooms(tmp_path / "k.pth", k=65)
+    with pytest.raises(UserError, match="k = 65 neighbors in clouds of 64 points"):
+        evaluate(tmp_path / "k.pth", "--protocol", "rooms")
     with pytest.raises(UserError, match="--train_area names no area"):
         run("--train_area", ",")
     with pytest.raises(UserError, match="must be a run folder, or a pattern such as"):

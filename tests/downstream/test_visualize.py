@@ -71,6 +71,22 @@ def test_parts_of_one_category_and_a_picture_that_opens(parts, tmp_path):
         assert len(np.unique(np.asarray(sheet.convert("RGB")).reshape(-1, 3), axis=0)) > 5
 
 
+def test_clouds_of_fewer_points_than_neighbors_are_refused(parts, tmp_path):
+    with pytest.raises(UserError, match="k = 4 neighbors in clouds of 3 points"):
+        run(tmp_path, "--num_points", 3)
+    write_rooms(tmp_path, ["Area_5_hall_1"], points=48)
+    save(tmp_path / "m.pth", SemanticSegmentation, build_encoder("dgcnn_semseg", k=4, emb_dims=16), num_classes=13)
+    with pytest.raises(UserError, match="k = 49 neighbors in clouds of 48 points"):
+        run(tmp_path, "--k", 49)
+
+
+def test_all_rooms_that_are_named_are_drawn(tmp_path):
+    rooms = ["Area_5_hall_1", "Area_5_office_1"]
+    write_rooms(tmp_path, rooms, points=48)
+    save(tmp_path / "m.pth", SemanticSegmentation, build_encoder("dgcnn_semseg", k=4, emb_dims=16), num_classes=13)
+    assert list(run(tmp_path, "--rooms", *rooms, "--items", 1)["accuracy"]) == rooms
+
+
 def test_rooms_are_drawn_whole_with_their_own_colors(tmp_path):
     write_rooms(tmp_path, ["Area_5_hall_1", "Area_5_office_1", "Area_2_hall_1"], points=48)
     save(tmp_path / "m.pth", SemanticSegmentation, build_encoder("dgcnn_semseg", k=4, emb_dims=16), num_classes=13)
