@@ -18,10 +18,12 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ from data.rendering import Camera, Renderer, cameras_3d_r2n2, encode_png, to_uni
 from utils.cli import Settings, flag, non_negative_int, positive_int, run, seed_number, write_json
 from utils.errors import UserError
 from utils.files import replacing, writing
+from utils.processes import run_jobs
 from utils.progress import progress
 
 CATEGORY = "generated"
@@ -110,9 +113,13 @@ def _start_worker(settings: ShapeSettings) -> None:
     _renderer = Renderer(settings.image_size, samples=SAMPLES) if settings.pictures == "OpenGL" else None
 
 
-def _make_block(job: tuple[int, int, ShapeSettings, str]) -> str:
+def _start_process(settings: ShapeSettings) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: end at once, without a traceback
+    _start_worker(settings)
+
+
+def _make_block(first: int, last: int, settings: ShapeSettings, path: str) -> str:
     """Make shapes first to last - 1 and write their arrays to a file: pictures as ``images`` and their ``lengths``."""
-    first, last, settings, path = job
     made = [make_shape(number, settings, _renderer) for number in range(first, last)]
     images = [image for shape in made for image in shape["images"]]
     arrays = {name: np.stack([shape[name] for shape in made]) for name in made[0] if name != "images"}
@@ -188,11 +195,13 @@ def _run_jobs(
         return
     if workers == 0:
         _start_worker(settings)
-        yield from map(_make_block, jobs)
+        yield from starmap(_make_block, jobs)
         return
     # Spawn, not fork: an OpenGL context does not survive a fork.
-    with multiprocessing.get_context("spawn").Pool(workers, _start_worker, (settings,)) as pool:
-        yield from pool.imap_unordered(_make_block, jobs)
+    context = multiprocessing.get_context("spawn")
+    yield from run_jobs(
+        _make_block, jobs, workers=workers, context=context, initializer=_start_process, initargs=(settings,)
+    )
 
 
 def write_packed(out: Path, paths: list[Path], count: int, settings: ShapeSettings) -> dict[str, int]:

@@ -25,10 +25,9 @@ import re
 import sys
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from io import StringIO
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +42,7 @@ from datasets.shapenet_part import draw_rows
 from utils.cli import Settings, flag, positive_int, run, write_json
 from utils.errors import DataError, UserError
 from utils.files import data_files, has_data_files, replacing
+from utils.processes import run_jobs
 from utils.progress import progress
 
 BLOCK_FORMAT, BLOCK_VERSION = "crossnet-s3dis", 1
@@ -511,31 +511,13 @@ def prepare(
             )
     results: dict[str, dict[str, Any]] = {}
     with progress(total=len(rooms), text="cutting rooms", unit="rooms") as bar:
-
-        def done(result: dict[str, Any]) -> None:
+        jobs = [(name, folder, out, kinds, settings) for name, folder in rooms.items()]
+        made = starmap(prepare_room, jobs) if workers <= 1 else run_jobs(prepare_room, jobs, workers=workers)
+        for result in made:
             for note in result["notes"]:
                 tqdm.write(f"note: {note}", file=sys.stderr)
             results[result["name"]] = result
             bar.update()
-
-        if workers <= 1:
-            for name, folder in rooms.items():
-                done(prepare_room(name, folder, out, kinds, settings))
-        else:
-            with ProcessPoolExecutor(workers) as pool:
-                futures = [
-                    pool.submit(prepare_room, name, folder, out, kinds, settings) for name, folder in rooms.items()
-                ]
-                try:
-                    for future in as_completed(futures):
-                        done(future.result())
-                except BrokenProcessPool as error:
-                    raise UserError(
-                        "a worker process was killed, most likely because memory ran out: start again with fewer "
-                        "--workers; finished rooms are kept"
-                    ) from error
-                finally:
-                    pool.shutdown(wait=True, cancel_futures=True)
     for kind in kinds:
         write_lists(out / KINDS[kind])
     return summarize([results[name] for name in rooms], kinds)

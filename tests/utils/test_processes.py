@@ -1,0 +1,34 @@
+"""Worker processes: results, errors, and a worker that is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from utils.errors import DataError, UserError
+from utils.processes import run_jobs
+
+
+def quotient(a: int, b: int) -> int:
+    if b == 0:
+        raise DataError(f"{a} cannot be divided by {b}")
+    if b < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return a // b
+
+
+def test_every_result_is_yielded():
+    assert sorted(run_jobs(quotient, [(8, 1), (8, 2), (8, 4)], workers=2)) == [2, 4, 8]
+
+
+def test_the_error_of_a_job_is_raised():
+    with pytest.raises(DataError, match="8 cannot be divided by 0"):
+        list(run_jobs(quotient, [(8, 1), (8, 0)], workers=1))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
+def test_a_killed_worker_is_an_error_instead_of_an_endless_wait():
+    with pytest.raises(UserError, match="was killed.*fewer --workers"):
+        list(run_jobs(quotient, [(8, -1), (8, 1), (8, 2)], workers=2))

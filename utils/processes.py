@@ -1,0 +1,51 @@
+"""Run jobs in worker processes; a worker that is killed ends the run with a message."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.context import BaseContext
+from typing import Any, TypeVar
+
+from utils.errors import UserError
+
+Result = TypeVar("Result")
+
+
+def run_jobs(
+    function: Callable[..., Result],
+    jobs: Iterable[Sequence[Any]],
+    *,
+    workers: int,
+    context: BaseContext | None = None,
+    initializer: Callable[..., Any] | None = None,
+    initargs: tuple[Any, ...] = (),
+) -> Iterator[Result]:
+    """Yield ``function(*job)`` of every job, in order of completion. After an error, jobs that wait are canceled.
+
+    ``multiprocessing.Pool`` would wait forever for the job of a worker that was killed.
+
+    Args:
+        function: of a module, with picklable arguments and results.
+        jobs: arguments of each call.
+        workers: number of processes, at least 1.
+        context: how to start them; None: the platform's default.
+        initializer: called with ``initargs`` in each process.
+        initargs: picklable.
+
+    Raises:
+        UserError: a worker was killed.
+    """
+    with ProcessPoolExecutor(workers, context, initializer, initargs) as pool:
+        futures = [pool.submit(function, *job) for job in jobs]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a worker process was killed, most likely because memory ran out: start again with fewer --workers; "
+                "what is finished is kept"
+            ) from error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
