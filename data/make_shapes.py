@@ -39,6 +39,7 @@ from data.rendering import Camera, Renderer, cameras_3d_r2n2, encode_png, to_uni
 from utils.cli import Settings, flag, non_negative_int, positive_int, run, seed_number, write_json
 from utils.errors import UserError
 from utils.files import replacing, writing
+from utils.locks import locked
 from utils.processes import run_jobs
 from utils.progress import progress
 
@@ -384,11 +385,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         check_part_set(Path(args.part_set), args.shapes)
     settings = replace(ShapeSettings.from_flags(args), pictures=choose_pictures(args.pictures))
     start = time.perf_counter()
-    folder = open_work_folder(out, settings)
-    paths = make_blocks(folder, args.shapes, settings, workers=args.workers)
-    seconds = time.perf_counter() - start
-    counts: dict[str, Any] = write_packed(out, paths, args.shapes, settings)
-    shutil.rmtree(folder)
+    with locked(out):
+        folder = open_work_folder(out, settings)
+        paths = make_blocks(folder, args.shapes, settings, workers=args.workers)
+        seconds = time.perf_counter() - start
+        counts: dict[str, Any] = write_packed(out, paths, args.shapes, settings)
+        shutil.rmtree(folder)
     print(
         f"{out}: {args.shapes:,} shapes of {args.num_points:,} points, views of each: {args.views} "
         f"({settings.pictures}), level {args.level}, seed {args.seed}; {seconds:.0f} s"

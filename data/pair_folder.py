@@ -296,14 +296,12 @@ class PairFolder:
         Raises:
             UserError: the folder cannot be written.
         """
-        with writing(self.root):
-            self.root.mkdir(parents=True, exist_ok=True)
-            if self.overwrite:
-                self.records = {name: record | {"source": None} for name, record in self.records.items()}
-                lines = [json.dumps(record) + "\n" for record in self.records.values()]
-                _replace(self.root / RECORDS_NAME, "".join(lines).encode())
-            content = {"format": FORMAT, "version": VERSION, "settings": asdict(self.settings)}
-            _replace(self.root / SETTINGS_NAME, json.dumps(content, indent=2).encode() + b"\n")
+        if self.overwrite:
+            self.records = {name: record | {"source": None} for name, record in self.records.items()}
+            lines = [json.dumps(record) + "\n" for record in self.records.values()]
+            _replace(self.root / RECORDS_NAME, "".join(lines).encode())
+        content = {"format": FORMAT, "version": VERSION, "settings": asdict(self.settings)}
+        _replace(self.root / SETTINGS_NAME, json.dumps(content, indent=2).encode() + b"\n")
 
     def record(self, shape: ShapeFile, notes: list[str] | None = None) -> None:
         """Record that a pair is begun, or finished if ``notes`` is not None."""

@@ -37,6 +37,7 @@ from datasets.own_clouds import LABELED_FOLDER
 from utils.cli import positive_int, run, share, write_json
 from utils.errors import DataError, UserError
 from utils.files import writing
+from utils.locks import locked
 from utils.progress import progress
 
 REPORT_NAME = "prepared_report.tsv"
@@ -169,9 +170,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if todo:
         if needs_renderer(settings):
             create_context().release()  # report missing OpenGL once, before the workers start
-        folder.begin()
+        with writing(folder.root):
+            folder.root.mkdir(parents=True, exist_ok=True)
         bar = progress(total=len(todo), text="making pairs", unit="shapes")
-        with bar:
+        with locked(folder.root), bar:
+            folder.begin()
             for shape, outcome in make_pairs(folder, todo, workers=args.workers):
                 bar.update()
                 if outcome.refused is not None:

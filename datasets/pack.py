@@ -35,6 +35,7 @@ from datasets.untrusted import decode_image
 from utils.cli import HelpFormatter, positive_int, run, write_json
 from utils.errors import DataError, UserError
 from utils.files import replacing
+from utils.locks import locked
 from utils.progress import progress
 
 
@@ -173,7 +174,8 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
     chosen = list(range(len(source.ids)))
     if args.list:
         chosen = choose_shapes(source.ids, read_shape_list(args.list), where=", ".join(args.data_root))
-    counts = pack(source, args.out, chosen=chosen, name=", ".join(Path(root).name for root in args.data_root))
+    with locked(args.out):
+        counts = pack(source, args.out, chosen=chosen, name=", ".join(Path(root).name for root in args.data_root))
     counts["skipped"] = len(source.skipped)
     print(
         f"{args.out}: {counts['shapes']} shapes of {counts['points']} points, {counts['views']} views, equal to the "

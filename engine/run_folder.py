@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import gc
 import json
 import logging
 import logging.handlers
 import os
-import socket
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from engine.checkpoint import load_checkpoint
 from utils.cli import check_writable, log_to_screen, write_json
 from utils.collectives import broadcast_from_rank0, is_main, main_only
 from utils.errors import CheckpointError, DamagedCheckpointError, UserError, warn_on_failure
 from utils.files import replacing, writing
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from utils.locks import lock
 
 logger = logging.getLogger("crossnet")
 REPLACED = ".replaced"  # suffix of an earlier run's files until the first step of the run that replaces it
@@ -86,35 +80,8 @@ class RunFolder:
                 "--overwrite, or choose another --exp_name"
             )
         check_writable(self.path)
-        self._lock()
-
-    def _lock(self) -> None:
-        """Lock the folder against other processes until the run ends; not on systems without POSIX locks.
-
-        Raises:
-            UserError: another process trains there.
-        """
-        if fcntl is None:
-            return
-        path = self.path / LOCK
-        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - open until the run ends
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.seek(0)
-            owner = file.read().strip()
-            file.close()
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                return  # a file system without locks
-            raise UserError(
-                f"another process ({owner}) trains in {self.path}: wait until it ends, stop it, or choose another "
-                "--exp_name"
-            ) from error
-        with contextlib.suppress(OSError):  # a full disk
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
-        self.unlock = weakref.finalize(self, _unlock, file, path, os.getpid())
+        use = f"trains in {self.path}: wait until it ends, stop it, or choose another --exp_name"
+        self.unlock = weakref.finalize(self, lock(self.path / LOCK, use))
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -285,13 +252,6 @@ class RunFolder:
             if len(keys) > 1 or "%" in title:
                 axis.legend(fontsize=8)
         save_figure(figure, self / "curves.png", dpi=120)
-
-
-def _unlock(file: TextIO, path: Path, process: int) -> None:
-    """Release the lock of a folder, unless this is a fork of the process that holds it."""
-    if os.getpid() == process:
-        path.unlink(missing_ok=True)
-        file.close()
 
 
 def _steps(payload: Mapping[str, Any]) -> int:
