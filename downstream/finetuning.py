@@ -52,7 +52,7 @@ from engine.task import FREE_ON_RESUME, Progress, Run, Task
 from models import ENCODER_ALIASES, build_encoder, encoder_arguments, resolve_encoder_name
 from models.ops.dropout import SampleDropout
 from models.task_heads import HEADS, FineTuned
-from utils.cli import flag, fraction, non_negative_float, non_negative_int, positive_float, positive_int, write_json
+from utils.cli import flag, fraction, non_negative_float, non_negative_int, positive_int, write_json
 from utils.collectives import broadcast_from_rank0, gather_rows, is_main, rank, world_size
 from utils.errors import CheckpointError, UserError
 from utils.files import replacing
@@ -103,7 +103,9 @@ class FineTuneConfig(RunConfig):
     )
     batch_size: int = flag(32, type=positive_int, metavar="B", help="samples per process and step")
     test_batch_size: int = flag(16, type=positive_int, metavar="B", help="samples per forward pass in tests")
-    lr: float = flag(1e-3, type=positive_float, metavar="LR", help="peak learning rate of Adam; SGD uses 100 x this")
+    lr: float = flag(
+        1e-3, type=non_negative_float, metavar="LR", help="peak learning rate of Adam; SGD uses 100 x this"
+    )
     use_sgd: bool = flag(False, action=Switch, help="SGD with momentum instead of Adam")
     momentum: float = flag(0.9, type=non_negative_float, metavar="M", help="momentum of SGD")
     weight_decay: float = flag(1e-4, type=non_negative_float, metavar="WD", help="L2 penalty")
@@ -291,6 +293,18 @@ def fine_tuning_rate(
     if per_batch:
         return cosine_lr(step, total=epochs, base=base, floor=base / 100)
     return cosine_lr(epoch, total=epochs, base=base, floor=lr)
+
+
+def trained_points(payload: Mapping[str, Any]) -> int | None:
+    """Return the points of a sample that a checkpoint's run trained on; None if it does not say."""
+    count = payload.get("num_points") or payload.get("arguments", {}).get("num_points")
+    return count if isinstance(count, int) and count > 0 else None
+
+
+def warn_of_other_points(path: str | Path, payload: Mapping[str, Any], points: int) -> None:
+    """Warn if a checkpoint is scored on samples of another number of points, which changes its neighbors."""
+    if (trained := trained_points(payload) or points) != points:
+        logger.warning("%s was trained on samples of %d points; these have %d (--num_points)", path, trained, points)
 
 
 def check_fraction(fraction: float, *, flag: str = "--label_fraction") -> None:
@@ -577,6 +591,7 @@ class FineTuning(Task):
         self.limited = config.point_label_fraction < 1
         if self.limited:
             dataset = FewPointLabels(dataset, config.point_label_fraction, seed=config.seed)
+        self.num_points = len(dataset[int(chosen[0])][0])
         self.dataset = _Keyed(dataset, chosen)
         # A data set smaller than a batch is one batch.
         batch = min(config.batch_size, len(chosen) // world_size())
@@ -646,8 +661,8 @@ class FineTuning(Task):
         return {f"{self.config.select_on}_{key}": value for key, value in scores.items()}, scores[self.score]
 
     def weights(self) -> dict[str, Any]:
-        """Return encoder, head and the table of classes, for a checkpoint."""
-        return {**describe_fine_tuned(self.model), "table": self.table}
+        """Return encoder, head, the table of classes and the points of a sample, for a checkpoint."""
+        return {**describe_fine_tuned(self.model), "table": self.table, "num_points": self.num_points}
 
     def load_weights(self, payload: Mapping[str, Any], path: Path) -> None:
         """Load the result of ``weights``."""

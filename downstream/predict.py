@@ -42,7 +42,7 @@ from datasets.s3dis_prepare import MAX_DISTANCE, BlockSettings, Room, block_valu
 from datasets.shapenet_part import PartTaxonomy, draw_rows, official_taxonomy
 from downstream.features import check_neighbors, evaluating
 from downstream.figures import check_output_path, draw_neighbors, thinned
-from downstream.finetuning import scores_of
+from downstream.finetuning import scores_of, trained_points
 from downstream.retrieval import nearest
 from downstream.segmentation.drawing import Item, draw_sheet, write_colored_ply
 from downstream.segmentation.main_semseg import RoomPrediction, predict_room
@@ -85,8 +85,8 @@ class PredictorSettings(Settings):
     num_points: int | None = flag(
         type=positive_int,
         metavar="N",
-        help="points of a pass; all are labeled "
-        f"(default: {', '.join(f'{task} {count}' for task, count in POINTS.items())})",
+        help="points of a pass; all are labeled (default: as many as the model was fine-tuned on; where its file does "
+        f"not say: {', '.join(f'{task} {count}' for task, count in POINTS.items())})",
     )
     batch_size: int = flag(8, type=positive_int, metavar="B", help="passes at once")
     device: str = flag("auto", help="auto, cpu, cuda or cuda:N; auto takes a GPU when there is one")
@@ -197,7 +197,7 @@ class Predictor:
             model, payload = fine_tuned_from_checkpoint(self.path, kind, model=settings.model, k=settings.k)
         self.model = model.to(self.device)
         self.encoder = model if kind is None else model.encoder
-        self.size = settings.num_points or POINTS[self.task]
+        self.size = settings.num_points or trained_points(payload) or POINTS[self.task]
         check_neighbors(self.encoder, self.size, name=str(self.path))
         self.colors: np.ndarray | None = None
         self.label_names: list[str] = []

@@ -47,6 +47,7 @@ from downstream.finetuning import (
     run_folders,
     scores_of,
     start_model,
+    warn_of_other_points,
 )
 from downstream.metrics import confusion_matrix, semantic_scores
 from engine.device import resolve_device
@@ -192,7 +193,9 @@ def score_checkpoint(config: ClassificationConfig, test_clouds: Clouds) -> dict[
             + (f" ({', '.join(names[:4])}, ...)" if names else "")
             + f", {config.dataset} has {len(test_clouds.class_names)} ({', '.join(test_clouds.class_names[:4])}, ...)"
         )
-    check_neighbors(model.encoder, test_clouds.clouds.points.shape[1])
+    points = test_clouds.clouds.points.shape[1]
+    check_neighbors(model.encoder, points)
+    warn_of_other_points(config.model_path, payload, points)
     return {
         "model_path": config.model_path,
         "test": score(config, model.to(resolve_device(config.device)), test_clouds),

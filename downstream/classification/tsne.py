@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also run by path
 import numpy as np
 from sklearn.manifold import TSNE
 
-from downstream.classification.eval_inputs import EvaluationConfig, candidates, features_of, open_splits
+from downstream.classification.eval_inputs import EvaluationConfig, candidates, data_title, features_of, open_splits
 from downstream.features import check_neighbors
 from downstream.figures import PICTURE_TYPES, check_output_path
 from utils.cli import flag, log_to_screen, positive_float, positive_int, run, write_json
@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     chosen = np.sort(np.random.default_rng(config.seed).permutation(len(part))[: config.max_clouds])
     (features,) = features_of(found[0].encoder, config, {"features": part.points[chosen]}, train=train)
     embedding, labels = embed(features, perplexity=config.perplexity, seed=config.seed), part.labels[chosen]
-    title = f"{config.dataset}, {config.split} split, {len(chosen)} clouds: t-SNE of {found[0].name}"
+    title = f"{data_title(config.dataset, part)}, {config.split} split, {len(chosen)} clouds: t-SNE of {found[0].name}"
     with replacing(numbers) as temporary, open(temporary, "wb") as file:
         names = np.array(part.class_names)
         np.savez(file, features=features, embedding=embedding, labels=labels, class_names=names)

@@ -54,6 +54,7 @@ from downstream.finetuning import (
     run_folders,
     scores_of,
     start_model,
+    warn_of_other_points,
     write_arrays,
 )
 from downstream.metrics import part_scores
@@ -368,6 +369,7 @@ def score_checkpoint(config: PartConfig) -> dict[str, Any]:
     task = PartTask(config, choice)
     check_fits(config.model_path, model, payload, task.test)
     check_neighbors(model.encoder, points_of(task.test))
+    warn_of_other_points(config.model_path, payload, points_of(task.test))
     return {
         "model_path": config.model_path,
         "encoder": payload["encoder"] if payload else None,

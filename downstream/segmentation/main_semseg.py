@@ -57,6 +57,7 @@ from downstream.finetuning import (
     run_folders,
     scores_of,
     start_model,
+    warn_of_other_points,
     write_arrays,
 )
 from downstream.metrics import confusion_matrix, semantic_scores
@@ -176,15 +177,10 @@ class AreaTest:
         if "rooms" in wanted:
             self.rooms = S3DISRooms(config.data_root, area, in_channels=in_channels)
 
-    def check(self, encoder: nn.Module) -> None:
-        """Check that every block has at least as many points as the encoder has neighbors.
-
-        Raises:
-            UserError: they have fewer.
-        """
-        sizes = [self.blocks and self.blocks.num_points, self.rooms and self.rooms.block_points]
-        for points in filter(None, sizes):
-            check_neighbors(encoder, points)
+    @property
+    def block_sizes(self) -> list[int]:
+        """Points of the blocks of each protocol."""
+        return [*filter(None, (self.blocks and self.blocks.num_points, self.rooms and self.rooms.block_points))]
 
     def __call__(self, model: nn.Module) -> dict[str, Scores]:
         """Return the scores by protocol, each with its confusion matrix."""
@@ -325,13 +321,14 @@ def train(config: SemanticConfig) -> list[dict[str, Any]]:
                 for names in (rooms, held)
                 if names
             ]
-            check_neighbors(probe.encoder, sets[0].num_points)
-            test.check(probe.encoder)
+            for points in (sets[0].num_points, *test.block_sizes):
+                check_neighbors(probe.encoder, points)
             plans.append((area, areas, fraction, test, sets))
     records = []
     one = len(fractions) == 1
     folders = run_folders(config, [f"area_{area}" if one else f"label_{f:g}" for area, _, f, _, _ in plans])
-    for (area, areas, fraction, test, sets), folder in zip(plans, folders, strict=True):
+    for folder in folders:
+        area, areas, fraction, test, sets = plans.pop(0)  # with a fold's data, its open files go: there are hundreds
         model, report = start_model(config, SemanticSegmentation, sizes=SIZES, in_channels=config.in_channels)
         blocks: Dataset = test.blocks if config.select_on == "test" else sets[-1]
         if config.select_on == "val" and config.point_label_fraction < 1:
@@ -414,7 +411,9 @@ def score_checkpoints(config: SemanticConfig) -> list[dict[str, Any]]:
         if trained and area in trained:
             print(f"warning: {path} was trained on area {area}; its score there says nothing about new rooms")
         test = AreaTest(config, area, channels)
-        test.check(model.encoder)
+        for points in test.block_sizes:
+            check_neighbors(model.encoder, points)
+            warn_of_other_points(path, payload, points)
         scores = test(model.to(test.device))
         kept |= test.kept or {}
         records.append({"test_area": area, "train_areas": trained, "model_path": str(path), "test": scores})

@@ -24,7 +24,7 @@ from datasets.s3dis import AREAS, CLASS_COLORS, CLASS_NAMES, S3DISRooms
 from datasets.shapenet_part import ShapeNetPart
 from downstream.features import check_neighbors
 from downstream.figures import check_output_path
-from downstream.finetuning import inference_settings, scores_of
+from downstream.finetuning import inference_settings, scores_of, warn_of_other_points
 from downstream.segmentation.drawing import Item, colored, draw_sheet, write_colored_ply
 from downstream.segmentation.main_partseg import Parts, check_fits, points_of, predict_parts
 from downstream.segmentation.main_semseg import predict_room
@@ -74,6 +74,7 @@ def part_items(config: PictureConfig, model: FineTuned, payload: dict[str, Any])
     parts = Parts(shapes)
     check_fits(config.model_path, model, payload, parts)
     check_neighbors(model.encoder, points_of(parts), name=config.model_path)
+    warn_of_other_points(config.model_path, payload, points_of(parts))
     taxonomy, categories = shapes.taxonomy, np.unique(shapes.categories)
     if config.class_test:
         wanted = [taxonomy.category_number(name) for name in config.class_test]

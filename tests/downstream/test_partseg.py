@@ -8,9 +8,9 @@ import torch
 
 from datasets.shapenet_part import ShapeNetPart
 from downstream import finetuning
-from downstream.predict import predict
+from downstream.predict import Predictor, PredictorSettings, predict
 from downstream.segmentation import main_partseg as script
-from engine.checkpoint import save_checkpoint
+from engine.checkpoint import load_checkpoint, save_checkpoint
 from engine.load_model import fine_tuned_from_checkpoint
 from engine.task import Run
 from models import build_encoder
@@ -278,6 +278,22 @@ def test_bad_input_is_named_and_nothing_is_lost(run, evaluate, tmp_path):
     table.write_text('[["00000000", 1], ["00000001", 1]]')
     with pytest.raises(DataError, match="'pid' must be in 0..1"):
         run(root=tmp_path / "data")
+
+
+def test_another_number_of_points_than_in_training_is_told_and_predictions_use_that_of_training(
+    run, evaluate, tmp_path, caplog
+):
+    run("--epochs", 1, "--num_points", 32)
+    path = tmp_path / "runs" / "a" / "last.pth"
+    warning = "was trained on samples of 32 points; these have 64 (--num_points)"
+    evaluate(path, "--num_points", 32)
+    assert warning not in caplog.text
+    evaluate(path)
+    assert warning in caplog.text
+    assert Predictor(path, PredictorSettings(device="cpu")).size == 32
+    assert Predictor(path, PredictorSettings(device="cpu", num_points=48)).size == 48
+    content = load_checkpoint(path)
+    assert finetuning.trained_points(content) == 32 == finetuning.trained_points({"arguments": content["arguments"]})
 
 
 def test_without_validation_files_some_training_shapes_choose_the_best(run, tmp_path):

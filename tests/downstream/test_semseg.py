@@ -1,4 +1,5 @@
 import json
+from weakref import WeakSet
 
 import h5py
 import numpy as np
@@ -59,10 +60,18 @@ def test_one_area_trains_and_both_protocols_are_scored_by_name(run, evaluate, tm
 
 
 def test_six_folds_in_one_call_go_on_where_they_stopped(run, evaluate, tmp_path, monkeypatch):
-    trained, start = [], finetuning.train
+    trained, start, sets, alive = [], finetuning.train, WeakSet(), []
+
+    class Counted(S3DIS):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            sets.add(self)
+
+    monkeypatch.setattr(script, "S3DIS", Counted)
 
     def train(run):
         trained.append(run.folder.path.name)
+        alive.append(len(sets))
         if len(trained) == 3:
             raise KeyboardInterrupt
         return start(run)
@@ -76,6 +85,7 @@ def test_six_folds_in_one_call_go_on_where_they_stopped(run, evaluate, tmp_path,
         run("--test_area", "all")
     metrics = run("--test_area", "all", "--resume")
     assert trained == ["area_1", "area_2", "area_3", "area_3", "area_4", "area_5", "area_6"]
+    assert alive[3:] == [12, 9, 6, 3]  # data of finished folds, with its open files, is gone
     assert [record["test_area"] for record in metrics["runs"]] == [1, 2, 3, 4, 5, 6]
     matrices = [np.array(record["best"]["test"]["blocks"]["confusion"]) for record in metrics["runs"]]
     assert metrics["six_fold"]["blocks"]["confusion"] == sum(matrices).tolist() and np.sum(matrices) == 12 * 64
