@@ -23,11 +23,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also run by path
 from datasets.hdf5 import SPLITS
-from datasets.own_clouds import find_class_folders, shape_files
+from datasets.own_clouds import class_name, find_class_folders, shape_files
 from datasets.shape_reader import DEFAULT_POINTS, SHAPE_SUFFIXES, read_shape, read_shapes
 from utils.cli import HelpFormatter, positive_int, run, seed_number, share, write_json
 from utils.errors import DataError, UserError
-from utils.files import data_files, replacing, writing
+from utils.files import check_name, data_files, replacing, writing
 
 FILES = ("shape_names.txt", "ply_data_train0.h5", "ply_data_test0.h5", "train_files.txt", "test_files.txt")
 
@@ -40,7 +40,7 @@ def divide(root: Path, fraction: float, *, seed: int) -> tuple[dict[str, list[Pa
         for testing if it has two.
 
     Raises:
-        DataError: no class folder holds a cloud.
+        DataError: no class folder holds two clouds, or a name is not UTF-8.
     """
     generator = np.random.default_rng(seed)
     files: dict[str, list[Path]] = {split: [] for split in SPLITS}
@@ -53,8 +53,9 @@ def divide(root: Path, fraction: float, *, seed: int) -> tuple[dict[str, list[Pa
         tested = set(generator.permutation(len(found))[:count].tolist())
         for i, path in enumerate(found):
             split = "test" if i in tested else "train"
+            check_name(str(path.relative_to(root)), path)
             files[split].append(path)
-            classes[split].append(folder.name)
+            classes[split].append(class_name(folder))
     if not files["test"]:
         raise DataError(
             f"no two clouds of a class in {root}; expected <class>/* with files ending in {', '.join(SHAPE_SUFFIXES)}"

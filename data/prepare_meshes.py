@@ -159,9 +159,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Convert a folder of meshes and clouds; return counts and the skipped files."""
     args = parse_args(argv)
-    shapes = find_shapes(Path(args.meshes), [Path(path) for path in args.labels])
     settings = PairSettings.from_flags(args)
     folder = PairFolder(Path(args.out), settings, overwrite=args.overwrite)
+    written = [folder.paths.cloud(name) for name in folder.records]
+    shapes = find_shapes(Path(args.meshes), [Path(path) for path in args.labels], written=written)
     todo = [shape for shape in shapes if not folder.is_done(shape)]
     for shape in todo:
         folder.check_free(shape)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 
@@ -46,8 +47,8 @@ class ShapeFile:
         return f"{self.category}/{self.id}"
 
 
-def find_shapes(folder: Path, labels: Sequence[Path] = ()) -> list[ShapeFile]:
-    """List the meshes and clouds below a folder, sorted by name.
+def find_shapes(folder: Path, labels: Sequence[Path] = (), *, written: Collection[Path] = ()) -> list[ShapeFile]:
+    """List the meshes and clouds below a folder, sorted by name, without the files ``written`` by earlier calls.
 
     The category is the first folder, the id is the rest of the path joined by ``-``, with the suffix if several files
     would have one name. Folders ``train`` and ``test``,
@@ -60,6 +61,9 @@ def find_shapes(folder: Path, labels: Sequence[Path] = ()) -> list[ShapeFile]:
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder; pass the one with the mesh files as --meshes")
     paths = [p for p in data_files(folder, "**/*") if p.suffix.lower() in SUFFIXES and p.is_file()]
+    if written:  # the output may be below the input
+        ours = {os.path.realpath(path) for path in written}
+        paths = [path for path in paths if os.path.realpath(path) not in ours]
     if not paths:
         raise DataError(f"no mesh or cloud below {folder}; expected files ending in {', '.join(SUFFIXES)}")
     shapes = [_by_folders(folder, path) for path in paths]

@@ -66,18 +66,17 @@ def shape_files(folder: Path) -> list[Path]:
 def find_class_folders(root: str | Path) -> ClassFolders | None:
     """Find class folders with a train and a test split below ``root``; return None if there are none.
 
-    Split names may be in upper or lower case. Class names are normalized to NFC, since macOS stores file names in
-    another Unicode form than Windows and Linux.
+    Split names may be in upper or lower case.
     """
     root = Path(root)
     top = {folder.name.lower(): folder for folder in _folders(root)}
     found: dict[tuple[str, str], Path] = {}
     if all(split in top for split in SPLITS):
-        found = {(_class_name(folder), split): folder for split in SPLITS for folder in _folders(top[split])}
+        found = {(class_name(folder), split): folder for split in SPLITS for folder in _folders(top[split])}
     else:
-        for folder in top.values():
+        for folder in _folders(root):
             inner = {entry.name.lower(): entry for entry in _folders(folder)}
-            found |= {(_class_name(folder), split): inner[split] for split in SPLITS if split in inner}
+            found |= {(class_name(folder), split): inner[split] for split in SPLITS if split in inner}
     names = sorted({name for name, _ in found})
     return ClassFolders(root, found, tuple(names)) if {split for _, split in found} == set(SPLITS) else None
 
@@ -86,7 +85,8 @@ def _folders(folder: Path) -> list[Path]:
     return [path for path in data_files(folder) if path.is_dir()]
 
 
-def _class_name(folder: Path) -> str:
+def class_name(folder: Path) -> str:
+    """Return the name of a class folder in NFC; macOS stores file names in another Unicode form than other systems."""
     return unicodedata.normalize("NFC", folder.name)
 
 

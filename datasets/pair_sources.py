@@ -48,7 +48,7 @@ class FolderSource:
     """Pairs ``<root>/ShapeNet/<synset>/<id>.ply``, ``<root>/ShapeNetRendering/<synset>/<id>/rendering/*.png``.
 
     Raises:
-        DataError: there are no clouds, none has a rendering, or a name is not UTF-8.
+        DataError: there are no clouds, none has a rendering, a folder cannot be listed, or a name is not UTF-8.
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
@@ -85,6 +85,8 @@ class FolderSource:
             names = os.listdir(self._rendering(name))
         except (FileNotFoundError, NotADirectoryError):
             return ()
+        except OSError as error:
+            raise DataError(f"cannot list {self._rendering(name)}: {error.strerror or error}") from error
         return tuple(sorted(f for f in names if f.lower().endswith(".png") and is_data_name(f)))
 
     def points(self, i: int) -> np.ndarray:

@@ -88,20 +88,23 @@ def _read_text(data: bytes, where: str) -> tuple[np.ndarray, np.ndarray | None]:
     # If every word of some line contains a comma, commas are decimal points; otherwise they separate numbers.
     decimal = _DECIMAL_COMMAS.search(text) is not None
     text = text.replace(",", "." if decimal else " ")
-    rows = [line.split() for line in text.split("\n") if line.strip()]
-    while rows and (len(rows[0]) == 1 or not all(map(_is_number, rows[0]))):
-        rows.pop(0)
+    lines = [line for line in text.split("\n") if line.strip()]
+    first = next((i for i, line in enumerate(lines) if _is_row(line.split())), len(lines))
+    rows = lines[first:]
     if not rows:
         raise DataError(f"{where} contains no rows of numbers; expected x y z on each line")
-    width = len(rows[0])
-    if len(rows[-1]) != width:
-        raise DataError(
-            f"{where}: its last line has {len(rows[-1])} numbers, not {width}: the file is truncated; get it again"
-        )
+    width, last = len(rows[0].split()), len(rows[-1].split())
+    if last != width:
+        raise DataError(f"{where}: its last line has {last} numbers, not {width}: the file is truncated; get it again")
     try:
-        return _columns(np.array(rows, np.float64), where)
+        table = np.loadtxt(rows, np.float64, comments=None, ndmin=2)
     except ValueError as error:
         raise DataError(f"{where}: its lines do not all hold {width} numbers ({error})") from error
+    return _columns(table, where)
+
+
+def _is_row(words: list[str]) -> bool:
+    return len(words) > 1 and all(map(_is_number, words))
 
 
 def _is_number(word: str) -> bool:

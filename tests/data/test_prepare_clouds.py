@@ -1,3 +1,6 @@
+import os
+import shutil
+
 import h5py
 import numpy as np
 import pytest
@@ -61,6 +64,12 @@ def test_what_cannot_be_converted_is_said(tmp_path):
         convert(tmp_path / "mine", tmp_path / "out", "--test_fraction", 0.2)
     with pytest.raises(SystemExit):
         convert(tmp_path / "mine", tmp_path / "out", "--test_fraction", 1.5)
+    strange = tmp_path / "mine" / os.fsdecode(b"\xff")
+    for i in range(2):
+        write_shape(strange / f"{i}.xyz", cloud(i))
+    with pytest.raises(DataError, match="its name is not UTF-8. Rename it"):
+        convert(tmp_path / "mine", tmp_path / "out", "--test_fraction", 0.2)
+    shutil.rmtree(strange)
     for split in ("train", "test"):
         (tmp_path / "mine" / "a" / split).mkdir()
         (tmp_path / "mine" / "a" / split / "b.pcd").write_text("hello")

@@ -444,6 +444,13 @@ def test_bad_files_are_counted_with_their_reason_and_the_others_converted(meshes
     assert convert(meshes, "--views", "0")[1]["kept"] == 6
 
 
+def test_pairs_below_the_meshes_are_not_read_as_meshes(meshes, in_process, monkeypatch):
+    monkeypatch.chdir(meshes)
+    for kept in (0, 6):
+        report = main(["--meshes", str(meshes), "--out", "mine", *SMALL, "--views", "0"])
+        assert (report["written"], report["kept"]) == (6 - kept, kept)
+
+
 def test_nothing_usable_or_two_of_one_name_is_an_error(tmp_path, meshes, in_process):
     with pytest.raises(DataError, match="is not a folder"):
         convert(tmp_path / "none")
@@ -457,11 +464,11 @@ def test_nothing_usable_or_two_of_one_name_is_an_error(tmp_path, meshes, in_proc
     strange = meshes / "box" / os.fsdecode(b"\xff.off")
     strange.write_text((meshes / "box" / "a.off").read_text())
     with pytest.raises(DataError, match="its name is not UTF-8. Rename it"):
-        convert(meshes)
+        convert(meshes, "--views", "0")
     strange.unlink()
     (meshes / "box" / "A.off").write_text((meshes / "box" / "a.off").read_text())  # one name on macOS and Windows
     with pytest.raises(DataError, match="would both become box/"):
-        convert(meshes)
+        convert(meshes, "--views", "0")
 
 
 def test_pairs_of_files_that_moved_are_named_and_stay(meshes, in_process, capsys):

@@ -1,3 +1,4 @@
+import sys
 import unicodedata
 
 import numpy as np
@@ -41,6 +42,14 @@ def test_class_names_are_one_whatever_system_wrote_them(tmp_path):
         write_shape(tmp_path / split / unicodedata.normalize(form, "Stühle") / "a.xyz", cloud(1))
         write_shape(tmp_path / split / "Tisch" / "a.xyz", cloud(1))
     assert OwnClouds(tmp_path, "train").class_names == OwnClouds(tmp_path, "test").class_names == ("Stühle", "Tisch")
+
+
+@pytest.mark.skipif(sys.platform in ("darwin", "win32"), reason="names that differ in case are one folder there")
+def test_classes_that_differ_in_case_are_both_read(tmp_path):
+    for name in ("Chair", "chair"):
+        for split in ("train", "test"):
+            write_shape(tmp_path / name / split / "a.xyz", cloud(1))
+    assert OwnClouds(tmp_path, "train").class_names == ("Chair", "chair") and len(OwnClouds(tmp_path, "test")) == 2
 
 
 @pytest.mark.parametrize("names", ["ply_data_{}0.h5", "{}.h5", "my_{}_2.h5"])

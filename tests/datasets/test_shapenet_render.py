@@ -1,4 +1,5 @@
 import io
+import os
 import pickle
 import shutil
 
@@ -45,6 +46,16 @@ def test_bare_model_ids_match_under_any_synset():
     assert choose_shapes(ids, ["1/a"], where="data") == [0]
     with pytest.raises(DataError, match="1 of the 2 listed shapes are not in data with a rendering, such as 3/a"):
         choose_shapes(ids, ["1/a", "3/a"], where="data")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege there")
+def test_a_folder_of_renderings_that_cannot_be_listed_is_named(tmp_path):
+    name = write_pairs(tmp_path, 2)[0]
+    folder = view_path(tmp_path, name).parent
+    shutil.rmtree(folder)
+    folder.symlink_to(folder.name)
+    with pytest.raises(DataError, match=f"cannot list {folder}: "):
+        dataset(tmp_path)
 
 
 def test_folder_and_packed_file_give_equal_samples(pairs):
