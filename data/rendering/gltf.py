@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import struct
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -58,7 +59,11 @@ def read_gltf(data: bytes, where: str, beside: FileBeside, *, binary: bool) -> M
         DataError: the file is damaged or truncated, has a compression that cannot be decoded, or has no triangles.
     """
     header = _glb_header(data, where) if binary else _json(data, where)
-    _check_extensions(header, where)
+    with malformed(f"{where} is not a readable glTF"):
+        _check_extensions(header, where)
+        transforms = _texture_transforms(header)
+        if transforms:
+            data = _with_numbered_materials(data, header, binary=binary)
     scene = _load_scene(data, where, beside, "glb" if binary else "gltf")
     materials: dict[int, Material] = {}
     parts = []
@@ -66,7 +71,10 @@ def read_gltf(data: bytes, where: str, beside: FileBeside, *, binary: bool) -> M
         matrix, name = scene.graph[node]
         geometry = scene.geometry[name]
         if len(getattr(geometry, "faces", ())):
-            parts.append(_part(geometry, materials, where).transformed(matrix))
+            part = _part(geometry, materials, where)
+            if (transform := transforms.get(part.materials[0].name)) is not None:
+                part.uv = transform(part.uv)
+            parts.append(part.transformed(matrix))
     if not parts:
         raise DataError(f"{where} has no triangles in its scene; a surface is needed to draw points from")
     return concatenate(parts)
@@ -113,6 +121,52 @@ def _check_extensions(header: dict[str, Any], where: str) -> None:
         raise DataError(f"{where} needs the glTF extension {', '.join(unknown)}, which is not read; export without it")
     if any(p.get("mode") == _FANS for p in primitives):
         raise DataError(f"{where} stores triangle fans, which are not supported; export plain triangles")
+
+
+@dataclass(frozen=True)
+class _TextureTransform:
+    """Where a texture lies on its part (KHR_texture_transform), with v = 0 at the top."""
+
+    offset: np.ndarray  # (2,)
+    scale: np.ndarray  # (2,)
+    rotation: float  # radians, counterclockwise
+
+    def __call__(self, uv: np.ndarray) -> np.ndarray:
+        """Return texture coordinates (..., 2) with v = 0 at the bottom, as this module's are."""
+        cos, sin = np.cos(self.rotation), np.sin(self.rotation)
+        moved = _upside_down(uv) * self.scale @ [[cos, -sin], [sin, cos]] + self.offset
+        return _upside_down(moved).astype(np.float32)
+
+
+def _upside_down(uv: np.ndarray) -> np.ndarray:
+    return uv * [1, -1] + [0, 1]
+
+
+def _texture_transforms(header: dict[str, Any]) -> dict[str, _TextureTransform]:
+    """Return the transforms of the materials' color textures by the material's number; trimesh ignores them."""
+    transforms = {}
+    for number, material in enumerate(header.get("materials") or ()):
+        glossy = (material.get("extensions") or {}).get("KHR_materials_pbrSpecularGlossiness") or {}
+        plain = material.get("pbrMetallicRoughness") or {}
+        texture = glossy.get("diffuseTexture") or plain.get("baseColorTexture") or {}
+        found = (texture.get("extensions") or {}).get("KHR_texture_transform")
+        if found:
+            offset, scale = (np.array(found.get(key, (n, n)), float) for key, n in (("offset", 0), ("scale", 1)))
+            transforms[str(number)] = _TextureTransform(offset, scale, float(found.get("rotation", 0)))
+    return transforms
+
+
+def _with_numbered_materials(data: bytes, header: dict[str, Any], *, binary: bool) -> bytes:
+    """Return a file whose materials are named by their numbers, which trimesh does not keep."""
+    materials = [material | {"name": str(number)} for number, material in enumerate(header["materials"])]
+    text = json.dumps(header | {"materials": materials}).encode()
+    if not binary:
+        return text
+    text += b" " * (-len(text) % 4)
+    size, kind = _GLB_CHUNK.unpack_from(data, _GLB_HEADER.size)
+    rest = data[_GLB_HEADER.size + _GLB_CHUNK.size + size :]
+    begin = _GLB_CHUNK.pack(len(text), kind)
+    return _GLB_HEADER.pack(b"glTF", 2, _GLB_HEADER.size + len(begin) + len(text) + len(rest)) + begin + text + rest
 
 
 def _load_scene(data: bytes, where: str, beside: FileBeside, kind: str) -> Any:

@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import math
 import struct
 
 import numpy as np
@@ -274,6 +275,26 @@ def test_gltf_textures_are_srgb_and_tinted_in_linear_light(tmp_path):
     path = write(tmp_path / "b.glb", glb(trimesh.Scene(painted([128, 255, 255, 255], uv, image))))
     ((red, green, _),) = colors_of(read_mesh(path))
     assert green == 200 and abs(red - 255 * to_srgb(to_linear(np.float64(200 / 255)) * 128 / 255)) <= 1
+
+
+@pytest.mark.parametrize("transform", [{"offset": [0, 0.5]}, {"scale": [1, 3]}, {"rotation": math.pi / 2}])
+@pytest.mark.parametrize("binary", [True, False])
+def test_gltf_textures_lie_where_their_transform_puts_them(tmp_path, transform, binary):
+    """Sketchfab and Blender write KHR_texture_transform."""
+    image = Image.fromarray(np.array([[[200, 0, 0, 255]], [[0, 200, 0, 255]]], np.uint8))  # red above green
+    scene = trimesh.Scene(painted([255, 255, 255, 255], [[0.25, 0.75]] * 4, image))
+    for change, color in (({}, (200, 0, 0)), ({"extensions": {"KHR_texture_transform": transform}}, (0, 200, 0))):
+        texture = {"index": 0} | change
+        materials = [{"name": "twice"}, {"name": "twice", "pbrMetallicRoughness": {"baseColorTexture": texture}}]
+        files = scene.export(file_type="gltf")
+        header = json.loads(files["model.gltf"]) | {"materials": materials}
+        header["meshes"][0]["primitives"][0]["material"] = 1
+        for name, data in (files | {"model.gltf": json.dumps(header).encode()}).items():
+            write(tmp_path / name, data)
+        path = tmp_path / "model.gltf"
+        if binary:
+            path = write(tmp_path / "m.glb", glb(scene, materials=materials, meshes=header["meshes"]))
+        assert colors_of(read_mesh(path)) == {color}
 
 
 def test_gltf_opacity_counts_where_the_material_says_so(tmp_path):
