@@ -93,9 +93,9 @@ def draw_confusion_counts(
     save_figure(figure, path)
 
 
-def thinned(points: np.ndarray) -> np.ndarray:
-    """Return evenly spaced rows of (N, 3) points, at most ``SHEET_POINTS``; scans are in the scanner's order."""
-    return points[:: -(-len(points) // SHEET_POINTS)]
+def thinned(points: np.ndarray, count: int = SHEET_POINTS) -> np.ndarray:
+    """Return evenly spaced rows of an array of points, at most ``count``; scans are in the scanner's order."""
+    return points[:: -(-len(points) // count)]
 
 
 def draw_cloud(

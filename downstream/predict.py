@@ -41,9 +41,10 @@ from datasets.s3dis import CLASS_COLORS, CLASS_NAMES
 from datasets.s3dis_prepare import MAX_DISTANCE, BlockSettings, Room, block_values, choose_points
 from datasets.shapenet_part import PartTaxonomy, draw_rows, official_taxonomy
 from downstream.features import check_neighbors, evaluating
-from downstream.figures import check_output_path, draw_neighbors, thinned
+from downstream.figures import SHEET_POINTS, check_output_path, draw_neighbors, thinned
 from downstream.finetuning import scores_of, trained_points
 from downstream.retrieval import nearest
+from downstream.segmentation import drawing
 from downstream.segmentation.drawing import Item, draw_sheet, write_colored_ply
 from downstream.segmentation.main_semseg import RoomPrediction, predict_room
 from engine.device import resolve_device
@@ -67,6 +68,7 @@ UNITS = {"m": 1.0, "cm": 0.01, "mm": 0.001, "in": 0.0254, "ft": 0.3048}
 ROOM_DENSITY, ROOM_POINTS = 2000, (20_000, 2_000_000)  # points drawn from a mesh of a room: a square meter, limits
 LABELS_OF_MESH = 8192  # points drawn from an object's mesh to be labeled
 SHEET_ROWS = 20
+POINT_HEADING = ["file", "category", "label", "name", "points", "share", "mean_probability"]
 LINES, LABELS_PER_LINE = 20, 4  # printed
 
 
@@ -119,6 +121,7 @@ class Report:
         colors: (labels, 3) in 0..1 of point labels.
         up: axis of the files that points up.
         predictions: of the usable files.
+        answers: for each of them its class, or its most frequent labels, in one line; none of features.
         skipped: why files were skipped, by path.
         files: what was written.
     """
@@ -128,6 +131,7 @@ class Report:
     colors: np.ndarray | None = None
     up: str = "y"
     predictions: list[Prediction] = field(default_factory=list)
+    answers: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
 
@@ -382,6 +386,7 @@ def predict(
     output_dir: str | Path | None = None,
     *,
     neighbors: int = 0,
+    keep_points: bool = True,
     **settings: Any,
 ) -> Report:
     """Predict on files.
@@ -391,6 +396,8 @@ def predict(
         inputs: files, folders, patterns.
         output_dir: where results are written; None writes none.
         neighbors: of each object on the sheet of features; 0 draws none.
+        keep_points: whether the report holds all points; otherwise only as many as a sheet shows, since thousands of
+            scans do not fit in memory.
         settings: see :class:`PredictorSettings`.
 
     Raises:
@@ -409,9 +416,11 @@ def predict(
         except (DataError, OSError) as error:
             report.skipped[str(path)] = str(error)
             continue
-        report.predictions.append(prediction)
+        if report.task != "features":
+            report.answers.append(answer(prediction, report.label_names))
         if writer is not None:
             writer.add(prediction)
+        report.predictions.append(prediction if keep_points else thinned_prediction(prediction, report.task))
     if not report.predictions:
         reasons = "; ".join(report.skipped.values())
         raise DataError(f"none of the files could be used: {reasons}")
@@ -420,11 +429,20 @@ def predict(
     return report
 
 
+def thinned_prediction(item: Prediction, task: str) -> Prediction:
+    """Return a prediction with evenly spaced points, as many as a sheet shows."""
+    count = drawing.SHEET_POINTS if task == "rooms" else SHEET_POINTS
+    arrays = {name: getattr(item, name) for name in ("points", "colors", "labels", "confidence")}
+    # Copies: a view would keep the whole array.
+    return item._replace(**{name: thinned(a, count).copy() for name, a in arrays.items() if a is not None})
+
+
 class _Writer:
     """Writes a report's files: a PLY for each labeled cloud at once, tables and pictures at the end."""
 
     def __init__(self, folder: Path, report: Report) -> None:
         self.folder, self.report = folder, report
+        self.rows: list[list[Any]] = []  # of the table
         check_output_path(folder / "sheet.png")
 
     def add(self, item: Prediction) -> None:
@@ -433,6 +451,9 @@ class _Writer:
             path = self.folder / f"{item.name}_{self.report.task}.ply"
             write_colored_ply(path, item.points, self.report.colors[item.labels], item.labels)
             self.report.files.append(str(path))
+            self.rows += _point_rows(item, self.report.label_names)
+        elif item.probabilities is not None:
+            self.rows.append(_class_row(item, self.report.label_names))
 
     def finish(self, neighbors: int) -> None:
         """Write the table or the features, and the pictures."""
@@ -447,9 +468,10 @@ class _Writer:
                 clouds = [thinned(item.points) for item in items]
                 draw_neighbors(clouds, names, shown, found, self._file("neighbors.png"), up=report.up)
             return
-        rows = _class_rows(report) if report.task == "classes" else _point_rows(report)
+        classes = ["file", "class", "probability", *report.label_names]
+        heading = classes if report.task == "classes" else POINT_HEADING
         with open(self._file(f"{report.task}.csv"), "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows(rows)
+            csv.writer(file).writerows([heading, *self.rows])
         if report.task != "classes":
             drawn = [_drawn(items[i], report) for i in shown]
             some = f", {len(drawn)} of {len(items)} files" if len(drawn) < len(items) else ""
@@ -469,42 +491,31 @@ def _drawn(item: Prediction, report: Report) -> Item:
     return Item(name, item.points, item.colors, None, item.labels, hidden)
 
 
-def _point_rows(report: Report) -> list[list[Any]]:
-    """Rows of the table of parts or of classes of points."""
-    rows: list[list[Any]] = [["file", "category", "label", "name", "points", "share", "mean_probability"]]
-    for item in report.predictions:
-        for label, count in zip(*np.unique(item.labels, return_counts=True), strict=True):
-            sure = f"{item.confidence[item.labels == label].mean():.4f}"
-            share = f"{count / len(item.labels):.4f}"
-            name = report.label_names[label]
-            rows.append([str(item.path), item.category or "", int(label), name, int(count), share, sure])
+def _point_rows(item: Prediction, names: Sequence[str]) -> list[list[Any]]:
+    """Rows of the table of parts or of classes of points, one for each label of the file."""
+    rows: list[list[Any]] = []
+    for label, count in zip(*np.unique(item.labels, return_counts=True), strict=True):
+        sure = f"{item.confidence[item.labels == label].mean():.4f}"
+        share = f"{count / len(item.labels):.4f}"
+        rows.append([str(item.path), item.category or "", int(label), names[label], int(count), share, sure])
     return rows
 
 
-def _class_rows(report: Report) -> list[list[Any]]:
-    """Rows of the table of classes."""
-    rows: list[list[Any]] = [["file", "class", "probability", *report.label_names]]
-    for item in report.predictions:
-        best = int(item.probabilities.argmax())
-        probabilities = [f"{value:.6f}" for value in item.probabilities]
-        rows.append([str(item.path), report.label_names[best], probabilities[best], *probabilities])
-    return rows
+def _class_row(item: Prediction, names: Sequence[str]) -> list[Any]:
+    """Row of the table of classes."""
+    best = int(item.probabilities.argmax())
+    probabilities = [f"{value:.6f}" for value in item.probabilities]
+    return [str(item.path), names[best], probabilities[best], *probabilities]
 
 
-def answers(report: Report) -> list[str]:
-    """Return a line for each of the first files: its class, or its most frequent labels."""
-    lines = []
-    for item in report.predictions[:LINES]:
-        if item.probabilities is not None:
-            shares = item.probabilities
-        elif item.labels is not None:
-            shares = np.bincount(item.labels, minlength=len(report.label_names)) / len(item.labels)
-        else:
-            continue
-        best = np.argsort(-shares, kind="stable")[:LABELS_PER_LINE]
-        named = ", ".join(f"{report.label_names[i]} {shares[i]:.0%}" for i in best if shares[i] >= 0.005)
-        lines.append(f"{item.name}: {f'{item.category}: ' if item.category else ''}{named}")
-    return lines
+def answer(item: Prediction, names: Sequence[str]) -> str:
+    """Return the class of a file, or its most frequent labels, in one line."""
+    shares = item.probabilities
+    if shares is None:
+        shares = np.bincount(item.labels, minlength=len(names)) / len(item.labels)
+    best = np.argsort(-shares, kind="stable")[:LABELS_PER_LINE]
+    named = ", ".join(f"{names[i]} {shares[i]:.0%}" for i in best if shares[i] >= 0.005)
+    return f"{item.name}: {f'{item.category}: ' if item.category else ''}{named}"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -542,8 +553,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if args.json:
         check_output_path(args.json)
     settings = asdict(PredictorSettings.from_flags(args))
-    report = predict(args.model_path, args.inputs, folder, neighbors=args.neighbors, **settings)
-    for line in answers(report):
+    report = predict(args.model_path, args.inputs, folder, neighbors=args.neighbors, keep_points=False, **settings)
+    for line in report.answers[:LINES]:
         print(line)
     for message in report.skipped.values():
         print(f"skipped: {message}")

@@ -135,7 +135,7 @@ class SemanticConfig(SegmentationConfig):
     confusion_matrix: str | None = flag(
         metavar="FILE",
         help="draw the confusion matrix of each protocol (.png, .pdf; default: confusion_<protocol>.png in the run "
-        "folder, none with --eval)",
+        "folder, none with --eval), of six folds their sum; those of several runs are in their folders",
     )
 
 
@@ -354,7 +354,8 @@ def train(config: SemanticConfig) -> list[dict[str, Any]]:
         records.append({"test_area": area, "train_areas": areas, "folder": str(folder.path), "held_out_rooms": held})
         records[-1] |= {"label_fraction": fraction, "point_label_fraction": config.point_label_fraction}
         records[-1] |= {"pretrain_path": config.pretrain_path, **result}
-        draw(config, reported_entry(result)[1]["test"], f"test area {area}", folder.path)
+        picture = config.confusion_matrix if len(folders) == 1 else None
+        draw(picture, reported_entry(result)[1]["test"], f"test area {area}", folder.path)
     return records
 
 
@@ -417,19 +418,19 @@ def score_checkpoints(config: SemanticConfig) -> list[dict[str, Any]]:
         scores = test(model.to(test.device))
         kept |= test.kept or {}
         records.append({"test_area": area, "train_areas": trained, "model_path": str(path), "test": scores})
-        if config.confusion_matrix:
-            draw(config, scores, f"test area {area}", None)
+        if config.confusion_matrix and len(areas) == 1:
+            draw(config.confusion_matrix, scores, f"test area {area}", None)
     if config.save_predictions and is_main():
         write_arrays(config.save_predictions, kept)
     return records
 
 
 @main_only
-def draw(config: SemanticConfig, scores: dict[str, Scores], what: str, folder: Path | None) -> None:
-    """Draw the confusion matrix of each protocol, to ``--confusion_matrix`` or into the run folder."""
+def draw(picture: str | None, scores: dict[str, Scores], what: str, folder: Path | None) -> None:
+    """Draw the confusion matrix of each protocol, to ``picture`` or, without one, into the run folder."""
     for protocol, values in scores.items():
-        if config.confusion_matrix:
-            path = Path(config.confusion_matrix)
+        if picture:
+            path = Path(picture)
             path = path.with_stem(f"{path.stem}_{protocol}") if len(scores) > 1 else path
         else:
             path = folder / f"confusion_{protocol}.png"
@@ -493,7 +494,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         print(f"\nsix-fold: the confusion matrices of all areas added up\n{result_table(metrics['six_fold'])}")
         folder = None if config.eval else Path(config.output_dir) / config.exp_name
         if folder or config.confusion_matrix:
-            draw(config, metrics["six_fold"], "six-fold", folder)
+            draw(config.confusion_matrix, metrics["six_fold"], "six-fold", folder)
     metrics |= provenance()
     if is_main():
         write_json(config.json, metrics)

@@ -124,7 +124,8 @@ def test_few_labels_by_room_and_by_point_on_a_frozen_encoder(run, evaluate, tmp_
     save_encoder(tmp_path / "pre.pth", encoder)
     few = ["--batch_size", 4, "--epochs", 1, "--pretrain_path", tmp_path / "pre.pth"]
     probe = ["--freeze_encoder", "--head", "linear", "--point_label_fraction", 0.05]
-    metrics = run(*probe, "--label_fraction", 0.4, 0.7, small=few)
+    metrics = run(*probe, "--label_fraction", 0.4, 0.7, "--confusion_matrix", tmp_path / "c.png", small=few)
+    assert all((tmp_path / f"runs/a/label_{share}/confusion_blocks.png").exists() for share in (0.4, 0.7))
     assert [(r["label_fraction"], r["training_samples"], r["held_out_rooms"]) for r in metrics["runs"]] == [
         (0.4, 2, 2),
         (0.7, 4, 4),
