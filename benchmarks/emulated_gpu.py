@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.fake_gpu import SHAPES, python_autograd
+from benchmarks.fake_gpu import SHAPES, python_autograd, set_device_guard
 from engine import loop, resume
 from models.ops import backend, compiled, native_batch_norm
 from utils import collectives
@@ -432,7 +432,7 @@ def emulated_gpu(*, form: str = "torch", processes: int = 1) -> Iterator[Emulate
             (register_optimizer_step_post_hook, gpu.after_step),
         ):
             stack.callback(register(hook).remove)
-        torch._C._ensureCUDADeviceGuardSet()  # without a driver, one that does nothing
+        set_device_guard()
         # torch.tensor(..., device="cuda") then makes a tensor on the CPU and moves it, which a mode can see.
         stack.callback(torch._C._set_only_lift_cpu_tensors, torch._C._only_lift_cpu_tensors())
         torch._C._set_only_lift_cpu_tensors(True)

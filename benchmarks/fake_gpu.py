@@ -21,9 +21,27 @@ from torch.autograd.graph import Node, get_gradient_edge
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from models.ops import backend, compiled, native_batch_norm, triton_kernels
+from utils.errors import UserError
 
 DEVICE = torch.device("cuda:0")
 KERNELS = ("_select", "_edge_forward", "_gradient_of_centers", "_gradient_of_neighbors")
+
+
+def fakes_gpus() -> bool:
+    """Return whether tensors can say here that they are on a GPU: there is a driver, or PyTorch does without (2.10)."""
+    return hasattr(torch._C, "_ensureCUDADeviceGuardSet") or torch.cuda.is_available()
+
+
+def set_device_guard() -> None:
+    """Set the guard of CUDA devices that autograd and fake tensors ask for; without a driver, one that does nothing.
+
+    Raises:
+        UserError: PyTorch is older than 2.10, and there is no driver.
+    """
+    if not fakes_gpus():
+        raise UserError(f"a GPU can be played without a driver from PyTorch 2.10 on; this is {torch.__version__}")
+    if hasattr(torch._C, "_ensureCUDADeviceGuardSet"):
+        torch._C._ensureCUDADeviceGuardSet()
 
 
 class Launch(NamedTuple):
@@ -77,6 +95,7 @@ def fake_gpu(recorder: Recorder, *, ranks: int = 1) -> Iterator[None]:
     library = torch.library.Library("aten", "IMPL")
     for name, shape in SHAPES.items():
         library.impl(name, shape, "Meta")
+    set_device_guard()
     stubs = {name: _Stub(getattr(triton_kernels, name), recorder.launched) for name in KERNELS}
     with contextlib.ExitStack() as stack:
         for patch in (

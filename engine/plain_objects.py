@@ -1,4 +1,4 @@
-"""Stand-ins for harmless objects in foreign checkpoints: NumPy numbers, options, paths.
+"""Stand-ins for harmless objects in foreign checkpoints: NumPy numbers, bytes, options, paths.
 
 ``torch.load(weights_only=True)`` calls only registered globals. This module registers its own functions and classes
 under the names that pickles use for those of NumPy, argparse and pathlib, so none of theirs is ever called.
@@ -58,6 +58,13 @@ def _reconstruct(*_: Any) -> Any:
     return _STAND_INS["numpy.ndarray"]()
 
 
+def _encode(text: Any, encoding: Any = "latin1") -> bytes:
+    """Return bytes that pickle's protocol 2 holds as text; newer versions of PyTorch allow the original."""
+    if not isinstance(text, str) or encoding != "latin1":
+        raise ValueError("bytes in it are not stored as Latin-1")
+    return text.encode("latin1")
+
+
 def _under_the_name(name: str, original: Any) -> Any:
     """Return a copy of a function or class that PyTorch registers under another name."""
     if isinstance(original, type):
@@ -77,6 +84,7 @@ _STAND_INS = {
     for original, names in {
         _Dtype: ("numpy.dtype",),
         _scalar: ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"),
+        _encode: ("_codecs.encode",),
         _reconstruct: ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"),
         _Unread: (
             "numpy.ndarray",

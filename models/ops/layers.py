@@ -35,7 +35,7 @@ def point_block(in_channels: int, out_channels: int) -> nn.Sequential:
 def parts_of(block: nn.Sequential) -> tuple[Tensor, _BatchNorm, nn.LeakyReLU]:
     """Return the weight (C_out, C_in) of a block's convolution, its batch norm, and its activation."""
     conv, norm, activation = block
-    assert isinstance(conv, nn.Conv1d | nn.Conv2d)
+    assert isinstance(conv, (nn.Conv1d, nn.Conv2d))  # a tuple: PyTorch 2.4 cannot compile A | B
     assert isinstance(norm, _BatchNorm) and isinstance(activation, nn.LeakyReLU)
     return conv.weight.flatten(1), norm, activation
 

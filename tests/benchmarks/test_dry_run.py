@@ -17,6 +17,7 @@ import train_crossnet_con as pretraining
 from benchmarks import dry_run, dynamic_edgeconv, edgeconv, estimate, frame, gpu_check, losses, neighbours, step
 from benchmarks.dry_run import Case, cases, outcome, small_networks
 from benchmarks.emulated_gpu import GpuTensor, emulated_gpu, on_gpu
+from benchmarks.fake_gpu import fakes_gpus
 from benchmarks.reference.textbook import textbook_edge_conv, textbook_knn
 from downstream import predict
 from downstream.classification import few_shot, finetune, tsne
@@ -32,6 +33,7 @@ from tests.support.pairs import cloud, write_demo_set, write_pairs, write_ply
 from tests.support.segmentation_sets import write_parts, write_rooms
 
 pytest.importorskip("triton", reason="Triton is not installed")
+pytestmark = pytest.mark.skipif(not fakes_gpus(), reason="PyTorch before 2.10 plays no GPU without a driver")
 PLAIN = Case("pretraining", "dgcnn_cls", "off", "torch")
 
 

@@ -265,11 +265,11 @@ def test_renders_equal_the_plain_form_up_to_the_rounding_of_the_resizing(size, l
     out = augment(RenderAugmentation(24), pictures, streams(count))
     for row, numbers in enumerate(drawn(count)):
         rgb, gray = plain_form(pictures[row], 24, *numbers)
-        # A level more or less before the jitter can be some more after it.
-        for name, expected, most in (("rgb", rgb, 4 * levels), ("gray", gray, levels)):
+        # A level more or less before the jitter can be some more after it, by how much the jitter spreads colors.
+        for name, expected, most, mean in (("rgb", rgb, 4 * levels, 0.4), ("gray", gray, levels, 0.3)):
             deviation = torch.tensor(IMAGENET_STD[: len(expected)])[:, None, None]
             difference = 255 * deviation * (out[name][row] - expected).abs()
-            assert difference.max() < most + 1e-3 and difference.mean() <= 0.3 * levels + 1e-3, (name, row)
+            assert difference.max() < most + 1e-3 and difference.mean() <= mean * levels + 1e-3, (name, row)
     orders, flips = (list(x) for x in list(zip(*drawn(count), strict=True))[1:])
     assert len({tuple(x) for x in orders}) == 6 and len({tuple(x) for x in flips}) == 4
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from benchmarks.fake_gpu import fakes_gpus
 from downstream import demo, demo_report
 from models import pretrained
 from tests.support.weights import publish_tiny
@@ -77,6 +78,7 @@ def no_pictures(monkeypatch):
 
 
 @pytest.mark.usefixtures("no_pictures")
+@pytest.mark.skipif(not fakes_gpus(), reason="PyTorch before 2.10 plays no GPU without a driver")
 def test_the_demo_takes_a_gpu_where_there_is_one(run):
     pytest.importorskip("triton", reason="benchmarks.emulated_gpu plays its kernels")
     from benchmarks.emulated_gpu import emulated_gpu
