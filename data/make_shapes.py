@@ -13,6 +13,7 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import multiprocessing
@@ -37,7 +38,7 @@ from data.procedural.compose import SurfaceSamples, generator
 from data.procedural.pictures import LIGHT, mesh_of, splat_count, splat_views
 from data.rendering import Camera, Renderer, cameras_3d_r2n2, encode_png, to_unit_sphere
 from utils.cli import Settings, flag, non_negative_int, positive_int, run, seed_number, write_json
-from utils.errors import UserError
+from utils.errors import UserError, malformed
 from utils.files import replacing, writing
 from utils.locks import locked
 from utils.processes import run_jobs
@@ -220,7 +221,8 @@ def write_packed(out: Path, paths: list[Path], count: int, settings: ShapeSettin
     with replacing(out) as temporary:
         lengths = []
         for path in paths:
-            with np.load(path) as arrays:
+            again = "Delete it and run the same command again"
+            with malformed(f"{path} is damaged", fix=again), np.load(path) as arrays:
                 lengths.append(arrays["lengths"])
         offset = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
         with h5py.File(temporary, "w") as file:
@@ -281,7 +283,7 @@ def write_part_set(packed: Path, root: Path) -> dict[str, int]:
     """
     folder = root / PART_FOLDER
     counts = {}
-    with h5py.File(packed, "r") as file:
+    with h5py.File(packed, "r") as file, writing(folder), contextlib.ExitStack() as cleanup:
         count = len(file["points"])
         tenth = np.arange(count) % 10
         rows = {
@@ -291,28 +293,24 @@ def write_part_set(packed: Path, root: Path) -> dict[str, int]:
         }
         temporary = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
-        try:
-            temporary.mkdir(parents=True)
-            for split, chosen in rows.items():
-                names = []
-                for i in range(0, len(chosen), PART_FILE_SHAPES):
-                    some = chosen[i : i + PART_FILE_SHAPES]
-                    names.append(f"ply_data_{split}{len(names)}.h5")
-                    with h5py.File(temporary / names[-1], "w") as part:
-                        part["data"] = file["points"][some]
-                        part["label"] = np.zeros((len(some), 1), np.uint8)
-                        part["pid"] = file["part_kind"][some]
-                (temporary / f"{split}_hdf5_file_list.txt").write_text("\n".join(names) + "\n")
-                counts[split] = len(chosen)
-            (temporary / "all_object_categories.txt").write_text(f"{PART_CATEGORY}\t{PART_SYNSET}\n")
-            parts = [[PART_SYNSET, i + 1] for i in range(len(KINDS))]
-            (temporary / "overallid_to_catid_partid.json").write_text(json.dumps(parts))
-            (temporary / "part_names.txt").write_text("\n".join(KINDS) + "\n")
-            os.replace(temporary, folder)
-        except OSError as error:
-            raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        cleanup.callback(shutil.rmtree, temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        for split, chosen in rows.items():
+            names = []
+            for i in range(0, len(chosen), PART_FILE_SHAPES):
+                some = chosen[i : i + PART_FILE_SHAPES]
+                names.append(f"ply_data_{split}{len(names)}.h5")
+                with h5py.File(temporary / names[-1], "w") as part:
+                    part["data"] = file["points"][some]
+                    part["label"] = np.zeros((len(some), 1), np.uint8)
+                    part["pid"] = file["part_kind"][some]
+            (temporary / f"{split}_hdf5_file_list.txt").write_text("\n".join(names) + "\n")
+            counts[split] = len(chosen)
+        (temporary / "all_object_categories.txt").write_text(f"{PART_CATEGORY}\t{PART_SYNSET}\n")
+        parts = [[PART_SYNSET, i + 1] for i in range(len(KINDS))]
+        (temporary / "overallid_to_catid_partid.json").write_text(json.dumps(parts))
+        (temporary / "part_names.txt").write_text("\n".join(KINDS) + "\n")
+        os.replace(temporary, folder)
     return counts
 
 

@@ -156,6 +156,7 @@ class PackedSource:
         self._pid = -1
         try:
             with open_hdf5(self.path) as file:
+                self._bytes = self.path.stat().st_size
                 found = file.attrs.get("format"), file.attrs.get("version")
                 if found != (PACKED_FORMAT, PACKED_VERSION):
                     raise DataError(
@@ -216,8 +217,14 @@ class PackedSource:
             self._file.close()
             self._file = None
         if self._file is None:
+            self._check_size()
             self._file, self._pid = hdf5_file(self.path), os.getpid()
         return self._file
+
+    def _check_size(self) -> None:
+        """Raise if the file was replaced after its tables were read; rows of other shapes would be read."""
+        if self.path.stat().st_size != self._bytes:
+            raise DataError(f"{self.path} was replaced or changed after it was opened; start again")
 
     def _rows(self, name: str, first: int, last: int) -> np.ndarray:
         """Read rows first to last - 1 of an array, (last - first, ...)."""
@@ -225,6 +232,7 @@ class PackedSource:
         if block is None:
             return self._open()[name][first:last]
         if self._plain is None:
+            self._check_size()
             self._plain = self.path.open("rb", buffering=0)
         size = block.row_type.itemsize
         data = os.pread(

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import re
 import sys
 import zlib
@@ -362,37 +361,27 @@ def write_room(out: str | Path, room: Room, kind: str, settings: BlockSettings, 
     xyz, chosen = choose_points(room, kind, settings)
     low, high = room.xyz.min(axis=0), room.xyz.max(axis=0)
     path = room_file(out, kind, room.name)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     count, size = len(chosen), settings.num_points
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with h5py.File(temporary, "w") as file:
-            kept: dict[str, Any] = {"chunks": (1, size), "compression": "gzip", "compression_opts": 1}
-            # A sparse room can have zero blocks; HDF5 accepts one-block chunks for that only if the array can grow.
-            kept["maxshape"] = (None, size)
-            data = file.create_dataset(
-                "data",
-                (count, size, CHANNELS),
-                settings.dtype,
-                **{**kept, "chunks": (1, size, CHANNELS), "maxshape": (None, size, CHANNELS), "shuffle": True},
-            )
-            label = file.create_dataset("label", (count, size), np.uint8, **kept)
-            index = (
-                file.create_dataset("index", (count, size), np.int32, shuffle=True, **kept) if kind == "test" else None
-            )
-            for i, members in enumerate(chosen):
-                data[i] = block_values(xyz[members], room.rgb[members], high - low, settings.block)
-                label[i] = room.labels[members]
-                if index is not None:
-                    index[i] = members
-            file.attrs.update(_marks(kind, settings, source))
-            file.attrs.update({"room": room.name, "room_points": len(xyz), "room_low": low, "room_high": high})
-            file.attrs["notes"] = "\n".join(room.notes)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path, shared=True) as temporary, h5py.File(temporary, "w") as file:
+        kept: dict[str, Any] = {"chunks": (1, size), "compression": "gzip", "compression_opts": 1}
+        # A sparse room can have zero blocks; HDF5 accepts one-block chunks for that only if the array can grow.
+        kept["maxshape"] = (None, size)
+        data = file.create_dataset(
+            "data",
+            (count, size, CHANNELS),
+            settings.dtype,
+            **{**kept, "chunks": (1, size, CHANNELS), "maxshape": (None, size, CHANNELS), "shuffle": True},
+        )
+        label = file.create_dataset("label", (count, size), np.uint8, **kept)
+        index = file.create_dataset("index", (count, size), np.int32, shuffle=True, **kept) if kind == "test" else None
+        for i, members in enumerate(chosen):
+            data[i] = block_values(xyz[members], room.rgb[members], high - low, settings.block)
+            label[i] = room.labels[members]
+            if index is not None:
+                index[i] = members
+        file.attrs.update(_marks(kind, settings, source))
+        file.attrs.update({"room": room.name, "room_points": len(xyz), "room_low": low, "room_high": high})
+        file.attrs["notes"] = "\n".join(room.notes)
     return path
 
 
@@ -457,7 +446,7 @@ def write_lists(folder: str | Path) -> dict[str, int]:
         FILE_LIST: [f"{folder.name}/ply_data_all_{room}.h5" for room in blocks],
     }
     for name, lines in lists.items():
-        with replacing(folder / name) as temporary:
+        with replacing(folder / name, shared=True) as temporary:
             temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return blocks
 

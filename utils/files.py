@@ -162,16 +162,20 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+def replacing(path: str | os.PathLike[str], *, shared: bool = False) -> Iterator[Path]:
     """Write a file atomically: yield a temporary path next to it, which becomes the file when the block ends.
 
     After an error the temporary file is removed, and a file that was there before is unchanged.
+
+    Args:
+        path: the file.
+        shared: several processes may write the file at once; each gets another temporary path.
 
     Raises:
         UserError: the file cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp" if shared else f"{path.name}.tmp")
     try:
         with writing(path):
             if path.is_dir():  # now: the block may take hours

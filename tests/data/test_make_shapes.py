@@ -62,7 +62,7 @@ def test_what_cannot_be_written_is_an_error_before_anything_is_made(tmp_path, mo
         make(tmp_path if "--overwrite" in more else tmp_path / "a.h5", *more)
     assert not list(tmp_path.parent.glob("*.blocks"))
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot write .*a.h5.blocks"):
+    with pytest.raises(UserError, match="cannot write .*a.h5"):
         make(tmp_path / "file" / "a.h5")
 
 
@@ -110,6 +110,22 @@ def test_a_stopped_run_continues_and_gives_the_same_file(made, tmp_path, monkeyp
     make(out, "--views", "2")
     assert numbers == list(range(5, 12))
     np.testing.assert_equal(arrays(out), arrays(made[0]))
+
+
+def test_a_damaged_block_of_a_stopped_run_is_named(tmp_path, monkeypatch):
+    out = tmp_path / "shapes.h5"
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(make_shapes, "write_packed", stop)
+    with pytest.raises(KeyboardInterrupt):
+        make(out, shapes=2)
+    monkeypatch.undo()
+    (block,) = (tmp_path / "shapes.h5.blocks").glob("*.npz")
+    block.write_bytes(block.read_bytes()[:-100])
+    with pytest.raises(UserError, match=f"{block} is damaged.*Delete it"):
+        make(out, shapes=2)
 
 
 def test_a_file_that_is_there_is_kept(made):

@@ -209,6 +209,20 @@ def test_a_broken_room_does_not_lose_the_others(raw, tmp_path):
     assert prepare(root, out)["made"] == 1
 
 
+def test_a_full_disk_is_named_and_leaves_nothing(raw, tmp_path, monkeypatch):
+    class Full(h5py.File):
+        def __exit__(self, *error):
+            writes = self.mode == "r+"
+            super().__exit__(*error)
+            if writes:
+                raise RuntimeError("Can't decrement id ref count (no space left)")
+
+    monkeypatch.setattr(h5py, "File", Full)
+    with pytest.raises(UserError, match="cannot write .*ply_data_all_Area_.*no space left"):
+        prepare(raw[0], tmp_path / "out")
+    assert not any(path.is_file() for path in (tmp_path / "out").rglob("*"))
+
+
 def test_a_stray_character_is_noted_on_every_run(raw, tmp_path, capsys):
     root, rooms = raw
     file = root / "Area_1" / "office_1" / "Annotations" / "chair_1.txt"

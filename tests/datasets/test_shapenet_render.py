@@ -2,6 +2,7 @@ import io
 import os
 import pickle
 import shutil
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -46,6 +47,16 @@ def test_bare_model_ids_match_under_any_synset():
     assert choose_shapes(ids, ["1/a"], where="data") == [0]
     with pytest.raises(DataError, match="1 of the 2 listed shapes are not in data with a rendering, such as 3/a"):
         choose_shapes(ids, ["1/a", "3/a"], where="data")
+
+
+def test_a_packed_file_that_is_replaced_while_it_is_used_is_an_error(pairs, tmp_path):
+    file = Path(shutil.copy(pairs[1], tmp_path / "pairs.h5"))
+    source = PackedSource(file)
+    write_pairs(tmp_path / "others", 9, points=30)
+    packed_copy(tmp_path / "others", tmp_path / "new.h5").replace(file)
+    for read in (lambda: source.points(0), lambda: source.image_file(0, 0)):
+        with pytest.raises(DataError, match="pairs.h5 was replaced or changed after it was opened"):
+            read()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links need a privilege there")
@@ -446,6 +457,7 @@ def test_arrays_in_pieces_are_read_the_slower_way(pairs, tmp_path, how):
             new.create_dataset(name, data=stored[:], dtype=stored.dtype, chunks=chunks)
     packed = PackedSource(file)
     if how == "late":
+        packed.points(0)
         file.write_bytes(file.read_bytes()[:500])
         with pytest.raises(DataError, match="truncated"):
             packed.points(7)
