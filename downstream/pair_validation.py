@@ -64,6 +64,10 @@ def view_scores(first: Tensor, second: Tensor) -> dict[str, float]:
     }
 
 
+def _copied(batch: Batch) -> Batch:
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
 class PairValidation:
     """Loss and retrieval on held-out pairs, the same augmented ones in every epoch and every run of the same seed.
 
@@ -92,7 +96,8 @@ class PairValidation:
         ]
         host = torch.device("cpu")
         loader = data_loader(pairs, batch_sampler=keys, collate=collate_pairs, workers=workers, device=host)
-        self.batches: Sequence[Batch] = list(batches(loader))
+        # Copies: each tensor from a worker occupies /dev/shm and an open file for as long as it lives.
+        self.batches: Sequence[Batch] = [_copied(batch) for batch in batches(loader)]
         for message in all_gather_strings([message for batch in self.batches for message in batch["bad"]]):
             logger.warning("held-out pair replaced by another one: %s", message)
 

@@ -124,6 +124,12 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(root, reference, tmp_path):
         train(root, tmp_path, *other)
 
 
+def test_held_out_pairs_leave_shared_memory_and_open_files_to_the_training_loader(root):
+    validation = PairValidation(ShapeNetRender(root), batch_size=4, workers=1)
+    tensors = [value for batch in validation.batches for value in batch.values() if torch.is_tensor(value)]
+    assert len(tensors) >= 12 and not any(tensor.is_shared() for tensor in tensors)
+
+
 def test_another_kind_of_score_starts_the_choice_of_the_best_again(root, reference, tmp_path):
     flags = (*VALIDATED, "--resume", reference / "previous.pth")
     train(root, tmp_path, *flags)
