@@ -112,6 +112,7 @@ class _EdgeMoments(torch.autograd.Function):
         return moments.mean, moments.scatter
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_mean: Tensor, grad_scatter: Tensor) -> tuple[Tensor, Tensor, None]:
         a, c, neighbors, degree, mean = ctx.saved_tensors
         points, k = neighbors.shape

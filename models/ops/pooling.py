@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from models.ops.batch_norm import (
@@ -178,6 +179,7 @@ class _Pool(torch.autograd.Function):
         return F.leaky_relu(pooled, negative_slope), means
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_max: Tensor, grad_mean: Tensor) -> tuple[Tensor | None, ...]:
         y, argmax, pooled, sum_slope, sum_slope_y, scale, shift, mean, variance, count, weight, gain, bias, *rows = (
             ctx.saved_tensors

@@ -210,6 +210,14 @@ def test_a_second_gradient_is_refused(trains):
         gradient.sum().backward()
 
 
+def test_a_second_gradient_through_two_layers_is_refused():
+    x = torch.randn(10, 3, dtype=torch.float64, requires_grad=True)
+    out = edge_conv_two_layers(x, knn(x[None], 4)[0], *blocks_of((3, 4, 5)))
+    (gradient,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 @pytest.mark.parametrize("widths", [(3, 6), (3, 6, 5)], ids=["one layer", "two layers"])
 def test_a_large_common_offset_does_not_cancel_the_variance(widths):
     """A naive E[h^2] - E[h]^2 in float32 would lose all digits here."""

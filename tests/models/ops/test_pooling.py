@@ -72,6 +72,16 @@ def test_float32_agrees_over_several_groups_of_points(train):
     assert_close(actual, expected, tolerance=1e-5)
 
 
+@pytest.mark.parametrize("train", [True, False])
+def test_a_second_gradient_is_refused(train):
+    layers, clouds, block = example()
+    layers[0].requires_grad_()
+    maximum, mean = pool_pointwise(layers, clouds, block.train(train), with_mean=True)
+    (gradient,) = torch.autograd.grad((maximum + mean).square().sum(), layers[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 def test_identical_points_share_one_gradient():
     layers, clouds, block = example(gains="non-zero")
     layers = [layer.unflatten(0, (clouds, -1)) for layer in layers]
