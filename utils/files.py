@@ -165,7 +165,8 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
 def replacing(path: str | os.PathLike[str], *, shared: bool = False) -> Iterator[Path]:
     """Write a file atomically: yield a temporary path next to it, which becomes the file when the block ends.
 
-    After an error the temporary file is removed, and a file that was there before is unchanged.
+    After an error the temporary file is removed, and a file that was there before is unchanged. A link stays a link. A
+    pipe or a device, such as /dev/stdout, is written directly: as root, replacing it would break the system.
 
     Args:
         path: the file.
@@ -175,6 +176,12 @@ def replacing(path: str | os.PathLike[str], *, shared: bool = False) -> Iterator
         UserError: the file cannot be written.
     """
     path = Path(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        with writing(path):
+            yield path
+        return
+    if path.is_symlink():
+        path = path.resolve()
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp" if shared else f"{path.name}.tmp")
     try:
         with writing(path):

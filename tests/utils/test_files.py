@@ -56,6 +56,20 @@ def test_a_folder_in_the_place_of_a_file_is_an_error_before_hours_of_work(tmp_pa
         pytest.fail("the block ran")
 
 
+def test_links_stay_links_and_pipes_stay_pipes(tmp_path):
+    link, pipe = tmp_path / "link.json", tmp_path / "pipe"
+    link.symlink_to(tmp_path / "file.json")
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDWR)  # a pipe without a reader would block
+    for path in (link, pipe):
+        with replacing(path) as temporary:
+            temporary.write_text("{}")
+    assert link.is_symlink() and (tmp_path / "file.json").read_text() == "{}"
+    assert pipe.is_fifo() and os.read(reader, 9) == b"{}"
+    os.close(reader)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file.json", "link.json", "pipe"]
+
+
 def test_a_name_that_is_not_text_is_named(tmp_path):
     name = os.fsdecode(b"\xff\xfe.npy")
     with pytest.raises(DataError, match=r"dcff.+dcfe\.npy: its name is not UTF-8\. Rename it"):
