@@ -213,6 +213,7 @@ class PretrainConfig(RunConfig):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.temperature is None:
             self.resolve(temperature=RELEASED_TEMPERATURE[self.objective])
         # In one order, so that a run resumes whatever order they are given in.
@@ -338,10 +339,21 @@ class Pretraining(Task):
             logger.info("no classification set in %s: the run has no linear-SVM probe%s", root, rest)
             if (own := Path(root) / LABELED_FOLDER).is_dir():
                 logger.info("a probe on its own categories: --eval_dataset folder --eval_root %s", own)
+        else:
+            config.resolve(eval_dataset=names)
         return [
             LinearProbe(name, root, num_points=config.eval_points, c=config.svm_c, batch_size=config.test_batch_size)
             for name in names
         ]
+
+    def selection(self, flags: Mapping[str, Any]) -> Any:
+        """Return the flags that define the score behind ``best.pth``."""
+        if flags["select_on"] == "pairs" or not self.probes:
+            return flags["select_on"]
+        first, *_ = flags["eval_dataset"]
+        if "auto" in flags["eval_dataset"]:  # in a checkpoint of 0.1.0, which does not say what was found
+            first = self.probes[0].dataset
+        return first, *(flags[name] for name in ("select_on", "eval_points", "svm_c"))
 
     def fingerprint(self) -> str:
         """Return a hash of the training shapes, in order, and the held-out ones."""

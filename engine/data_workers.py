@@ -112,7 +112,7 @@ def no_shared_memory(error: Exception) -> str:
     try:
         space = os.statvfs(SHARED_MEMORY)
         size = f" has {space.f_blocks * space.f_frsize / 1e6:,.1f} MB"
-    except OSError:
+    except (AttributeError, OSError):  # Windows lacks statvfs
         size = " cannot be read"
     return (
         f"a process that reads data cannot hand over a batch ({reason}): {SHARED_MEMORY}{size}. Continue with --resume "

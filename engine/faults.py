@@ -20,12 +20,12 @@ logger = logging.getLogger("crossnet")
 
 
 @contextlib.contextmanager
-def postponed(number: int) -> Iterator[None]:
-    """Defer a signal until the block exits.
+def postponed(number: int | None) -> Iterator[None]:
+    """Defer a signal, if there is one, until the block exits.
 
     When a data worker dies, PyTorch raises from its SIGCHLD handler, at whatever line is running.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if number is None or threading.current_thread() is not threading.main_thread():
         yield
         return
     received = False

@@ -20,6 +20,7 @@ from utils.errors import CheckpointError
 from utils.reproducible import random_states, restore_random_states
 
 logger = logging.getLogger("crossnet")
+SIGCHLD = getattr(signal, "SIGCHLD", None)  # None on Windows, where no signal tells that a data worker died
 
 
 @main_only
@@ -42,7 +43,7 @@ def save(run: Run, name: str) -> None:
         "random": random_states(),
         **run.config.provenance(),
     }
-    with postponed(signal.SIGCHLD):
+    with postponed(SIGCHLD):
         save_checkpoint(run.folder / name, payload, keep=run.folder / "previous.pth" if name == "last.pth" else None)
 
 
@@ -60,7 +61,7 @@ def keep(run: Run) -> None:
         "progress": asdict(run.progress),
         **run.config.provenance(),
     }
-    with postponed(signal.SIGCHLD):
+    with postponed(SIGCHLD):
         save_checkpoint(run.folder / f"step_{run.progress.step}.pth", payload)
 
 
@@ -137,7 +138,8 @@ def resume(run: Run) -> bool:
     with checkpoint_errors(path):
         load_state(run, payload, path)
     # best.pth is missing (new folder, lost file) or was chosen by another score: the next score becomes the best.
-    other = payload["arguments"].get("select_on", run.config.select_on) != run.config.select_on
+    now = run.config.flags
+    other = run.task.selection({**now, **payload["arguments"]}) != run.task.selection(now)
     if not broadcast_from_rank0(run.folder.has_best) or other:
         run.progress.best, run.progress.best_epoch = Progress.best, Progress.best_epoch
     run.folder.cut_metrics(run.progress.epoch)

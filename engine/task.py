@@ -148,6 +148,10 @@ class Task(ABC):
         """Yield the parts of a step, each with whether it is the last."""
         yield batch, True
 
+    def selection(self, flags: Mapping[str, Any]) -> Any:
+        """Return the flags that define the score behind ``best.pth``; only scores of one definition compare."""
+        return flags.get("select_on")
+
     def count_bad_samples(self, batch: Any, progress: Progress) -> None:  # noqa: B027 - most have none
         """Count unreadable samples of a batch, before its step."""
 

@@ -13,7 +13,7 @@ import torch
 
 from datasets.shapenet_render import ShapeNetRender
 from datasets.transforms import RandomSubset
-from engine import faults, loop
+from engine import faults, loop, resume
 from engine.checkpoint import load_checkpoint, save_checkpoint
 from engine.load_model import crossnet_from_checkpoint, encoder_from_checkpoint
 from engine.run_folder import CHECKPOINTS
@@ -352,6 +352,19 @@ def test_resume_into_a_new_folder_leaves_the_old_one_and_finds_a_best_again(data
     assert equal(ours["point_encoder"], theirs["point_encoder"])
 
 
+def test_a_failed_start_from_a_checkpoint_elsewhere_leaves_no_folder(data_root, reference, tmp_path, monkeypatch):
+    monkeypatch.setattr(Run, "step", lambda self, batch: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(data_root, tmp_path, *REFERENCE, "--resume", reference[0] / "previous.pth")
+    assert contents(tmp_path) == {}
+
+
+def test_checkpoints_are_written_on_systems_without_signals_of_ended_processes(data_root, tmp_path, short, monkeypatch):
+    monkeypatch.setattr(resume, "SIGCHLD", None)
+    train(data_root, tmp_path, *short)
+    assert (tmp_path / "crossnet" / "last.pth").is_file()
+
+
 @pytest.mark.parametrize("save_every", [1, 0])
 def test_a_loss_that_is_not_finite_stops_with_a_message_and_finite_checkpoints(data_root, tmp_path, save_every):
     with pytest.raises(UserError, match=r"not finite at step \d+ \(epoch 1\).*lower --lr"):
@@ -538,6 +551,28 @@ def test_best_is_chosen_on_held_out_training_clouds_or_as_released_on_the_test_s
     assert load_checkpoint(folder / "best.pth")["progress"]["epoch"] == best
     assert load_checkpoint(folder / "last.pth")["progress"]["epoch"] == 3
     assert [r["demo_test_accuracy"] for r in metrics(folder)] == [90, 1, 50]
+
+
+@pytest.mark.parametrize("change, best", [((), 90), (("--svm_c", 1), 20), (("--eval_dataset", "modelnet40"), 20)])
+def test_the_best_is_chosen_again_if_the_resumed_run_is_scored_otherwise(
+    data_root, tmp_path, short, monkeypatch, change, best
+):
+    scores = iter([90.0, 20.0])
+
+    def scripted(self, encoder, *, device):
+        score = next(scores)
+        return {f"{self.dataset}_{split}_accuracy": score for split in ("val", "test")}
+
+    monkeypatch.setattr(LinearProbe, "__init__", lambda self, name, *_, **__: setattr(self, "dataset", name))
+    monkeypatch.setattr(LinearProbe, "__call__", scripted)
+    flags = (*short, "--epochs", 2, "--save_every", 1, "--eval_every", 1)
+    train(data_root, tmp_path, *flags)
+    folder = tmp_path / "crossnet"
+    assert load_checkpoint(folder / "last.pth")["arguments"]["eval_dataset"] == ["demo"]  # what auto found
+    os.replace(folder / "previous.pth", folder / "last.pth")
+    scores = iter([20.0])
+    train(data_root, tmp_path, *flags, "--resume", *change)
+    assert load_checkpoint(folder / "best.pth")["progress"]["best"] == best
 
 
 def test_the_probe_holds_out_training_clouds_of_every_class(data_root):
