@@ -128,8 +128,7 @@ class RunFolder:
             )
         elif found is None:
             logger.info("%s does not exist yet: starting from the beginning", self / "last.pth")
-            if (self / "metrics.jsonl").exists():
-                self.cut_metrics(0)
+            self.cut_metrics(0)
         return found
 
     def has_checkpoint(self) -> bool:
@@ -214,7 +213,9 @@ class RunFolder:
 
     @main_only
     def cut_metrics(self, epoch: int) -> None:
-        """Keep the records of the first ``epoch`` epochs; later ones are about to be trained again."""
+        """Keep the records of the first ``epoch`` epochs, if any; later ones are about to be trained again."""
+        if not (self / "metrics.jsonl").exists():
+            return  # an empty file would look like an earlier run if the start fails
         kept = [record for record in self.metrics() if record["epoch"] <= epoch]
         with replacing(self / "metrics.jsonl") as temporary:
             temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
