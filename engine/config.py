@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,10 @@ class RunConfig(CommonSettings):
     select_on: str
     accumulate: int = 1
     keep_every: int = 0
+
+    def __post_init__(self) -> None:
+        if self.deterministic:  # now: cuBLAS reads it when it starts, at the latest in the check of the kernels
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
     def provenance(self) -> dict[str, Any]:
         """Return everything but the data that the run's results depend on."""

@@ -1,5 +1,7 @@
 """Same seed, same machine: the same weights to the last bit, with any number of data workers; two processes too."""
 
+import os
+
 import pytest
 import torch
 
@@ -61,8 +63,16 @@ def test_fine_tuning_repeats(data_root, tmp_path):
     all_equal([tmp_path / "a" / "best.pth", tmp_path / "b" / "best.pth"])
 
 
-def test_the_flag_holds_inside_training_only(monkeypatch):
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+def test_cublas_learns_of_the_flag_before_the_kernels_are_checked(data_root, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that the test's end restores it
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    seen = []
+    monkeypatch.setattr("engine.device.check_choice", lambda device: seen.append(os.environ["CUBLAS_WORKSPACE_CONFIG"]))
+    main(arguments(data_root, tmp_path, "--epochs", 1, "--eval_every", 0, "--deterministic"))
+    assert seen == [":4096:8"]
+
+
+def test_the_flag_holds_inside_training_only():
     cudnn = torch.backends.cudnn
     before = (torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark)
     with deterministic(False):
