@@ -125,7 +125,7 @@ def test_two_processes_train_what_one_with_the_doubled_batch_trains(data_root, o
 
 def test_only_the_main_process_writes_to_the_screen(of_two):
     first, second = ((of_two / "logs" / f"{rank}.log").read_text() for rank in range(2))
-    assert second == "" and first.count("objects in 2 process(es)") == len(CASES)
+    assert second == "" and first.count("objects in 2 process(es)") == len(CASES) and "FutureWarning" not in first
 
 
 def test_without_shared_statistics_the_result_is_another(data_root, of_two, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -163,11 +164,14 @@ def wrap_ddp(model: nn.Module) -> nn.Module:
     if world_size() == 1:
         return model
     device = next(model.parameters()).device
+    # Buffers are identical under sync batch norm; otherwise the loop broadcasts them every epoch.
+    renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # PyTorch 2.14 and newer
+    no_buffers: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
     return DistributedDataParallel(
         model,
         device_ids=[device] if device.type == "cuda" else None,
-        broadcast_buffers=False,  # identical under sync batch norm; otherwise the loop broadcasts them every epoch
         gradient_as_bucket_view=True,  # average gradients in place
+        **no_buffers,
     )
 
 
