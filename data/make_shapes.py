@@ -41,7 +41,7 @@ from utils.cli import Settings, flag, non_negative_int, positive_int, run, seed_
 from utils.errors import UserError, malformed
 from utils.files import replacing, writing
 from utils.locks import locked
-from utils.processes import run_jobs
+from utils.processes import available_cores, run_jobs
 from utils.progress import progress
 
 CATEGORY = "generated"
@@ -352,7 +352,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--shapes", type=positive_int, required=True, metavar="N", help="number of shapes")
     parser.add_argument("--out", required=True, metavar="F.h5", help="packed file of pairs to write")
     parser.add_argument(
-        "--workers", type=non_negative_int, default=os.cpu_count() or 1, metavar="W", help="processes; 0: this one"
+        "--workers", type=non_negative_int, default=available_cores(), metavar="W", help="processes; 0: this one"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     parser.add_argument("--sheet", metavar="F.png", help="also draw a contact sheet of the first shapes")

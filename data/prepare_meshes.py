@@ -19,7 +19,6 @@ Example:
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -38,6 +37,7 @@ from utils.cli import positive_int, run, share, write_json
 from utils.errors import DataError, UserError
 from utils.files import writing
 from utils.locks import locked
+from utils.processes import available_cores
 from utils.progress import progress
 
 REPORT_NAME = "prepared_report.tsv"
@@ -149,7 +149,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         metavar="F",
         help="fraction of each category for testing, if neither folders nor labels give a split",
     )
-    workers = {"type": positive_int, "default": os.cpu_count() or 1, "metavar": "W"}
+    workers = {"type": positive_int, "default": available_cores(), "metavar": "W"}
     parser.add_argument("--workers", **workers, help="processes; does not change the result")
     parser.add_argument("--overwrite", action="store_true", help="remake existing pairs")
     parser.add_argument("--json", metavar="FILE", help="also write the counts to FILE as one JSON object")

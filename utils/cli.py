@@ -19,6 +19,7 @@ from typing import Any, NoReturn, TypeVar
 
 from utils.errors import UserError, plain_message
 from utils.files import replacing
+from utils.processes import available_cores
 
 Config = TypeVar("Config", bound="Settings")
 EXIT_USER_ERROR = 2
@@ -179,7 +180,7 @@ class CommonSettings(Settings):
 def workers_flag() -> Any:
     """Declare ``workers``, for scripts that read data in other processes."""
     return flag(
-        min(4, os.cpu_count() or 1),
+        min(4, available_cores()),
         group="common",
         type=non_negative_int,
         metavar="W",

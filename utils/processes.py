@@ -1,7 +1,8 @@
-"""Run jobs in worker processes; a worker that is killed ends the run with a message."""
+"""Run jobs in worker processes, and count the cores for them."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -11,6 +12,11 @@ from typing import Any, TypeVar
 from utils.errors import UserError
 
 Result = TypeVar("Result")
+
+
+def available_cores() -> int:
+    """Return the cores that this process may use; under Slurm and ``taskset`` fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_jobs(

@@ -1,7 +1,6 @@
 import argparse
 import json
 import math
-import os
 from dataclasses import dataclass
 
 import pytest
@@ -21,6 +20,7 @@ from utils.cli import (
     write_json,
 )
 from utils.errors import CheckpointError, DataError, UserError
+from utils.processes import available_cores
 
 
 @pytest.mark.parametrize("kind", [UserError, DataError, CheckpointError])
@@ -103,7 +103,7 @@ def test_help_shows_defaults_and_line_breaks():
     for shown in (
         "(default: data)",
         "(default: auto)",
-        f"(default: {min(4, os.cpu_count() or 1)})",
+        f"(default: {min(4, available_cores())})",
         "(default: 1)",
         "a number (default: 0)",
     ):

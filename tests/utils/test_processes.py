@@ -8,7 +8,7 @@ import signal
 import pytest
 
 from utils.errors import DataError, UserError
-from utils.processes import run_jobs
+from utils.processes import available_cores, run_jobs
 
 
 def quotient(a: int, b: int) -> int:
@@ -32,3 +32,11 @@ def test_the_error_of_a_job_is_raised():
 def test_a_killed_worker_is_an_error_instead_of_an_endless_wait():
     with pytest.raises(UserError, match="was killed.*fewer --workers"):
         list(run_jobs(quotient, [(8, -1), (8, 1), (8, 2)], workers=2))
+
+
+def test_cores_that_belong_to_other_jobs_do_not_count(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 5, 7}, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 128)
+    assert available_cores() == 3
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert available_cores() == 128
