@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from data.rendering.polygons import triangulate
-from data.rendering.shape import Material, Mesh
+from data.rendering.shape import Material, Mesh, unit_colors
 from utils.errors import DataError
 
 MAX_TEXTURE = 512
@@ -130,7 +130,7 @@ def _vertex_table(lines: list[str], where: str) -> tuple[np.ndarray, np.ndarray 
             table, width = np.array([line.split()[:3] for line in lines], np.float64), 3
     except ValueError as error:
         raise DataError(f"{where}: a vertex is not three numbers; the file is damaged or truncated") from error
-    return table[:, :3].copy(), (table[:, 3:6].clip(0, 1).astype(np.float32) if width >= 6 else None)
+    return table[:, :3].copy(), (unit_colors(table[:, 3:6]) if width >= 6 else None)
 
 
 def _uv_table(lines: list[str], where: str) -> np.ndarray:

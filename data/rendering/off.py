@@ -8,7 +8,7 @@ from collections import defaultdict
 import numpy as np
 
 from data.rendering.polygons import triangulate
-from data.rendering.shape import Mesh
+from data.rendering.shape import Mesh, unit_colors
 from utils.errors import DataError
 
 
@@ -77,13 +77,7 @@ def _vertices(rows: list[str], where: str, *, colored: bool) -> tuple[np.ndarray
         return table[:, :3], None
     # The color comes last, with or without opacity.
     color = table[:, -4:-1] if table.shape[1] in (7, 10) else table[:, -3:]
-    return table[:, :3], _to_unit(color)
-
-
-def _to_unit(color: np.ndarray) -> np.ndarray:
-    """Return colors as float32 in [0, 1]; if any exceeds 1, the range is taken to be 0 to 255."""
-    color = color / 255 if np.nanmax(color, initial=0.0) > 1 else color
-    return color.clip(0, 1).astype(np.float32)
+    return table[:, :3], unit_colors(color)
 
 
 def _faces(lines: list[str], where: str) -> dict[int, tuple[np.ndarray, np.ndarray]]:
@@ -115,5 +109,4 @@ def _triangles(
         wrong = int(index.min() if index.min() < 0 else index.max())
         raise DataError(f"{where}: a face refers to vertex {wrong}, the file has 0 to {len(xyz) - 1}; it is damaged")
     face, corners = triangulate(xyz[index])
-    color = color / 255 if np.nanmax(color, initial=0.0) > 1 else color
-    return np.take_along_axis(index[face], corners, 1), color[face]
+    return np.take_along_axis(index[face], corners, 1), unit_colors(color)[face]

@@ -10,7 +10,7 @@ from plyfile import PlyData, PlyElement, PlyParseError
 
 from data.rendering.obj import MAX_TEXTURE, FileBeside, load_texture
 from data.rendering.polygons import triangulate
-from data.rendering.shape import Cloud, Material, Mesh
+from data.rendering.shape import Cloud, Material, Mesh, unit_colors
 from utils.errors import DataError
 from utils.ply_headers import check_sizes, with_plain_header
 
@@ -80,10 +80,9 @@ def _colors(element: PlyElement) -> np.ndarray | None:
     for triple in _COLORS:
         if set(triple) <= names:
             color = np.stack([np.asarray(element[name]) for name in triple], 1)
-            scale = np.iinfo(color.dtype).max if np.issubdtype(color.dtype, np.integer) else 1
-            if scale == 1 and color.max(initial=0) > 1:  # floats from 0 to 255
-                scale = 255
-            return (color.astype(np.float64) / min(scale, 65535)).clip(0, 1).astype(np.float32)
+            if np.issubdtype(color.dtype, np.integer):  # some programs write bytes as wider integers
+                color = color / (255 if color.max(initial=0) <= 255 else 65535)
+            return unit_colors(color)
     return None
 
 

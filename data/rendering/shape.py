@@ -132,6 +132,12 @@ def concatenate(meshes: Sequence[Mesh]) -> Mesh:
     )
 
 
+def unit_colors(color: np.ndarray) -> np.ndarray:
+    """Return colors as float32 in [0, 1]; if any exceeds 1, the range is taken to be 0 to 255. NaN is kept."""
+    color = color / 255 if np.nanmax(color, initial=0.0) > 1 else color
+    return color.clip(0, 1).astype(np.float32)
+
+
 def check_mesh(mesh: Mesh, where: str) -> Mesh:
     """Return the mesh, or raise if points cannot be drawn from it.
 

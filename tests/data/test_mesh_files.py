@@ -133,7 +133,9 @@ def test_obj_with_materials_textures_and_every_form_of_a_face(tmp_path):
 
 def test_obj_colors_of_vertices_and_opacity(tmp_path):
     text = "".join(f"v {x} {y} {z} 1 0.5 0\n" for x, y, z in SQUARE) + "f 1 2 3 4\n"
-    assert colors_of(read_mesh(write(tmp_path / "m.obj", text))) == {(255, 128, 0)}
+    for words in ("1 0.5 0", "255 128 0"):
+        path = write(tmp_path / "m.obj", text.replace("1 0.5 0\n", f"{words}\n"))
+        assert colors_of(read_mesh(path)) == {(255, 128, 0)}
     write(tmp_path / "g.mtl", "newmtl glass\nd 0.25\nKd 1 nan 0\nTr 0.9\n")
     mesh = read_mesh(
         write(tmp_path / "g.obj", "mtllib g.mtl\n" + obj_text(SQUARE, "1 2 3 4").replace("f", "usemtl glass\nf"))
@@ -171,6 +173,17 @@ def test_off_as_modelnet_writes_it_and_with_colors(tmp_path):
     assert colors_of(read_mesh(write(tmp_path / "c.off", text))) == {(128, 0, 0), (204, 204, 204)}
     text = off_text([(*point, 10, 20, 30, 255) for point in SQUARE], "4 0 1 2 3", header="COFF")
     assert colors_of(read_mesh(write(tmp_path / "d.off", text))) == {(10, 20, 30)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "color"), [("uchar", "255 51 0"), ("int", "255 51 0"), ("ushort", "65535 13107 0"), ("float", "1 0.2 0")]
+)
+def test_ply_colors_of_every_type(tmp_path, kind, color):
+    text = ply_text(SQUARE, "4 0 1 2 3").replace(
+        "property list", "".join(f"property {kind} {name}\n" for name in ("red", "green", "blue")) + "property list"
+    )
+    path = write(tmp_path / "m.ply", text.replace("4 0 1 2 3", f"{color} 4 0 1 2 3"))
+    assert colors_of(read_mesh(path)) == {(255, 51, 0)}
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "binary"])
