@@ -117,7 +117,8 @@ def _sample_mesh(path: Path, count: int, name: str) -> np.ndarray:
 
 def _off_faces(path: Path) -> int:
     """Return the number of faces in the header of an OFF file."""
-    text = re.sub(rb"#[^\n]*", b"", path.read_bytes()[:4096])
+    with open(path, "rb") as file:
+        text = re.sub(rb"#[^\n]*", b"", file.read(4096))
     return int(re.search(rb"OFF\s*\d+\s+(\d+)", text)[1])
 
 

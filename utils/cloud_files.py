@@ -65,10 +65,12 @@ def _columns(table: np.ndarray, where: str) -> tuple[np.ndarray, np.ndarray | No
     (normals, labels) are ignored.
 
     Raises:
-        DataError: the table has fewer than three columns.
+        DataError: the table has fewer than three columns, or a column per point.
     """
     if table.ndim != 2 or table.shape[1] < 3:
         raise DataError(f"{where} has the shape {table.shape}; expected one row per point, starting with x y z")
+    if len(table) < 10 and table.shape[1] > 16:  # would be read as a few points without a word
+        raise DataError(f"{where} has the shape {table.shape}; expected one row per point: transpose it")
     table = table.astype(np.float64)
     for first in (3, 4):
         color = table[:, first : first + 3]

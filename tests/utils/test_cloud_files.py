@@ -126,6 +126,7 @@ BAD = {
     "uneven.xyz": (b"0 0 0\n1 1\n2 2 2\n", "do not all hold 3 numbers"),
     "words.xyz": (b"no numbers here\n", "no rows of numbers"),
     "flat.xyz": (b"0 0\n1 1\n", "expected one row per point"),
+    "columns.csv": (b"\n".join([b",".join([b"%d" % i for i in range(17)])] * 3), "one row per point: transpose it"),
     "empty.pcd": (b"", "no DATA line"),
     "fields.pcd": (pcd("ascii").replace(b"FIELDS x y z", b"FIELDS a b c"), "unreadable PCD header"),
     "header.pcd": (pcd("ascii").replace(b"SIZE 4 4 4 1 4\n", b""), "unreadable PCD header"),
