@@ -12,10 +12,8 @@ blue in 0..1; and x, y, z divided by the room's extent.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import re
-import tempfile
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -29,6 +27,7 @@ from torch.utils.data import Dataset
 
 from datasets.hdf5 import CHECK_IT, hdf5_file, open_hdf5, stored_array
 from datasets.modelnet import listed_files
+from utils.caches import cache_folders, write_cache
 from utils.errors import DataError, UserError, malformed
 from utils.files import read_text
 from utils.progress import progress
@@ -254,9 +253,7 @@ class _BlockFiles:
         status = path.stat()
         what = f"{array}{self.channels}" if array == "data" else array
         name = f"{path.stem}-{what}-{status.st_size}-{status.st_mtime_ns}.npy"
-        key = hashlib.sha256(str(self.folder.resolve()).encode()).hexdigest()[:16]
-        user = os.getuid() if hasattr(os, "getuid") else "all"
-        folders = (self.folder / ".unpacked", Path(tempfile.gettempdir()) / f"s3dis_unpacked_{user}_{key}")
+        folders = cache_folders(self.folder, "unpacked")
         for folder in folders:
             with contextlib.suppress(OSError, ValueError):  # missing or damaged: unpack again
                 return np.load(folder / name, mmap_mode="r")
@@ -264,23 +261,10 @@ class _BlockFiles:
             with hdf5_file(path) as file:
                 # Read the whole file: block by block, each chunk would be decompressed once per block.
                 values = file[array][:, :, : self.channels] if array == "data" else file[array][()]
-        problems = []
-        for folder in folders:
-            temporary = folder / f"{name}.{os.getpid()}.tmp"
-            try:
-                # Several users may share the data folder; the temporary folder is private.
-                folder.mkdir(mode=0o777 if folder.parent == self.folder else 0o700, exist_ok=True)
-                with open(temporary, "wb") as out:
-                    np.save(out, values)
-                os.replace(temporary, folder / name)
-                return np.load(folder / name, mmap_mode="r")
-            except OSError as error:
-                problems.append(f"{folder}: {error}")
-                with contextlib.suppress(OSError):
-                    temporary.unlink()
-        raise UserError(
-            f"{path} must be unpacked to read single blocks, but no folder is writable ({'; '.join(problems)})"
-        )
+        try:
+            return np.load(write_cache(folders, name, values), mmap_mode="r")
+        except UserError as error:
+            raise UserError(f"{path} must be unpacked to read single blocks, but {error}") from error
 
 
 def _check_channels(in_channels: int) -> int:

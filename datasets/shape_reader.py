@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import re
-import tempfile
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -16,8 +14,9 @@ from typing import NamedTuple
 import numpy as np
 
 from datasets.untrusted import PLY_HEADER, read_ply
+from utils.caches import cache_folders, write_cache
 from utils.cloud_files import CLOUD_SUFFIXES, TEXT_SUFFIXES, read_cloud_file
-from utils.errors import DataError
+from utils.errors import DataError, UserError
 from utils.progress import progress
 
 MESH_SUFFIXES = (".off", ".obj", ".stl", ".glb", ".gltf")
@@ -25,7 +24,6 @@ SHAPE_SUFFIXES = (".ply", *MESH_SUFFIXES, *CLOUD_SUFFIXES, *TEXT_SUFFIXES)
 DEFAULT_POINTS = 2048  # minimum read from each file, so that smaller numbers of points use the cache
 _PLY_FACES = re.compile(rb"[\r\n]element[ \t]+face[ \t]+0*[1-9]")
 _LARGEST = 1e15  # squares of larger coordinates overflow float32
-_KEPT_FOLDER = ".parsed"
 _SECONDS = 3.0  # cache only what takes longer to read
 _FORMAT = 1  # of the cached arrays; a new number invalidates old caches
 
@@ -143,7 +141,7 @@ def read_shapes(
     """
     names = [path.relative_to(folder).as_posix() for path in files]
     key = _fingerprint(files, names, how, rows)
-    places = _places(folder)
+    places = cache_folders(folder, "parsed")
     for place in places:
         with contextlib.suppress(OSError, ValueError, EOFError):  # missing or damaged: read the files again
             kept = np.load(place / f"{split}-{rows}-{key}.npy", mmap_mode="r")
@@ -154,7 +152,11 @@ def read_shapes(
     for i, (path, name) in enumerate(zip(progress(files, text=f"reading {split}", unit="shapes"), names, strict=True)):
         table[i]["points"], table[i]["size"] = read(path, rows, name)
     if time.monotonic() - begun > _SECONDS:
-        _keep(table, places, f"{split}-{rows}-", key)
+        with contextlib.suppress(UserError, OSError):  # a cache is not worth an error
+            kept = write_cache(places, f"{split}-{rows}-{key}.npy", table)
+            for other in kept.parent.glob(f"{split}-{rows}-*.npy"):  # outdated
+                if other != kept:
+                    other.unlink()
     return ShapeArrays(table["points"].copy(), table["size"].astype(np.int64))
 
 
@@ -171,28 +173,3 @@ def _fingerprint(files: Sequence[Path], names: Sequence[str], how: str, rows: in
             raise DataError(f"cannot read {path}: {error.strerror or error}") from error
         digest.update(f"\n{name} {status.st_size} {status.st_mtime_ns}".encode())
     return digest.hexdigest()[:16]
-
-
-def _places(folder: Path) -> tuple[Path, Path]:
-    """Return the cache folders: next to the files, then this user's folder in the system's temporary folder."""
-    user = os.getuid() if hasattr(os, "getuid") else "all"
-    key = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    return folder / _KEPT_FOLDER, Path(tempfile.gettempdir()) / f"crossnet_parsed_{user}_{key}"
-
-
-def _keep(table: np.ndarray, places: Sequence[Path], prefix: str, key: str) -> None:
-    """Write the cache to the first writable folder and remove outdated ones; failing to write is not an error."""
-    for place in places:
-        temporary = place / f"{prefix}{key}.{os.getpid()}.tmp"
-        try:
-            # Several users may share the data folder; the temporary folder is private.
-            place.mkdir(mode=0o777 if place.name == _KEPT_FOLDER else 0o700, exist_ok=True)
-            with open(temporary, "wb") as file:
-                np.save(file, table)
-            for old in place.glob(f"{prefix}*.npy"):
-                old.unlink()
-            os.replace(temporary, place / f"{prefix}{key}.npy")
-            return
-        except OSError:
-            with contextlib.suppress(OSError):
-                temporary.unlink()

@@ -182,11 +182,11 @@ def test_where_the_data_cannot_be_written_the_temporary_folder_is_used(root, tmp
     (path / FOLDER / ".unpacked").write_text("a file where the folder would be")
     elsewhere = tmp_path / "temporary"
     elsewhere.mkdir()
-    monkeypatch.setattr(s3dis.tempfile, "gettempdir", lambda: str(elsewhere))
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(elsewhere))
     np.testing.assert_array_equal(S3DIS(path, [1], in_channels=9)[0][0], data[0])
     (folder,) = elsewhere.iterdir()
     assert len(list(folder.iterdir())) == 2 and folder.stat().st_mode & 0o077 == 0
-    monkeypatch.setattr(s3dis.tempfile, "gettempdir", lambda: str(tmp_path / "absent"))
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path / "absent"))
     with pytest.raises(UserError, match=r"ply_data_all_0\.h5 must be unpacked .*no folder is writable"):
         S3DIS(path, [1], in_channels=9)
 
