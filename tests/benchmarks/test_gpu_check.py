@@ -1,14 +1,17 @@
 """What can be seen of `make gpu` without a GPU: its end there, its checks on the CPU, its page."""
 
 import json
+import logging
+import os
 import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import dry_run, gpu_check, run_all
-from benchmarks.gpu_check import FAIL, NOT_APPLICABLE, PASS, SMALL, Report, Row
+from benchmarks.gpu_check import FAIL, NOT_APPLICABLE, NOT_RUN, PASS, SMALL, Report, Row
 from models.image import IMAGE_ENCODERS
 from utils.cli import run
 from utils.errors import UserError
@@ -56,6 +59,21 @@ def test_a_step_agrees_with_float64_and_a_wrong_one_does_not(monkeypatch, amp, v
             gpu_check.compare_step("dgcnn_cls", exact=wrong, **step)
 
 
+def test_gradients_in_half_precision_do_not_overflow():
+    sizes = {"device": CPU, "dtype": torch.float32, "sizes": SMALL}
+    _, gradients = gpu_check.one_step("pointnet_cls", amp="fp16", variant="plain", **sizes)
+    assert gradients.isfinite().all()
+
+
+def test_a_gpu_that_has_failed_makes_every_training_row_fail_but_the_report_is_written(report, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch, "manual_seed", broken)
+    gpu_check.check_training(report)
+    assert {row.status for row in report.rows} == {FAIL, NOT_APPLICABLE}
+
+
 def test_every_training_row_is_there(report, monkeypatch):
     monkeypatch.setattr(gpu_check, "one_step", lambda *_, **__: (1.0, torch.ones(3, dtype=torch.float64)))
     gpu_check.check_training(report)
@@ -79,10 +97,51 @@ def test_versions_and_runs_without_a_gpu(report):
     assert torch.__version__ in report.rows[0].detail
 
 
-def test_no_check_begins_after_the_time():
+def test_a_check_without_time_is_not_run_and_does_not_pass(tmp_path, monkeypatch):
     late = Report(CPU, sizes=SMALL, seconds=-1)
     late.check("group", "name", lambda: "")
-    assert late.rows[0].status == NOT_APPLICABLE and "the time is over" in late.rows[0].detail
+    late.check("group", "for a GPU", lambda: "", on_gpu=True)
+    assert [row.status for row in late.rows] == [NOT_RUN, NOT_APPLICABLE] and "the time is over" in late.rows[0].detail
+    monkeypatch.setattr(gpu_check, "resolve_device", lambda name: CPU)
+    with pytest.raises(SystemExit) as caught:
+        gpu_check.main(["--only", "environment", "--minutes", "1e-9", "--output_dir", str(tmp_path)])
+    assert caught.value.code == 1 and json.loads((tmp_path / "report.json").read_text())["counts"][NOT_RUN] == 1
+
+
+def test_a_report_that_could_not_be_written_ends_before_the_checks(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "resolve_device", lambda name: CPU)
+    monkeypatch.setattr(gpu_check, "CHECKS", {"environment": lambda report: pytest.fail("a check began")})
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="choose another folder"):
+        gpu_check.main(["--only", "environment", "--output_dir", str(tmp_path / "file" / "gpu")])
+
+
+def test_a_fallback_to_slower_operations_fails_the_check_in_which_it_happens(report):
+    def falls_back():
+        logging.getLogger("crossnet.kernels").warning("using PyTorch operations: no compiler here")
+        return "fine"
+
+    report.check("speed", "slow", falls_back)
+    report.check("speed", "as before", lambda: "fine")
+    assert [row.status for row in report.rows] == [FAIL, PASS] and "no compiler here" in report.rows[0].detail
+
+
+def test_a_command_that_takes_too_long_is_ended(tmp_path):
+    text = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    with pytest.raises(subprocess.TimeoutExpired):
+        gpu_check.command_output([sys.executable, "-S", "-c", text], 1)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_runs_take_the_gpu_that_is_checked(monkeypatch):
+    commands = []
+    monkeypatch.setattr(gpu_check, "command_output", lambda command, seconds: commands.append(command) or "")
+    monkeypatch.setattr(gpu_check, "stop_and_resume", lambda out, *, more: commands.append(list(more)) or "")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    gpu_check.check_runs(Report(torch.device("cuda", 1), sizes=SMALL))
+    devices = [[word for word in command if word.startswith("cuda")][-1] for command in commands]
+    assert devices == ["cuda:1", "cuda:1", "cuda"]
 
 
 def test_a_run_is_stopped_and_resumed(tmp_path):
@@ -98,7 +157,7 @@ def test_the_page_shows_every_row(tmp_path):
     rows = [Row("a", "x", PASS, "fine", 1.0), Row("a", "<y>", FAIL, "1 < 2"), Row("b", "z", NOT_APPLICABLE, "1 GPU")]
     page = gpu_check.write_report(tmp_path, rows, title="a card", numbers={"n": 1}, about={"commit": "abc"})
     text = page.read_text()
-    assert "1 PASS, 1 FAIL, 1 not applicable" in text and "&lt;y&gt;" in text and "1 &lt; 2" in text
+    assert "1 PASS, 1 FAIL, 0 NOT RUN, 1 not applicable" in text and "&lt;y&gt;" in text and "1 &lt; 2" in text
     found = json.loads((tmp_path / "report.json").read_text())
     assert [row["status"] for row in found["rows"]] == [PASS, FAIL, NOT_APPLICABLE] and found["commit"] == "abc"
 
