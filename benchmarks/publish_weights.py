@@ -1,4 +1,4 @@
-"""Put an encoder into weights/: the file, its entry in the index, and its model card.
+r"""Put an encoder into weights/: the file, its entry in the index, and its model card.
 
 The file holds the encoder alone, its matrices in float16 (--full: in float32, unchanged). When weights are published
 again, the text of their card from "## Limits" on is kept; everything above it follows from the index.

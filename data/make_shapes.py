@@ -1,7 +1,7 @@
 """Make pretraining pairs without any data: generated shapes, their points and pictures, in one packed file.
 
 A shape is a union of 1 to 9 simple solids (docs/generated_shapes.md is the recipe); its cloud and its pictures are a
-function of (--seed, its number, --level). --out can be used directly as --data_root. The same command continues a
+function of its number and the settings. --out can be used directly as --data_root. The same command continues a
 stopped run. Pictures are rendered with OpenGL, or splatted from surface points without it; the file records which.
 
 Examples:

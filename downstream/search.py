@@ -5,10 +5,10 @@ be compared:
   image to shape  cosine of the projections that pretraining pulls together; of two image branches, of their mean
   shape to shape  cosine of the encoder's features, centered on the gallery
 Without --query the pairs of --data_root are measured: R@1, R@5, R@10 (share of queries whose partner is among the
-first 1, 5, 10 of all pairs) and the median rank, in both directions, beside chance. Of a run with --val_fraction the
-pairs that it held out are taken, of others those of --list, or all. With --query the best shapes of --gallery are
-found, or of the pairs of --data_root. Files that cannot be used are named and skipped; the exit code is 1 then, and 2
-if nothing could be used.
+first 1, 5, 10 of all pairs) and the median rank, in both directions, beside chance. The pairs are those of --list, or
+else those that the run held out (--val_fraction), or else all. With --query the best shapes of --gallery are found, or
+of the pairs of --data_root. Files that cannot be used are named and skipped; the exit code is 1 then, and 2 if nothing
+could be used.
 
 Examples:
   python downstream/search.py --model_path checkpoints/exp/last.pth --data_root data --list held_out.txt --sheet r.png

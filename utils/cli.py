@@ -33,7 +33,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Show every default and keep line breaks in descriptions, so that examples can be pasted."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or action.default is False or action.nargs == 0:
+        if action.default in (None, []) or action.default is False or action.nargs == 0:
             return action.help
         return super()._get_help_string(action)
 
