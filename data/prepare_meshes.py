@@ -133,7 +133,7 @@ def make_pairs(folder: PairFolder, shapes: Sequence[ShapeFile], *, workers: int)
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = PairSettings.parser(__doc__, prog="python -m data.prepare_meshes")
-    parser.add_argument("--meshes", required=True, metavar="DIR", help="folder of meshes or clouds, in a folder per category")
+    parser.add_argument("--meshes", required=True, metavar="DIR", help="meshes or clouds, in a folder per category")
     parser.add_argument("--out", required=True, metavar="DIR", help="data root to write")
     parser.add_argument(
         "--labels",
