@@ -59,6 +59,19 @@ def test_a_step_agrees_with_float64_and_a_wrong_one_does_not(monkeypatch, amp, v
             gpu_check.compare_step("dgcnn_cls", exact=wrong, **step)
 
 
+def test_steps_are_compared_without_tf32_in_convolutions(monkeypatch):
+    allowed = []
+
+    def one_step(*_, **__):
+        allowed.append(torch.backends.cudnn.allow_tf32)
+        return 1.0, torch.ones(3, dtype=torch.float64)
+
+    monkeypatch.setattr(gpu_check, "one_step", one_step)
+    exact = (1.0, torch.ones(3, dtype=torch.float64))
+    gpu_check.compare_step("pointnet_cls", amp="off", variant="plain", device=CPU, sizes=SMALL, exact=exact)
+    assert [*allowed, torch.backends.cudnn.allow_tf32] == [False, True]
+
+
 def test_gradients_in_half_precision_do_not_overflow():
     sizes = {"device": CPU, "dtype": torch.float32, "sizes": SMALL}
     _, gradients = gpu_check.one_step("pointnet_cls", amp="fp16", variant="plain", **sizes)
