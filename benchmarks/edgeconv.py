@@ -25,7 +25,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also run by path
 
 import torch
 from torch import nn
+from torch.autograd import DeviceType
 
 from benchmarks.frame import Benchmark
 from benchmarks.measure import FORMULATIONS, compare, memory_of, place_text, ratio_text, seconds_in_turn, text_table
@@ -44,15 +45,27 @@ from models.ops import knn as knn_ops
 from utils.cli import positive_int, run
 from utils.errors import UserError
 
-# Kinds of operations in a profile, by parts of their names; the first match counts.
+# Kinds of operations in a profile, by parts of their names, "^" the beginning of one; the first match counts.
 STAGES = {
-    "selection of neighbors": ("topk", "sort", "_largest", "_nearest"),
+    "selection of neighbors": ("topk", "sort", "_largest", "^_select"),
     "gather, scatter, reduce over neighbors": (
         *("index", "gather", "scatter", "embedding_bag", "max", "bincount", "sparse", "_edge_", "_gradient_of_"),
     ),
     "matrix products": ("mm", "convolution", "linear", "matmul"),
-    "batch norm and activation": ("norm", "relu", "addcmul", "mul", "div", "sub", "add", "square", "sum", "mean"),
-    "copies and allocation": ("copy", "cat", "clone", "fill", "zero", "empty", "contiguous"),
+    "batch norm and activation": (
+        "norm",
+        "relu",
+        "addcmul",
+        "mul",
+        "div",
+        "sub",
+        "add",
+        "square",
+        "sum",
+        "mean",
+        "bn_",
+    ),
+    "copies and allocation": ("copy", "memcpy", "memset", "cat", "clone", "fill", "zero", "empty", "contiguous"),
 }
 OTHER = "other"
 
@@ -118,11 +131,20 @@ def stage_shares(encoder: nn.Module, clouds: torch.Tensor) -> dict[str, float]:
         torch.profiler.profile(activities=activities) as profile,
     ):
         training_step(encoder, clouds)
+    return shares_of(profile.key_averages(), on_gpu=clouds.is_cuda)
+
+
+def shares_of(events: Iterable[Any], *, on_gpu: bool) -> dict[str, float]:
+    """Return the percentage of the time of profiled events by kind of operation (``STAGES``)."""
     shares = dict.fromkeys([*STAGES, OTHER], 0.0)
-    for event in profile.key_averages():
-        name = event.key.removeprefix("aten::").lower()
+    for event in events:
+        # PyTorch's operations repeat the time of the kernels that they launch; Triton's kernels have no operation.
+        is_kernel = event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
+        if on_gpu and not is_kernel:
+            continue
+        name = "^" + event.key.removeprefix("aten::").lower()
         stage = next((stage for stage, parts in STAGES.items() if any(part in name for part in parts)), OTHER)
-        shares[stage] += event.self_device_time_total if clouds.is_cuda else event.self_cpu_time_total
+        shares[stage] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
     total = sum(shares.values()) or 1.0  # a profiler that may not read the GPU's counters finds no kernels
     return {stage: 100 * time / total for stage, time in shares.items()}
 

@@ -37,6 +37,7 @@ from models import CrossNet, build_encoder
 from models.base import PointFeatures
 from models.image import IMAGE_ENCODERS
 from utils.cli import positive_int, run
+from utils.reproducible import deterministic
 
 EMBEDDING = 1024
 
@@ -87,6 +88,7 @@ def training_step(
     }
     augmentation, index = pretraining_augmentation(None), torch.arange(batch, device=device)
 
+    @deterministic(False)  # as in a run: cuDNN searches for its fastest algorithms
     def step() -> None:
         streams = SampleStreams(seed=args.seed, epoch=0, index=index, purpose=Stream.AUGMENTATION)
         views = {name: augmentation(clouds, streams).mT for name in ("view1", "view2")}
@@ -118,6 +120,8 @@ def memory_of_step(args: argparse.Namespace, words: Sequence[str]) -> dict[str, 
         chunk_size=chunk_size,
     )
     device = resolve_device(args.device)
+    if device.type == "cuda":  # not on a CPU, where the peak of a process never shrinks
+        step()  # it compiles kernels, and only after it Adam's moments lie beside the activations
     memory: dict[str, float] = {}
     seconds = seconds_in_turn({"step": lambda: memory.update(memory_of(step, device))}, repeats=1, device=device)
     return {"batch": batch, "chunk_size": chunk_size or None, "seconds": seconds["step"][0], **memory}

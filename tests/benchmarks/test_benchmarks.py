@@ -11,10 +11,22 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch.autograd import DeviceType
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import train_crossnet_con
-from benchmarks import dynamic_edgeconv, estimate, loader, losses, measure, neighbours, plan_hours, run_all, svm
+from benchmarks import (
+    dynamic_edgeconv,
+    edgeconv,
+    estimate,
+    loader,
+    losses,
+    measure,
+    neighbours,
+    plan_hours,
+    run_all,
+    svm,
+)
 from benchmarks.plan import Plan
 from benchmarks.reference.textbook_pairs import TextbookPairs, augment_cloud
 from benchmarks.reproduce import Runner
@@ -145,6 +157,25 @@ def test_loss_equals_lightlys(tmp_path):
     result = losses.main(["--quick", "--json", str(tmp_path / "out.json")])
     assert is_comparison(result) and is_documented(result, tmp_path / "out.json")
     assert result["loss_difference"] < 1e-5 and result["gradient_difference"] < 1e-4
+
+
+def test_a_profile_of_a_gpu_counts_every_kernel_once():
+    def event(name, microseconds, kind, **more):
+        return SimpleNamespace(key=name, self_device_time_total=microseconds, device_type=kind, **more)
+
+    events = [
+        event("aten::mm", 30, DeviceType.CPU),  # the time of its kernel, which comes next
+        event("sm90_xmma_gemm_f32f32", 30, DeviceType.CUDA),
+        event("_select", 50, DeviceType.CUDA),  # of Triton: without an operation
+        event("void at::native::index_select_kernel", 20, DeviceType.CUDA),
+        event("Optimizer.step", 100, DeviceType.CUDA, is_user_annotation=True),
+    ]
+    shares = edgeconv.shares_of(events, on_gpu=True)
+    assert {stage: share for stage, share in shares.items() if share} == {
+        "selection of neighbors": 50,
+        "gather, scatter, reduce over neighbors": 20,
+        "matrix products": 30,
+    }
 
 
 @pytest.mark.parametrize(("module", "needs"), [(losses, "lightly.loss"), (dynamic_edgeconv, "torch_geometric.nn")])
