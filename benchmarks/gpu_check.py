@@ -236,7 +236,8 @@ def check_kernels(report: Report) -> None:
         needed = "import hypothesis, pytest, pytest_timeout"  # by the settings of the suite
         if subprocess.run([sys.executable, "-c", needed], capture_output=True, check=False).returncode:
             raise NotApplicable("pytest and its plugins are not installed (requirements-dev.txt)")
-        return command_output([sys.executable, "-m", "pytest", "-q", "tests/models/ops/test_backend.py"], 300)
+        tests = [sys.executable, "-m", "pytest", "-q", "tests/models/ops/test_backend.py"]
+        return command_output(tests, 300, env={"CROSSNET_TEST_GPU": "1"})  # the suite hides GPUs
 
     report.check("kernels", "tests/models/ops/test_backend.py", own_tests, on_gpu=True)
 
@@ -357,9 +358,12 @@ def run_arguments(out: Path, *more: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def started(command: Sequence[str], *, stderr: int) -> Iterator[subprocess.Popen[str]]:
+def started(
+    command: Sequence[str], *, stderr: int, env: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[str]]:
     """Start a command; if it still runs after the block, end it, so that it does not keep the GPU from later checks."""
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, text=True)
+    settings = {"cwd": ROOT, "text": True, "env": {**os.environ, **(env or {})}}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, **settings)
     try:
         yield process
     finally:
@@ -371,13 +375,13 @@ def started(command: Sequence[str], *, stderr: int) -> Iterator[subprocess.Popen
             process.wait()
 
 
-def command_output(command: list[str], seconds: float) -> str:
-    """Return the last line of a command's output.
+def command_output(command: list[str], seconds: float, *, env: Mapping[str, str] | None = None) -> str:
+    """Return the last line of a command's output; ``env`` are variables to set.
 
     Raises:
         RuntimeError: the command fails.
     """
-    with started(command, stderr=subprocess.PIPE) as process:
+    with started(command, stderr=subprocess.PIPE, env=env) as process:
         output, errors = process.communicate(timeout=seconds)
     if process.returncode:
         raise RuntimeError(f"exit code {process.returncode}: {(errors or output).strip()[-1500:]}")

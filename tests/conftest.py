@@ -10,6 +10,9 @@ from hypothesis import settings
 # Tiny tensors: more threads only wait for each other. Child processes follow the environment.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
+# On a GPU numbers vary in their last bits, and commands in forks of this process could not use it.
+if os.environ.get("CROSSNET_TEST_GPU") != "1":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
 # The suite draws the same examples every time; --hypothesis-profile=default looks for new ones.

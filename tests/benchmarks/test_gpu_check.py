@@ -147,6 +147,15 @@ def test_a_command_that_takes_too_long_is_ended(tmp_path):
         os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
+def test_the_suite_hides_gpus_from_all_but_the_tests_that_the_check_runs():
+    text = "import tests.conftest, os; print(os.environ.get('CUDA_VISIBLE_DEVICES', 'not set'))"
+    command = [sys.executable, "-c", text]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("CUDA_VISIBLE_DEVICES")
+        assert gpu_check.command_output(command, 100) == ""
+        assert gpu_check.command_output(command, 100, env={"CROSSNET_TEST_GPU": "1"}) == "not set"
+
+
 def test_runs_take_the_gpu_that_is_checked(monkeypatch):
     commands = []
     monkeypatch.setattr(gpu_check, "command_output", lambda command, seconds: commands.append(command) or "")
