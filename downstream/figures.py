@@ -11,6 +11,7 @@ from PIL import Image
 
 from downstream.retrieval import nearest
 from utils.errors import UserError
+from utils.files import is_special, writing
 from utils.pictures import Axes, Figure, save_figure
 
 PICTURE_TYPES = (".png", ".pdf", ".svg", ".jpg")
@@ -32,12 +33,13 @@ def check_output_path(path: str | os.PathLike[str], endings: Sequence[str] | Non
     path = Path(path)
     if endings is not None and path.suffix.lower() not in endings:
         raise UserError(f"{path}: the name must end in one of {', '.join(endings)}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UserError(f"cannot write {path}: it is a folder, or its folder is not writable")
+    if is_special(path):  # opening a pipe would wait for its reader
+        return
+    with writing(path):
+        folder = Path(os.path.realpath(path)).parent  # of a link, the one in which replacing() writes
+        folder.mkdir(parents=True, exist_ok=True)
+        if path.is_dir() or not os.access(folder, os.W_OK):
+            raise UserError(f"cannot write {path}: it is a folder, or its folder is not writable")
 
 
 def draw_confusion_matrix(

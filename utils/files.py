@@ -161,12 +161,17 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
         raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
+def is_special(path: str | os.PathLike[str]) -> bool:
+    """Return whether a path is a pipe or a device, such as /dev/stdout, which can be written but not replaced."""
+    return os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path))
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str], *, shared: bool = False) -> Iterator[Path]:
     """Write a file atomically: yield a temporary path next to it, which becomes the file when the block ends.
 
     After an error the temporary file is removed, and a file that was there before is unchanged. A link stays a link. A
-    pipe or a device, such as /dev/stdout, is written directly: as root, replacing it would break the system.
+    pipe or a device is written directly: as root, replacing it would break the system.
 
     Args:
         path: the file.
@@ -176,12 +181,12 @@ def replacing(path: str | os.PathLike[str], *, shared: bool = False) -> Iterator
         UserError: the file cannot be written.
     """
     path = Path(path)
-    if path.exists() and not (path.is_file() or path.is_dir()):
+    if is_special(path):
         with writing(path):
             yield path
         return
-    if path.is_symlink():
-        path = path.resolve()
+    if os.path.islink(path):
+        path = Path(os.path.realpath(path))
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp" if shared else f"{path.name}.tmp")
     try:
         with writing(path):

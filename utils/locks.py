@@ -43,6 +43,9 @@ def lock(path: Path, use: str) -> Callable[[], None]:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
             return lambda: None  # a file system without locks
         raise UserError(f"another process ({owner}) {use}") from error
+    if not path.exists():  # removed by its last owner after it was opened here: the next process would lock a new one
+        file.close()
+        return lock(path, use)
     process = os.getpid()
     with contextlib.suppress(OSError):  # a full disk
         file.truncate(0)
@@ -65,8 +68,8 @@ def locked(path: str | os.PathLike[str]) -> Iterator[None]:
         UserError: another process writes it, or the hidden file cannot be written.
     """
     path = Path(path)
-    file = path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock")
     with writing(path):
+        file = path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock")
         file.parent.mkdir(parents=True, exist_ok=True)
         unlock = lock(file, f"writes {path}: wait until it ends, stop it, or choose another name")
     try:

@@ -44,8 +44,8 @@ def run_jobs(
         UserError: a worker was killed.
     """
     with ProcessPoolExecutor(workers, context, initializer, initargs) as pool:
-        futures = [pool.submit(function, *job) for job in jobs]
         try:
+            futures = [pool.submit(function, *job) for job in jobs]
             for future in as_completed(futures):
                 yield future.result()
         except BrokenProcessPool as error:

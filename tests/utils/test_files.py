@@ -70,6 +70,19 @@ def test_links_stay_links_and_pipes_stay_pipes(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file.json", "link.json", "pipe"]
 
 
+def test_paths_that_the_system_refuses_are_named(tmp_path):
+    loop = tmp_path / "loop.json"
+    loop.symlink_to("loop.json")
+    for path in (tmp_path / ("a" * 300), loop):
+        with pytest.raises(UserError, match=f"cannot write {path}"), replacing(path / "b.json") as temporary:
+            temporary.write_text("{}")
+    with pytest.raises(UserError, match="cannot write .*aaa"), replacing(tmp_path / ("a" * 300)) as temporary:
+        temporary.write_text("{}")
+    with replacing(loop) as temporary:
+        temporary.write_text("{}")
+    assert loop.read_text() == "{}"
+
+
 def test_a_name_that_is_not_text_is_named(tmp_path):
     name = os.fsdecode(b"\xff\xfe.npy")
     with pytest.raises(DataError, match=r"dcff.+dcfe\.npy: its name is not UTF-8\. Rename it"):

@@ -12,6 +12,7 @@ from data import make_shapes, prepare_meshes
 from datasets import pack
 from tests.support.files import contents
 from tests.support.paths import ROOT
+from utils import locks
 from utils.errors import UserError
 from utils.locks import locked
 
@@ -55,6 +56,26 @@ def test_a_lock_ends_with_its_block_or_its_process(tmp_path, hold):
     with locked(file), locked(tmp_path):
         assert (tmp_path / ".lock").is_file()
     assert contents(tmp_path) == {"new folder": None}
+
+
+def test_a_file_that_its_last_owner_removes_meanwhile_is_made_again(tmp_path, monkeypatch):
+    file, lockf = tmp_path / "a.lock", locks.fcntl.lockf
+
+    def late(*arguments):
+        monkeypatch.undo()
+        file.unlink()
+        lockf(*arguments)
+
+    monkeypatch.setattr(locks.fcntl, "lockf", late)
+    unlock = locks.lock(file, "writes here")
+    assert file.exists()
+    unlock()
+    assert not file.exists()
+
+
+def test_a_path_that_cannot_be_locked_is_named(tmp_path):
+    with pytest.raises(UserError, match="cannot write .*aaa"), locked(tmp_path / ("a" * 300)):
+        pytest.fail("the block ran")
 
 
 def test_shapes_are_not_made_twice_at_once(tmp_path, hold):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 
@@ -32,6 +34,15 @@ def test_the_error_of_a_job_is_raised():
 def test_a_killed_worker_is_an_error_instead_of_an_endless_wait():
     with pytest.raises(UserError, match="was killed.*fewer --workers"):
         list(run_jobs(quotient, [(8, -1), (8, 1), (8, 2)], workers=2))
+
+
+def test_a_worker_that_dies_before_all_jobs_are_handed_over_is_the_same_error(monkeypatch):
+    def submit(*_):
+        raise BrokenProcessPool("A child process terminated abruptly")
+
+    monkeypatch.setattr(ProcessPoolExecutor, "submit", submit)
+    with pytest.raises(UserError, match="was killed.*fewer --workers"):
+        list(run_jobs(quotient, [(8, 1)], workers=1))
 
 
 def test_cores_that_belong_to_other_jobs_do_not_count(monkeypatch):
