@@ -133,8 +133,9 @@ def concatenate(meshes: Sequence[Mesh]) -> Mesh:
 
 
 def unit_colors(color: np.ndarray) -> np.ndarray:
-    """Return colors as float32 in [0, 1]; if any exceeds 1, the range is taken to be 0 to 255. NaN is kept."""
-    color = color / 255 if np.nanmax(color, initial=0.0) > 1 else color
+    """Return colors as float32 in [0, 1]; if any exceeds 2, the range is taken to be 0 to 255. NaN is kept."""
+    # Not 1, which rounding and bright light exceed: a whole model would turn black.
+    color = color / 255 if np.nanmax(color, initial=0.0) > 2 else color
     return color.clip(0, 1).astype(np.float32)
 
 

@@ -133,7 +133,7 @@ def test_obj_with_materials_textures_and_every_form_of_a_face(tmp_path):
 
 def test_obj_colors_of_vertices_and_opacity(tmp_path):
     text = "".join(f"v {x} {y} {z} 1 0.5 0\n" for x, y, z in SQUARE) + "f 1 2 3 4\n"
-    for words in ("1 0.5 0", "255 128 0"):
+    for words in ("1 0.5 0", "1.01 0.5 0", "255 128 0"):
         path = write(tmp_path / "m.obj", text.replace("1 0.5 0\n", f"{words}\n"))
         assert colors_of(read_mesh(path)) == {(255, 128, 0)}
     write(tmp_path / "g.mtl", "newmtl glass\nd 0.25\nKd 1 nan 0\nTr 0.9\n")
@@ -176,7 +176,8 @@ def test_off_as_modelnet_writes_it_and_with_colors(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "color"), [("uchar", "255 51 0"), ("int", "255 51 0"), ("ushort", "65535 13107 0"), ("float", "1 0.2 0")]
+    ("kind", "color"),
+    [("uchar", "255 51 0"), ("int", "255 51 0"), ("ushort", "65535 13107 0"), ("float", "1.01 0.2 0")],
 )
 def test_ply_colors_of_every_type(tmp_path, kind, color):
     text = ply_text(SQUARE, "4 0 1 2 3").replace(
