@@ -431,7 +431,7 @@ def predict(
 
 def thinned_prediction(item: Prediction, task: str) -> Prediction:
     """Return a prediction with evenly spaced points, as many as a sheet shows."""
-    count = drawing.SHEET_POINTS if task == "rooms" else SHEET_POINTS
+    count = {"rooms": drawing.SHEET_POINTS, "parts": LABELS_OF_MESH}.get(task, SHEET_POINTS)
     arrays = {name: getattr(item, name) for name in ("points", "colors", "labels", "confidence")}
     # Copies: a view would keep the whole array.
     return item._replace(**{name: thinned(a, count).copy() for name, a in arrays.items() if a is not None})

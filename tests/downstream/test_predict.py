@@ -87,7 +87,7 @@ def test_every_point_of_a_cloud_gets_a_part_of_its_category(parts, tmp_path, cap
 
 
 def test_tables_and_answers_count_all_points_when_the_report_keeps_few(parts, tmp_path):
-    write_cloud(tmp_path / "a.ply", RNG.normal(size=(5000, 3)))
+    write_cloud(tmp_path / "a.ply", RNG.normal(size=(10_000, 3)))
     settings = {"num_points": 500, "category": "cone", "device": "cpu"}
     whole = script.predict(parts, [tmp_path / "a.ply"], **settings)
     few = script.predict(parts, [tmp_path / "a.ply"], tmp_path / "out", keep_points=False, **settings)
@@ -96,8 +96,8 @@ def test_tables_and_answers_count_all_points_when_the_report_keeps_few(parts, tm
     assert sum(([int(row["label"])] * int(row["points"]) for row in rows), []) == sorted(labels)
     assert few.answers == whole.answers and len(few.answers) == 1
     kept = few.predictions[0]
-    assert len(kept.points) == len(kept.labels) == 1667 and kept.points.base is None  # every third one, a copy
-    np.testing.assert_array_equal(kept.labels, labels[::3])
+    assert len(kept.points) == len(kept.labels) == 5000 and kept.points.base is None  # every second one, a copy
+    np.testing.assert_array_equal(kept.labels, labels[::2])
 
 
 def test_the_sheet_shows_what_the_file_holds_and_what_is_predicted(parts, tmp_path, monkeypatch):
