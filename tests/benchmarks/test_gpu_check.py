@@ -2,7 +2,7 @@
 
 import json
 import logging
-import os
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -139,19 +139,26 @@ def test_a_fallback_to_slower_operations_fails_the_check_in_which_it_happens(rep
     assert [row.status for row in report.rows] == [FAIL, PASS] and "no compiler here" in report.rows[0].detail
 
 
-def test_a_command_that_takes_too_long_is_ended(tmp_path):
-    text = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+def test_a_command_that_takes_too_long_is_ended(monkeypatch):
+    started = []
+
+    class Recorded(subprocess.Popen):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            started.append(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Recorded)
     with pytest.raises(subprocess.TimeoutExpired):
-        gpu_check.command_output([sys.executable, "-S", "-c", text], 1)
-    with pytest.raises(ProcessLookupError):
-        os.kill(int((tmp_path / "pid").read_text()), 0)
+        gpu_check.command_output([sys.executable, "-S", "-c", "import time; time.sleep(60)"], 0.1)
+    assert [process.returncode for process in started] == [-signal.SIGTERM]
 
 
 def test_the_suite_hides_gpus_from_all_but_the_tests_that_the_check_runs():
     text = "import tests.conftest, os; print(os.environ.get('CUDA_VISIBLE_DEVICES', 'not set'))"
     command = [sys.executable, "-c", text]
     with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("CUDA_VISIBLE_DEVICES")
+        for name in ("CUDA_VISIBLE_DEVICES", "CROSSNET_TEST_GPU"):
+            patch.delenv(name, raising=False)
         assert gpu_check.command_output(command, 100) == ""
         assert gpu_check.command_output(command, 100, env={"CROSSNET_TEST_GPU": "1"}) == "not set"
 
