@@ -93,12 +93,12 @@ def changes_since(run: Run, payload: Mapping[str, Any], *, same_samples: bool) -
     names = [key for key in names if key not in own or own[key] not in before[key]]
     changes = [f"--{key} {before[key]} there, {now[key]} here" for key in names]
     there, here, batch = payload.get("processes", 1), world_size(), payload["global_batch"]
-    own, rest = divmod(batch, here * sampler.parts)
+    each, rest = divmod(batch, here * sampler.parts)
     if same_samples and batch != sampler.global_batch:
         changes.append(
             f"--batch_size {before['batch_size']} in {there} process(es) there, "
             f"{run.config.batch_size} in {here} here, a global batch of {sampler.global_batch}, not {batch}: "
-            + (f"{here} processes cannot share it" if rest else f"--batch_size {own} fits")
+            + (f"{here} processes cannot share it" if rest else f"--batch_size {each} fits")
         )
     if run.config.no_sync_bn and there != here:
         changes.append(f"--no_sync_bn in {there} process(es) there, {here} here")

@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 from utils.errors import UserError
 from utils.files import writing
@@ -43,7 +44,7 @@ def lock(path: Path, use: str) -> Callable[[], None]:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
             return lambda: None  # a file system without locks
         raise UserError(f"another process ({owner}) {use}") from error
-    if not path.exists():  # removed by its last owner after it was opened here: the next process would lock a new one
+    if not _is_at(path, file):  # its last owner removed it after it was opened here: others would lock a new one
         file.close()
         return lock(path, use)
     process = os.getpid()
@@ -58,6 +59,14 @@ def lock(path: Path, use: str) -> Callable[[], None]:
             file.close()
 
     return unlock
+
+
+def _is_at(path: Path, file: TextIO) -> bool:
+    """Return whether an open file is the one at a path."""
+    try:
+        return os.path.samefile(path, file.fileno())
+    except FileNotFoundError:
+        return False
 
 
 @contextlib.contextmanager

@@ -58,17 +58,21 @@ def test_a_lock_ends_with_its_block_or_its_process(tmp_path, hold):
     assert contents(tmp_path) == {"new folder": None}
 
 
-def test_a_file_that_its_last_owner_removes_meanwhile_is_made_again(tmp_path, monkeypatch):
-    file, lockf = tmp_path / "a.lock", locks.fcntl.lockf
+@pytest.mark.parametrize("another", [False, True])
+def test_a_file_that_its_last_owner_removes_meanwhile_is_made_again(tmp_path, monkeypatch, another):
+    file, lockf, taken = tmp_path / "a.lock", locks.fcntl.lockf, []
 
-    def late(*arguments):
-        monkeypatch.undo()
-        file.unlink()
-        lockf(*arguments)
+    def late(opened, flags):
+        taken.append(os.fstat(opened.fileno()).st_ino)
+        lockf(opened, flags)
+        if len(taken) == 1:
+            file.rename(tmp_path / "removed")  # which keeps its number from being used again
+            if another:
+                file.touch()
 
     monkeypatch.setattr(locks.fcntl, "lockf", late)
     unlock = locks.lock(file, "writes here")
-    assert file.exists()
+    assert len(taken) == 2 and file.stat().st_ino == taken[1]
     unlock()
     assert not file.exists()
 
