@@ -21,7 +21,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -37,7 +37,7 @@ from utils.cli import positive_int, run, share, write_json
 from utils.errors import DataError, UserError
 from utils.files import writing
 from utils.locks import locked
-from utils.processes import available_cores
+from utils.processes import available_cores, worker_pool
 from utils.progress import progress
 
 REPORT_NAME = "prepared_report.tsv"
@@ -107,7 +107,7 @@ def make_pairs(folder: PairFolder, shapes: Sequence[ShapeFile], *, workers: int)
     """
     arguments = folder.root, folder.settings
     # Spawn, not fork: an OpenGL context does not survive a fork.
-    with ProcessPoolExecutor(min(workers, len(shapes)), get_context("spawn"), _start_worker, arguments) as pool:
+    with worker_pool(min(workers, len(shapes)), get_context("spawn"), _start_worker, arguments) as pool:
         waiting = list(reversed(shapes))
         running: dict[Future[Outcome], ShapeFile] = {}
         try:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -17,6 +19,36 @@ Result = TypeVar("Result")
 def available_cores() -> int:
     """Return the cores that this process may use; under Slurm and ``taskset`` fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def worker_pool(
+    workers: int,
+    context: BaseContext | None = None,
+    initializer: Callable[..., Any] | None = None,
+    initargs: tuple[Any, ...] = (),
+) -> ProcessPoolExecutor:
+    """Return a pool whose processes end with this one, even if it is killed; by default they would wait forever.
+
+    Args:
+        workers: number of processes, at least 1.
+        context: how to start them; None: the platform's default.
+        initializer: called with ``initargs`` in each process.
+        initargs: picklable.
+    """
+    return ProcessPoolExecutor(workers, context, _start_worker, (initializer, initargs))
+
+
+def _start_worker(initializer: Callable[..., Any] | None, initargs: tuple[Any, ...]) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if initializer is not None:
+        initializer(*initargs)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "runs in a worker process"
+    parent.join()
+    os._exit(1)
 
 
 def run_jobs(
@@ -43,7 +75,7 @@ def run_jobs(
     Raises:
         UserError: a worker was killed.
     """
-    with ProcessPoolExecutor(workers, context, initializer, initargs) as pool:
+    with worker_pool(workers, context, initializer, initargs) as pool:
         try:
             futures = [pool.submit(function, *job) for job in jobs]
             for future in as_completed(futures):

@@ -28,7 +28,6 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path, PurePosixPath
@@ -46,6 +45,7 @@ from data.rendering.renderer import create_context
 from utils import cli
 from utils.errors import DataError, UserError
 from utils.files import data_files
+from utils.processes import worker_pool
 from utils.progress import progress
 
 LIBRARY_SUFFIXES = (".sh3f", ".zip", ".jar")
@@ -490,7 +490,7 @@ def build_shapes(models: Sequence[Model], args: DemoSettings) -> list[Shape | st
     """Build every model in several processes; return one :class:`Shape` or reason per model, in order."""
     jobs = [(model, args.seed, args.points, args.views, args.colours) for model in models]
     # Spawn, not fork: an OpenGL context does not survive a fork.
-    with ProcessPoolExecutor(args.workers, get_context("spawn"), _start_worker, (args.size,)) as pool:
+    with worker_pool(args.workers, get_context("spawn"), _start_worker, (args.size,)) as pool:
         return list(progress(pool.map(build_shape, jobs), total=len(jobs), text="models", unit="models"))
 
 

@@ -66,7 +66,7 @@ def in_process(monkeypatch):
                 future.set_exception(error)
             return future
 
-    monkeypatch.setattr(prepare_meshes, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(prepare_meshes, "worker_pool", Here)
 
 
 def convert(meshes, *words, small=SMALL):
@@ -200,7 +200,7 @@ def test_an_interrupted_overwrite_is_continued_and_leaves_no_old_pair(meshes, in
     with pytest.raises(KeyboardInterrupt):
         convert(meshes, "--seed", "2", "--overwrite")
     monkeypatch.undo()
-    monkeypatch.setattr(prepare_meshes, "ProcessPoolExecutor", prepare_meshes.ProcessPoolExecutor)
+    monkeypatch.setattr(prepare_meshes, "worker_pool", prepare_meshes.worker_pool)
     assert convert(meshes, "--seed", "2")[1]["kept"] == 0
     assert content(out) == wanted
 
