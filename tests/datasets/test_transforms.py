@@ -265,8 +265,9 @@ def test_renders_equal_the_plain_form_up_to_the_rounding_of_the_resizing(size, l
     out = augment(RenderAugmentation(24), pictures, streams(count))
     for row, numbers in enumerate(drawn(count)):
         rgb, gray = plain_form(pictures[row], 24, *numbers)
-        # A level more or less before the jitter can be some more after it, by how much the jitter spreads colors.
-        for name, expected, most, mean in (("rgb", rgb, 4 * levels, 0.4), ("gray", gray, levels, 0.3)):
+        # A level more or less before the jitter can be some more after it.
+        for name, expected, most in (("rgb", rgb, 4 * levels), ("gray", gray, levels)):
+            mean = 0.31 if torch.__version__.startswith("2.4.") else 0.3  # PyTorch 2.4 resizes with other rounding
             deviation = torch.tensor(IMAGENET_STD[: len(expected)])[:, None, None]
             difference = 255 * deviation * (out[name][row] - expected).abs()
             assert difference.max() < most + 1e-3 and difference.mean() <= mean * levels + 1e-3, (name, row)
