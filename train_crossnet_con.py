@@ -321,6 +321,9 @@ class Pretraining(Task):
         wanted = {"k": config.k, "emb_dims": config.emb_dims}
         if config.model_path:
             encoder = encoder_from_checkpoint(config.model_path, model=config.model, in_channels=3, **wanted)
+            logger.info(
+                "the point encoder starts from all %d tensors of %s", len(encoder.state_dict()), config.model_path
+            )
         else:
             encoder = encoder_from_flags(config.model, **wanted)
         # Checkpoints record the values in use, not None.

@@ -587,7 +587,7 @@ def test_a_probe_with_few_clouds_holds_out_what_it_can(tmp_path):
     assert len(probe.held_out) == 2 and len(probe.fit) == 7
 
 
-def test_training_starts_from_a_checkpoint_with_its_k(data_root, reference, tmp_path, short):
+def test_training_starts_from_a_checkpoint_with_its_k_and_says_so(data_root, reference, tmp_path, short):
     argv = [
         a for a in arguments(data_root, tmp_path, *short, "--model_path", reference[0] / "last.pth", "--lr", "1e-12")
     ]
@@ -598,6 +598,8 @@ def test_training_starts_from_a_checkpoint_with_its_k(data_root, reference, tmp_
     assert payload["encoder"]["kwargs"] == {"k": 4, "emb_dims": 16} and payload["arguments"]["k"] == 4
     start = load_checkpoint(reference[0] / "last.pth")["point_encoder"]["conv1.0.weight"]
     torch.testing.assert_close(payload["point_encoder"]["conv1.0.weight"], start)
+    says = f"starts from all {len(payload['point_encoder'])} tensors of {reference[0] / 'last.pth'}"
+    assert says in (tmp_path / "crossnet" / "run.log").read_text(encoding="utf-8")
 
 
 def test_unreadable_samples_are_skipped_and_counted_and_stop_the_run_when_many(data_root, tmp_path, caplog):
