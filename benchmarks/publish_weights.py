@@ -7,28 +7,30 @@ Examples:
   # a checkpoint of a row of docs/results.md: its commands and scores are taken from results/
   python -m benchmarks.publish_weights runs/reproduce/generated12k-con/seed_1/last.pth \
       --row modelnet10-generated12k-con --data "12,096 generated shapes (docs/generated_shapes.md)"
-  # any other
+  # any other; again with rows that score pretrained:NAME once those are recorded
   python -m benchmarks.publish_weights checkpoints/long/last.pth --data "20,000 generated shapes (CC0)" \
-      --command "python train_crossnet_con.py --data_root data/shapes.h5 --exp_name long" --hours 3.1 \
-      --score "ModelNet10, linear SVM=93.5 ± 0.3"
+      --command "python train_crossnet_con.py --data_root data/shapes.h5 --exp_name long" --hours 3.1
+  python -m benchmarks.publish_weights checkpoints/long/last.pth ... --row modelnet10-weights demo-weights --overwrite
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also run by path
 from benchmarks.plan import PLAN, Plan
-from benchmarks.result_pages import value_at
+from benchmarks.result_pages import Records, mean_and_deviation
 from engine.checkpoint import load_checkpoint
 from engine.export import describe_weights, export
 from engine.load_model import encoder_from_checkpoint
 from models import ENCODERS, pretrained
-from utils.cli import HelpFormatter, log_to_screen, read_json, run, write_json
+from utils.cli import HelpFormatter, log_to_screen, run, write_json
 from utils.errors import UserError
 from utils.files import replacing, sha256
 from utils.weight_files import SUFFIX
@@ -49,9 +51,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("source", metavar="CHECKPOINT", help="checkpoint of pretraining")
     parser.add_argument("--name", help="of the weights (default: that of the encoder)")
     parser.add_argument("--data", required=True, metavar="TEXT", help="what they are trained on, with its license")
-    origin = parser.add_mutually_exclusive_group(required=True)
-    origin.add_argument("--command", metavar="TEXT", help="command, or commands, that trained them")
-    origin.add_argument("--row", metavar="NAME", help="row of the plan whose record gives commands and scores")
+    parser.add_argument("--command", metavar="TEXT", help="command, or commands, that trained them")
+    parser.add_argument(
+        "--row",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="rows of the plan that have scored the checkpoint or these weights: scores for the card; those of a "
+        "checkpoint also give --command",
+    )
     parser.add_argument("--plan", default=str(PLAN), metavar="FILE", help="plan of --row")
     parser.add_argument("--results", default="results", metavar="DIR", help="records of --row")
     parser.add_argument("--hours", type=float, metavar="H", help="of training")
@@ -65,24 +73,38 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def recorded(name: str, source: Path, *, plan: Plan, results: Path) -> tuple[str, dict[str, str]]:
-    """Return the commands and the scores that a row of the plan has recorded for a checkpoint.
+def recorded(
+    name: str, *, plan: Plan, results: Path, checkpoint: str, weights: Mapping[str, Any]
+) -> tuple[str | None, dict[str, str]]:
+    """Return what a row of the plan has recorded for a checkpoint, or for the weights exported from it.
+
+    Args:
+        name: the row.
+        plan: its plan.
+        results: folder of the records.
+        checkpoint: SHA-256 of the checkpoint.
+        weights: what records of rows that score the weights say of them, by ``pretrained:NAME``.
+
+    Returns:
+        The commands that trained a checkpoint, None for a row that scores weights; and the scores over seeds.
 
     Raises:
-        UserError: there is no such row, or none of its records is of this checkpoint.
+        UserError: there is no such row, or none of its records is of the checkpoint or the weights.
     """
-    row = next((row for row in plan.rows if row.name == name), None)
+    records = Records(plan, results)
+    row = records.rows.get(name)
     if row is None:
         raise UserError(f"--row {name}: the plan has no such row; python -m benchmarks.reproduce --list shows all")
-    checksum = sha256(source)
-    for path in sorted((results / name).glob("seed_*/row.json")):
-        record = read_json(path)
-        if record.get("checkpoint_sha256") == checksum:
-            found = read_json(path.parent / "scores.json")
-            columns = {title: value_at(found, place) for title, place in plan.tables[row.table].columns.items()}
-            scores = {f"{name}, {title}": f"{value:.1f}" for title, value in columns.items() if value is not None}
-            return "; ".join(record["commands"][:-1]), scores  # the last command scores
-    raise UserError(f"{results / name} has no record of {source} (SHA-256 {checksum}); run the row first")
+    trained = [each for each in records.of(row) if each.get("checkpoint_sha256") == checkpoint]
+    found = trained or [each for each in records.of(row) if weights.items() <= each["flags"].items()]
+    if not found:
+        raise UserError(f"{results / name} has no record of these weights; run the row first")
+    seeds = [record["seed"] for record in found]
+    scores = {}
+    for title, place in plan.tables[row.table].columns.items():
+        if values := [value for seed, value in records.values(row, place).items() if seed in seeds]:
+            scores[f"{name}, {title}"] = mean_and_deviation(values)
+    return "; ".join(trained[0]["commands"][:-1]) if trained else None, scores  # the last command scores
 
 
 def card(name: str, entry: Mapping[str, Any], rest: str) -> str:
@@ -131,10 +153,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = build_parser().parse_args(argv)
     log_to_screen()
     scores, command = dict(score.rpartition("=")[::2] for score in args.score), args.command
-    if args.row:
-        plan = Plan.read(Path(args.plan), {})
-        command, measured = recorded(args.row, Path(args.source), plan=plan, results=Path(args.results))
-        scores = measured | scores
     if "" in scores:
         raise UserError("--score takes WHAT=VALUE, such as 'ModelNet10, linear SVM=93.5 ± 0.3'")
     encoder, payload = encoder_from_checkpoint(args.source), load_checkpoint(args.source)
@@ -143,7 +161,20 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if name in index and not args.overwrite:
         raise UserError(f"there are weights {name!r}; replace them with --overwrite, or choose another --name")
     path = pretrained.WEIGHTS / f"{name}{SUFFIX}"
-    rounding = export(encoder, path, "safetensors", about=about, half=not args.full)
+    with tempfile.TemporaryDirectory() as folder:  # the old weights stay if a record is missing
+        file = Path(folder) / path.name
+        rounding = export(encoder, file, "safetensors", about=about, half=not args.full)
+        weights = {f"pretrained:{name}": {"sha256": sha256(file)}}
+        plan, measured = Plan.read(Path(args.plan), {}), {}
+        for row in args.row:
+            trained_by, found = recorded(
+                row, plan=plan, results=Path(args.results), checkpoint=sha256(args.source), weights=weights
+            )
+            command, measured = command or trained_by, measured | found
+        if command is None:
+            raise UserError("give --command, or a --row that has scored the checkpoint: cards say how to train it")
+        with replacing(path) as temporary:
+            shutil.copyfile(file, temporary)
     entry = {
         "file": path.name,
         "sha256": sha256(path),
@@ -159,7 +190,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "seed": payload.get("arguments", {}).get("seed"),
         "rounding": None if args.full else f"{rounding.norm:.1e}",
         "license": args.license,
-        "scores": scores,
+        "scores": measured | scores,
     }
     order = {known: i for i, known in enumerate(ENCODERS)}
     index = dict(sorted({**index, name: entry}.items(), key=lambda item: (order.get(item[0], len(order)), item[0])))

@@ -222,21 +222,43 @@ def test_a_file_that_is_called_pretrained_still_is_a_file(weights, tmp_path, mon
         encoder_from_checkpoint("pretrained:pointnet_cls", model="dgcnn_cls")
 
 
+def write_record(folder, seed, *, score, **about):
+    """Write a record of a row that scores clouds."""
+    folder = folder / f"seed_{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "scores.json").write_text(json.dumps({"test_accuracy_mean": score, "shots": {"1": [52.4, 6.9]}}))
+    (folder / "row.json").write_text(json.dumps({"seed": seed, "flags": {}, "commands": [], **about}))
+
+
 def test_commands_and_scores_come_from_the_record_of_a_row(own_weights, tmp_path):
     source = save_pretraining(tmp_path / "a.pth", tiny_encoder("dgcnn_cls"))
-    record = tmp_path / "results" / "modelnet10-pairs2k-con" / "seed_5"
-    record.mkdir(parents=True)
-    (record / "scores.json").write_text(json.dumps({"test_accuracy_mean": 92.07, "shots": {"1": [52.4, 6.9]}}))
     words = [str(source), "--data", "d", "--overwrite", "--results", str(tmp_path / "results")]
-    row = ["--row", "modelnet10-pairs2k-con"]
-    (record / "row.json").write_text(json.dumps({"checkpoint_sha256": "0", "commands": []}))
-    with pytest.raises(UserError, match=r"has no record of .*a\.pth"):
-        publish_weights.main([*words, *row])
+    name = "modelnet10-pairs2k-con"
+    folder = tmp_path / "results" / name
+    before = (own_weights / "dgcnn_cls.safetensors").read_bytes()
+    write_record(folder, 5, score=92.07, checkpoint_sha256="0")
+    with pytest.raises(UserError, match=f"{name} has no record of these weights"):
+        publish_weights.main([*words, "--full", "--row", name])
+    assert (own_weights / "dgcnn_cls.safetensors").read_bytes() == before
     commands = ["python make.py", "python train.py", "python score.py"]
-    (record / "row.json").write_text(json.dumps({"checkpoint_sha256": sha256(source), "commands": commands}))
-    entry = publish_weights.main([*words, *row])
+    write_record(folder, 5, score=92.07, checkpoint_sha256=sha256(source), commands=commands)
+    entry = publish_weights.main([*words, "--row", name])
     assert entry["command"] == "python make.py; python train.py"
-    scores = {"modelnet10-pairs2k-con, all labels": "92.1", "modelnet10-pairs2k-con, 1 label": "52.4"}
-    assert entry["scores"] == scores
+    assert entry["scores"] == {f"{name}, all labels": "92.1 (one seed)", f"{name}, 1 label": "52.4 (one seed)"}
     with pytest.raises(UserError, match="--row nothing: the plan has no such row"):
         publish_weights.main([*words, "--row", "nothing"])
+
+
+def test_rows_that_score_published_weights_give_scores_over_seeds(own_weights, tmp_path):
+    source = save_pretraining(tmp_path / "a.pth", tiny_encoder("dgcnn_cls"))
+    words = [str(source), "--data", "d", "--overwrite", "--results", str(tmp_path / "results"), "--row", "demo-weights"]
+    published = {"pretrained:dgcnn_cls": {"sha256": sha256(own_weights / "dgcnn_cls.safetensors")}}
+    for seed, score in ((1, 92.0), (2, 94.0)):
+        write_record(tmp_path / "results" / "demo-weights", seed, score=score, flags=published)
+    earlier = {"pretrained:dgcnn_cls": {"sha256": "0"}}
+    write_record(tmp_path / "results" / "demo-weights", 3, score=10.0, flags=earlier)
+    with pytest.raises(UserError, match="give --command, or a --row that has scored the checkpoint"):
+        publish_weights.main(words)
+    entry = publish_weights.main([*words, "--command", "c"])
+    assert entry["command"] == "c" and entry["scores"]["demo-weights, all labels"] == "93.0 ± 1.4"
+    assert "| demo-weights, all labels | 93.0 ± 1.4 |" in (own_weights / "dgcnn_cls.md").read_text(encoding="utf-8")
