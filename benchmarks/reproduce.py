@@ -14,7 +14,7 @@ Examples:
   python -m benchmarks.reproduce --list
   python -m benchmarks.reproduce --root pairs2k=/data/pairs --root modelnet10=/data/mn10 --rows 'modelnet10-*'
   python -m benchmarks.reproduce --tables                     # only write docs/results.md from results/
-  python -m benchmarks.reproduce --check modelnet10-untrained --seeds 1
+  python -m benchmarks.reproduce --rows modelnet10-untrained --check --seeds 1
   python -m benchmarks.reproduce --quick                      # every row at a tiny size on the demo set
   python -m benchmarks.reproduce --plan benchmarks/ablations.toml --discard --seeds 1 2    # docs/ablations.md
 """

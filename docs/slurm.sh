@@ -1,6 +1,6 @@
 #!/bin/bash
-# Pretraining on two nodes of four GPUs each. Submit with: sbatch docs/slurm.sh
-# Two minutes before its time is up SLURM sends SIGTERM: the run saves, ends, and this script queues itself again.
+# Pretraining on two nodes with four GPUs each; --nodes=1 is enough for one. Submit with: sbatch docs/slurm.sh
+# Two minutes before the time limit Slurm sends SIGTERM: the run saves and exits, and this script submits itself again.
 #SBATCH --job-name=crossnet
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -18,14 +18,15 @@ log=checkpoints/crossnet/run.log
 started=$(mktemp)
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=90  # seconds that torchrun leaves for saving; its default is 30
 
-# One torchrun on each node, which starts a process for each GPU: 8 processes of 8 objects, a global batch of 64.
-srun .venv/bin/python -m torch.distributed.run \
+# One torchrun per node, which starts one process per GPU: 8 processes of 8 objects, a global batch of 64.
+# Since Slurm 22.05 srun does not inherit --cpus-per-task: without it, all four processes would share one core.
+srun --cpus-per-task="$SLURM_CPUS_PER_TASK" .venv/bin/python -m torch.distributed.run \
     --nnodes="$SLURM_NNODES" --nproc_per_node=4 \
     --rdzv_backend=c10d --rdzv_id="$SLURM_JOB_ID" --rdzv_endpoint="$first_node:29500" \
     train_crossnet_con.py --data_root data --exp_name crossnet --batch_size 8 --workers 7 --resume
 code=$?
 
-# A finished run and an error are not queued again; neither is a run that did not come as far as to write its log.
+# Submit again only after SIGTERM: not when the run is finished, has failed, or ended before it wrote its log.
 if [ "$code" -ne 0 ] && [ "$log" -nt "$started" ] && tail -n 1 "$log" | grep -q "stopped by SIGTERM"; then
     sbatch docs/slurm.sh
 fi

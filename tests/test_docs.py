@@ -1,7 +1,10 @@
 """What the pages show works: their Python, and the files and links that they name."""
 
+import os
 import re
+import subprocess
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,7 +23,7 @@ def python_blocks(page):
     return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/evaluation.md", "docs/weights.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/weights.md"])
 def test_an_encoder_loads_as_the_page_says(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pretrained, "WEIGHTS", tmp_path)
@@ -29,6 +32,16 @@ def test_an_encoder_loads_as_the_page_says(page, tmp_path, monkeypatch):
     names = {"clouds": torch.randn(2, 3, 32)}
     exec(python_blocks(ROOT / page)[0], names)
     assert names["features"].pooled.shape == (2, 32) and names["features"].local.shape == (2, 512, 32)
+
+
+def test_features_of_arrays_are_those_of_the_page(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    encoder = build_encoder("dgcnn_cls", k=4, emb_dims=16)
+    save_encoder(tmp_path / "checkpoints/crossnet/last.pth", encoder)
+    names = {"clouds": [5 + 3 * cloud for cloud in np.random.default_rng(0).normal(size=(2, 32, 3))]}
+    exec(python_blocks(ROOT / "docs/evaluation.md")[0], names)
+    assert np.linalg.norm(names["points"], axis=2).max(1) == pytest.approx(1)
+    assert names["features"].shape == (2, 32)
 
 
 def test_a_clone_finds_neighbors_of_meshes_as_the_page_says(tmp_path, monkeypatch):
@@ -56,6 +69,30 @@ def test_the_encoder_of_the_page_trains_saves_and_loads(tmp_path):
         assert torch.equal(again.hidden.weight, encoder.hidden.weight)
     finally:
         ENCODERS.pop("mean_net", None)
+
+
+@pytest.mark.parametrize(("last_line", "again"), [("stopped by SIGTERM at step 7", True), ("error: no pairs", False)])
+def test_the_job_script_gives_tasks_their_cores_and_submits_itself_again_after_sigterm(tmp_path, last_line, again):
+    """Stand-ins for Slurm's commands write down what they are asked."""
+    log, folder = tmp_path / "checkpoints/crossnet/run.log", tmp_path / "bin"
+    log.parent.mkdir(parents=True)
+    folder.mkdir()
+    stand_ins = {
+        "scontrol": "echo node1; echo node2",
+        "srun": f'echo "$@" >asked; sleep 0.05; echo "{last_line}" >>{log}; exit 1',
+        "sbatch": "touch submitted",
+    }
+    for name, text in stand_ins.items():
+        (folder / name).write_text(f"#!/bin/bash\n{text}\n", encoding="utf-8")
+        (folder / name).chmod(0o755)
+    slurm = {"SUBMIT_DIR": tmp_path, "JOB_NODELIST": "node[1-2]", "NNODES": 2, "JOB_ID": 1, "CPUS_PER_TASK": 32}
+    environment = {f"SLURM_{name}": str(value) for name, value in slurm.items()}
+    environment["PATH"] = f"{folder}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(["bash", str(ROOT / "docs/slurm.sh")], env={**os.environ, **environment}, check=False)
+    asked = (tmp_path / "asked").read_text(encoding="utf-8")
+    assert done.returncode == 1
+    assert "--cpus-per-task=32" in asked and "--rdzv_endpoint=node1:29500" in asked and "--resume" in asked
+    assert (tmp_path / "submitted").exists() is again
 
 
 @BY_NAME
