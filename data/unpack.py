@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also run by path
 from utils.cli import HelpFormatter, run, write_json
 from utils.errors import DataError
 from utils.files import is_data_name
+from utils.locks import locked
 from utils.progress import progress
 
 SETS = (
@@ -385,8 +386,14 @@ def unpack(
     Raises:
         DataError: the archive is damaged, unsafe or of no known set, a checksum differs, or a file with different
             content exists. Nothing is installed then.
+        UserError: another process unpacks an archive of this name there.
     """
     archive, data_root = Path(archive), Path(data_root)
+    with locked(data_root / STAGING / archive.name):
+        return _unpack(archive, data_root, expect=expect, md5=md5)
+
+
+def _unpack(archive: Path, data_root: Path, *, expect: str | None, md5: bool) -> dict[str, Any]:
     staging = data_root / STAGING / f"{archive.name}.unpacked"
     try:
         shutil.rmtree(staging, ignore_errors=True)  # left by a run that was killed

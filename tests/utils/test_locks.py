@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import zipfile
 
 import pytest
 
-from data import make_shapes, prepare_meshes
+from data import make_shapes, prepare_meshes, unpack
 from datasets import pack
 from tests.support.files import contents
 from tests.support.paths import ROOT
@@ -19,6 +20,7 @@ from utils.locks import locked
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="needs POSIX locks")
 HOLD = """
 import sys
+import zipfile
 sys.path.insert(0, sys.argv[1])
 from utils.locks import locked
 with locked(sys.argv[2]):
@@ -106,3 +108,13 @@ def test_meshes_are_not_prepared_twice_at_once(tmp_path, hold):
     with pytest.raises(UserError, match="another process"):
         prepare_meshes.main(["--meshes", str(tmp_path / "meshes"), "--out", str(out), "--views", "0"])
     assert contents(out) == {}
+
+
+def test_archives_are_not_unpacked_twice_at_once(tmp_path, hold):
+    archive = tmp_path / "a.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("modelnet40_ply_hdf5_2048/shape_names.txt", "chair")
+    hold(tmp_path / "data" / unpack.STAGING / "a.zip")
+    with pytest.raises(UserError, match="another process"):
+        unpack.main([str(archive), "--data_root", str(tmp_path / "data")])
+    assert not (tmp_path / "data" / "modelnet40_ply_hdf5_2048").exists()
