@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
+ROOT = Path(__file__).resolve().parents[1]
+
 
 def seed_everything(seed: int) -> None:
     """Seed Python's, NumPy's and PyTorch's generators."""
@@ -77,20 +79,22 @@ def versions() -> dict[str, str]:
 
 
 @functools.cache
-def git_commit() -> str:
-    """Return the code's commit at the first call, with ``-dirty`` if files changed; ``unknown`` without git."""
-    root = Path(__file__).resolve().parent.parent
+def git_commit(root: Path = ROOT) -> str:
+    """Return the code's commit at the first call, with ``-dirty`` if code changed; ``unknown`` without git.
+
+    Documents and records do not count: ``benchmarks.reproduce`` writes them between the rows that it runs.
+    """
+
+    def git(*words: str) -> str:
+        command = ["git", "--no-optional-locks", "-C", str(root), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
     try:
-        commit = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        )
+        written = [f":(exclude,top){name}" for name in ("docs", "results", "*.md")]
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", *written)
+        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-    return commit.stdout.strip()
 
 
 def provenance(**settings: Any) -> dict[str, Any]:
