@@ -62,7 +62,7 @@ def value_at(scores: Any, path: str) -> float | None:
 def mean_and_deviation(values: Sequence[float], *, digits: int = 1) -> str:
     """Format mean and sample deviation over seeds; a single seed has no deviation."""
     if len(values) == 1:
-        return f"{values[0]:.{digits}f} (one seed)"
+        return f"{values[0]:.{digits}f}"
     return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
@@ -117,6 +117,11 @@ def commands_block(row: Row, found: Sequence[Mapping[str, Any]]) -> list[str]:
     return [f"`{row.name}`, seed {found[0]['seed']}:", "", "```", *found[0]["commands"], "```", ""]
 
 
+def folded(blocks: Sequence[str]) -> list[str]:
+    """Return the lines of a section that a reader unfolds to see the commands; none without commands."""
+    return ["<details><summary>Commands</summary>", "", *blocks, "</details>", ""] if blocks else []
+
+
 def score_table(records: Records, table: Table, rows: Sequence[Row]) -> list[str]:
     """Return the lines of a table of scores, and the commands of its rows.
 
@@ -136,7 +141,7 @@ def score_table(records: Records, table: Table, rows: Sequence[Row]) -> list[str
             blocks += commands_block(row, found)
         quotes = [row.published, row.reproduced] if quoted else []
         lines.append([row.label, *cells, seeds_of(found) or "-", *quotes, record_cell(row, found)])
-    return [markdown_table(lines), "", *difference_table(records, table, rows), *blocks]
+    return [markdown_table(lines), "", *difference_table(records, table, rows), *folded(blocks)]
 
 
 def difference_table(records: Records, table: Table, rows: Sequence[Row]) -> list[str]:
@@ -215,7 +220,7 @@ def growth_table(records: Records, table: Table, rows: Sequence[Row], page: Path
         *(markdown_table(lines), ""),
         *(markdown_table(score_lines(runs)), "", markdown_table(fit_lines(runs)), ""),
         *(f"![Scores against steps, with curves extrapolated to ten times the steps]({picture})", ""),
-        *blocks,
+        *folded(blocks),
     ]
 
 

@@ -244,7 +244,7 @@ def test_commands_and_scores_come_from_the_record_of_a_row(own_weights, tmp_path
     write_record(folder, 5, score=92.07, checkpoint_sha256=sha256(source), commands=commands)
     entry = publish_weights.main([*words, "--row", name])
     assert entry["command"] == "python make.py; python train.py"
-    assert entry["scores"] == {f"{name}, all labels": "92.1 (one seed)", f"{name}, 1 label": "52.4 (one seed)"}
+    assert entry["scores"] == {f"{name}, all labels": "92.1", f"{name}, 1 label": "52.4"}
     with pytest.raises(UserError, match="--row nothing: the plan has no such row"):
         publish_weights.main([*words, "--row", "nothing"])
 
