@@ -1,7 +1,10 @@
 """What the pages show works: their Python, and the files and links that they name."""
 
+import argparse
+import importlib
 import os
 import re
+import shlex
 import subprocess
 
 import numpy as np
@@ -93,6 +96,53 @@ def test_the_job_script_gives_tasks_their_cores_and_submits_itself_again_after_s
     assert done.returncode == 1
     assert "--cpus-per-task=32" in asked and "--rdzv_endpoint=node1:29500" in asked and "--resume" in asked
     assert (tmp_path / "submitted").exists() is again
+
+
+class Parsed(Exception):
+    """The command line is right; the script goes no further."""
+
+
+def commands(page):
+    """Yield module and arguments of the commands in a page's blocks, without those with shell variables."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    for block in (text for language, text in blocks if not language):
+        lines = re.sub(r"\\\n\s*", "", block).splitlines()
+        for line in (line for line in lines if re.search(r"\b(python|torchrun) ", line)):
+            words = shlex.split(line, comments=True)
+            while words and re.match(r"[A-Z_]+=|(\.venv/bin/)?python$", words[0]):
+                del words[0]
+            if words[:1] == ["torchrun"]:
+                words = words[next(i for i, word in enumerate(words) if word.endswith(".py")) :]
+            if "$" in line or not words or words[:2] == ["-m", "pytest"]:
+                continue
+            if words[0] == "-m":
+                yield words[1], words[2:]
+            elif words[0].endswith(".py"):
+                yield words[0].removesuffix(".py").replace("/", "."), words[1:]
+
+
+@BY_NAME
+def test_commands_have_flags_and_values_that_their_scripts_take(page, monkeypatch):
+    parse_known = argparse.ArgumentParser.parse_known_args
+
+    def parse(self, args=None, namespace=None):
+        _, rest = parse_known(self, args, namespace)
+        raise Parsed if not rest else AssertionError(f"unknown: {rest}")
+
+    def fail(self, message):
+        raise AssertionError(message)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    monkeypatch.setattr(argparse.ArgumentParser, "error", fail)
+    for module, words in commands(page):
+        script = importlib.import_module("engine.checkpoint.__main__" if module == "engine.checkpoint" else module)
+        try:
+            script.main(words)
+        except Parsed:
+            continue
+        except AssertionError as error:
+            raise AssertionError(f"{page.name}: {module} {' '.join(words)}: {error}") from None
+        raise AssertionError(f"{page.name}: {module} does not parse its command line")
 
 
 @BY_NAME
