@@ -27,7 +27,7 @@ import sys
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path, PurePosixPath
@@ -609,10 +609,11 @@ def write_pack(out: Path, models: Sequence[Model], shapes: Sequence[Shape]) -> N
         write_text_table(file, "ids", [model.id for model in models])
         write_text_table(file, "view_names", [f"{i:02d}.png" for shape in shapes for i in range(len(shape.views))])
 
-        file.create_dataset("point_colour", data=color, chunks=(64, color.shape[1]), **packed)
+        chunks = (min(64, len(color)), color.shape[1])
+        file.create_dataset("point_colour", data=color, chunks=chunks, **packed)
         file["palette"] = palette
         material = np.stack([shape.material for shape in shapes])
-        file.create_dataset("point_material", data=material, chunks=(64, material.shape[1]), **packed)
+        file.create_dataset("point_material", data=material, chunks=chunks, **packed)
         file["material_offset"] = np.cumsum([0] + [len(shape.material_names) for shape in shapes], dtype=np.int64)
         write_text_table(file, "material_names", [name for shape in shapes for name in shape.material_names])
         file["centre_m"] = np.stack([shape.center_m for shape in shapes])
@@ -625,21 +626,37 @@ def write_pack(out: Path, models: Sequence[Model], shapes: Sequence[Shape]) -> N
         write_text_table(catalogue, "class", [class_of(model) or "" for model in models])
 
 
-def write_svm(
-    out: Path, models: Sequence[Model], shapes: Sequence[Shape], *, test_fraction: float, seed: int
-) -> dict[str, tuple[int, int]]:
-    """Write ``demo_hdf5`` and return the training and test size of every class."""
-    folder = out / "demo_hdf5"
+def class_members(models: Sequence[Model]) -> dict[str, list[int]]:
+    """Return the indices of the models of every class.
+
+    Raises:
+        DataError: a class has fewer than two, so that it cannot be split.
+    """
     members: dict[str, list[int]] = {name: [] for name in sorted(CLASSES)}
     for index, model in enumerate(models):
         name = class_of(model)
         if name is not None:
             members[name].append(index)
+    for name, indices in members.items():
+        if len(indices) < 2:
+            raise DataError(f"class {name} has {len(indices)} models; are all libraries in --source?")
+    return members
+
+
+def write_svm(
+    out: Path,
+    models: Sequence[Model],
+    shapes: Sequence[Shape],
+    members: Mapping[str, Sequence[int]],
+    *,
+    test_fraction: float,
+    seed: int,
+) -> dict[str, tuple[int, int]]:
+    """Write ``demo_hdf5`` and return the training and test size of every class."""
+    folder = out / "demo_hdf5"
     split: dict[str, list[tuple[int, int]]] = {"train": [], "test": []}
     sizes = {}
     for label, (name, indices) in enumerate(members.items()):
-        if len(indices) < 2:
-            raise DataError(f"class {name} has {len(indices)} models; are all libraries in --source?")
         rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
         chosen = [models[i] for i in indices], [shapes[i] for i in indices]
         test = split_class(*chosen, test_fraction=test_fraction, rng=rng)
@@ -658,7 +675,7 @@ def write_svm(
                 shuffle=True,
                 compression="gzip",
                 compression_opts=9,
-                chunks=(16, *clouds.shape[1:]),
+                chunks=(min(16, len(clouds)), *clouds.shape[1:]),
             )
             file["label"] = label[:, None].astype(np.uint8)
             write_text_table(file, "ids", [models[i].id for i in index])
@@ -820,6 +837,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     # Sorted as every source of pairs is.
     models.sort(key=lambda model: model.id)
     prepare(args.out)
+    class_members(models)  # fail before the long part
     built = build_shapes(models, args)
     for model, reason in zip(models, built, strict=True):
         if isinstance(reason, str):
@@ -827,8 +845,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     skipped = Counter(reason for reason in built if isinstance(reason, str))
     kept = [(model, shape) for model, shape in zip(models, built, strict=True) if isinstance(shape, Shape)]
     models, shapes = [model for model, _ in kept], [shape for _, shape in kept]
+    members = class_members(models)  # before an earlier set is replaced
     write_pack(args.out, models, shapes)
-    sizes = write_svm(args.out, models, shapes, test_fraction=args.test_fraction, seed=args.seed)
+    sizes = write_svm(args.out, models, shapes, members, test_fraction=args.test_fraction, seed=args.seed)
     write_attribution(args.out, models)
     script = "data/demo_makers/make_demo.py"
     command = f"python {script} --source /usr/share/sweethome3d/furniture --out data/demo --seed {args.seed}"

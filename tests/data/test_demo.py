@@ -3,6 +3,7 @@
 import io
 import os
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,9 @@ from PIL import Image
 from sklearn.neighbors import KDTree
 
 from data.demo_makers import make_demo
+from datasets.registry import open_classification_set
+from datasets.shapenet_render import ShapeNetRender
+from tests.support.files import contents
 from tests.support.opengl import needs_opengl
 from tests.support.paths import DEMO
 from utils.errors import DataError, UserError
@@ -253,26 +257,33 @@ CUBE_CORNERS = [(x, y, z) for x in (0, 2) for y in (0, 1) for z in (0, 1)]
 CUBE_FACES = ["1 2 4 3", "5 7 8 6", "1 5 6 2", "3 4 8 7", "1 3 7 5", "2 6 8 4"]
 
 
-@pytest.fixture
-def library(tmp_path):
-    """Return a furniture library with one box of two materials and one sheet without thickness."""
+def write_library(path, models):
+    """Write a furniture library of boxes of two materials and sheets without thickness.
+
+    ``models``: id -> name, mesh, and width, height and depth in cm; the first one is turned.
+    """
     box = "mtllib box.mtl\n" + "".join(f"v {x} {y} {z}\n" for x, y, z in CUBE_CORNERS)
     box += "usemtl red\n" + "".join(f"f {face}\n" for face in CUBE_FACES[:3])
     box += "usemtl blue paint\n" + "".join(f"f {face}\n" for face in CUBE_FACES[3:])
     sheet = "".join(f"v {x} 0 {z}\n" for x, z in ((0, 0), (1, 0), (1, 1), (0, 1))) + "f 1 2 3 4\n"
-    catalogue = []
-    for number, (name, title) in enumerate({"box": "B\\u00f6x", "sheet": "Sheet"}.items(), 1):
-        catalogue += [f"id#{number}=Kator Legaz#{name}", f"name#{number}={title}", f"category#{number}=Living room"]
-        catalogue += [f"model#{number}=/m/{name}.obj", f"creator#{number}=Someone"]
-        catalogue += [f"width#{number}=40", f"height#{number}=80", f"depth#{number}=20"]
-    catalogue += ["modelRotation#1=0 -1 0 1 0 0 0 0 1"]
-    path = tmp_path / "KatorLegaz.sh3f"
+    catalogue = ["# comment", "modelRotation#1=0 -1 0 1 0 0 0 0 1"]
+    for number, (key, (name, mesh, (width, height, depth))) in enumerate(models.items(), 1):
+        catalogue += [f"id#{number}=Kator Legaz#{key}", f"name#{number}={name}", f"category#{number}=Living room"]
+        catalogue += [f"model#{number}=/m/{mesh}.obj", f"creator#{number}=Someone"]
+        catalogue += [f"width#{number}={width}", f"height#{number}={height}", f"depth#{number}={depth}"]
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(make_demo.CATALOGUE, "# comment\n" + "\n".join(catalogue))
+        archive.writestr(make_demo.CATALOGUE, "\n".join(catalogue))
         archive.writestr("m/box.obj", box)
         archive.writestr("m/box.mtl", "newmtl red\nKd 1 0 0\nnewmtl blue paint\nKd 0 0 1\nd 0.5\n")
         archive.writestr("m/sheet.obj", sheet)
     return path
+
+
+@pytest.fixture
+def library(tmp_path):
+    """Return a furniture library with a box and a sheet."""
+    models = {"box": ("B\\u00f6x", "box", (40, 80, 20)), "sheet": ("Sheet", "sheet", (40, 80, 20))}
+    return write_library(tmp_path / "KatorLegaz.sh3f", models)
 
 
 def test_catalogue_is_read(library):
@@ -391,6 +402,38 @@ def test_a_packed_file_of_the_user_is_not_overwritten(library, tmp_path):
         make_demo.main(["--source", str(library), "--out", str(out)])
     with h5py.File(out / "shapenet_render.h5") as file:
         assert file.attrs["source"] == "ShapeNet"
+
+
+@needs_opengl
+def test_the_command_makes_a_set_that_the_readers_take(tmp_path, monkeypatch, capsys):
+    def one_thread(workers, context, start, arguments):
+        return ThreadPoolExecutor(1, initializer=start, initargs=arguments)
+
+    monkeypatch.setattr(make_demo, "_renderer", None)
+    monkeypatch.setattr(make_demo, "worker_pool", one_thread)  # a fresh process would first import everything
+    monkeypatch.setattr(make_demo, "CLASSES", {"flat": ({"Slab", "Board"}, set()), "tall": ({"Tower", "Post"}, set())})
+    sizes = {"Slab": (80, 10, 80), "Board": (90, 4, 30), "Tower": (20, 90, 20), "Post": (20, 90, 4)}
+    models = {name.lower(): (name, "box", size) for name, size in sizes.items()} | {
+        "mat": ("Mat", "sheet", (40, 80, 20))
+    }
+    source = write_library(tmp_path / "KatorLegaz.sh3f", models)
+    content = ["--points", "64", "--views", "1", "--size", "24", "--colours", "8", "--test_fraction", "0.5"]
+    counts = make_demo.main(["--source", str(source), "--out", str(tmp_path / "out"), *content])
+    assert (counts["models"], counts["left_out"], counts["classes"]) == (4, 1, {"flat": (1, 1), "tall": (1, 1)})
+    assert "left out: living_room/katorlegaz-mat: flat" in capsys.readouterr().out
+    pairs = ShapeNetRender(tmp_path / "out", strict=True)
+    assert pairs.ids == sorted(f"living_room/katorlegaz-{name.lower()}" for name in sizes)
+    assert pairs[0]["points"].shape == (64, 3) and pairs.cloud_size == 64
+    picture = Image.open(io.BytesIO(pairs.source.image_file(0, 0)))
+    assert picture.size == (24, 24) and len(picture.getcolors()) <= 8
+    labeled = [open_classification_set("demo", tmp_path / "out", split) for split in ("train", "test")]
+    assert [(len(part), part.class_names) for part in labeled] == [(2, ("flat", "tall"))] * 2
+    assert " ".join(content) in (tmp_path / "out" / "README.md").read_text()
+    before = contents(tmp_path / "out")
+    write_library(source, {"tower": models["tower"]})
+    with pytest.raises(DataError, match="class flat has 0 models; are all libraries in --source?"):
+        make_demo.main(["--source", str(source), "--out", str(tmp_path / "out")])
+    assert contents(tmp_path / "out") == before
 
 
 FURNITURE = Path(os.environ.get("CROSSNET_FURNITURE", "/usr/share/sweethome3d/furniture"))
