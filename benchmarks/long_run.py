@@ -35,6 +35,7 @@ from utils.errors import UserError, warn_on_failure
 from utils.pictures import Figure, save_figure
 
 BATCH = 4
+LEAST_SAMPLES = 4  # the first quarter does not count, and a line and its error need three
 SETTINGS = (
     f"--device cpu --batch_size {BATCH} --num_points 64 --k 4 --emb_dims 16 --image_model resnet18 --image_size 16 "
     "--eval_points 64 --exp_name long_run"
@@ -177,7 +178,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raise UserError on systems without /proc."""
+    """Raise UserError on systems without /proc, or if there are too few samples for a line and its error."""
+    if math.ceil(args.steps / args.every) < LEAST_SAMPLES:
+        raise UserError(
+            f"--every {args.every} takes fewer than {LEAST_SAMPLES} samples in --steps {args.steps}; lower --every"
+        )
     if not Path("/proc/self/smaps_rollup").exists():
         raise UserError("this measurement reads /proc, which only Linux has")
 

@@ -16,6 +16,7 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import sys
 import tempfile
@@ -155,6 +156,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     scores, command = dict(score.rpartition("=")[::2] for score in args.score), args.command
     if "" in scores:
         raise UserError("--score takes WHAT=VALUE, such as 'ModelNet10, linear SVM=93.5 ± 0.3'")
+    if args.name is not None and not re.fullmatch(r"\w[\w.-]*", args.name):
+        raise UserError(f"--name {args.name}: files are called this; use letters, digits and . _ -")
     encoder, payload = encoder_from_checkpoint(args.source), load_checkpoint(args.source)
     about = describe_weights(encoder, payload)
     name, index = args.name or about["encoder"]["name"], pretrained.pretrained_index()

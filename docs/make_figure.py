@@ -22,10 +22,10 @@ from datasets.pair_sources import open_source
 from datasets.streams import SampleStreams
 from datasets.transforms import pretraining_augmentation
 from datasets.untrusted import decode_image
+from downstream.figures import PICTURE_TYPES, check_output_path
 from utils.cli import HelpFormatter, run
 from utils.errors import UserError
-from utils.files import writing
-from utils.pictures import Axes, FancyArrowPatch, FancyBboxPatch, Figure, FigureCanvasAgg, Polygon, Rectangle
+from utils.pictures import Axes, FancyArrowPatch, FancyBboxPatch, Figure, Polygon, Rectangle, save_figure
 
 MODEL = "living_room/blendswap-cc-0-oakchair"  # CC0
 INK, PALE = "#2b2f36", "#8a919c"
@@ -134,7 +134,6 @@ def draw(data_root: str, *, model: str = MODEL, seed: int = 1) -> Figure:
     image = decode_image(source.image_file(i, 0), source.where(i, 0))
 
     figure = Figure(figsize=(WIDTH / 12.6, HEIGHT / 12.6), dpi=160, facecolor="white")
-    FigureCanvasAgg(figure)
     ax = figure.add_axes((0, 0, 1, 1))
     top, low = 60.5, 19.0  # middle lines of the two branches
 
@@ -231,9 +230,10 @@ def main(argv: list[str] | None = None) -> dict[str, str]:
     parser.add_argument("--seed", type=int, default=1, metavar="S", help="seed of the two views")
     parser.add_argument("--out", default=str(here / "CrossNet.jpg"), metavar="FILE", help="picture to write")
     args = parser.parse_args(argv)
+    check_output_path(args.out, PICTURE_TYPES)
     figure = draw(args.data_root, model=args.model, seed=args.seed)
-    with writing(args.out):
-        figure.savefig(args.out, **({"pil_kwargs": {"quality": 92}} if args.out.endswith((".jpg", ".jpeg")) else {}))
+    quality = {"pil_kwargs": {"quality": 92}} if args.out.endswith(".jpg") else {}
+    save_figure(figure, args.out, dpi=figure.dpi, **quality)
     print(args.out)
     return {"figure": args.out}
 

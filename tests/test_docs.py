@@ -10,12 +10,16 @@ import subprocess
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from datasets.pair_sources import open_source
+from docs import make_figure
 from engine.load_model import encoder_from_checkpoint
 from models import ENCODERS, CrossNet, build_encoder, pretrained
 from tests.support.checkpoints import save_encoder
 from tests.support.paths import ROOT
 from tests.support.weights import publish_tiny
+from utils.errors import UserError
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "data/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES += sorted((ROOT / "weights").glob("*.md"))
@@ -150,6 +154,19 @@ def test_links_lead_to_files(page):
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
         if not target.startswith(("http:", "https:", "mailto:")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
+
+
+def test_the_figure_of_the_method_is_drawn_from_any_pairs(data_root, tmp_path):
+    shape = open_source(data_root).ids[0]
+    words = ["--data_root", str(data_root), "--model", shape, "--out"]
+    make_figure.main([*words, str(tmp_path / "figure.jpg")])
+    with Image.open(tmp_path / "figure.jpg") as picture:
+        assert picture.format == "JPEG" and picture.width > 2000 and len(picture.getcolors(1 << 24)) > 1000
+    with pytest.raises(UserError, match="figure.xyz: the name must end in one of"):
+        make_figure.main([*words, str(tmp_path / "figure.xyz")])
+    with pytest.raises(UserError, match="contains no model nothing"):
+        make_figure.main(["--data_root", str(data_root), "--model", "nothing", "--out", str(tmp_path / "other.png")])
+    assert [path.name for path in tmp_path.iterdir()] == ["figure.jpg"]
 
 
 def test_every_page_names_all_pages_in_the_order_of_the_readme():

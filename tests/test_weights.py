@@ -18,6 +18,7 @@ from downstream.classification import main as linear_svm
 from downstream.segmentation import main_partseg, main_semseg, visualize
 from engine.load_model import crossnet_from_checkpoint, encoder_from_checkpoint
 from models import build_encoder, pretrained
+from tests.support.files import contents
 from tests.support.paths import ROOT
 from tests.support.small_run import arguments
 from tests.support.weights import TINY, publish_tiny, save_pretraining, tiny_encoder
@@ -95,6 +96,22 @@ def test_publishing_again_keeps_the_limits_and_gives_the_same_bytes(own_weights)
     assert (own_weights / "dgcnn_cls.safetensors").read_bytes() == before
     assert "| ModelNet10 | 93.5 ± 0.3 |" in page.read_text() and "Chairs only." in page.read_text()
     assert list(json.loads((own_weights / "index.json").read_text())) == NAMES
+
+
+def test_weights_may_have_a_name_of_their_own(own_weights):
+    words = [str(save_pretraining(own_weights / "a.pth", tiny_encoder("dgcnn_cls"))), "--data", "d", "--command", "c"]
+    publish_weights.main([*words, "--name", "mine-2.0", "--hours", "1.5", "--license", "CC0", "--steps", "7"])
+    index = check_published(own_weights)
+    entry, page = index["mine-2.0"], (own_weights / "mine-2.0.md").read_text()
+    assert list(index) == [*NAMES, "mine-2.0"]
+    assert (entry["hours"], entry["license"], entry["steps"]) == (1.5, "CC0", 7)
+    assert "| hours | 1.5 |" in page and "| license | CC0 |" in page and "| steps | 7 |" in page
+    assert encoder_from_checkpoint("pretrained:mine-2.0").config() == TINY["dgcnn_cls"]
+    before = contents(own_weights.parent)
+    for name in ("../up", "a/b", "", ".."):
+        with pytest.raises(UserError, match=f"--name {name}: files are called this"):
+            publish_weights.main([*words, "--name", name])
+    assert contents(own_weights.parent) == before
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -108,10 +108,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     config = MapConfig.from_flags(MapConfig.parser().parse_args(argv))
     log_to_screen()
     picture = Path(config.output)
+    check_output_path(picture, PICTURE_TYPES)
     numbers = picture.with_suffix(".npz")
     if numbers.exists() and not config.overwrite:
         raise UserError(f"{numbers} exists: replace it with --overwrite, or choose another --output")
-    check_output_path(picture, PICTURE_TYPES)
     train, test = open_splits(config.dataset, config.data_root, variant=config.variant, num_points=config.num_points)
     part = test if config.split == "test" else train
     found = candidates(config)

@@ -17,8 +17,8 @@ def test_the_map_is_drawn_and_its_numbers_lie_beside_it(tmp_path, monkeypatch):
     write_demo_set(tmp_path, test=5)
     drawn, keep = [], script.save_figure
     monkeypatch.setattr(script, "save_figure", lambda figure, path: (drawn.append(figure), keep(figure, path)))
-    metrics = run(tmp_path, "--max_clouds", 12)
-    assert metrics["clouds"] == 12 and (tmp_path / "out" / "map.png").stat().st_size
+    metrics = run(tmp_path, "--max_clouds", 12, "--split", "train", "--perplexity", 2)
+    assert metrics["clouds"] == 12 and metrics["data"]["clouds"] == 30 and (tmp_path / "out" / "map.png").stat().st_size
     with np.load(tmp_path / "out" / "map.npz") as numbers:
         assert numbers["features"].shape == (12, 16) and numbers["embedding"].shape == (12, 2)
         assert list(numbers["class_names"]) == ["ball", "plate", "rod"]
@@ -55,8 +55,9 @@ def test_what_cannot_be_mapped_is_said(tmp_path):
         run(tmp_path)
     with pytest.raises(UserError, match="a map shows one encoder, got 2"):
         run(tmp_path, "--seeds", 1, 2)
-    with pytest.raises(UserError, match="must end in one of"):
-        run(tmp_path, "--output", tmp_path / "map.txt")
+    for output in (tmp_path / "map.txt", ""):
+        with pytest.raises(UserError, match="must end in one of"):
+            run(tmp_path, "--output", output)
 
 
 def test_numbers_of_an_earlier_map_are_not_overwritten_silently(tmp_path):
