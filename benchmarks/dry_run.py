@@ -35,6 +35,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 import train_crossnet_con as pretraining
 from benchmarks.emulated_gpu import EmulatedGpu, emulated_gpu
+from benchmarks.fake_gpu import load_kernels, set_device_guard
 from benchmarks.reference.tiny_image_net import TinyImageNet
 from datasets.shapenet_render import ShapeNetRender
 from datasets.transforms import RenderPixels
@@ -44,6 +45,7 @@ from engine.run_folder import RunFolder
 from models import ENCODERS
 from models.image import IMAGE_ENCODERS
 from utils.cli import HelpFormatter, run, write_json
+from utils.errors import UserError
 
 AMP = ("off", "bf16", "fp16")
 FORMS = ("torch", "triton")
@@ -204,7 +206,14 @@ def outcome(case: Case, root: Path, out: Path) -> str:
 
 
 def outcomes(chosen: Sequence[Case], root: Path) -> Iterator[tuple[Case, str, float]]:
-    """Run cases, their output hidden; yield each with what is wrong and its seconds."""
+    """Run cases, their output hidden; yield each with what is wrong and its seconds.
+
+    Raises:
+        UserError: no GPU can be emulated here, so that every case would fail.
+    """
+    set_device_guard()
+    if any(case.form == "triton" for case in chosen):
+        load_kernels()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         for case in chosen:
@@ -218,6 +227,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run all cases; returns the outcome of each.
 
     Raises:
+        UserError: no case is chosen, or no GPU can be emulated here.
         SystemExit: with code 1, where a case fails.
     """
     parser = argparse.ArgumentParser(
@@ -229,6 +239,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(argv)
     logging.getLogger("crossnet").setLevel(logging.ERROR)
     chosen = [case for case in cases() if args.only in str(case)]
+    if not chosen:
+        raise UserError(f"no case has --only {args.only!r} in its name; one is called {str(cases()[0])!r}")
     found: dict[str, str] = {}
     start = time.perf_counter()
     for case, problem, _ in outcomes(chosen, Path(args.data_root)):

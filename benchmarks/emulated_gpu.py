@@ -17,7 +17,6 @@ What it cannot show: rounding, memory, speed, what a compiler or a driver does. 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +32,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.fake_gpu import SHAPES, python_autograd, set_device_guard
+from benchmarks.fake_gpu import SHAPES, load_kernels, python_autograd, set_device_guard
 from engine import loop, resume
 from models.ops import backend, compiled, native_batch_norm
 from utils import collectives
@@ -385,7 +384,7 @@ def _processes(gpu: EmulatedGpu, count: int, stack: contextlib.ExitStack) -> Non
 
 def _triton(gpu: EmulatedGpu, stack: contextlib.ExitStack) -> None:
     """Check launches in the place of running kernels."""
-    triton_kernels = importlib.import_module("models.ops.triton_kernels")
+    triton_kernels = load_kernels()
     for name, value in list(vars(triton_kernels).items()):
         if hasattr(value, "arg_names") and hasattr(value, "__getitem__"):
             stack.enter_context(mock.patch.object(triton_kernels, name, gpu.launcher(value)))

@@ -7,9 +7,11 @@ engine by a walk in Python, launches of Triton kernels by a record of them, and 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -20,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from models.ops import backend, compiled, native_batch_norm, triton_kernels
+from models.ops import backend, compiled, native_batch_norm
 from utils.errors import UserError
 
 DEVICE = torch.device("cuda:0")
@@ -39,9 +41,24 @@ def set_device_guard() -> None:
         UserError: PyTorch is older than 2.10, and there is no driver.
     """
     if not fakes_gpus():
-        raise UserError(f"a GPU can be played without a driver from PyTorch 2.10 on; this is {torch.__version__}")
+        raise UserError(
+            f"a GPU can be emulated without a driver from PyTorch 2.10 on; this is {torch.__version__}: "
+            "pip install -U torch torchvision"
+        )
     if hasattr(torch._C, "_ensureCUDADeviceGuardSet"):
         torch._C._ensureCUDADeviceGuardSet()
+
+
+def load_kernels() -> ModuleType:
+    """Return ``models.ops.triton_kernels``. This module must import without Triton, which PyTorch for CPUs lacks.
+
+    Raises:
+        UserError: Triton is missing.
+    """
+    try:
+        return importlib.import_module("models.ops.triton_kernels")
+    except ImportError as error:
+        raise UserError(f"the Triton kernels cannot be imported ({error}): pip install triton, on Linux") from error
 
 
 class Launch(NamedTuple):
@@ -91,11 +108,15 @@ def fake_gpu(recorder: Recorder, *, ranks: int = 1) -> Iterator[None]:
     Args:
         recorder: told of nodes, launches and collectives.
         ranks: processes of which this one pretends to be the first.
+
+    Raises:
+        UserError: PyTorch is older than 2.10, and there is no driver; or Triton is missing.
     """
     library = torch.library.Library("aten", "IMPL")
     for name, shape in SHAPES.items():
         library.impl(name, shape, "Meta")
     set_device_guard()
+    triton_kernels = load_kernels()
     stubs = {name: _Stub(getattr(triton_kernels, name), recorder.launched) for name in KERNELS}
     with contextlib.ExitStack() as stack:
         for patch in (

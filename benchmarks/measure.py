@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,12 @@ import torch
 
 from utils import reproducible
 from utils.errors import UserError
+from utils.processes import available_cores
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 ROOT = Path(__file__).resolve().parent.parent
 FORMULATIONS = ("ours", "textbook")
@@ -33,7 +38,7 @@ ALL_REDUCE_SECONDS = {"cuda": 15e-6, "cpu": 300e-6}
 
 
 def machine(device: torch.device | None = None) -> dict[str, Any]:
-    """Return the names of the processor and the GPU, and how busy the machine was."""
+    """Return the names of the processor and the GPU, the cores for this process, and how busy the machine was."""
     cpu = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -43,9 +48,9 @@ def machine(device: torch.device | None = None) -> dict[str, Any]:
     on_gpu = device is not None and device.type == "cuda"
     return {
         "cpu": cpu,
-        "cores": os.cpu_count(),
+        "cores": available_cores(),
         "gpu": torch.cuda.get_device_name(device) if on_gpu else None,
-        "load_average_before": round(os.getloadavg()[0], 2),
+        "load_average_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,  # Windows
     }
 
 
@@ -119,12 +124,18 @@ def compare(
 
 
 def resident_megabytes() -> float:
-    """Return the peak resident size of this process so far, in MB (10^6 bytes)."""
+    """Return the peak resident size of this process so far, in MB (10^6 bytes).
+
+    Raises:
+        UserError: on Windows.
+    """
     try:
         # ru_maxrss is the fallback: a process inherits its parent's.
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024 / 1e6
     except (OSError, StopIteration):
+        if resource is None:
+            raise UserError("the memory of a process is measured on Linux and macOS only; use --device cuda") from None
         size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return size * (1 if sys.platform == "darwin" else 1024) / 1e6
 

@@ -24,6 +24,32 @@ def report():
     return Report(CPU, sizes=SMALL)
 
 
+def test_without_triton_or_on_windows_it_says_what_is_missing(tmp_path):
+    words = f"""
+import os, sys
+sys.modules["triton"] = sys.modules["resource"] = None
+os.__dict__.pop("getloadavg", None)
+from benchmarks import dry_run, gpu_check, measure
+from utils.errors import UserError
+measure.Path = lambda path: type("NoProc", (), {{"read_text": lambda *_, **__: open("/nowhere")}})
+assert measure.machine()["load_average_before"] is None
+dry_run.set_device_guard = lambda: None
+for action in (measure.resident_megabytes, lambda: gpu_check.main(["--dry", "--output_dir", {str(tmp_path)!r}])):
+    try:
+        action()
+    except UserError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=True)
+    memory, kernels = done.stdout.splitlines()
+    assert "Linux and macOS only; use --device cuda" in memory and "pip install triton" in kernels
+
+
+def test_a_dry_run_of_nothing_does_not_pass():
+    with pytest.raises(UserError, match="no case has --only 'dgcnn_csl' in its name; one is called 'pretraining, "):
+        dry_run.main(["--only", "dgcnn_csl"])
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without a GPU")
 def test_without_a_gpu_it_says_so_and_ends_with_2(tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
@@ -193,7 +219,8 @@ def test_the_page_shows_every_row(tmp_path):
 
 @pytest.mark.parametrize(("problem", "code"), [("", 0), ("a tensor is copied", 1)])
 def test_a_dry_run_writes_the_same_page(tmp_path, monkeypatch, problem, code):
-    monkeypatch.setattr(dry_run, "cases", lambda: ["one case"])
+    monkeypatch.setattr(dry_run, "cases", lambda: [dry_run.Case("pretraining", "pointnet_cls", "off", "torch")])
+    monkeypatch.setattr(dry_run, "set_device_guard", lambda: None)
     monkeypatch.setattr(dry_run, "outcome", lambda *_: problem)
     with pytest.raises(SystemExit) as caught:
         run(lambda: gpu_check.main(["--dry", "--output_dir", str(tmp_path)]))
