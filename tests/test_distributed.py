@@ -22,6 +22,7 @@ from engine import launch
 from engine.checkpoint import load_checkpoint
 from engine.task import Run
 from models import CrossNet
+from tests.robustness.faults import wait_for
 from tests.support.comparing import assert_close, metrics
 from tests.support.pairs import cloud_path, write_pairs
 from tests.support.paths import ROOT
@@ -252,10 +253,8 @@ def test_a_killed_process_ends_the_other_with_a_message(data_root, tmp_path, vic
         Run.optimizer_step = update
         pretraining.main(arguments(data_root, tmp_path, *SHORT))
 
-    begin = time.monotonic()
     codes = exit_codes(start_together(main, tmp_path / "logs"))
     assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == launch.EXIT_LOST_PROCESS
-    assert time.monotonic() - begin < 60
     one_message(tmp_path / "logs", codes, "gone.* killed, perhaps for want of memory.* --resume")
 
 
@@ -284,11 +283,9 @@ def test_a_process_that_torchrun_ends_because_another_is_gone_still_says_so(data
 def test_a_process_ended_outside_of_training_ends_soon(tmp_path):
     def main():
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(60)
+        time.sleep(600)  # longer than the test waits
 
-    begin = time.monotonic()
     assert exit_codes(start_together(main, tmp_path / "logs")) == [EXIT_TERMINATED] * 2
-    assert time.monotonic() - begin < 30
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -350,37 +347,27 @@ def torchrun(folder, *argv):
     return process
 
 
-def wait_for(file, text, process):
-    """Wait until a running process has written ``text`` to a file."""
-    while process.is_alive():
-        if file.exists() and text in file.read_text():
-            return
-        time.sleep(0.002)
-    raise AssertionError(f"{file} never said {text!r}")
-
-
 def test_torchrun_stopped_and_a_rank_killed_loses_nothing(data_root, tmp_path):
     """This is the only test with torchrun; in float32, because its processes do not inherit float64."""
     flags = ("--epochs", 2, "--eval_every", 0, "--save_every", 1, "--batch_size", 1)  # sixteen steps of two pairs
     argv = [*arguments(data_root, tmp_path, *flags), "--resume"]
     log = tmp_path / "crossnet" / "run.log"
     process = torchrun(tmp_path, *argv)
-    wait_for(log, "step 2/16", process)
+    wait_for(process, log, "step 2/16")
     process.terminate()
     (code,), output = exit_codes([process]), output_of(tmp_path)
     assert code and output.count("stopped by SIGTERM at step") == 1, output
     stopped = load_checkpoint(tmp_path / "crossnet" / "last.pth")["progress"]["step"]
     assert 2 <= stopped < 8
     process = torchrun(tmp_path, *argv)
-    wait_for(log, f"step {stopped + 2}/16", process)
+    wait_for(process, log, f"step {stopped + 2}/16")
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
     victim = next(
         int(pid) for pid in children.stdout.split() if b"\0RANK=1\0" in open(f"/proc/{pid}/environ", "rb").read()
     )
     os.kill(victim, signal.SIGKILL)
-    begin = time.monotonic()
     (code,), output = exit_codes([process]), output_of(tmp_path)
-    assert code and time.monotonic() - begin < 60, output
+    assert code and code != -signal.SIGKILL, output
     assert output.count("error: another process is gone") == 1 and "--resume" in output, output
     killed = load_checkpoint(tmp_path / "crossnet" / "last.pth")["progress"]["step"]
     assert killed > stopped

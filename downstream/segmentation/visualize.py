@@ -77,8 +77,7 @@ def part_items(config: PictureConfig, model: FineTuned, payload: dict[str, Any])
     warn_of_other_points(config.model_path, payload, points_of(parts))
     taxonomy, categories = shapes.taxonomy, np.unique(shapes.categories)
     if config.class_test:
-        wanted = [taxonomy.category_number(name) for name in config.class_test]
-        categories = np.array([number for number in wanted if number in categories])
+        categories = np.intersect1d(categories, [taxonomy.category_number(name) for name in config.class_test])
         if not len(categories):
             raise UserError(
                 f"--class_test {' '.join(config.class_test)}: the test shapes have none of these categories"

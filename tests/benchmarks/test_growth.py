@@ -38,6 +38,8 @@ def test_checkpoints_are_scored_once_drawn_and_extrapolated(run_folder, data_roo
     with monkeypatch.context() as patch:
         patch.setattr(growth.classification, "evaluate", None)
         assert growth.main(argv)["runs"] == result["runs"]
+        late = growth.main([*argv, "--fit_from", "4"])["runs"]["tiny"]
+        assert (late["points"], late["fits"]) == (points, {}) and result["runs"]["tiny"]["fits"]
     kept = tmp_path / "work/tiny/step_3.json"
     found = kept.read_text()
     kept.write_text("{")

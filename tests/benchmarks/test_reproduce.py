@@ -171,6 +171,8 @@ def test_check_runs_again_and_compares_with_what_is_recorded(project, tmp_path, 
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(reproduce.__file__, run_name="__main__")
     assert stop.value.code == 1 and "all labels: recorded 91.0, now" in capsys.readouterr().out
+    near = ["--rows", "runs", "--check", "--seeds", "1", "--tolerance", "10"]
+    assert reproduce.main([*project, *near])["runs"]["agrees"] is True
     assert (tmp_path / "results/runs/seed_1/scores.json").read_bytes() == before
 
 

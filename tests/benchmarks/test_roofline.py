@@ -39,13 +39,15 @@ def test_flops_are_those_of_the_layers(plain):
 
 
 def test_half_precision_moves_less_and_ranks_talk(plain):
-    half = roofline.main([*TINY, "--amp", "bf16", "--channels_last", "--ranks", "4"])
+    half = roofline.main([*TINY, "--amp", "bf16", "--channels_last", "--ranks", "4", "--operations", "2"])
     model = CrossNet(build_encoder("dgcnn_cls", k=4), image_model="resnet18")
     words = ["--image_model", "resnet18", "--batch_size", "2"]
     config = PretrainConfig.from_flags(build_parser().parse_args(words))
     assert half["collectives"] == all_reduces_of_step(model, config) > 40
     assert half["stages"]["conv5 and pooling"]["bytes"] < 0.8 * plain["stages"]["conv5 and pooling"]["bytes"]
     assert half["settings"]["ranks"] == 4
+    seconds = [cost["seconds"] for _, _, cost in half["operations"]]
+    assert len(seconds) == 2 and seconds[0] >= seconds[1] > 0
 
 
 def test_gradients_of_the_walk_are_of_the_parameters_shapes():

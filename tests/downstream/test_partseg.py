@@ -205,7 +205,14 @@ def test_class_test_scores_some_categories_of_a_model_of_all(evaluate, tmp_path)
         evaluate(tmp_path / "m.pth", "--class_choice", "cone")
 
 
-def test_within_category_never_predicts_a_foreign_part(data_root, tmp_path):
+def assert_saved(evaluate, tmp_path, predicted, *flags):
+    """Check what the command predicts with the model m.pth."""
+    evaluate(tmp_path / "m.pth", *flags, "--save_predictions", tmp_path / "p.h5")
+    with h5py.File(tmp_path / "p.h5") as file:
+        np.testing.assert_array_equal(file["predicted"][:], predicted)
+
+
+def test_within_category_never_predicts_a_foreign_part(evaluate, data_root, tmp_path):
     model = save_parts(tmp_path / "m.pth").eval()
     parts = script.Parts(ShapeNetPart(data_root, "test"))
     taxonomy = parts.shapes.taxonomy
@@ -216,9 +223,10 @@ def test_within_category_never_predicts_a_foreign_part(data_root, tmp_path):
     assert all(set(np.unique(row)) <= allowed for row, allowed in zip(bound, own, strict=True))
     inside = np.array([[p in allowed for p in row] for row, allowed in zip(free, own, strict=True)])
     assert not inside.all() and (bound == free)[inside].all()
+    assert_saved(evaluate, tmp_path, bound, "--within_category")
 
 
-def test_votes_average_the_shape_and_its_scaled_copies(data_root, tmp_path):
+def test_votes_average_the_shape_and_its_scaled_copies(evaluate, data_root, tmp_path):
     model = save_parts(tmp_path / "m.pth").eval()
     parts = script.Parts(ShapeNetPart(data_root, "test"))
     settings = {"device": torch.device("cpu"), "batch_size": 4}
@@ -226,6 +234,7 @@ def test_votes_average_the_shape_and_its_scaled_copies(data_root, tmp_path):
     assert once.shape == votes.shape == (6, 64) and (once != votes).any()
     assert (votes == script.predict_parts(model, parts, votes=4, device=torch.device("cpu"), batch_size=3)).all()
     assert (once[:2] == script.predict_parts(model, parts, chosen=np.array([0, 1]), **settings)).all()
+    assert_saved(evaluate, tmp_path, votes, "--votes", 4)
 
 
 def test_a_published_state_dict_is_scored(evaluate, tmp_path):

@@ -65,7 +65,7 @@ def test_parts_are_written_in_the_colors_of_the_data_set(parts, tmp_path, monkey
 
 
 def test_parts_of_one_category_and_a_picture_that_opens(parts, tmp_path):
-    metrics = run(tmp_path, "--class_test", "cone", "--items", 2)
+    metrics = run(tmp_path, "--task", "parts", "--class_test", "cone", "cone", "--items", 2)
     assert list(metrics["accuracy"]) == ["cone 1", "cone 3"]
     with Image.open(tmp_path / "out" / "sheet.png") as sheet:
         assert len(np.unique(np.asarray(sheet.convert("RGB")).reshape(-1, 3), axis=0)) > 5
@@ -109,6 +109,8 @@ def test_what_cannot_be_drawn_is_said(parts, tmp_path):
     torch.save(model.published_state_dict(), tmp_path / "m.pth")
     with pytest.raises(CheckpointError, match="knows 6 parts of 2 categories"):
         run(tmp_path)  # published weights tell their task by their head
+    with pytest.raises(CheckpointError, match="dgcnn_partseg, which has no head for semantic segmentation"):
+        run(tmp_path, "--task", "rooms")
     save(tmp_path / "m.pth", Classification, build_encoder("dgcnn_cls", emb_dims=8), num_classes=3)
     with pytest.raises(CheckpointError, match="is not a model of parts or rooms: it is a model of classification"):
         run(tmp_path)
