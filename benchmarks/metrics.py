@@ -1,8 +1,8 @@
 """Time the part-segmentation scores against the loops they replace, on as many points as ShapeNetPart's test set has.
 
 Two loops, both of benchmarks/reference/literal_metrics.py: one visits every point and part in turn, as the definition
-reads; the other compares whole shapes with NumPy masks, part by part, as evaluation scripts of the field do. All
-scores must agree. The shortest of --repeats runs counts; of the mask loop at most three, of the point loop one.
+reads; the other compares whole shapes with NumPy masks, part by part, as evaluation scripts of the field do. All three
+run in turn, after one untimed call each, and all scores must agree.
 
   python -m benchmarks.metrics
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also run by path
 import torch
 
 from benchmarks.frame import Benchmark
-from benchmarks.measure import place_text, seconds_of
+from benchmarks.measure import compare, place_text, ratio_text, seconds_in_turn, text_table
 from benchmarks.reference.literal_metrics import shape_ious_by_mask, shape_ious_by_point
 from datasets.shapenet_part import official_taxonomy
 from downstream.metrics import part_scores
 from utils.cli import positive_int, run
+
+LOOPS = {"masks": "masks shape by shape", "points": "loop over points"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,13 +35,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     g.add_argument("--shapes", type=positive_int, default=2874, metavar="N", help="shapes; the test set has 2,874")
     g.add_argument("--points", type=positive_int, default=2048, metavar="N", help="points of a shape")
     g.add_argument("--wrong", type=float, default=0.1, metavar="P", help="fraction of the points predicted at random")
-
-
-def shortest(action: Callable[[], Any], repeats: int) -> tuple[float, Any]:
-    """Return the seconds of the shortest of several runs, and the last result."""
-    results: list[Any] = []
-    seconds = min(seconds_of(lambda: results.append(action())) for _ in range(repeats))
-    return seconds, results[-1]
 
 
 def measure(args: argparse.Namespace, _: torch.device) -> dict[str, Any]:
@@ -54,35 +48,38 @@ def measure(args: argparse.Namespace, _: torch.device) -> dict[str, Any]:
     anything = generator.integers(taxonomy.num_parts, size=shape)
     predicted = np.where(generator.random(shape) < args.wrong, anything, truth)
     lists = truth.tolist(), predicted.tolist()  # a loop over points is slower still on arrays
-    seconds, scores = shortest(lambda: part_scores(truth, predicted, categories, taxonomy), args.repeats)
-    by_mask, of_masks = shortest(
-        lambda: shape_ious_by_mask(truth, predicted, categories, taxonomy), min(3, args.repeats)
-    )
-    by_point, of_points = shortest(lambda: shape_ious_by_point(*lists, categories, taxonomy), 1)
-    np.testing.assert_allclose(scores.shape_iou, of_points, atol=1e-9)
-    np.testing.assert_allclose(scores.shape_iou, of_masks, atol=1e-9)
-    return {
-        "seconds": seconds,
-        "loop_over_points_seconds": by_point,
-        "loop_over_masks_seconds": by_mask,
-        "times_faster_than_points": by_point / seconds,
-        "times_faster_than_masks": by_mask / seconds,
-    }
+    ious: dict[str, np.ndarray] = {}
+
+    def ours() -> None:
+        ious["ours"] = part_scores(truth, predicted, categories, taxonomy).shape_iou
+
+    def masks() -> None:
+        ious["masks"] = shape_ious_by_mask(truth, predicted, categories, taxonomy)
+
+    def points() -> None:
+        ious["points"] = shape_ious_by_point(*lists, categories, taxonomy)
+
+    actions = {"ours": ours, "masks": masks, "points": points}
+    seconds_in_turn(actions, repeats=1)
+    seconds = seconds_in_turn(actions, repeats=args.repeats)
+    for name in LOOPS:
+        np.testing.assert_allclose(ious["ours"], ious[name], atol=1e-9)
+    return {name: compare({"ours": seconds["ours"], "textbook": seconds[name]}) for name in LOOPS}
 
 
 def table(result: dict[str, Any]) -> str:
     """Return the result as text."""
     s = result["settings"]
-    lines = [f"{s['shapes']:,} shapes of {s['points']:,} points, equal results, {place_text(result)}:"]
-    lines.append(f"  histogram             {result['seconds']:8.3f} s")
-    for name, key in (("masks shape by shape", "masks"), ("loop over points", "points")):
-        times = f"{result[f'times_faster_than_{key}']:6.1f} times as long"
-        lines.append(f"  {name:<20}  {result[f'loop_over_{key}_seconds']:8.3f} s  {times}")
-    return "\n".join(lines)
+    rows = [("", "ours, s", "loop, s", "loop / ours")]
+    for name, text in LOOPS.items():
+        seconds = [f"{result[name][form]['seconds_median']:.3f}" for form in ("ours", "textbook")]
+        rows.append((text, *seconds, ratio_text(result[name])))
+    title = f"{s['shapes']:,} shapes of {s['points']:,} points, equal results, {place_text(result)}"
+    return f"{title}\n{text_table(rows)}"
 
 
 QUICK = {"shapes": 50, "points": 64, "repeats": 1}
-BENCHMARK = Benchmark("metrics", __doc__, add_arguments, measure, table, repeats=10, quick=QUICK)
+BENCHMARK = Benchmark("metrics", __doc__, add_arguments, measure, table, repeats=5, quick=QUICK)
 main = BENCHMARK.main
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -27,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also run by path
 
 import torch
 
-from benchmarks.measure import FORMULATIONS, ROOT, markdown_table
+from benchmarks.measure import FORMULATIONS, ROOT, compare, markdown_table
 from utils.cli import HelpFormatter, run, write_json
 from utils.errors import UserError
 from utils.pictures import Figure, LogLocator, save_figure
@@ -59,7 +61,7 @@ class Job(NamedTuple):
 
 def jobs(data_root: str | None, gpu: bool) -> list[Job]:
     """Return the runs, in order."""
-    data = f" --data_root {data_root}" if data_root else ""
+    data = f" --data_root {shlex.quote(data_root)}" if data_root else ""
     run_ = "--shapes 2033 --epochs 6 --num_points 512 --image_model resnet18 --image_size 64 --channels_last"
     run_ += " --workers 0 --seconds 15 --check --device cpu"
     small = "--batch_size 4 --k 4 --emb_dims 16 --image_model resnet18 --image_size 32 --num_points 64 --device cpu"
@@ -106,7 +108,8 @@ def jobs(data_root: str | None, gpu: bool) -> list[Job]:
             Job("gpu_loss", "losses", "--device cuda", "--quick --device cuda"),
             Job("gpu_estimate", "estimate", "--amp bf16 --channels_last --batch_size 200 --check", None),
         ]
-    return todo
+    glibc = platform.libc_ver()[0] == "glibc"  # elsewhere KEEP_MEMORY changes nothing
+    return [job for job in todo if glibc or job.environment != KEEP_MEMORY]
 
 
 def check_gpu(out: Path) -> None:
@@ -115,7 +118,7 @@ def check_gpu(out: Path) -> None:
     Raises:
         UserError: a check fails.
     """
-    command = ["-m", "benchmarks.gpu_check", "--output_dir", str(out / "gpu")]
+    command = ["-m", "benchmarks.gpu_check", "--output_dir", str((out / "gpu").absolute())]
     print(f"\n$ python {' '.join(command)}", flush=True)
     if subprocess.run([sys.executable, *command], cwd=ROOT, check=False).returncode:
         raise UserError(f"the GPU fails a check: see {out / 'gpu' / 'report.html'}; --only NAME runs jobs anyway")
@@ -123,10 +126,10 @@ def check_gpu(out: Path) -> None:
 
 def run_job(job: Job, *, quick: bool, folder: Path) -> dict[str, Any]:
     """Run one benchmark in a fresh process; return its result or ``not_run``: why, with seconds and command."""
-    words = ((job.quick or "") if quick else job.arguments).split()
+    words = shlex.split((job.quick or "") if quick else job.arguments)
     out = folder / f"{job.name}.json"
     command = ["-m", f"benchmarks.{job.module}", *words]
-    shown = " ".join([*(f"{key}={value}" for key, value in job.environment.items()), "python", *command])
+    shown = " ".join([*(f"{key}={value}" for key, value in job.environment.items()), "python", shlex.join(command)])
     print(f"\n$ {shown}", flush=True)
     start = time.perf_counter()
     done = subprocess.run(
@@ -185,7 +188,7 @@ VARIANTS = {
 
 def comparison_rows(results: dict[str, Any]) -> list[list[str]]:
     """Return the table of all ratios."""
-    rows = [["what", "ours", "textbook", "ratio", "peak memory, MB: ours", "textbook", "ratio"]]
+    rows = [["what", "ours", "textbook", "ratio (rounds)", "peak memory, MB: ours", "textbook", "ratio"]]
 
     def add(text: str, part: dict[str, Any] | None, unit: str, name: str = "") -> None:
         if part is None:
@@ -196,8 +199,12 @@ def comparison_rows(results: dict[str, Any]) -> list[list[str]]:
         times = [f"{number(scale * part[form]['seconds_median'])} {unit}" for form in FORMULATIONS]
         memory = ["", "", ""]
         if "memory_ratio" in part:
-            memory = [*(number(part[form]["peak_mb"]) for form in FORMULATIONS), f"{part['memory_ratio']:.1f}"]
-        rows.append([text, *times, f"**{part['time_ratio']:.1f}**", *memory])
+            step = part["step_memory_ratio"]
+            ratio = f"{part['memory_ratio']:.1f}" + (f"; of the step alone {step:.1f}" if step else "")
+            memory = [*(number(part[form]["peak_mb"]) for form in FORMULATIONS), ratio]
+        ratios = part["time_ratios"]
+        spread = f"{min(ratios):.1f} to {max(ratios):.1f}, {len(ratios)}" if len(ratios) > 1 else "1"
+        rows.append([text, *times, f"**{part['time_ratio']:.1f}** ({spread})", *memory])
 
     for names, (without, text, unit) in COMPARED.items():
         for name in names:
@@ -206,23 +213,23 @@ def comparison_rows(results: dict[str, Any]) -> list[list[str]]:
             elif name not in VARIANTS:
                 add(f"{without} ({name})", None, unit, name)
     loader = found(results, "loader")
-    add("reading a sample, one worker", loader, "ms", "loader")
+    add("a data worker's part of a sample; ours leaves augmentation to the training device", loader, "ms", "loader")
     if loader:
-        whole = {**loader, "ours": loader["whole"], "time_ratio": loader["whole"]["time_ratio"]}
-        add("the same with the batch augmentation, which is the training device's", whole, "ms")
-    svm = found(results, "svm")
-    s = svm["settings"] if svm else {}
-    size = f", {s['train']:,} + {s['test']:,} x {s['dims']:,}, {s['classes']} classes" if svm else ""
-    add(f"linear SVM{size}", svm and svm["svm"], "s", "svm")
+        whole = compare({"ours": loader["whole"]["seconds"], "textbook": loader["textbook"]["seconds"]})
+        add("the whole sample, batch augmentation on the same core", whole, "ms")
+    svm_text = "linear SVM, {train:,} + {test:,} x {dims:,}, {classes} classes"
+    if svm := found(results, "svm"):
+        add(svm_text.format(**svm["settings"]), svm["svm"], "s")
+    else:
+        add("linear SVM", None, "s", "svm")
     if kept := found(results, "svm_kept"):
-        add(f"linear SVM{size}, both with freed memory kept (see [Linear SVM](#linear-svm))", kept["svm"], "s")
-    size = f", {s['clouds']} clouds of {s['points']:,} points" if svm else ""
+        text = "{}, both with freed memory kept (see [Linear SVM](#linear-svm))"
+        add(text.format(svm_text.format(**kept["settings"])), kept["svm"], "s")
+    size = ", {clouds} clouds of {points:,} points".format(**svm["settings"]) if svm else ""
     add(f"feature extraction{size}", svm and svm["features"], "s", "svm")
-    if scores := found(results, "scores"):
-        for text, key in (("masks", "masks"), ("a loop over points", "points")):
-            cells = [number(1e3 * scores["seconds"]), number(1e3 * scores[f"loop_over_{key}_seconds"])]
-            ratio = f"**{scores[f'times_faster_than_{key}']:.1f}**"
-            rows.append([f"segmentation scores against {text}", *(f"{cell} ms" for cell in cells), ratio, "", "", ""])
+    scores = found(results, "scores")
+    for text, key in (("masks", "masks"), ("a loop over points", "points")):
+        add(f"segmentation scores against {text}", scores and scores[key], "ms", "scores")
     return rows
 
 
@@ -401,8 +408,9 @@ def sections(results: dict[str, Any], folder: Path, link: str) -> list[str]:
         ]
         if workers := loader.get("with_workers"):
             text.append(
-                f"PyTorch's loader with {workers['workers']} workers, wall-clock time on the machine as it was: ours "
-                f"{number(workers['ours'])}, textbook {number(workers['textbook'])} samples/s."
+                f"PyTorch's loader with {workers['workers']} workers, wall-clock time of an epoch on the machine as it "
+                f"was: ours {number(workers['ours'])} samples/s without augmentation, textbook "
+                f"{number(workers['textbook'])} with it."
             )
         text += [
             markdown_table(rows),
@@ -410,15 +418,16 @@ def sections(results: dict[str, Any], folder: Path, link: str) -> list[str]:
             f"![stages of a sample]({link}/loader.png)",
             f"![samples per second]({link}/speed.png)",
         ]
+    if found(results, "svm") or found(results, "svm_kept"):
+        text.append("## Linear SVM")
     if svm := found(results, "svm"):
-        s = svm["settings"]
         text += [
-            "## Linear SVM",
             f'{svm["svm"]["agreement"]:.2%} of the predictions agree with `SVC(kernel="linear")`; Gram matrix in '
             f"float64; accuracy on these synthetic features {svm['svm']['ours']['accuracy']:.2f} and "
             f"{svm['svm']['textbook']['accuracy']:.2f} %.",
         ]
     if kept := found(results, "svm_kept"):
+        s = kept["settings"]
         ratios = ", ".join(f"{ratio:.1f}" for ratio in kept["svm"]["time_ratios"])
         text.append(
             f"Ours fills {number(8e-6 * s['train'] ** 2)} MB with the Gram matrix, which is slow if the system "
@@ -481,7 +490,7 @@ def roofline_section(results: dict[str, Any]) -> list[str]:
     before = before and f"; before: commit {before}"
     return [
         "## Roofline of a pretraining step on a GPU",
-        f"**Counted, not measured; GPU rows of measurements: not run.** `python -m benchmarks.roofline`, "
+        f"**Counted, not measured.** `python -m benchmarks.roofline`, "
         f"{s['batch_size']} objects x {s['num_points']:,} points a card, {s['model']}, two {s['image_model']} at "
         f"{s['image_size']} px, channels_last; commit {now}{before}. Assumed: "
         f"{gpu['memory'] / 1e12:.1f} TB/s of memory, {gpu['float32'] / 1e12:.0f} TFLOP/s in exact float32, "
@@ -501,7 +510,7 @@ def write_page(results: dict[str, Any], out: Path) -> Path:
     runs = [result for result in results["benchmarks"].values() if "machine" in result]
     about = runs[0] if runs else {"machine": {"cpu": "?", "cores": 0}, "versions": {"torch": "?", "python": "?"}}
     commits = sorted({commit_of(result)[:12] for result in runs})
-    load = max((result["machine"]["load_average_before"] for result in runs), default=0)
+    load = max((result["machine"]["load_average_before"] or 0 for result in runs), default=0)
     gpu = next((result["machine"]["gpu"] for result in runs if result["machine"]["gpu"]), None)
     minutes = sum(result["wall_seconds"] for result in results["benchmarks"].values()) / 60
     head = [
@@ -510,7 +519,8 @@ def write_page(results: dict[str, Any], out: Path) -> Path:
         "Generated by `python -m benchmarks.run_all`; edit that script, not this page. Each benchmark compares our "
         "code with a reference (`benchmarks/reference/textbook.py`, `benchmarks/reference/textbook_pairs.py`, "
         "scikit-learn, lightly, torch_geometric), alternating on the same machine, so that ratios hold even if other "
-        "work slows both down. Each script's `--help` says what it compares, and how.",
+        "work slows both down. A ratio is the median over rounds, with its range and their number. Each script's "
+        "`--help` says what it compares, and how.",
         f"Machine: {about['machine']['cpu']}, {about['machine']['cores']} cores; GPU: {gpu or 'none, not run'}; Python "
         f"{about['versions']['python']}, torch {about['versions']['torch']}; commit {', '.join(commits) or '?'}; load "
         f"average up to {load:.1f} when a benchmark began; {minutes:.0f} minutes in all.",
@@ -544,6 +554,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(argv)
     if args.data_root and not Path(args.data_root).exists():
         raise UserError(f"--data_root {args.data_root} does not exist; without it the demo's pairs are read")
+    # Benchmarks run in ROOT, wherever this command does.
+    path = Path(args.data_root or "").absolute()
+    data_root = args.data_root and str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
     # Without separate folders, a try-out would overwrite half an hour of measurements.
     out = Path(args.output_dir or ROOT / "runs" / ("benchmarks_quick" if args.quick else "benchmarks"))
     stored = out / "benchmarks" / RESULTS
@@ -553,7 +566,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if args.redraw or (args.only and stored.is_file()):
         results = json.loads(stored.read_text(encoding="utf-8"))
     if not args.redraw:
-        todo = jobs(args.data_root, torch.cuda.is_available())
+        todo = jobs(data_root, torch.cuda.is_available())
         if torch.cuda.is_available() and not args.only:
             check_gpu(out)
         if unknown := set(args.only or ()) - {job.name for job in todo}:
@@ -566,7 +579,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                         print(f"the earlier result of {job.name} stays", flush=True)
                     else:
                         results["benchmarks"][job.name] = result
-        write_json(stored, results)
+                        write_json(stored, results)  # now: what follows takes half an hour
     print(f"\nwrote {write_page(results, out)}")
     write_json(args.json, results)
     return results

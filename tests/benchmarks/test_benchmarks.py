@@ -443,7 +443,7 @@ def test_the_page_shows_what_was_run_and_what_was_not(tmp_path, monkeypatch):
     results = run_all.main(["--quick", "--output_dir", str(tmp_path)])
     page = (tmp_path / "benchmarks.md").read_text()
     assert results["benchmarks"]["loss"]["time_ratio"] == 3
-    assert "| NT-Xent against lightly's, 4 pairs, cpu | 1,000 ms | 3,000 ms | **3.0** |" in page
+    assert "| NT-Xent against lightly's, 4 pairs, cpu | 1,000 ms | 3,000 ms | **3.0** (1) |" in page
     assert "GPU: none, not run" in page and "a processor, 2 cores" in page and "--quick" in page
     assert "not run: no GPU here" in page and "python -m benchmarks.losses --quick" in page
 
@@ -479,13 +479,16 @@ def test_the_page_draws_every_result_there_may_be(tmp_path):
     del alone["textbook"], alone["time_ratio"]
     loader_sizes = {"shapes": 8, "data": "pairs", "image_size": 224, "threads": 1}
     stages = {"ours": {"decode": 0.4, "gray*": 0.1}, "textbook": {"decode": 0.8, "gray*": 0.2}}
-    rates = {form: {"samples_per_second": 100.0, "seconds_median": 0.01} for form in ("ours", "textbook")}
-    whole = {"samples_per_second": 50.0, "seconds_median": 0.02, "time_ratio": 2.0}
+    rates = {
+        form: {"samples_per_second": 100.0, "seconds_median": 0.01, "seconds": [0.01]} for form in ("ours", "textbook")
+    }
+    whole = {"samples_per_second": 50.0, "seconds_median": 0.02, "seconds": [0.02]}
     svm_sizes = {"train": 100, "test": 20, "dims": 8, "classes": 4, "clouds": 4}
     svm_part = made_up(9.0) | {"agreement": 0.999, "ours": {"seconds_median": 1.0, "accuracy": 80.0}}
     svm_part["textbook"] = {"seconds_median": 9.0, "accuracy": 80.1}
     loader_part = made_up(10.0, **loader_sizes) | {"stages_ms": stages, "whole": whole, **rates}
     del svm_part["memory_ratio"], loader_part["memory_ratio"]
+    kept = made_up(**svm_sizes) | {"svm": svm_part}
     steps = [
         {"batch": b, "chunk_size": c, "peak_mb": 100.0 * (c or b), "seconds": 1.0} for b in (4, 8) for c in (None, 2)
     ]
@@ -495,8 +498,8 @@ def test_the_page_draws_every_result_there_may_be(tmp_path):
     run_sizes |= {"gpus": 1}
     cost = {"shapes_per_s": 7.0, "hours": 1.5, "peak_mb": 900.0, "bottleneck": "the training step"}
     check = {"predicted_seconds": 1.0, "measured_seconds": 1.1, "error_percent": -9.0}
-    scores = {"seconds": 0.03, "loop_over_points_seconds": 3.0, "loop_over_masks_seconds": 0.4}
-    scores |= {"times_faster_than_points": 100.0, "times_faster_than_masks": 13.0, "command": "y", "wall_seconds": 1}
+    rounds = measure.compare({"ours": [0.03, 0.03], "textbook": [0.3, 0.39]})
+    scores = {"masks": rounds, "points": rounds, "command": "y", "wall_seconds": 1}
     ways = {"ours": {"seconds_median": 0.1, "different": 0.0}, "tree": {"seconds_median": 0.25, "different": 1e-5}}
     benchmarks = {
         "encoder": made_up(8.0, model="dgcnn_cls") | {"profile": shares},
@@ -509,6 +512,7 @@ def test_the_page_draws_every_result_there_may_be(tmp_path):
         "layer": {"not_run": "torch_geometric cannot be imported", "command": "z", "wall_seconds": 1},
         "loader": loader_part,
         "svm": made_up(**svm_sizes) | {"svm": svm_part, "features": made_up(6.0)},
+        "svm_kept": kept,
         "scores": scores,
         "estimate": made_up(**run_sizes, image_size=64) | cost | {"check": check},
     }
@@ -520,8 +524,37 @@ def test_the_page_draws_every_result_there_may_be(tmp_path):
     assert "not run: torch_geometric cannot be imported" in page and "99.90% of the predictions agree" in page
     assert "| decode | 0.400 | 0.800 |" in page and "1 / 1.1 (-9 %)" in page
     assert "| 4 x 1,024 points, cpu | 3 | tree | 250 | 2.5 | 1e-05 |" in page
-    row = "| training step of dgcnn_cls, 4 x 1,024 points, k 20, cpu | 1 s | 8 s | **8.0** | 700 | 2,100 | 3.0 |"
-    assert row in page
+    row = "| training step of dgcnn_cls, 4 x 1,024 points, k 20, cpu | 1 s | 8 s | **8.0** (1) | 700 | 2,100 "
+    assert row + "| 3.0; of the step alone 8.0 |" in page
+    assert "against masks | 30 ms | 345 ms | **11.5** (10.0 to 13.0, 2) |" in page
+    page = run_all.write_page({"quick": False, "benchmarks": {"svm_kept": kept}}, tmp_path).read_text()
+    assert "| linear SVM, 100 + 20 x 8, 4 classes, both with freed memory kept" in page and "## Linear SVM" in page
+
+
+def test_benchmarks_read_the_data_that_is_named_from_any_folder_and_keep_what_is_done(tmp_path, monkeypatch):
+    (tmp_path / "my pairs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    words = []
+
+    def stopped(command, **kwargs):
+        if "benchmarks.svm" in command:
+            raise KeyboardInterrupt
+        words.append(command)
+        open(command[-1], "w").write(json.dumps(made_up()))
+        return SimpleNamespace(returncode=0, stderr="")
+
+    monkeypatch.setattr(run_all.subprocess, "run", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run_all.main(["--only", "loader", "svm", "--data_root", "my pairs", "--output_dir", "out"])
+    assert words[0][words[0].index("--data_root") + 1] == str(tmp_path / "my pairs")
+    kept = json.loads((tmp_path / "out/benchmarks/results.json").read_text())["benchmarks"]
+    assert list(kept) == ["loader"] and f"--data_root '{tmp_path}/my pairs'" in kept["loader"]["command"]
+
+
+def test_the_allocator_of_glibc_is_set_only_where_it_is(monkeypatch):
+    names = {job.name for job in run_all.jobs(None, gpu=False)}
+    monkeypatch.setattr(run_all.platform, "libc_ver", lambda: ("", ""))  # macOS
+    assert names - {job.name for job in run_all.jobs(None, gpu=False)} == {"encoder_kept", "svm_kept"}
 
 
 def test_a_mistake_shows_the_usage_of_the_estimate(capsys):
