@@ -59,20 +59,21 @@ def provenance(device: torch.device | None = None) -> dict[str, Any]:
     return reproducible.provenance(machine=machine(device))
 
 
+def now(device: torch.device | None = None, *, cpu: bool = False) -> float:
+    """Return the time in seconds when a GPU has finished its work; with ``cpu``, the CPU time of this process."""
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.process_time() if cpu else time.perf_counter()
+
+
 def seconds_of(action: Callable[[], Any], device: torch.device | None = None, *, cpu: bool = False) -> float:
     """Return the wall-clock seconds of a call, on a GPU until it has finished; with ``cpu``, this process's CPU time.
 
     A busy machine hardly changes CPU time.
     """
-
-    def now() -> float:
-        if device is not None and device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.process_time() if cpu else time.perf_counter()
-
-    start = now()
+    start = now(device, cpu=cpu)
     action()
-    return now() - start
+    return now(device, cpu=cpu) - start
 
 
 def seconds_in_turn(

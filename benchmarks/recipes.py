@@ -1,9 +1,10 @@
 r"""Compare recipes of pretraining at equal time, judged without labels, to choose one for a long run.
 
-Each recipe trains for as many steps as fit into --minutes of processor time, or for --steps, with a cosine schedule to
-its end. All are then scored alike, in eval mode, on the same held-out pairs, whatever number of points or batch size
-they were trained with: clouds of --eval_points points, two augmented views of each, pictures of the recipe's size. A
-recipe may train on other pairs (--data_root among its flags); it is scored on held-out pairs of this command's.
+Each recipe trains for as many steps as fit into --minutes (on a CPU of processor time, which other work on the machine
+does not change), or for --steps, with a cosine schedule to its end. All are then scored alike, in eval mode, on the
+same held-out pairs, whatever number of points or batch size they were trained with: clouds of --eval_points points, two
+augmented views of each, pictures of the recipe's size. A recipe may train on other pairs (--data_root among its flags);
+it is scored on held-out pairs of this command's.
 
   R@1 views     percent of clouds whose nearest cloud among the other views of all is their own; features of the encoder
   R@1 pictures  percent of pictures whose nearest cloud is their own, and the reverse, mean; projections
@@ -26,7 +27,6 @@ import argparse
 import shlex
 import statistics
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,12 +39,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also run by path
 import train_crossnet_con
 from benchmarks.frame import Benchmark, file_name, named
-from benchmarks.measure import markdown_table
+from benchmarks.measure import markdown_table, now
 from datasets.pair_sources import held_out_shapes, open_source
 from datasets.shapenet_render import ShapeNetRender
 from datasets.transforms import PairAugmentation, RenderPixels
 from downstream.features import evaluating
 from downstream.pair_validation import PairValidation, recall_at_1
+from engine.device import resolve_device
 from engine.load_model import crossnet_from_checkpoint
 from models.base import pooled_features
 from models.losses import RELEASED_TEMPERATURE
@@ -79,11 +80,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     g.add_argument("--base", default=BASE, metavar="FLAGS", help="flags of every recipe")
     length = g.add_mutually_exclusive_group()
     length.add_argument(
-        "--minutes", type=positive_float, default=8.0, metavar="M", help="processor time of a recipe's steps"
+        "--minutes", type=positive_float, default=8.0, metavar="M", help="time of a recipe's steps, see above"
     )
     length.add_argument("--steps", type=positive_int, metavar="N", help="as many steps for every recipe instead")
     g.add_argument("--held_out", type=positive_int, default=512, metavar="N", help="pairs that no recipe trains on")
     g.add_argument("--eval_points", type=positive_int, default=1024, metavar="N", help="points of a cloud in scoring")
+    g.add_argument("--device", default="auto", help="of the training: auto, cpu, cuda or cuda:N")
     g.add_argument("--work_dir", default="runs/recipes", metavar="DIR", help="checkpoints and results of recipes")
 
 
@@ -134,7 +136,7 @@ class Comparison:
         return [left[i] for i in order]
 
     def train(self, name: str, flags: Sequence[str], *, steps: int) -> tuple[Path, list[float]]:
-        """Train for a number of steps; return the run folder and the processor time in seconds after each step."""
+        """Train for a number of steps; return the run folder and the time in seconds after each step."""
         config = self.config(flags)
         shapes = self.shapes(config.data_root)
         samples = steps * config.batch_size
@@ -146,7 +148,9 @@ class Comparison:
         argv = [*flags, "--list", str(chosen), "--epochs", str(epochs)]
         argv += ["--output_dir", str(self.work_dir), "--exp_name", name, "--overwrite"]
         times: list[float] = []
-        hook = register_optimizer_step_post_hook(lambda *_: times.append(time.process_time()))
+        device = resolve_device(config.device)
+        on_cpu = device.type == "cpu"  # where other work on the machine must not count
+        hook = register_optimizer_step_post_hook(lambda *_: times.append(now(device, cpu=on_cpu)))
         try:
             train_crossnet_con.main(argv)
         finally:
@@ -196,6 +200,7 @@ class Comparison:
         """
         args = self.args
         flags = ["--data_root", args.data_root, "--workers", "0", "--eval_every", "0", "--save_every", "0"]
+        flags += ["--device", args.device]
         try:
             return [*flags, "--seed", str(args.seed), *shlex.split(args.base), *shlex.split(words)]
         except ValueError as error:

@@ -188,7 +188,7 @@ VARIANTS = {
 
 def comparison_rows(results: dict[str, Any]) -> list[list[str]]:
     """Return the table of all ratios."""
-    rows = [["what", "ours", "textbook", "ratio (rounds)", "peak memory, MB: ours", "textbook", "ratio"]]
+    rows = [["what", "ours", "textbook", "ratio", "peak memory, MB: ours", "textbook", "ratio"]]
 
     def add(text: str, part: dict[str, Any] | None, unit: str, name: str = "") -> None:
         if part is None:
@@ -203,7 +203,7 @@ def comparison_rows(results: dict[str, Any]) -> list[list[str]]:
             ratio = f"{part['memory_ratio']:.1f}" + (f"; of the step alone {step:.1f}" if step else "")
             memory = [*(number(part[form]["peak_mb"]) for form in FORMULATIONS), ratio]
         ratios = part["time_ratios"]
-        spread = f"{min(ratios):.1f} to {max(ratios):.1f}, {len(ratios)}" if len(ratios) > 1 else "1"
+        spread = f"{min(ratios):.1f} to {max(ratios):.1f}, {len(ratios)} rounds" if len(ratios) > 1 else "one round"
         rows.append([text, *times, f"**{part['time_ratio']:.1f}** ({spread})", *memory])
 
     for names, (without, text, unit) in COMPARED.items():

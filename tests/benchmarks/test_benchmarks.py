@@ -443,7 +443,7 @@ def test_the_page_shows_what_was_run_and_what_was_not(tmp_path, monkeypatch):
     results = run_all.main(["--quick", "--output_dir", str(tmp_path)])
     page = (tmp_path / "benchmarks.md").read_text()
     assert results["benchmarks"]["loss"]["time_ratio"] == 3
-    assert "| NT-Xent against lightly's, 4 pairs, cpu | 1,000 ms | 3,000 ms | **3.0** (1) |" in page
+    assert "| NT-Xent against lightly's, 4 pairs, cpu | 1,000 ms | 3,000 ms | **3.0** (one round) |" in page
     assert "GPU: none, not run" in page and "a processor, 2 cores" in page and "--quick" in page
     assert "not run: no GPU here" in page and "python -m benchmarks.losses --quick" in page
 
@@ -524,9 +524,9 @@ def test_the_page_draws_every_result_there_may_be(tmp_path):
     assert "not run: torch_geometric cannot be imported" in page and "99.90% of the predictions agree" in page
     assert "| decode | 0.400 | 0.800 |" in page and "1 / 1.1 (-9 %)" in page
     assert "| 4 x 1,024 points, cpu | 3 | tree | 250 | 2.5 | 1e-05 |" in page
-    row = "| training step of dgcnn_cls, 4 x 1,024 points, k 20, cpu | 1 s | 8 s | **8.0** (1) | 700 | 2,100 "
+    row = "| training step of dgcnn_cls, 4 x 1,024 points, k 20, cpu | 1 s | 8 s | **8.0** (one round) | 700 | 2,100 "
     assert row + "| 3.0; of the step alone 8.0 |" in page
-    assert "against masks | 30 ms | 345 ms | **11.5** (10.0 to 13.0, 2) |" in page
+    assert "against masks | 30 ms | 345 ms | **11.5** (10.0 to 13.0, 2 rounds) |" in page
     page = run_all.write_page({"quick": False, "benchmarks": {"svm_kept": kept}}, tmp_path).read_text()
     assert "| linear SVM, 100 + 20 x 8, 4 classes, both with freed memory kept" in page and "## Linear SVM" in page
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from benchmarks import recipes
 from tests.support.pairs import write_pairs
@@ -58,6 +59,21 @@ def test_recipes_on_other_pairs_take_the_same_steps_and_are_scored_on_the_same_p
     assert config["arguments"]["data_root"] == str(tmp_path / "other")
     with pytest.raises(UserError, match="own.json was made with --steps 3 there, 4 here"):
         recipes.Comparison(recipes.BENCHMARK.parse_args([*argv, "--steps", "4"])).run("own", "")
+
+
+def test_on_a_gpu_a_recipe_is_timed_when_its_step_has_finished(tmp_path, monkeypatch):
+    write_pairs(tmp_path / "data", 12, points=48)
+    gpu, asked = torch.device("cuda", 0), []
+
+    def trained(argv):
+        assert argv[argv.index("--device") + 1] == "cuda"
+        torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1).step()
+
+    monkeypatch.setattr(recipes, "resolve_device", lambda name: gpu)
+    monkeypatch.setattr(recipes, "now", lambda device, *, cpu: asked.append((device, cpu)) or 7.0)
+    monkeypatch.setattr(recipes.train_crossnet_con, "main", trained)
+    comparison = recipes.Comparison(recipes.BENCHMARK.parse_args(command(tmp_path, "--device", "cuda")))
+    assert comparison.train("base", comparison.flags("base", ""), steps=1)[1] == [7.0] and asked == [(gpu, False)]
 
 
 def test_a_recipe_that_cannot_be_trained_is_named_and_the_others_are_compared(tmp_path, small_runs, capsys):
