@@ -40,7 +40,7 @@ from benchmarks.frame import Benchmark, file_name, named
 from benchmarks.measure import text_table
 from benchmarks.recipes import held_out_pairs
 from benchmarks.spread import LEVEL
-from datasets.pair_sources import held_out_shapes, open_source
+from datasets.pair_sources import draw_shapes, open_source
 from datasets.registry import CLASSIFICATION_SETS
 from downstream.classification import main as classification
 from downstream.classification.eval_inputs import open_splits
@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     g.add_argument("--dataset", default="modelnet10", choices=CLASSIFICATION_SETS, help="labeled set")
     g.add_argument("--num_points", type=positive_int, default=1024, metavar="N", help="points per cloud")
     g.add_argument("--pairs", metavar="DIR", help="pairs that no run trained on (default: those that each held out)")
-    g.add_argument("--pairs_count", type=positive_int, default=512, metavar="N", help="how many of --pairs")
+    g.add_argument("--pairs_count", type=positive_int, default=512, metavar="N", help="how many of --pairs, at most")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     g = parser.add_argument_group("output")
     g.add_argument("--work_dir", default="runs/growth", metavar="DIR", help="scores of each checkpoint")
@@ -137,8 +137,7 @@ class Scorer:
         root = self.args.pairs or payload["arguments"]["data_root"]
         held_out = payload.get("held_out", [])
         if self.args.pairs:
-            ids = open_source(root).ids
-            chosen = held_out_shapes(ids, min(0.5, self.args.pairs_count / len(ids)), seed=self.args.seed)
+            chosen = draw_shapes(open_source(root).ids, self.args.pairs_count, seed=self.args.seed)
             same = Path(root).resolve() == Path(payload["arguments"]["data_root"]).resolve()
             if same and not set(chosen) <= set(held_out):
                 raise UserError(

@@ -382,9 +382,7 @@ def read_shape_list(path: str | os.PathLike[str]) -> list[str]:
 
 
 def held_out_shapes(ids: Sequence[str], fraction: float, *, seed: int) -> list[str]:
-    """Return the shapes to hold out of training, in the order of ``ids``: a function of the names and the seed.
-
-    Shapes are ranked by a hash of seed and name, so that adding a few shapes to the set changes few of the choices.
+    """Return the shapes to hold out of training, as :func:`draw_shapes` draws them.
 
     Args:
         ids: ``<synset>/<model_id>`` of every shape.
@@ -399,6 +397,14 @@ def held_out_shapes(ids: Sequence[str], fraction: float, *, seed: int) -> list[s
     count = max(2, round(fraction * len(ids)))
     if len(ids) - count < 2:
         raise DataError(f"--val_fraction {fraction} holds out {count} of {len(ids)} pairs; 2 at least must remain")
+    return draw_shapes(ids, count, seed=seed)
+
+
+def draw_shapes(ids: Sequence[str], count: int, *, seed: int) -> list[str]:
+    """Draw at most ``count`` shapes, in the order of ``ids``: a function of the names and the seed.
+
+    Shapes are ranked by a hash of seed and name, so that adding a few shapes to the set changes few of the choices.
+    """
     chosen = set(sorted(ids, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())[:count])
     return [name for name in ids if name in chosen]
 

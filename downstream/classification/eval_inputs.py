@@ -113,6 +113,8 @@ class EvaluationConfig(CommonSettings, CloudSettings):
             check_output_path(self.json)
         if self.seeds and not self.random_init:
             raise UserError("--seeds needs --random_init, whose weights it draws; for random draws use --seed")
+        if self.calibration_clouds < 2:
+            raise UserError("--calibration_clouds 1: batch statistics need at least two clouds")
 
 
 class Candidate(NamedTuple):

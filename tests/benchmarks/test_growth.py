@@ -49,9 +49,10 @@ def test_checkpoints_are_scored_once_drawn_and_extrapolated(run_folder, data_roo
     pairs = [*argv, "--pairs", str(data_root), "--pairs_count", "5"]
     with pytest.raises(UserError, match="--pairs .* are the pairs that a run trained on"):
         growth.main([*pairs, "--seed", "2"])
-    args = growth.BENCHMARK.parse_args(pairs)
-    views = growth.Scorer(args, torch.device("cpu")).held_out_views({"arguments": {"data_root": "elsewhere"}})
-    assert [batch["view1"].shape for batch in views] == [(5, 3, 24)]
+    for count, used in ((5, 5), (12, 12), (99, 16)):
+        args = growth.BENCHMARK.parse_args([*pairs, "--pairs_count", str(count)])
+        views = growth.Scorer(args, torch.device("cpu")).held_out_views({"arguments": {"data_root": "elsewhere"}})
+        assert [batch["view1"].shape for batch in views] == [(used, 3, 24)]
     with pytest.raises(UserError, match="has neither step_<n>.pth nor last.pth; train with --keep_every"):
         growth.main([*argv, "--run", f"other={tmp_path}"])
     with pytest.raises(UserError, match="--run 'tiny=.*there is another NAME like this"):

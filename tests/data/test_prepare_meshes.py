@@ -196,11 +196,9 @@ def test_an_interrupted_overwrite_is_continued_and_leaves_no_old_pair(meshes, in
     out, _ = convert(meshes)
     wanted = content(convert(meshes, "--seed", "2", "--overwrite")[0])
     convert(meshes, "--overwrite")
-    monkeypatch.setattr(prepare_meshes, "_start_worker", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare_meshes, "_start_worker", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         convert(meshes, "--seed", "2", "--overwrite")
-    monkeypatch.undo()
-    monkeypatch.setattr(prepare_meshes, "worker_pool", prepare_meshes.worker_pool)
     assert convert(meshes, "--seed", "2")[1]["kept"] == 0
     assert content(out) == wanted
 

@@ -208,6 +208,7 @@ def test_confusion_matrix_shows_shares_of_the_true_class(tmp_path, monkeypatch):
         (["--num_points", "21"], r"21 points .*have 20"),
         (["--num_points", "2"], "k = 3 neighbors in clouds of 2 points"),
         (["--cv_folds", "1"], "at least 2 folds"),
+        (["--calibrate_bn", "--calibration_clouds", "1"], "--calibration_clouds 1: .* at least two clouds"),
         (["--confusion_matrix", "result.docx"], "must end in"),
         (["--json", "/proc/nowhere/x.json"], "cannot write"),
         (["--device", "cuda:99"], "--device"),
