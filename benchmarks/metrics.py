@@ -2,7 +2,7 @@
 
 Two loops, both of benchmarks/reference/literal_metrics.py: one visits every point and part in turn, as the definition
 reads; the other compares whole shapes with NumPy masks, part by part, as evaluation scripts of the field do. All three
-run in turn, after one untimed call each, and all scores must agree.
+run in turn, after one untimed call each, in CPU time, and all scores must agree.
 
   python -m benchmarks.metrics
 """
@@ -61,7 +61,7 @@ def measure(args: argparse.Namespace, _: torch.device) -> dict[str, Any]:
 
     actions = {"ours": ours, "masks": masks, "points": points}
     seconds_in_turn(actions, repeats=1)
-    seconds = seconds_in_turn(actions, repeats=args.repeats)
+    seconds = seconds_in_turn(actions, repeats=args.repeats, cpu=True)
     for name in LOOPS:
         np.testing.assert_allclose(ious["ours"], ious[name], atol=1e-9)
     return {name: compare({"ours": seconds["ours"], "textbook": seconds[name]}) for name in LOOPS}
@@ -74,7 +74,7 @@ def table(result: dict[str, Any]) -> str:
     for name, text in LOOPS.items():
         seconds = [f"{result[name][form]['seconds_median']:.3f}" for form in ("ours", "textbook")]
         rows.append((text, *seconds, ratio_text(result[name])))
-    title = f"{s['shapes']:,} shapes of {s['points']:,} points, equal results, {place_text(result)}"
+    title = f"{s['shapes']:,} shapes of {s['points']:,} points, equal results, CPU time, {place_text(result)}"
     return f"{title}\n{text_table(rows)}"
 
 

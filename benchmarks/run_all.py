@@ -229,7 +229,7 @@ def comparison_rows(results: dict[str, Any]) -> list[list[str]]:
     add(f"feature extraction{size}", svm and svm["features"], "s", "svm")
     scores = found(results, "scores")
     for text, key in (("masks", "masks"), ("a loop over points", "points")):
-        add(f"segmentation scores against {text}", scores and scores[key], "ms", "scores")
+        add(f"segmentation scores against {text}, CPU time", scores and scores[key], "ms", "scores")
     return rows
 
 
