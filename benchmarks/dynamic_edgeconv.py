@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also run by path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.frame import Benchmark
+from benchmarks.frame import Benchmark, enough_points
 from benchmarks.measure import compare, place_text, ratio_text, seconds_in_turn, text_table
 from benchmarks.reference.textbook import textbook_knn
 from models.ops.edge_conv import edge_conv
@@ -124,7 +124,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 QUICK = {"batch": 2, "points": 64, "channels": 8, "k": 4, "repeats": 1}
-BENCHMARK = Benchmark("dynamic_edgeconv", __doc__, add_arguments, measure, table, quick=QUICK)
+BENCHMARK = Benchmark("dynamic_edgeconv", __doc__, add_arguments, measure, table, quick=QUICK, check=enough_points)
 main = BENCHMARK.main
 
 if __name__ == "__main__":

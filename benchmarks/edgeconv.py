@@ -36,7 +36,7 @@ import torch
 from torch import nn
 from torch.autograd import DeviceType
 
-from benchmarks.frame import Benchmark
+from benchmarks.frame import Benchmark, enough_points
 from benchmarks.measure import FORMULATIONS, compare, memory_of, place_text, ratio_text, seconds_in_turn, text_table
 from benchmarks.reference.textbook import TEXTBOOK_ENCODERS
 from engine.device import resolve_device
@@ -84,8 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Raise UserError if there are too few points or clouds."""
-    if args.k > args.points:
-        raise UserError(f"--k {args.k} neighbors need at least as many points, not --points {args.points}")
+    enough_points(args)
     if args.model == "dgcnn_partseg" and args.batch < 2:
         raise UserError("--batch 1: the transformer of dgcnn_partseg normalizes over clouds and needs at least 2")
 

@@ -51,6 +51,21 @@ def named(words: Sequence[str], flag: str, value: str) -> dict[str, str]:
     return found
 
 
+def enough_points(args: argparse.Namespace, *, flag: str = "points") -> None:
+    """Check that a cloud has at least as many points as ``--k`` neighbors.
+
+    Args:
+        args: flags, among them ``k``.
+        flag: name of the one that gives the points of a cloud.
+
+    Raises:
+        UserError: it has fewer.
+    """
+    points = getattr(args, flag)
+    if args.k > points:
+        raise UserError(f"--k {args.k} neighbors need at least as many points, not --{flag} {points}")
+
+
 def file_name(name: str) -> str:
     """Return the name of the files of what ``named`` read."""
     return name.replace(" ", "_")

@@ -31,13 +31,12 @@ import torch
 from scipy.spatial import KDTree
 from torch import Tensor
 
-from benchmarks.frame import Benchmark
+from benchmarks.frame import Benchmark, enough_points
 from benchmarks.measure import place_text, seconds_in_turn, text_table
 from benchmarks.reference.textbook import textbook_knn
 from models.ops.backend import VARIABLE
 from models.ops.knn import knn
 from utils.cli import positive_int, run
-from utils.errors import UserError
 
 TREE_WIDTH = 3
 
@@ -50,12 +49,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     g.add_argument("--widths", type=positive_int, nargs="+", default=[3, 64, 128], metavar="C", help="channels")
     g.add_argument("--k", type=positive_int, default=20, help="neighbors per point, itself included")
     g.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N")
-
-
-def check(args: argparse.Namespace) -> None:
-    """Raise UserError if there are fewer points than neighbors."""
-    if args.k > args.points:
-        raise UserError(f"--k {args.k} neighbors need at least as many points, not --points {args.points}")
 
 
 def by_cdist(points: Tensor, k: int) -> Tensor:
@@ -125,7 +118,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 QUICK = {"batch": 2, "points": 64, "k": 4, "repeats": 1}
-BENCHMARK = Benchmark("neighbours", __doc__, add_arguments, measure, table, repeats=5, quick=QUICK, check=check)
+BENCHMARK = Benchmark("neighbours", __doc__, add_arguments, measure, table, repeats=5, quick=QUICK, check=enough_points)
 main = BENCHMARK.main
 
 if __name__ == "__main__":

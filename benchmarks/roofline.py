@@ -34,6 +34,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from benchmarks.fake_gpu import DEVICE, Launch, Recorder, fake_gpu
+from benchmarks.frame import enough_points
 from benchmarks.measure import ALL_REDUCE_SECONDS, text_table
 from datasets.streams import SampleStreams
 from datasets.transforms import RenderAugmentation, pretraining_augmentation
@@ -370,6 +371,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = build_parser().parse_args(argv)
     if args.quick:
         vars(args).update(QUICK)
+    if args.model.startswith("dgcnn"):
+        enough_points(args, flag="num_points")
     stages = count_step(args)
     total = Cost()
     for cost in stages.costs.values():

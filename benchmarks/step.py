@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also run by path
 import torch
 from torch import nn
 
-from benchmarks.frame import Benchmark
+from benchmarks.frame import Benchmark, enough_points
 from benchmarks.measure import FORMULATIONS, compare, memory_of, place_text, ratio_text, seconds_in_turn, text_table
 from benchmarks.reference.textbook import TEXTBOOK_ENCODERS
 from datasets.streams import SampleStreams, Stream
@@ -37,6 +37,7 @@ from models import CrossNet, build_encoder
 from models.base import PointFeatures
 from models.image import IMAGE_ENCODERS
 from utils.cli import positive_int, run
+from utils.errors import UserError
 from utils.reproducible import deterministic
 
 EMBEDDING = 1024
@@ -62,6 +63,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     g = parser.add_argument_group("both")
     g.add_argument("--amp", choices=list(AMP_DTYPES), default="off", help="mixed precision")
     g.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise UserError if there are too few points or objects."""
+    for flag in ("points", "memory_points"):
+        enough_points(args, flag=flag)
+    if (least := min(args.batch, args.chunk_size, *args.batches)) < 2:
+        raise UserError(f"batches and chunks of {least} object leave no statistics for batch norm; use 2 or more")
 
 
 def training_step(
@@ -200,7 +209,9 @@ QUICK = {
     **{"batch": 2, "points": 64, "image_model": "resnet18", "image_size": 32, "repeats": 1, "batches": [2, 4]},
     **{"chunk_size": 2, "memory_points": 64, "memory_image_size": 32},
 }
-BENCHMARK = Benchmark("step", __doc__, add_arguments, measure, table, repeats=2, quick=QUICK, part=memory_of_step)
+BENCHMARK = Benchmark(
+    "step", __doc__, add_arguments, measure, table, repeats=2, quick=QUICK, check=check, part=memory_of_step
+)
 main = BENCHMARK.main
 
 if __name__ == "__main__":

@@ -32,6 +32,9 @@ from downstream.features import evaluating, extract_features
 from downstream.svm import RELEASED_C, linear_svm
 from models import build_encoder
 from utils.cli import positive_float, positive_int, run
+from utils.errors import UserError
+
+NEIGHBORS = 20  # of the encoder, by default
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +48,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     g.add_argument("--clouds", type=positive_int, default=64, metavar="N", help="clouds whose features are extracted")
     g.add_argument("--points", type=positive_int, default=1024, metavar="N", help="points per cloud")
     g.add_argument("--svm_repeats", type=positive_int, default=1, metavar="R", help="rounds of the SVM")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise UserError if there are too few classes or points."""
+    if args.classes < 2:
+        raise UserError("--classes 1 leaves nothing to tell apart; use 2 or more")
+    if args.points < NEIGHBORS:
+        raise UserError(f"--points {args.points}: the encoder's {NEIGHBORS} neighbors need at least as many points")
 
 
 def synthetic_features(
@@ -135,7 +146,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 QUICK = {"train": 120, "test": 60, "classes": 4, "dims": 32, "svm_repeats": 1, "clouds": 4, "points": 64, "repeats": 1}
-BENCHMARK = Benchmark("svm", __doc__, add_arguments, measure, table, quick=QUICK)
+BENCHMARK = Benchmark("svm", __doc__, add_arguments, measure, table, quick=QUICK, check=check)
 main = BENCHMARK.main
 
 if __name__ == "__main__":

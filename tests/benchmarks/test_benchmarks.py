@@ -26,6 +26,7 @@ from benchmarks import (
     neighbours,
     plan_hours,
     run_all,
+    step,
     svm,
 )
 from benchmarks.plan import Plan
@@ -138,8 +139,25 @@ def test_ways_to_neighbors_find_the_same(tmp_path, capsys):
         for part in ways.values():
             assert part["different"] < 0.02 and part["seconds_median"] > 0
     assert "4 neighbors of 2 x 64 points" in capsys.readouterr().out
-    with pytest.raises(UserError, match="--k 9 neighbors need at least as many points, not --points 8"):
-        neighbours.main(["--k", "9", "--points", "8"])
+
+
+@pytest.mark.parametrize(
+    ("module", "words", "message"),
+    [
+        (neighbours, "--k 9 --points 8", "--k 9 neighbors need at least as many points, not --points 8"),
+        (edgeconv, "--k 9 --points 8", "--k 9 neighbors need at least as many points, not --points 8"),
+        (edgeconv, "--model dgcnn_partseg --batch 1", "--batch 1: the transformer of dgcnn_partseg"),
+        (dynamic_edgeconv, "--points 8", "--k 20 neighbors need at least as many points, not --points 8"),
+        (step, "--points 8", "--k 20 neighbors need at least as many points, not --points 8"),
+        (step, "--memory_points 8", "--k 20 neighbors need at least as many points, not --memory_points 8"),
+        (step, "--batches 4 1", "of 1 object leave no statistics for batch norm"),
+        (svm, "--points 8", "--points 8: the encoder's 20 neighbors"),
+        (svm, "--classes 1", "--classes 1 leaves nothing to tell apart"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused_before_anything_is_measured(module, words, message):
+    with pytest.raises(UserError, match=message):
+        module.BENCHMARK.parse_args(words.split())
 
 
 def test_the_plain_way_uses_no_kernels_and_leaves_the_choice_as_it_was(monkeypatch):

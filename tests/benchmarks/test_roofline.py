@@ -10,6 +10,7 @@ from benchmarks.estimate import all_reduces_of_step
 from benchmarks.fake_gpu import DEVICE, Recorder, fake_gpu, fakes_gpus
 from models import CrossNet, build_encoder
 from train_crossnet_con import PretrainConfig, build_parser
+from utils.errors import UserError
 
 pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = pytest.mark.skipif(not fakes_gpus(), reason="PyTorch before 2.10 plays no GPU without a driver")
@@ -73,4 +74,6 @@ def test_bytes_of_an_operation():
 def test_unknown_flags_and_models_are_refused():
     with pytest.raises(SystemExit):
         roofline.main(["--model", "transformer"])
+    with pytest.raises(UserError, match="--k 20 neighbors need at least as many points, not --num_points 10"):
+        roofline.main(["--num_points", "10"])
     assert isinstance(roofline.build_parser(), argparse.ArgumentParser)
