@@ -6,7 +6,16 @@ features = encoder(clouds)  # (B, 3, N) -> pooled (B, D) and local (B, C, N)
 
 from __future__ import annotations
 
-import models as _models  # entries are the names without an underscore
+import sys as _sys  # entries are the names without an underscore
+from pathlib import Path as _Path
+
+# A notebook, or another repository of torch.hub, may have imported its own; imports of parts would then fail.
+for _name in ("models", "utils"):
+    _file = _Path(getattr(_sys.modules.get(_name), "__file__", None) or "/")
+    if _name in _sys.modules and not _file.resolve().is_relative_to(_Path(__file__).resolve().parent):
+        raise ImportError(f"another module {_name!r} is imported already ({_file}): load this encoder in a new process")
+
+import models as _models  # noqa: E402
 
 dependencies = ["numpy", "safetensors", "torch", "torchvision"]
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from threadpoolctl import threadpool_limits
 
 from benchmarks.measure import in_fresh_process, provenance
 from engine.device import resolve_device
@@ -116,7 +117,7 @@ class Benchmark:
             g.add_argument(
                 "--repeats", type=positive_int, default=self.repeats, metavar="R", help="timed rounds of each form"
             )
-        g.add_argument("--threads", type=positive_int, default=self.threads, metavar="T", help="CPU threads of PyTorch")
+        g.add_argument("--threads", type=positive_int, default=self.threads, metavar="T", help="CPU threads")
         g.add_argument("--seed", type=seed_number, default=1, metavar="S", help="seed of everything random")
         g.add_argument("--json", metavar="FILE", help="also write the result, with machine and versions, to FILE")
         parser.add_argument("--part", nargs="+", help=argparse.SUPPRESS)  # what ``fresh`` asks a process for
@@ -145,12 +146,13 @@ class Benchmark:
         device, before = resolve_device(getattr(args, "device", "cpu")), torch.get_num_threads()
         torch.set_num_threads(args.threads)
         try:
-            if args.part:
-                result = self.part(args, args.part)
-                print(json.dumps(result))
-                return result
-            about = provenance(device)
-            result = self.measure(args, device)
+            with threadpool_limits(args.threads, user_api="blas"):  # NumPy's; else they are as many as the cores
+                if args.part:
+                    result = self.part(args, args.part)
+                    print(json.dumps(result))
+                    return result
+                about = provenance(device)
+                result = self.measure(args, device)
         finally:
             torch.set_num_threads(before)
         settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}

@@ -3,6 +3,8 @@
 import json
 import logging
 import shutil
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +135,15 @@ def test_the_hub_builds_encoders_with_random_weights_too(weights):
     assert encoder.training and encoder.config() == {"k": 3, "emb_dims": 8}
     with pytest.raises(ValueError, match="dgcnn_cls: the weights fix k; give pretrained=False"):
         torch.hub.load(str(ROOT), "dgcnn_cls", source="local", k=3)
+
+
+@pytest.mark.parametrize("name", ["models", "utils"])
+def test_the_hub_names_a_module_of_another_project_that_is_in_the_way(name, monkeypatch):
+    other = types.ModuleType(name)
+    other.__file__ = f"/elsewhere/{name}.py"
+    monkeypatch.setitem(sys.modules, name, other)
+    with pytest.raises(ImportError, match=f"{name!r} is imported already .*/elsewhere/{name}.py.*: load this encoder"):
+        torch.hub.load(str(ROOT), "dgcnn_cls", source="local")
 
 
 def test_an_alias_of_the_released_scripts_loads_too(weights):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from threadpoolctl import threadpool_info, threadpool_limits
 from torch.autograd import DeviceType
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -118,6 +119,20 @@ def test_the_textbook_augments_each_view_by_itself(tmp_path):
     assert dropped.max() > 0.8 and abs(dropped.mean() - 0.4375) < 0.06
     write_pairs(tmp_path, 3, points=10, unpaired=1)
     assert len(TextbookPairs(tmp_path)) == 3
+
+
+def test_the_threads_asked_for_are_those_of_numpy_too(monkeypatch):
+    seen = []
+
+    def measure_svm(args):
+        seen.extend(pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(svm, "measure_svm", measure_svm)
+    before = threadpool_info()
+    with threadpool_limits(2, user_api="blas"), pytest.raises(KeyboardInterrupt):
+        svm.main(["--quick", "--threads", "1"])
+    assert set(seen) == {1} and threadpool_info() == before
 
 
 def test_svm_and_features_agree_with_the_textbook(tmp_path):
