@@ -20,6 +20,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from benchmarks.measure import in_fresh_process, provenance
+from downstream.figures import check_output_path
 from engine.device import resolve_device
 from utils.cli import HelpFormatter, positive_int, seed_number, write_json
 from utils.errors import UserError
@@ -127,12 +128,14 @@ class Benchmark:
         """Read the command line.
 
         Raises:
-            UserError: flags that do not fit together.
+            UserError: flags that do not fit together, or --json that cannot be written.
         """
         args = self.parser().parse_args(argv)
         args.argv = list(sys.argv[1:] if argv is None else argv)
         if vars(args).get("quick"):
             vars(args).update(self.quick)
+        if args.json:
+            check_output_path(args.json)
         self.check(args)
         return args
 

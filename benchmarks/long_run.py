@@ -28,6 +28,7 @@ import train_crossnet_con as pretraining
 from benchmarks.frame import Benchmark
 from benchmarks.reference.tiny_image_net import TinyImageNet
 from datasets.pair_sources import open_source
+from downstream.figures import PICTURE_TYPES, check_output_path
 from engine.task import Run
 from models.image import IMAGE_ENCODERS
 from utils.cli import positive_int, run
@@ -178,7 +179,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raise UserError on systems without /proc, or if there are too few samples for a line and its error."""
+    """Raise UserError without /proc, with too few samples for a line and its error, or if no picture can be written."""
+    if args.picture:
+        check_output_path(args.picture, PICTURE_TYPES)
     if math.ceil(args.steps / args.every) < LEAST_SAMPLES:
         raise UserError(
             f"--every {args.every} takes fewer than {LEAST_SAMPLES} samples in --steps {args.steps}; lower --every"

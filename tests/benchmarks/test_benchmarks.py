@@ -168,9 +168,10 @@ def test_ways_to_neighbors_find_the_same(tmp_path, capsys):
         (step, "--batches 4 1", "of 1 object leave no statistics for batch norm"),
         (svm, "--points 8", "--points 8: the encoder's 20 neighbors"),
         (svm, "--classes 1", "--classes 1 leaves nothing to tell apart"),
+        (svm, "--json /proc/none/svm.json", "cannot write"),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused_before_anything_is_measured(module, words, message):
+def test_what_does_not_fit_is_refused_before_anything_is_measured(module, words, message):
     with pytest.raises(UserError, match=message):
         module.BENCHMARK.parse_args(words.split())
 

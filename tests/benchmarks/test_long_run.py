@@ -41,6 +41,13 @@ def test_growth_is_the_slope_of_the_last_three_quarters():
     assert (found["first"], found["last"], found["most"]) == pytest.approx((56, 70, 70))
 
 
-def test_too_few_samples_are_told_before_the_run():
-    with pytest.raises(UserError, match="--every 20 takes fewer than 4 samples in --steps 60; lower --every"):
-        long_run.main(["--steps", "60", "--data_root", "nowhere"])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--steps 60", "--every 20 takes fewer than 4 samples in --steps 60; lower --every"),
+        ("--picture run.xyz", "run.xyz: the name must end in one of"),
+    ],
+)
+def test_what_cannot_be_measured_or_drawn_is_told_before_the_run(words, message):
+    with pytest.raises(UserError, match=message):
+        long_run.main([*words.split(), "--data_root", "nowhere"])
