@@ -41,8 +41,7 @@ from torch.nn.functional import cosine_similarity, interpolate
 
 from benchmarks import dry_run
 from benchmarks.measure import ROOT, memory_of, provenance, seconds_of
-from datasets.streams import SampleStreams, Stream
-from datasets.transforms import RenderAugmentation, pretraining_augmentation
+from datasets.transforms import PairAugmentation
 from engine.device import resolve_device
 from engine.grad_cache import backward_in_chunks
 from engine.optim import AMP_DTYPES, autocast, grad_scaler
@@ -471,19 +470,15 @@ def speed_step(device: torch.device, sizes: Sizes, *, amp: str) -> Callable[...,
     model.image_encoders.to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), fused=device.type == "cuda")
     scaler = grad_scaler(device, amp)
-    batch = sizes.speed_batch
-    clouds = torch.rand(batch, sizes.speed_points, 3, device=device)
-    pixels = torch.randint(256, (batch, 137, 137, 3), dtype=torch.uint8, device=device)
-    rendered = torch.tensor([[137, 137]] * batch)
-    index = torch.arange(batch, device=device)
-    of_clouds, of_images = pretraining_augmentation(sizes.speed_points), RenderAugmentation(sizes.speed_image_size)
-
-    def augmented() -> dict[str, Tensor]:
-        streams = SampleStreams(seed=1, epoch=0, index=index, purpose=Stream.AUGMENTATION)
-        views = {name: of_clouds(clouds, streams).mT for name in ("view1", "view2")}
-        streams = SampleStreams(seed=1, epoch=0, index=index, purpose=Stream.RENDERING)
-        images = of_images(pixels, rendered, streams)
-        return views | {name: x.contiguous(memory_format=torch.channels_last) for name, x in images.items()}
+    count, points = sizes.speed_batch, sizes.speed_points
+    batch = {
+        "index": torch.arange(count, device=device),
+        "points": torch.rand(count, points, 3, device=device),
+        "counts": torch.full((count,), points, device=device),
+        "pixels": torch.randint(256, (count, 137, 137, 3), dtype=torch.uint8, device=device),
+        "sizes": torch.tensor([[137, 137]] * count),
+    }
+    augmentation = PairAugmentation(num_points=points, image_size=sizes.speed_image_size, channels_last=True)
 
     def update() -> None:
         scaler.step(optimizer)
@@ -492,7 +487,7 @@ def speed_step(device: torch.device, sizes: Sizes, *, amp: str) -> Callable[...,
 
     @deterministic(False)  # as in a run: cuDNN searches for its fastest algorithms
     def step(stage: Callable[[str, Callable[[], Any]], Any] = lambda name, action: action()) -> None:
-        inputs = stage("augmentation", augmented)
+        inputs = stage("augmentation", lambda: augmentation(batch, epoch=0, device=device))
         with autocast(device, amp):
             points = stage("point encoder", lambda: model.project_points(inputs["view1"], inputs["view2"]))
             images = [

@@ -36,8 +36,7 @@ from torch.utils.flop_counter import flop_registry
 from benchmarks.fake_gpu import DEVICE, Launch, Recorder, fake_gpu
 from benchmarks.frame import enough_points
 from benchmarks.measure import ALL_REDUCE_SECONDS, text_table
-from datasets.streams import SampleStreams
-from datasets.transforms import RenderAugmentation, pretraining_augmentation
+from datasets.transforms import PairAugmentation
 from engine.optim import AMP_DTYPES, autocast, build_optimizer
 from models import ENCODERS, CrossNet, build_encoder, crossnet, dgcnn
 from models.image import IMAGE_ENCODERS
@@ -314,21 +313,24 @@ def training_step(args: argparse.Namespace, stages: Stages) -> Callable[[], None
     for net in model.image_encoders.values():
         net.forward = stages.staged("images", net.forward)
     optimizer = build_optimizer(model, argparse.Namespace(use_sgd=False, lr=1e-3, weight_decay=1e-5))
-    clouds, index = torch.empty(args.batch_size, args.num_points, 3), torch.arange(args.batch_size)
-    pixels = torch.empty(args.batch_size, RENDER_PIXELS, RENDER_PIXELS, 3, dtype=torch.uint8)
-    sides = [[RENDER_PIXELS, RENDER_PIXELS]] * args.batch_size
-    sizes = SimpleNamespace(tolist=lambda: sides)  # real numbers: the step is on fake tensors, which have none
-    of_points, of_images = pretraining_augmentation(None), RenderAugmentation(args.image_size, modality="both")
+    count = args.batch_size
+    sides = [[RENDER_PIXELS, RENDER_PIXELS]] * count
+    batch: dict[str, Any] = {
+        "index": torch.arange(count),
+        "points": torch.empty(count, args.num_points, 3),
+        "counts": torch.full((count,), args.num_points),
+        "pixels": torch.empty(count, RENDER_PIXELS, RENDER_PIXELS, 3, dtype=torch.uint8),
+        "sizes": SimpleNamespace(tolist=lambda: sides),  # real numbers: the step is on fake tensors, which have none
+    }
+    augmentation = PairAugmentation(
+        num_points=args.num_points, image_size=args.image_size, channels_last=args.channels_last
+    )
 
     def step() -> None:
         with stages.inside("augmentation"):
-            streams = [SampleStreams(seed=1, epoch=1, index=index, purpose=purpose) for purpose in (1, 2)]
-            images = of_images(pixels, sizes, streams[1])
-            if args.channels_last:
-                images = {name: x.contiguous(memory_format=torch.channels_last) for name, x in images.items()}
-            views = {name: of_points(clouds, streams[0]).mT for name in ("view1", "view2")}
+            inputs = augmentation(batch, epoch=1, device=DEVICE)
         with stages.inside("heads and loss"), autocast(DEVICE, args.amp):
-            loss = model(**views, **images).total
+            loss = model(**inputs).total
         loss.backward()
         with stages.inside("optimizer"):
             optimizer.step()

@@ -168,8 +168,8 @@ COMPARED = {
     ),
     ("step", "gpu_step"): (
         "whole pretraining step",
-        "whole pretraining step, {batch} x {points:,} points, two {image_model} at {image_size} px, amp {amp}, "
-        "{device}",
+        "whole pretraining step, ours with images in channels_last, {batch} x {points:,} points, two {image_model} at "
+        "{image_size} px, amp {amp}, {device}",
         "s",
     ),
     ("layer", "gpu_layer"): (
