@@ -36,6 +36,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 import train_crossnet_con as pretraining
 from benchmarks.emulated_gpu import EmulatedGpu, emulated_gpu
 from benchmarks.fake_gpu import load_kernels, set_device_guard
+from benchmarks.measure import DEMO
 from benchmarks.reference.tiny_image_net import TinyImageNet
 from datasets.shapenet_render import ShapeNetRender
 from datasets.transforms import RenderPixels
@@ -233,7 +234,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.dry_run", description=__doc__, formatter_class=HelpFormatter
     )
-    parser.add_argument("--data_root", default="data/demo", metavar="DIR", help="the demo set")
+    parser.add_argument("--data_root", default=str(DEMO), metavar="DIR", help="the demo set")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains this")
     parser.add_argument("--json", metavar="FILE", help="also write the outcomes to FILE")
     args = parser.parse_args(argv)

@@ -44,6 +44,7 @@ from models import build_encoder
 from models.ops import knn as knn_ops
 from utils.cli import positive_int, run
 from utils.errors import UserError
+from utils.reproducible import deterministic
 
 # Kinds of operations in a profile, by parts of their names, "^" the beginning of one; the first match counts.
 STAGES = {
@@ -106,6 +107,7 @@ def build(args: argparse.Namespace, formulation: str, device: torch.device) -> n
     return textbook.to(device)
 
 
+@deterministic(False)  # as in a run: cuDNN searches for its fastest convolutions, which the textbook form needs most
 def training_step(encoder: nn.Module, clouds: torch.Tensor) -> torch.Tensor:
     """Run forward and backward on a batch, (B, 3, N); return the pooled features, (B, D)."""
     encoder.zero_grad(set_to_none=True)

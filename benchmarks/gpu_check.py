@@ -40,7 +40,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, interpolate
 
 from benchmarks import dry_run
-from benchmarks.measure import ROOT, memory_of, provenance, seconds_of
+from benchmarks.measure import DEMO, ROOT, memory_of, provenance, seconds_of
 from datasets.transforms import PairAugmentation
 from engine.device import resolve_device
 from engine.grad_cache import backward_in_chunks
@@ -63,7 +63,6 @@ BOUNDS = {"off": (1e-3, 0.999), "bf16": (0.05, 0.7), "fp16": (0.02, 0.9)}
 # Gradients of these steps reach 1.3, so GradScaler's first scale of 65,536 overflows; a run lowers it in a few steps.
 FP16_SCALE = 1024.0
 SHAPENET_PAIRS, EPOCHS = 43_783, 100
-DEMO = ROOT / "data" / "demo"
 RUN_EPOCHS = 8  # of the run that is stopped after the first: a GPU must not reach the end before the signal
 
 

@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader, default_collate
 from torchvision.transforms import functional as F
 
 from benchmarks.frame import Benchmark
-from benchmarks.measure import compare, place_text, ratio_text, seconds_in_turn, seconds_of, text_table
+from benchmarks.measure import DEMO, compare, place_text, ratio_text, seconds_in_turn, seconds_of, text_table
 from benchmarks.reference.textbook_pairs import TextbookPairs, augment_cloud, read_cloud
 from datasets.pack import pack
 from datasets.pair_sources import FolderSource, PairSource, open_source
@@ -53,8 +53,6 @@ from datasets.transforms import (
 from datasets.untrusted import decode_image
 from utils.cli import non_negative_int, positive_int, run
 from utils.errors import UserError
-
-DEMO = Path(__file__).resolve().parents[1] / "data" / "demo"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

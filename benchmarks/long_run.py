@@ -26,6 +26,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also run by path
 import train_crossnet_con as pretraining
 from benchmarks.frame import Benchmark
+from benchmarks.measure import DEMO
 from benchmarks.reference.tiny_image_net import TinyImageNet
 from datasets.pair_sources import open_source
 from downstream.figures import PICTURE_TYPES, check_output_path
@@ -170,7 +171,7 @@ def measure(args: argparse.Namespace, _: torch.device) -> dict[str, Any]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the run."""
     g = parser.add_argument_group("the run")
-    g.add_argument("--data_root", default="data/demo", metavar="DIR", help="pairs to train on")
+    g.add_argument("--data_root", default=str(DEMO), metavar="DIR", help="pairs to train on")
     g.add_argument("--steps", type=positive_int, default=2000, metavar="N", help="train at least N steps")
     g.add_argument("--every", type=positive_int, default=20, metavar="N", help="steps between samples")
     g.add_argument("--workers", type=positive_int, default=2, metavar="W", help="data workers")

@@ -32,6 +32,7 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 ROOT = Path(__file__).resolve().parent.parent
+DEMO = ROOT / "data" / "demo"
 FORMULATIONS = ("ours", "textbook")
 # The smallest all-reduce between processes of one machine, assumed: NCCL on GPUs that NVLink connects, gloo on CPUs.
 ALL_REDUCE_SECONDS = {"cuda": 15e-6, "cpu": 300e-6}

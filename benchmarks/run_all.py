@@ -174,7 +174,8 @@ COMPARED = {
     ),
     ("layer", "gpu_layer"): (
         "one EdgeConv layer against torch_geometric",
-        "one EdgeConv layer against torch_geometric's {textbook_is}, {batch} x {points} points, {device}",
+        "one EdgeConv layer with its neighbor search against torch_geometric's {textbook_is}, {batch} x {points} "
+        "points, {device}",
         "s",
     ),
     ("loss", "gpu_loss"): ("NT-Xent against lightly's", "NT-Xent against lightly's, {batch} pairs, {device}", "ms"),

@@ -184,6 +184,18 @@ def test_the_plain_way_uses_no_kernels_and_leaves_the_choice_as_it_was(monkeypat
     assert seen == ["torch"] and os.environ["CROSSNET_KERNELS"] == "triton"
 
 
+def test_convolutions_of_both_forms_are_as_fast_as_cudnn_has_them():
+    seen = []
+
+    class Encoder(torch.nn.Linear):
+        def forward(self, x):
+            seen.append(torch.backends.cudnn.benchmark)
+            return super().forward(x), x
+
+    edgeconv.training_step(Encoder(3, 3), torch.zeros(1, 3))
+    assert seen == [True] and not torch.backends.cudnn.benchmark
+
+
 def test_synthetic_features_overlap():
     train_x, train_y, test_x, test_y = svm.synthetic_features(train=300, test=100, classes=5, dims=64)
     assert train_x.shape == (300, 64) and test_x.dtype == np.float32 and train_x.min() == 0
