@@ -266,14 +266,21 @@ def score_lines(runs: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return lines
 
 
+def percent_text(value: float) -> str:
+    """Format an extrapolated percentage, which may lie where none can be."""
+    return "over 100" if value > 100 else f"{value:.1f}"
+
+
 def fit_lines(runs: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Return a table of what the fitted curves give at ten times the steps, heading first."""
     lines = [("extrapolated, not measured", "score", "at steps", "a + b log(steps)", "saturating")]
     for name, found in runs.items():
         for score, curve in found["fits"].items():
-            low_high = "" if curve["log_interval"] is None else " [{:.1f}, {:.1f}]".format(*curve["log_interval"])
-            other = "-" if curve["power_value"] is None else f"{curve['power_value']:.1f}"
-            lines.append((name, score, f"{curve['at']:,}", f"{curve['log_value']:.1f}{low_high}", other))
+            line, interval = percent_text(curve["log_value"]), ""
+            if curve["log_interval"] is not None and curve["log_value"] <= 100:
+                interval = f" [{', '.join(map(percent_text, curve['log_interval']))}]"
+            other = "-" if curve["power_value"] is None else percent_text(curve["power_value"])
+            lines.append((name, score, f"{curve['at']:,}", line + interval, other))
     return lines
 
 
@@ -304,6 +311,8 @@ def draw(runs: Mapping[str, Any], path: Path) -> None:
                 if curve["power"]:
                     axis.plot(ahead, saturating(ahead, *curve["power"]), ":", color=f"C{number}", alpha=0.8)
         axis.set(title=score + (" (%)" if score in PERCENT else ""), xlabel="steps", xscale="log")
+        if score in PERCENT:
+            axis.set_ylim(top=min(100.0, axis.get_ylim()[1]))
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.minorticks_off()

@@ -60,8 +60,8 @@ def value_at(scores: Any, path: str) -> float | None:
 
 
 def mean_and_deviation(values: Sequence[float], *, digits: int = 1) -> str:
-    """Format mean and sample deviation over seeds; a single seed has no deviation."""
-    if len(values) == 1:
+    """Format mean and sample deviation over seeds; none for a single seed, or where all seeds give the same."""
+    if len(set(values)) == 1:
         return f"{values[0]:.{digits}f}"
     return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 

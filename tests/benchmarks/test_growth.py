@@ -1,6 +1,7 @@
 """Scores along a run, and the curves through them."""
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -70,6 +71,21 @@ def test_a_kept_checkpoint_holds_the_point_head_of_its_run(run_folder):
     save_checkpoint(run_folder.parent / "bare.pth", payload)
     with pytest.raises(CheckpointError, match="holds no point head"):
         encoder_and_point_head(run_folder.parent / "bare.pth")
+
+
+def test_an_extrapolation_past_100_percent_is_shown_as_such(tmp_path):
+    steps, values = [10, 100, 1000], [20.0, 50.0, 81.0]
+    fits = {"mAP": asdict(growth.fit(steps, values)), "1 label": asdict(growth.fit(steps, [1.0, 2.0, 3.0]))}
+    points = [{"step": step, "mAP": value} for step, value in zip(steps, values, strict=True)]
+    _, line, other = growth.fit_lines({"run": {"points": points, "fits": fits}})
+    assert line == ("run", "mAP", "10,000", "over 100", "-")
+    assert other == ("run", "1 label", "10,000", "4.0 [4.0, 4.0]", "-")
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("utils.pictures.save_figure", lambda figure, path, **kwargs: drawn.append(figure))
+        growth.draw({"run": {"points": points, "fits": fits}}, tmp_path / "a.png")
+    (axis,) = drawn[0].axes
+    assert axis.get_ylim()[1] == 100
 
 
 def test_curves_find_what_they_were_drawn_from():

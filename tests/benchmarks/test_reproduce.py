@@ -478,3 +478,4 @@ def test_flags_paths_and_spread_as_text():
     assert value_at(runs, "s.1.0") == 3.0
     assert value_at(runs, "runs.1.best") is None
     assert mean_and_deviation([1.0, 2.0, 3.0]) == "2.0 ± 1.0"
+    assert mean_and_deviation([2.0]) == mean_and_deviation([2.0, 2.0]) == "2.0"
