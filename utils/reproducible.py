@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import platform
 import random
 import subprocess
@@ -80,19 +81,22 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def git_commit(root: Path = ROOT) -> str:
-    """Return the code's commit at the first call, with ``-dirty`` if code changed; ``unknown`` without git.
+    """Return the code's commit at the first call, ``-dirty`` if code changed, ``unknown`` if git does not track it.
 
     Documents and records do not count: ``benchmarks.reproduce`` writes them between the rows that it runs.
     """
+    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}  # git before 2.15 refuses the flag, but ignores this
 
     def git(*words: str) -> str:
-        command = ["git", "--no-optional-locks", "-C", str(root), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        return subprocess.run(
+            ["git", *words], cwd=root, env=environment, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
 
     try:
-        written = [f":(exclude,top){name}" for name in ("docs", "results", "*.md")]
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", *written)
-        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
+        commit, _ = git("rev-parse", "HEAD", "HEAD:./").split()  # fails if the repository is another project's
+        written = [f":(exclude){name}" for name in ("docs", "results", "*.md")]
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *written)
+        return commit + ("-dirty" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 
