@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import argparse
 import math
+import multiprocessing
 import os
 import sys
 import tempfile
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +53,8 @@ QUANTITIES = {
 
 
 def children() -> list[int]:
-    """Return the ids of this process's running children."""
-    listed = Path(f"/proc/{os.getpid()}/task/{threading.get_native_id()}/children").read_text()
-    return [int(word) for word in listed.split()]
+    """Return the ids of this process's data workers; other children, such as a resource tracker, do not count."""
+    return [process.pid for process in multiprocessing.active_children() if process.pid is not None]
 
 
 def private_megabytes(process: int) -> float:
@@ -73,7 +72,7 @@ def open_files(process: int) -> int:
 
 
 def sample(step: int, folder: Path) -> dict[str, float]:
-    """Sample this process, its children and its files."""
+    """Sample this process, its data workers and its files."""
     workers = children()
     return {
         "step": step,

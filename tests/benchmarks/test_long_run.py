@@ -2,6 +2,7 @@
 
 import json
 import sys
+from multiprocessing import resource_tracker
 
 import pytest
 
@@ -18,6 +19,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, wh
 def test_the_run_is_sampled_and_its_growth_is_measured(tmp_path, small_runs, capsys):
     write_pairs(tmp_path / "data", 12, points=64)
     network = IMAGE_ENCODERS["resnet18"]
+    resource_tracker.ensure_running()  # a child that is not a data worker; spawning processes leaves it behind
     words = ["--data_root", tmp_path / "data", "--steps", 5, "--every", 1, "--workers", 1, "--save_every", 2]
     words += ["--picture", tmp_path / "run.png", "--json", tmp_path / "run.json"]
     result = long_run.main([str(word) for word in words])
