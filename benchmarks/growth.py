@@ -326,9 +326,11 @@ def draw(runs: Mapping[str, Any], path: Path) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Fail before the scores are computed if the picture cannot be drawn."""
+    """Raise UserError if the picture cannot be drawn or there are too few pairs."""
     if args.picture:
         check_output_path(args.picture, PICTURE_TYPES)
+    if args.pairs and (count := min(args.pairs_count, len(open_source(args.pairs).ids))) < 2:
+        raise UserError(f"--pairs {args.pairs} --pairs_count {args.pairs_count}: {count} pairs; scores need 2 or more")
 
 
 BENCHMARK = Benchmark("growth", __doc__, add_arguments, measure, table, repeats=None, threads=1, check=check)

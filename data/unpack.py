@@ -389,6 +389,8 @@ def unpack(
         UserError: another process unpacks an archive of this name there.
     """
     archive, data_root = Path(archive), Path(data_root)
+    with _damage_named(archive):
+        archive.stat()  # now: the lock makes folders
     with locked(data_root / STAGING / archive.name):
         return _unpack(archive, data_root, expect=expect, md5=md5)
 

@@ -54,6 +54,8 @@ def test_checkpoints_are_scored_once_drawn_and_extrapolated(run_folder, data_roo
         args = growth.BENCHMARK.parse_args([*pairs, "--pairs_count", str(count)])
         views = growth.Scorer(args, torch.device("cpu")).held_out_views({"arguments": {"data_root": "elsewhere"}})
         assert [batch["view1"].shape for batch in views] == [(used, 3, 24)]
+    with pytest.raises(UserError, match="--pairs_count 1: 1 pairs; scores need 2 or more"):
+        growth.main([*pairs, "--pairs_count", "1"])
     with pytest.raises(UserError, match="has neither step_<n>.pth nor last.pth; train with --keep_every"):
         growth.main([*argv, "--run", f"other={tmp_path}"])
     with pytest.raises(UserError, match="--run 'tiny=.*there is another NAME like this"):

@@ -237,7 +237,8 @@ def test_what_is_no_archive_is_said(tmp_path):
     with pytest.raises(DataError, match="truncated or damaged"):
         unpack(tmp_path / "gz", tmp_path / "root")
     with pytest.raises(DataError, match="is missing"):
-        unpack(tmp_path / "nothing", tmp_path / "root")
+        unpack(tmp_path / "nothing", tmp_path / "mistyped")
+    assert not (tmp_path / "mistyped").exists()
 
 
 def test_the_expected_set_must_be_there(tmp_path):
