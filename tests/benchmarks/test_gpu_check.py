@@ -13,6 +13,7 @@ import torch
 from benchmarks import dry_run, gpu_check, run_all
 from benchmarks.gpu_check import FAIL, NOT_APPLICABLE, NOT_RUN, PASS, SMALL, Report, Row
 from models.image import IMAGE_ENCODERS
+from tests.support.paths import ROOT
 from utils.cli import run
 from utils.errors import UserError
 
@@ -40,7 +41,7 @@ for action in (measure.resident_megabytes, lambda: gpu_check.main(["--dry", "--o
     except UserError as error:
         print(error)
 """
-    done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", words], cwd=ROOT, capture_output=True, text=True, check=True)
     memory, kernels = done.stdout.splitlines()
     assert "Linux and macOS only; use --device cuda" in memory and "pip install triton" in kernels
 

@@ -20,7 +20,6 @@ from utils.locks import locked
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="needs POSIX locks")
 HOLD = """
 import sys
-import zipfile
 sys.path.insert(0, sys.argv[1])
 from utils.locks import locked
 with locked(sys.argv[2]):
