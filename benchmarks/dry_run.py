@@ -224,6 +224,18 @@ def outcomes(chosen: Sequence[Case], root: Path) -> Iterator[tuple[Case, str, fl
             yield case, problem, time.perf_counter() - start
 
 
+@contextlib.contextmanager
+def errors_only() -> Iterator[None]:
+    """Log errors alone in the block: every case would say again what training says once."""
+    logger = logging.getLogger("crossnet")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run all cases; returns the outcome of each.
 
@@ -238,16 +250,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains this")
     parser.add_argument("--json", metavar="FILE", help="also write the outcomes to FILE")
     args = parser.parse_args(argv)
-    logging.getLogger("crossnet").setLevel(logging.ERROR)
     chosen = [case for case in cases() if args.only in str(case)]
     if not chosen:
         raise UserError(f"no case has --only {args.only!r} in its name; one is called {str(cases()[0])!r}")
     found: dict[str, str] = {}
     start = time.perf_counter()
-    for case, problem, _ in outcomes(chosen, Path(args.data_root)):
-        found[str(case)] = problem
-        if problem:
-            print(f"FAIL  {case}: {problem}", flush=True)
+    with errors_only():
+        for case, problem, _ in outcomes(chosen, Path(args.data_root)):
+            found[str(case)] = problem
+            if problem:
+                print(f"FAIL  {case}: {problem}", flush=True)
     counts, bad = Counter(case.row for case in chosen), Counter(case.row for case in chosen if found[str(case)])
     for row, count in counts.items():
         print(f"{row:40s} {count - bad[row]:3d} of {count} pass")

@@ -1,5 +1,6 @@
 """What can be seen of `make gpu` without a GPU: its end there, its checks on the CPU, its page."""
 
+import functools
 import json
 import logging
 import signal
@@ -44,6 +45,19 @@ for action in (measure.resident_megabytes, lambda: gpu_check.main(["--dry", "--o
     done = subprocess.run([sys.executable, "-c", words], cwd=ROOT, capture_output=True, text=True, check=True)
     memory, kernels = done.stdout.splitlines()
     assert "Linux and macOS only; use --device cuda" in memory and "pip install triton" in kernels
+
+
+def test_a_dry_run_is_quiet_and_leaves_loggers_as_they_were(monkeypatch):
+    project, levels = logging.getLogger("crossnet"), []
+
+    def outcomes(chosen, root):
+        levels.append(project.level)
+        yield chosen[0], "", []
+
+    before = project.level
+    monkeypatch.setattr(dry_run, "outcomes", outcomes)
+    assert dry_run.main(["--only", str(dry_run.cases()[0])])
+    assert levels == [logging.ERROR] and project.level == before
 
 
 def test_a_dry_run_of_nothing_does_not_pass():
@@ -156,7 +170,12 @@ def test_a_report_that_could_not_be_written_ends_before_the_checks(tmp_path, mon
         gpu_check.main(["--only", "environment", "--output_dir", str(tmp_path / "file" / "gpu")])
 
 
-def test_a_fallback_to_slower_operations_fails_the_check_in_which_it_happens(report):
+@pytest.mark.parametrize("level", [logging.NOTSET, logging.ERROR])
+def test_a_fallback_to_slower_operations_fails_the_check_in_which_it_happens(report, level, request):
+    project = logging.getLogger("crossnet")
+    request.addfinalizer(functools.partial(project.setLevel, project.level))
+    project.setLevel(level)
+
     def falls_back():
         logging.getLogger("crossnet.kernels").warning("using PyTorch operations: no compiler here")
         return "fine"

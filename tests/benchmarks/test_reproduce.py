@@ -147,7 +147,7 @@ def test_a_row_runs_once_a_seed_is_recorded_and_fills_the_page(project, tmp_path
     assert record["seed"] == 2 and record["git_commit"] and record["machine"]["cores"]
     assert "--seed 2" in record["commands"][0]
     page = (tmp_path / "docs/results.md").read_text()
-    assert "| can run | 91.5 ± 0.7 | 40.0 ± 0.0 | not run | 1, 2 | 91.5 (somebody) |" in page
+    assert "| can run | 91.5 ± 0.7 | 40.0 | not run | 1, 2 | 91.5 (somebody) |" in page
     assert "| cannot run | not run | not run | not run | - | not available |" in page
     first = json.loads((tmp_path / "results/runs/seed_1/row.json").read_text())["commands"][0]
     assert f"`runs`, seed 1:\n\n```\n{first}\n" in page
