@@ -332,8 +332,14 @@ def _identify_copy(
 
 
 def peek(path: Path) -> str | None:
-    """Identify the data set of an archive by its first bytes, truncated anywhere; return None if unclear."""
+    """Identify the data set of an archive by its first bytes, truncated anywhere; return None if unclear.
+
+    Raises:
+        DataError: there is no such file.
+    """
     folders: dict[tuple[str, ...], list[str]] = {}
+    with _damage_named(path):
+        path.stat()
     try:
         for member in archive_members(path):
             if member.content is None:

@@ -114,6 +114,8 @@ def test_several_sets_in_one_archive_and_files_of_none(tmp_path):
     assert report == {"sets": {"modelnet40": 2, "scanobjectnn": 2}, "kept": 0, "left_out": 2}
     assert not (tmp_path / "root" / "README.txt").exists()
     assert peek(archive) is None
+    with pytest.raises(DataError, match="gone.zip is missing"):
+        peek(tmp_path / "gone.zip")
 
 
 def link(name, kind):
