@@ -11,16 +11,21 @@ from typing import Any
 
 from benchmarks.measure import markdown_table
 from benchmarks.plan import Plan, Row, Table
-from benchmarks.spread import Difference, difference
+from benchmarks.spread import Difference, difference, differences_to_base
 from utils.cli import read_json
 from utils.errors import UserError
 from utils.files import replacing
 from utils.reproducible import commit_of
 
+SPREAD_NOTE = "~ marks a difference **within the spread**: the interval contains 0, so it supports no claim."
 INTERVAL_NOTE = (
     "Interval: 95 %, Student's t; paired over the seeds that both rows have, which share data order and drawn labels, "
-    "or Welch's where they share fewer than two. ~ marks a difference **within the spread**: the interval contains 0, "
-    "so it supports no claim."
+    f"or Welch's where they share fewer than two. {SPREAD_NOTE}"
+)
+EFFECT_NOTE = (
+    "Interval: 95 % for all variants of a column at once (Bonferroni), Student's t of an analysis of variance by "
+    "variant and seed: seeds share data order and drawn labels, and the variance of what neither explains is pooled "
+    f"over the variants. {SPREAD_NOTE}"
 )
 WITHIN, BEYOND = "#8c8c8c", "#b5482a"
 
@@ -94,6 +99,13 @@ class Records:
         """Compare a row with one that it names; None without two seeds of both."""
         return difference(self.values(row, path), self.values(self.rows[other], path))
 
+    def effects(self, rows: Sequence[Row], path: str) -> dict[str, Difference]:
+        """Compare the variants among rows with their base, by name; those without an interval are left out."""
+        scores = {row.name: self.values(row, path) for row in rows}
+        base = next(row.name for row in rows if not row.against)
+        found = differences_to_base(scores, base)
+        return {name: effect for name, effect in found.items() if effect is not None}
+
 
 def commits_and_machines(records: Sequence[Mapping[str, Any]]) -> str:
     """Return the commits and machines of records."""
@@ -166,6 +178,7 @@ def effect_table(records: Records, table: Table, rows: Sequence[Row], page: Path
     """
     lines = [["factor", "variant", *table.columns, "seeds"]]
     not_run: dict[str, list[str]] = {}
+    effects = {column: records.effects(rows, path) for column, path in table.columns.items()}
     for row in rows:
         found = records.of(row)
         if not found:
@@ -179,14 +192,14 @@ def effect_table(records: Records, table: Table, rows: Sequence[Row], page: Path
             elif not row.against:
                 cells.append(f"**{mean_and_deviation(values, digits=digits)}**")
             else:
-                effect = records.difference(row, row.against[0], path)
+                effect = effects[column].get(row.name)
                 cells.append(effect.text(digits) if effect else f"{statistics.mean(values):.{digits}f} (no interval)")
         lines.append([row.factor, f"[{row.label}](../results/{row.name})", *cells, seeds_of(found)])
-    columns = table.columns.values()
-    shown = [row for row in rows if row.against and any(records.difference(row, row.against[0], c) for c in columns)]
+    shown = [row for row in rows if any(row.name in found for found in effects.values())]
     picture = []
     if shown and table.picture:
-        draw_effects(records, table, shown, page.with_name(table.picture))
+        drawn = {column: effects[column] for column in table.pictured or table.columns}
+        draw_effects(drawn, shown, page.with_name(table.picture))
         picture = [f"![differences to the base over seeds]({table.picture})", ""]
     first = next((records.of(row)[0]["commands"] for row in rows if not row.against and records.of(row)), [])
     blocks = ["```", *first, "```", ""] if first else []
@@ -195,7 +208,7 @@ def effect_table(records: Records, table: Table, rows: Sequence[Row], page: Path
     missing = [f"- {factor}: {'; '.join(labels)}" for factor, labels in not_run.items()]
     if missing:
         missing = ["Not run:", "", *missing, ""]
-    return [markdown_table(lines), "", INTERVAL_NOTE, "", *picture, *missing, *blocks]
+    return [markdown_table(lines), "", EFFECT_NOTE, "", *picture, *missing, *blocks]
 
 
 def growth_table(records: Records, table: Table, rows: Sequence[Row], page: Path) -> list[str]:
@@ -224,20 +237,24 @@ def growth_table(records: Records, table: Table, rows: Sequence[Row], page: Path
     ]
 
 
-def draw_effects(records: Records, table: Table, rows: Sequence[Row], path: Path) -> None:
+def draw_effects(effects: Mapping[str, Mapping[str, Difference]], rows: Sequence[Row], path: Path) -> None:
     """Draw differences to the base: a dot for each seed, mean and interval for each variant, a panel for each column.
 
-    The axes end near the farthest dot: with two seeds intervals are far wider, and are cut there.
+    The axes end near the farthest dot: with two seeds intervals are wider, and may be cut there.
+
+    Args:
+        effects: differences by column and row.
+        rows: variants, from top to bottom.
+        path: of the picture.
     """
     from utils.pictures import Figure, save_figure
 
-    columns = table.pictured or list(table.columns)
-    figure = Figure(figsize=(3.2 + 2.9 * len(columns), 1.2 + 0.24 * len(rows)), layout="constrained")
-    panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
-    for axis, column in zip(panels, columns, strict=True):
+    figure = Figure(figsize=(3.2 + 2.9 * len(effects), 1.2 + 0.24 * len(rows)), layout="constrained")
+    panels = figure.subplots(1, len(effects), sharey=True, squeeze=False)[0]
+    for axis, (column, found) in zip(panels, effects.items(), strict=True):
         reach = 0.0
         for place, row in enumerate(rows):
-            effect = records.difference(row, row.against[0], table.columns[column])
+            effect = found.get(row.name)
             if effect is None:
                 continue
             color = WITHIN if effect.within_spread else BEYOND

@@ -1,4 +1,4 @@
-"""Differences between two settings over seeds, with 95 % intervals of Student's t."""
+"""Differences between settings over seeds, with 95 % intervals of Student's t: of two, or of variants to one base."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 from scipy import stats
 
 LEVEL = 0.95
@@ -62,3 +63,49 @@ def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Differ
     mean = statistics.mean(each) if each else statistics.mean(ours.values()) - statistics.mean(theirs.values())
     half = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * error
     return Difference(mean, mean - half, mean + half, tuple(each))
+
+
+def differences_to_base(scores: Mapping[str, Mapping[int, float]], base: str) -> dict[str, Difference | None]:
+    """Compare many settings with one base by the scores of their seeds; an interval needs two seeds of few settings.
+
+    The model is the analysis of variance of a block design, score = setting + seed + residual: seeds are blocks because
+    they share data order and drawn labels. The variance of the residuals is pooled over all settings, which is what
+    makes two seeds of each enough; it is assumed to be the same for all. Intervals hold for all settings at once with
+    95 % (Bonferroni). For a single setting they are those of the paired t-test.
+
+    Args:
+        scores: value of every seed, by setting.
+        base: the setting that the others are compared with.
+
+    Returns:
+        The difference of each other setting that has scores; None where the seeds allow no interval.
+    """
+    settings = [base, *(name for name, values in scores.items() if values and name != base)]
+    seeds = sorted({seed for name in settings for seed in scores[name]})
+    points = [(setting, seed) for setting in settings for seed in scores[setting]]
+    values = np.array([scores[setting][seed] for setting, seed in points])
+    # One column for each setting and one for each seed: redundant, which the pseudoinverse copes with.
+    design = np.array(
+        [[*(s == setting for s in settings), *(s == seed for s in seeds)] for setting, seed in points], float
+    )
+    inverse = np.linalg.pinv(design)
+    estimate = inverse @ values
+    freedom = len(values) - np.linalg.matrix_rank(design)
+    found: dict[str, Difference | None] = {}
+    for place, name in enumerate(settings[1:], start=1):
+        contrast = np.zeros(design.shape[1])
+        contrast[[place, 0]] = 1, -1
+        if freedom < 1 or not np.allclose(contrast @ inverse @ design, contrast):  # no seed links them
+            found[name] = None
+            continue
+        variance = ((values - design @ estimate) ** 2).sum() / freedom
+        error = (variance * ((contrast @ inverse) ** 2).sum()) ** 0.5
+        mean, half = (
+            round(float(value), 9) + 0.0  # no -0.0; residuals that are 0 but for rounding make no claim
+            for value in (contrast @ estimate, stats.t.isf((1 - LEVEL) / 2 / (len(settings) - 1), freedom) * error)
+        )
+        each = tuple(
+            scores[name][seed] - scores[base][seed] for seed in seeds if seed in scores[name] and seed in scores[base]
+        )
+        found[name] = Difference(mean, mean - half, mean + half, each)
+    return found

@@ -47,9 +47,9 @@ def explain(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, RuntimeError) and re.search(OUT_OF_MEMORY, str(error)):
         words = ". ".join(str(error).strip().splitlines()[0].split(". ")[:3])
         return (
-            f"error: not enough memory ({words}): of what --help lists, use a smaller --batch_size (--test_batch_size in "
-            "tests) or --num_points, or --amp bf16; in pretraining --chunk_size keeps the loss of the whole batch. "
-            "A run that was trained for a while continues with --resume",
+            f"error: not enough memory ({words}): of what --help lists, use a smaller --batch_size or "
+            "--num_points (in tests --test_batch_size), or --amp bf16; in pretraining --chunk_size keeps the loss of "
+            "the whole batch. A run that was trained for a while continues with --resume",
             EXIT_USER_ERROR,
         )
     return None
