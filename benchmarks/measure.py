@@ -39,7 +39,10 @@ ALL_REDUCE_SECONDS = {"cuda": 15e-6, "cpu": 300e-6}
 
 
 def machine(device: torch.device | None = None) -> dict[str, Any]:
-    """Return the names of the processor and the GPU, the cores for this process, and how busy the machine was."""
+    """Return the names of the processor and the GPU, the cores for this process, and how busy the machine was.
+
+    ``instructions`` are the vector instructions that PyTorch uses: with others, sums are rounded differently.
+    """
     cpu = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -49,10 +52,17 @@ def machine(device: torch.device | None = None) -> dict[str, Any]:
     on_gpu = device is not None and device.type == "cuda"
     return {
         "cpu": cpu,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": available_cores(),
         "gpu": torch.cuda.get_device_name(device) if on_gpu else None,
         "load_average_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,  # Windows
     }
+
+
+def machine_name(about: Mapping[str, Any]) -> str:
+    """Return the GPU, or the processor with its vector instructions where they were recorded."""
+    instructions = f" ({about['instructions']})" if about.get("instructions") else ""
+    return about["gpu"] or f"{about['cpu']}{instructions}"
 
 
 def provenance(device: torch.device | None = None) -> dict[str, Any]:

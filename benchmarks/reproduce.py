@@ -34,13 +34,14 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also run by path
-from benchmarks.measure import ROOT, provenance
+from benchmarks.measure import ROOT, machine_name, provenance
 from benchmarks.plan import PLAN, Plan, Row
 from benchmarks.result_pages import recorded_scores, value_at, write_page
 from models.pretrained import pretrained_index
 from utils.cli import HelpFormatter, check_writable, read_json, run, seed_number, write_json
 from utils.errors import UserError
 from utils.files import sha256
+from utils.reproducible import commit_of
 
 PRETRAINING_SCRIPT = "train_crossnet_con.py"
 # Scripts that train keep a run folder and resume; the others only score.
@@ -251,7 +252,20 @@ def check_row(row: Row, seed: int, *, recorded: Runner, again: Runner, tolerance
         same = old == new or (old is not None and new is not None and abs(old - new) <= tolerance)
         agree &= same
         print(f"{row.name}, seed {seed}, {column}: recorded {old}, now {new}: {'agrees' if same else 'DIFFERS'}")
+    if not agree:
+        changes = changed(read_json(folder / "row.json"), read_json(again.record_folder(row, seed) / "row.json"))
+        print(f"{row.name}, seed {seed}: {'; '.join(changes) or 'commit, machine and versions are those recorded'}")
     return agree
+
+
+def changed(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return what two records of a seed were not made with alike, which may explain other scores."""
+
+    def about(record: Mapping[str, Any]) -> dict[str, str]:
+        return {"commit": commit_of(record), "machine": machine_name(record["machine"]), **record["versions"]}
+
+    old, new = about(recorded), about(now)
+    return [f"{name} {old.get(name)} -> {new.get(name)}" for name in {**old, **new} if old.get(name) != new.get(name)]
 
 
 def chosen_rows(plan: Plan, patterns: Sequence[str]) -> list[Row]:

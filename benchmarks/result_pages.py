@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import markdown_table
+from benchmarks.measure import machine_name, markdown_table
 from benchmarks.plan import Plan, Row, Table
 from benchmarks.spread import Difference, difference, differences_to_base
 from utils.cli import read_json
@@ -110,7 +110,7 @@ class Records:
 def commits_and_machines(records: Sequence[Mapping[str, Any]]) -> str:
     """Return the commits and machines of records."""
     commits = sorted({commit_of(record)[:7] for record in records})
-    machines = sorted({record["machine"]["gpu"] or record["machine"]["cpu"] for record in records})
+    machines = sorted({machine_name(record["machine"]) for record in records})
     return f"{', '.join(commits)}, {', '.join(machines)}"
 
 

@@ -170,7 +170,16 @@ def test_check_runs_again_and_compares_with_what_is_recorded(project, tmp_path, 
     monkeypatch.setattr(sys, "argv", ["reproduce", *project, "--rows", "runs", "--check", "--seeds", "1"])
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(reproduce.__file__, run_name="__main__")
-    assert stop.value.code == 1 and "all labels: recorded 91.0, now" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert stop.value.code == 1 and "all labels: recorded 91.0, now" in shown
+    assert "runs, seed 1: commit, machine and versions are those recorded" in shown
+    row = tmp_path / "results/runs/seed_1/row.json"
+    record = json.loads(row.read_text())
+    record["machine"] |= {"cpu": "A processor", "instructions": "AVX512"}
+    row.write_text(json.dumps({**record, "versions": {**record["versions"], "torch": "2.4.0"}}))
+    reproduce.main([*project, "--rows", "runs", "--check", "--seeds", "1"])
+    found = re.search(r"runs, seed 1: machine A processor \(AVX512\) -> .+; torch 2.4.0 -> .+", capsys.readouterr().out)
+    assert found and "commit" not in found[0]
     near = ["--rows", "runs", "--check", "--seeds", "1", "--tolerance", "10"]
     assert reproduce.main([*project, *near])["runs"]["agrees"] is True
     assert (tmp_path / "results/runs/seed_1/scores.json").read_bytes() == before
