@@ -100,10 +100,11 @@ class Records:
         return difference(self.values(row, path), self.values(self.rows[other], path))
 
     def effects(self, rows: Sequence[Row], path: str) -> dict[str, Difference]:
-        """Compare the variants among rows with their base, by name; those without an interval are left out."""
-        scores = {row.name: self.values(row, path) for row in rows}
-        base = next(row.name for row in rows if not row.against)
-        found = differences_to_base(scores, base)
+        """Compare the variants among rows with their bases, by name; those without an interval are left out."""
+        found: dict[str, Difference | None] = {}
+        for base in dict.fromkeys(row.against[0] for row in rows if row.against):
+            scores = {row.name: self.values(row, path) for row in rows if base in row.against[:1]}
+            found |= differences_to_base({base: self.values(self.rows[base], path), **scores}, base)
         return {name: effect for name, effect in found.items() if effect is not None}
 
 
