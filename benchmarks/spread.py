@@ -66,12 +66,12 @@ def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Differ
 
 
 def differences_to_base(scores: Mapping[str, Mapping[int, float]], base: str) -> dict[str, Difference | None]:
-    """Compare many settings with one base by the scores of their seeds; an interval needs two seeds of few settings.
+    """Compare settings with one base by the scores of their seeds.
 
-    The model is the analysis of variance of a block design, score = setting + seed + residual: seeds are blocks because
-    they share data order and drawn labels. The variance of the residuals is pooled over all settings, which is what
-    makes two seeds of each enough; it is assumed to be the same for all. Intervals hold for all settings at once with
-    95 % (Bonferroni). For a single setting they are those of the paired t-test.
+    The model is the analysis of variance of a randomized block design, score = setting + seed + residual: seeds are
+    blocks because they share data order and drawn labels. The variance of the residuals is pooled over all settings,
+    so that two seeds of each are enough; it is assumed to be the same for all. The intervals hold for all settings at
+    once with 95 % (Bonferroni). For a single setting they are those of the paired t-test.
 
     Args:
         scores: value of every seed, by setting.
