@@ -108,6 +108,19 @@ def test_every_command_of_the_plan_is_one_that_its_script_takes(path, quick, tmp
             assert not quick or args.data_root.startswith(("data/demo", "runs/reproduce/quick/"))
 
 
+def test_the_data_of_a_quick_run_can_be_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(reproduce.ROOT)
+    scripts = {"data/make_shapes.py": make_shapes, "datasets/pack.py": pack}
+    roots = Plan.read(PLAN, {}).quick["roots"] | {name: str(tmp_path / name) for name in ("generated", "mixed")}
+    plan = Plan.read(PLAN, roots)
+    runner = Runner(plan, work=tmp_path, results=tmp_path, quick=plan.quick["flags"])
+    commands = {path: words for row in plan.rows for path, words in runner.making(row).items()}
+    assert {path.parent.name for path in commands} == {"generated", "mixed"}
+    for path, (_, script, *words) in commands.items():
+        scripts[script].main(words)
+        assert path.exists()
+
+
 def test_a_packed_file_may_be_the_root_of_pairs(tmp_path):
     path = PLAN.with_name("ablations.toml")
     packed = tmp_path / "pairs.h5"
