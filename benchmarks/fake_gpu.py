@@ -38,7 +38,7 @@ def set_device_guard() -> None:
     """Set the guard of CUDA devices that autograd and fake tensors ask for; without a driver, one that does nothing.
 
     Raises:
-        UserError: PyTorch is older than 2.10, and there is no driver.
+        UserError: PyTorch is older than 2.10 and the machine has no driver.
     """
     if not fakes_gpus():
         raise UserError(
@@ -110,7 +110,7 @@ def fake_gpu(recorder: Recorder, *, ranks: int = 1) -> Iterator[None]:
         ranks: processes of which this one pretends to be the first.
 
     Raises:
-        UserError: PyTorch is older than 2.10, and there is no driver; or Triton is missing.
+        UserError: PyTorch is older than 2.10 and the machine has no driver, or Triton is missing.
     """
     library = torch.library.Library("aten", "IMPL")
     for name, shape in SHAPES.items():

@@ -90,7 +90,7 @@ def recorded(
         The commands that trained a checkpoint, None for a row that scores weights; and the scores over seeds.
 
     Raises:
-        UserError: there is no such row, or none of its records is of the checkpoint or the weights.
+        UserError: the plan lacks the row, or none of its records scores the checkpoint or the weights.
     """
     records = Records(plan, results)
     row = records.rows.get(name)
