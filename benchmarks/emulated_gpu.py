@@ -67,7 +67,7 @@ class GpuTensor(Tensor):
         """Refuse an operation outside of ``emulated_gpu``."""
         if func is aten._has_compatible_shallow_copy_type.default:  # of ``x.data = y``
             return True
-        raise RuntimeError(f"{func} of a tensor whose emulated GPU has been removed")
+        raise RuntimeError(f"{func} of a tensor of an emulated GPU, which is no longer there")
 
     def __repr__(self) -> str:
         """Shape and dtype."""
