@@ -67,7 +67,7 @@ class GpuTensor(Tensor):
         """Refuse an operation outside of ``emulated_gpu``."""
         if func is aten._has_compatible_shallow_copy_type.default:  # of ``x.data = y``
             return True
-        raise RuntimeError(f"{func} of a tensor of an emulated GPU, which is no longer there")
+        raise RuntimeError(f"{func} of a tensor of an emulated GPU that has been closed")
 
     def __repr__(self) -> str:
         """Shape and dtype."""
@@ -89,12 +89,12 @@ def to_host(x: Any) -> Any:
     return x.values.clone() if isinstance(x, GpuTensor) else x
 
 
-def _mapped(function: Callable[[Any], Any], tree: Any) -> Any:
+def _map_tree(function: Callable[[Any], Any], tree: Any) -> Any:
     """Apply ``function`` to everything in nested tuples, lists and dicts, much faster than PyTorch's pytree."""
     if isinstance(tree, (tuple, list)):
-        return type(tree)([_mapped(function, x) for x in tree])
+        return type(tree)([_map_tree(function, x) for x in tree])
     if isinstance(tree, dict):
-        return type(tree)((key, _mapped(function, x)) for key, x in tree.items())
+        return type(tree)((key, _map_tree(function, x)) for key, x in tree.items())
     return function(tree)
 
 
@@ -118,7 +118,7 @@ def _frames() -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-def _place() -> str:
+def _running_line() -> str:
     """File and line of the project's code that is running."""
     for frame in _frames():
         path = Path(frame.f_code.co_filename)
@@ -160,7 +160,7 @@ class EmulatedGpu(TorchDispatchMode):
         if not by_rows and {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags):
             self.wait(f"{func} needs values")
         if name in SHAPES and not torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CPU"):
-            return _mapped(lambda x: GpuTensor(x.zero_()), SHAPES[name](*_mapped(values_of, args)))
+            return _map_tree(lambda x: GpuTensor(x.zero_()), SHAPES[name](*_map_tree(values_of, args)))
         return self.compute(func, args, kwargs)
 
     def check_copy(self, func: Any, args: Any, kwargs: Any) -> None:
@@ -193,10 +193,10 @@ class EmulatedGpu(TorchDispatchMode):
         if kwargs.get("device") is not None:
             stays = stays or torch.device(kwargs["device"]).type == "cpu"
             kwargs = {**kwargs, "device": torch.device("cpu")}
-        out = func(*_mapped(values, args), **_mapped(values, kwargs))
+        out = func(*_map_tree(values, args), **_map_tree(values, kwargs))
         if torch.Tag.inplace_view in func.tags and on_gpu(args[0]):
             args[0].data = GpuTensor(args[0].values)  # its shape has changed
-        return out if stays else _mapped(wrapped, out)
+        return out if stays else _map_tree(wrapped, out)
 
     def check_devices(self, func: Any, tensors: Sequence[Tensor]) -> None:
         """Refuse tensors in host memory, but for numbers; note an index there: PyTorch would copy it and wait.
@@ -214,7 +214,7 @@ class EmulatedGpu(TorchDispatchMode):
         """Note a wait for the GPU, if it is within the steps of training."""
         names = {frame.f_code.co_name for frame in _frames()}
         if names & STEPS and not names & MAY_WAIT:
-            self.problems.append(f"{what} in step {self.steps + 1}, at {_place()}")
+            self.problems.append(f"{what} in step {self.steps + 1}, at {_running_line()}")
 
     def before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Check the gradients that an optimizer is about to use."""
@@ -340,7 +340,7 @@ def _cuda(gpu: EmulatedGpu, count: int, stack: contextlib.ExitStack) -> None:
     stack.enter_context(mock.patch.object(torch.profiler, "profile", lambda activities: profile(activities=host)))
     real_save = torch.save
     stack.enter_context(
-        mock.patch.object(torch, "save", lambda obj, *a, **k: real_save(_mapped(to_host, obj), *a, **k))
+        mock.patch.object(torch, "save", lambda obj, *a, **k: real_save(_map_tree(to_host, obj), *a, **k))
     )
 
 

@@ -269,7 +269,7 @@ def all_reduces_of_step(model: CrossNet, config: train_crossnet_con.PretrainConf
     return config.accumulate * (passes * norms + 4 * pairs + numbers_of_objects)
 
 
-def svm_seconds(train: int, test: int, *, classes: int, dims: int, cpu: bool = False) -> float:
+def probe_seconds(train: int, test: int, *, classes: int, dims: int, cpu: bool = False) -> float:
     """Seconds of a probe's two SVMs: one is timed on made-up features, the other has 80 % of its training clouds."""
     sample = synthetic_features(train=train, test=test, classes=classes, dims=dims)
     return (1 + 0.8**2) * seconds_of(lambda: linear_svm(*sample), cpu=cpu)
@@ -308,7 +308,7 @@ def predict(args: argparse.Namespace, full: dict[str, Any], half: dict[str, Any]
     probes = -(-args.epochs // run_.eval_every) if sets else 0
     features = sum(found["train"] + found["test"] for found in sets) * full["cloud_seconds"] / args.gpus
     svm = sum(
-        svm_seconds(found["train"], found["test"], classes=found["classes"], dims=full["dims"], cpu=args.cpu_time)
+        probe_seconds(found["train"], found["test"], classes=found["classes"], dims=full["dims"], cpu=args.cpu_time)
         for found in sets
     )
     checkpoints = count_checkpoints(steps=steps, epochs=args.epochs, save_every=run_.save_every, probes=probes)

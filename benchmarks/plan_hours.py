@@ -124,11 +124,11 @@ class Prices:
         key = (name, cost["dims"], *settings.svm_c, settings.cv_folds, *settings.shots, settings.shot_draws)
         if key not in self.svms:
             say(f"{row.name}: timing linear SVMs on {name}")
-            self.svms[key] = svm_seconds(settings, clouds, classes=classes, dims=int(cost["dims"]), cpu=self.cpu)
+            self.svms[key] = row_seconds(settings, clouds, classes=classes, dims=int(cost["dims"]), cpu=self.cpu)
         return (sum(clouds.values()) * cost["cloud_seconds"] + self.svms[key]) / 3600
 
 
-def svm_seconds(
+def row_seconds(
     settings: argparse.Namespace, clouds: Mapping[str, int], *, classes: int, dims: int, cpu: bool = False
 ) -> float:
     """Return the seconds of a row's SVMs and retrieval: each kind is timed once on made-up features and multiplied."""

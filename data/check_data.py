@@ -643,14 +643,16 @@ def check(data_root: str | Path, *, full: bool = False, md5: bool = False) -> di
     return _Checker(root, full=full, md5=md5).all()
 
 
-def _counts(counts: Mapping[str, int]) -> str:
+def _listed_counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count:,} {name}" for name, count in counts.items()) or "-"
 
 
 def format_table(rows: Mapping[str, Finding]) -> str:
     """Format the findings: the table, then broken files, then the commands that download what is missing."""
     head = ("data set", "state", "found", "published")
-    cells = [head] + [(name, row.state, _counts(row.found), _counts(row.expected)) for name, row in rows.items()]
+    cells = [head] + [
+        (name, row.state, _listed_counts(row.found), _listed_counts(row.expected)) for name, row in rows.items()
+    ]
     widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
     lines = []
     for number, line in enumerate(cells):

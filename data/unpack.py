@@ -335,7 +335,7 @@ def peek(path: Path) -> str | None:
     """Identify the data set of an archive by its first bytes, truncated anywhere; return None if unclear.
 
     Raises:
-        DataError: there is no such file.
+        DataError: the file does not exist.
     """
     folders: dict[tuple[str, ...], list[str]] = {}
     with _damage_named(path):

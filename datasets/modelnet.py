@@ -193,7 +193,7 @@ def resampled_files(folder: Path, name: str, split: str) -> tuple[list[Path], li
 
 def _read_resampled(folder: Path, name: str, split: str, num_points: int | None) -> CloudArrays:
     files, classes = resampled_files(folder, name, split)
-    wanted = _checked(num_points)
+    wanted = _points_wanted(num_points)
     points, sizes = read_shapes(
         files,
         folder=folder,
@@ -215,12 +215,14 @@ def _read_meshes(folder: Path, split: str, num_points: int | None) -> CloudArray
         raise DataError(
             f"{folder} is not ModelNet as published: it has {foreign}. For other classes use --dataset folder"
         )
-    arrays = class_folder_clouds(found, split, num_points=_checked(num_points), layout=MESHES, read=_mesh_with_y_up)
+    arrays = class_folder_clouds(
+        found, split, num_points=_points_wanted(num_points), layout=MESHES, read=_mesh_with_y_up
+    )
     numbers = np.array([MODELNET40_CLASSES.index(name) for name in found.class_names])
     return arrays._replace(labels=numbers[arrays.labels], class_names=MODELNET40_CLASSES)
 
 
-def _checked(num_points: int | None) -> int:
+def _points_wanted(num_points: int | None) -> int:
     if num_points is not None and num_points < 1:
         raise UserError(f"the number of points must be at least 1, got {num_points}")
     return DEFAULT_POINTS if num_points is None else num_points

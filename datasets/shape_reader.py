@@ -43,10 +43,16 @@ class ShapeArrays(NamedTuple):
 Reader = Callable[[Path, int, str], tuple[np.ndarray, int]]
 
 
+def enclosing_sphere(points: np.ndarray) -> tuple[np.ndarray, float]:
+    """Return the mean (3,) of points (N, 3) and the largest distance from it."""
+    center = points.mean(axis=0)
+    return center, float(np.linalg.norm(points - center, axis=1).max())
+
+
 def to_unit_sphere(points: np.ndarray) -> np.ndarray:
     """Center points (N, 3) on their mean and scale the largest radius to 1; identical points map to the origin."""
-    points = points - points.mean(axis=0)
-    return points / max(np.linalg.norm(points, axis=1).max(), np.finfo(np.float64).tiny)
+    center, radius = enclosing_sphere(points)
+    return (points - center) / max(radius, np.finfo(np.float64).tiny)
 
 
 def choose_rows(count: int, wanted: int, name: str) -> np.ndarray:

@@ -171,7 +171,7 @@ def official_taxonomy() -> PartTaxonomy:
     return PartTaxonomy.build(names, counts, synsets=synsets)
 
 
-def _read_text(path: Path, what: str) -> str:
+def _read_listed_file(path: Path, what: str) -> str:
     try:
         return read_text(path)
     except FileNotFoundError as error:
@@ -184,7 +184,7 @@ def _read_categories(path: Path) -> dict[str, str]:
     """Read a mapping from synset to name, in the order of the lines."""
     what = "a category name and its synset on every line"
     names: dict[str, str] = {}
-    for number, line in enumerate(_read_text(path, what).split("\n"), start=1):
+    for number, line in enumerate(_read_listed_file(path, what).split("\n"), start=1):
         words = line.split()
         if not words:
             continue
@@ -202,7 +202,7 @@ def _read_part_counts(path: Path, synsets: Sequence[str]) -> list[int]:
     """Read the number of parts of every category from the list of [synset, part number] of all parts."""
     what = 'a list of [synset, part number], one for every part in order, such as [["02691156", 1], ["02691156", 2]]'
     try:
-        rows = json.loads(_read_text(path, what))
+        rows = json.loads(_read_listed_file(path, what))
         owners = [str(synset) for synset, _ in rows]
     except _JSON_ERRORS as error:
         raise DataError(f"{path} is not as expected: {what} ({error})") from error
@@ -256,7 +256,7 @@ def read_taxonomy(folder: str | Path) -> PartTaxonomy:
             )
     part_names = None
     if name_file.is_file():
-        lines = _read_text(name_file, "one part name per line").split("\n")
+        lines = _read_listed_file(name_file, "one part name per line").split("\n")
         part_names = [line.strip() for line in lines if line.strip()]
     try:
         return PartTaxonomy.build(names, counts, synsets=synsets, part_names=part_names)
@@ -408,7 +408,7 @@ class TextRelease:
         path = self.folder / "train_test_split" / f"shuffled_{split}_file_list.json"
         what = 'a list of shapes such as "shape_data/02691156/1a04e3eab45ca15dd86060f189eb133"'
         try:
-            rows = [str(row).split("/") for row in json.loads(_read_text(path, what))]
+            rows = [str(row).split("/") for row in json.loads(_read_listed_file(path, what))]
         except _JSON_ERRORS as error:
             raise DataError(f"{path} is not as expected: {what} ({error})") from error
         if not rows:

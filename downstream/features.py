@@ -52,7 +52,7 @@ def _batches(
         yield torch.from_numpy(np.ascontiguousarray(part)).to(device, dtype)
 
 
-def _place(
+def _move_encoder(
     encoder: nn.Module, points: np.ndarray, device: torch.device | str | None
 ) -> tuple[torch.device, torch.dtype]:
     """Move the encoder and return its device and dtype."""
@@ -99,7 +99,7 @@ def extract_features(
         UserError: a feature is not finite.
         ValueError: there are no clouds, or the batch size is below 1.
     """
-    device, dtype = _place(encoder, points, device)
+    device, dtype = _move_encoder(encoder, points, device)
     features = []
     with evaluating(encoder), _bar(len(points), progress, text) as bar:
         for batch in _batches(points, batch_size, device, dtype):
@@ -151,7 +151,7 @@ def calibrate_batch_norm(
     chosen = np.random.default_rng(seed).permutation(len(points))[:max_clouds]
     if len(chosen) < 2:
         raise ValueError(f"batch statistics need at least two clouds, got {len(chosen)}")
-    device, dtype = _place(encoder, points, device)
+    device, dtype = _move_encoder(encoder, points, device)
     momenta = [norm.momentum for norm in norms]
     try:
         with evaluating(encoder), _bar(len(chosen), progress, "batch-norm statistics") as bar:

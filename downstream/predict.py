@@ -35,10 +35,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from data.pair_folder import read_source
-from data.rendering import Mesh, sample_surface, to_unit_sphere
+from data.rendering import Mesh, sample_surface
 from data.shape_files import SUFFIXES
 from datasets.s3dis import CLASS_COLORS, CLASS_NAMES
 from datasets.s3dis_prepare import MAX_DISTANCE, BlockSettings, Room, block_values, choose_points
+from datasets.shape_reader import to_unit_sphere
 from datasets.shapenet_part import PartTaxonomy, draw_rows, official_taxonomy
 from downstream.features import check_neighbors, evaluating
 from downstream.figures import SHEET_POINTS, check_output_path, draw_neighbors, thinned
@@ -268,7 +269,7 @@ class Predictor:
             return found._replace(labels=room.predicted, confidence=room.confidence)
         if np.ptp(points, axis=0).max() == 0:
             raise DataError(f"{path}: all its points are the same")
-        unit = to_unit_sphere(upright)[0].astype(np.float32)
+        unit = to_unit_sphere(upright).astype(np.float32)
         if self.task == "parts":
             labels, confidence, category = self._parts(unit, rng)
             return found._replace(labels=labels, confidence=confidence, category=category)

@@ -41,7 +41,7 @@ class FewLabelResult(NamedTuple):
     short_classes: Mapping[int, int]  # label -> training samples, for classes with fewer than ``shots``
 
 
-def _fit(gram: np.ndarray, labels: np.ndarray, c: float) -> SVC:
+def _fit_svm(gram: np.ndarray, labels: np.ndarray, c: float) -> SVC:
     """Fit on the inner products (n, n) of the training samples."""
     with warnings.catch_warnings():
         # With one sample per class, scikit-learn suspects regression targets.
@@ -74,7 +74,7 @@ def _accuracy(predicted: np.ndarray, truth: np.ndarray) -> float:
     return 100.0 * float(np.mean(predicted == truth))
 
 
-def _check(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, test_y: np.ndarray) -> None:
+def _check_shapes(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, test_y: np.ndarray) -> None:
     for name, x, y in (("training", train_x, train_y), ("test", test_x, test_y)):
         if x.ndim != 2 or y.shape != (len(x),):
             raise ValueError(f"{name} features must be (n, D) with (n,) labels, got {x.shape} and {y.shape}")
@@ -136,7 +136,7 @@ def cross_validate(
     for fit, held in progress(split, text="cross-validation", unit="folds", total=folds, leave=False):
         fit_gram = gram[np.ix_(fit, fit)]
         for c in correct:
-            predicted = _predict(_fit(fit_gram, labels[fit], c), x[fit], x[held])
+            predicted = _predict(_fit_svm(fit_gram, labels[fit], c), x[fit], x[held])
             correct[c] += int(np.sum(predicted == labels[held]))
     return {c: 100.0 * count / len(labels) for c, count in correct.items()}
 
@@ -168,7 +168,7 @@ def linear_svm(
     Raises:
         ValueError: shapes do not fit, features are not finite, a C is not positive, or there are too few samples.
     """
-    _check(train_x, train_y, test_x, test_y)
+    _check_shapes(train_x, train_y, test_x, test_y)
     c_values = sorted(set(map(float, c_values)))
     if not c_values or c_values[0] <= 0:
         raise ValueError(f"C must be positive, got {c_values}")
@@ -177,7 +177,7 @@ def linear_svm(
     gram = train_x @ train_x.T  # (n, n)
     cv = cross_validate(train_x, gram, train_y, c_values=c_values, folds=folds, seed=seed) if len(c_values) > 1 else {}
     fits = progress(c_values, text="SVM", unit="values of C", leave=False)
-    predictions = {c: _predict(_fit(gram, train_y, c), train_x, test_x) for c in fits}
+    predictions = {c: _predict(_fit_svm(gram, train_y, c), train_x, test_x) for c in fits}
     chosen = max(c_values, key=lambda c: cv.get(c, 0.0))
     scores = {c: _accuracy(predicted, test_y) for c, predicted in predictions.items()}
     return SVMResult(scores[chosen], chosen, predictions[chosen], scores, cv)
@@ -217,7 +217,7 @@ def few_label_svm(
     Raises:
         ValueError: shapes do not fit, features are not finite, or ``shots`` or ``draws`` is below 1.
     """
-    _check(train_x, train_y, test_x, test_y)
+    _check_shapes(train_x, train_y, test_x, test_y)
     if shots < 1 or draws < 1:
         raise ValueError(f"shots and draws must be at least 1, got {shots} and {draws}")
     test_x = np.asarray(test_x, dtype=np.float64)
@@ -226,7 +226,7 @@ def few_label_svm(
         chosen = draw_labels(train_y, shots, draw=draw, seed=seed)
         scaler = StandardScaler()
         support = scaler.fit_transform(train_x[chosen].astype(np.float64))
-        machine = _fit(support @ support.T, train_y[chosen], 1.0)
+        machine = _fit_svm(support @ support.T, train_y[chosen], 1.0)
         predicted = machine.predict(
             scaler.transform(test_x) @ support.T
         )  # cheaper than _predict: fewer samples than pairs of classes

@@ -57,7 +57,7 @@ def _ours(payload: Mapping[str, Any], path: Path) -> dict[str, Any]:
         "head": payload.get("head_sizes"),
     }
     described = payload["encoder"]
-    fit = _fit(payload["point_encoder"], described["name"], described["kwargs"], path)
+    fit = _compare_with_encoder(payload["point_encoder"], described["name"], described["kwargs"], path)
     return {key: value for key, value in found.items() if value is not None} | fit
 
 
@@ -68,7 +68,7 @@ def _others(payload: Mapping[str, Any], path: Path) -> dict[str, Any]:
     fits = []
     for name in ENCODERS:
         own = split_published_state(state.tensors, name)[0]
-        fit = _fit(own, name, published_arguments(own, name), path)
+        fit = _compare_with_encoder(own, name, published_arguments(own, name), path)
         fits.append({**fit, "left_out": len(state.tensors) - len(own)})
     about = {"origin": "weights of another origin", "weights": state.describe()}
     nearest = max(fits, key=lambda fit: (fit["fitting"], -sum(map(len, fit["misfits"].values()))))
@@ -78,7 +78,7 @@ def _others(payload: Mapping[str, Any], path: Path) -> dict[str, Any]:
     return about | nearest
 
 
-def _fit(state: Mapping[str, Any], name: str, kwargs: Mapping[str, Any], path: Path) -> dict[str, Any]:
+def _compare_with_encoder(state: Mapping[str, Any], name: str, kwargs: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """Compare a state dict with an encoder."""
     try:
         with torch.device("meta"):

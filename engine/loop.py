@@ -169,7 +169,7 @@ class Meter:
         return record
 
     def log_progress(self, losses: list[float]) -> None:
-        """Show the losses on the progress bar, or as log lines if there is no terminal."""
+        """Show the losses on the progress bar, or as log lines outside a terminal."""
         task, progress, epochs = self.run.task, self.run.progress, self.run.config.epochs
         rate = self.run.optimizer.param_groups[0]["lr"]
         self.bar.set_description(f"epoch {progress.epoch + 1}/{epochs}")

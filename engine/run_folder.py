@@ -74,7 +74,7 @@ class RunFolder:
         self._replaced = [] if continues else present
         if present and not (overwrite or continues):
             if resume and not Path(resume).is_file():
-                raise UserError(f"--resume {resume}: there is no such file; without a path it takes the run's newest")
+                raise UserError(f"--resume {resume}: the file does not exist; without a path it takes the run's newest")
             raise UserError(
                 f"{self.path} holds an earlier run ({', '.join(present)}): continue it with --resume, replace it with "
                 "--overwrite, or choose another --exp_name"

@@ -91,7 +91,9 @@ def run_name(text: str) -> str:
     return text
 
 
-def _number(name: str, kind: Callable[[str], Any], fits: Callable[[Any], bool], problem: str) -> Callable[[str], Any]:
+def _number_type(
+    name: str, kind: Callable[[str], Any], fits: Callable[[Any], bool], problem: str
+) -> Callable[[str], Any]:
     """Build an argparse type: a number that ``kind`` parses and that fits; ``problem`` is what others are."""
 
     def parse(text: str) -> Any:
@@ -104,16 +106,16 @@ def _number(name: str, kind: Callable[[str], Any], fits: Callable[[Any], bool], 
     return parse
 
 
-positive_int = _number("positive_int", int, lambda n: n >= 1, "is not at least 1")
-non_negative_int = _number("non_negative_int", int, lambda n: n >= 0, "is negative")
+positive_int = _number_type("positive_int", int, lambda n: n >= 1, "is not at least 1")
+non_negative_int = _number_type("non_negative_int", int, lambda n: n >= 0, "is negative")
 # What every library accepts as a seed.
-seed_number = _number("seed_number", non_negative_int, lambda n: n < 1 << 32, "is not below 2^32")
-non_negative_float = _number(
+seed_number = _number_type("seed_number", non_negative_int, lambda n: n < 1 << 32, "is not below 2^32")
+non_negative_float = _number_type(
     "non_negative_float", float, lambda x: 0 <= x < math.inf, "is not a finite number of at least 0"
 )
-positive_float = _number("positive_float", non_negative_float, lambda x: x > 0, "is not above 0")
-fraction = _number("fraction", float, lambda x: 0 <= x < 1, "is not in [0, 1)")
-share = _number("share", fraction, lambda x: x > 0, "is not above 0")
+positive_float = _number_type("positive_float", non_negative_float, lambda x: x > 0, "is not above 0")
+fraction = _number_type("fraction", float, lambda x: 0 <= x < 1, "is not in [0, 1)")
+share = _number_type("share", fraction, lambda x: x > 0, "is not above 0")
 
 
 def flag(default: Any = None, *names: str, group: str = "", exclusive: str = "", **options: Any) -> Any:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data.rendering import Material, Mesh, sample_surface
-from data.rendering.sampling import to_unit_sphere
+from datasets.shape_reader import to_unit_sphere
 
 # Category -> (synset of WordNet 3.0, as in ShapeNet; names of its parts).
 CATEGORIES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -754,4 +754,4 @@ def build_object(category: str, split: str, number: int, *, seed: int, count: in
     solids = BUILDERS[category](rng)
     points, parts = draw_points(solids, count, int(rng.integers(2**31)))
     names = CATEGORIES[category][1]
-    return to_unit_sphere(points)[0], np.array([names.index(part) for part in parts], np.uint8)
+    return to_unit_sphere(points), np.array([names.index(part) for part in parts], np.uint8)

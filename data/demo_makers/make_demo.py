@@ -39,9 +39,10 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also run by path
 
-from data.rendering import Camera, Mesh, Renderer, sample_surface, to_unit_sphere
+from data.rendering import Camera, Mesh, Renderer, sample_surface
 from data.rendering.obj import read_obj
 from data.rendering.renderer import create_context
+from datasets.shape_reader import enclosing_sphere, to_unit_sphere
 from utils import cli
 from utils.errors import DataError, UserError
 from utils.files import data_files
@@ -441,7 +442,7 @@ def encode_view(picture: np.ndarray, colors: int) -> bytes:
 _renderer: Renderer | None = None
 
 
-def _start_worker(view_size: int) -> None:
+def _make_renderer(view_size: int) -> None:
     """Create this process's renderer."""
     global _renderer
     _renderer = Renderer(view_size, samples=SAMPLES)
@@ -459,14 +460,14 @@ def build_shape(job: tuple[Model, int, int, int, int]) -> Shape | str:
     A pure function of its arguments: neither the order of models nor the number of processes matters.
     """
     model, seed, count, views, colors = job
-    assert _renderer is not None, "runs in a process that _start_worker has prepared"
+    assert _renderer is not None, "runs in a process that _make_renderer has prepared"
     rng = np.random.default_rng([seed, zlib.crc32(model.key.encode())])
     first, second = (int(s) for s in rng.integers(2**31, size=2))
     try:
         with zipfile.ZipFile(model.collection) as archive:
             mesh = place(read_model(archive, model.obj), model)
         meters, color, material, _ = sample_surface(mesh, count, first)
-        points, center, radius = to_unit_sphere(meters)
+        center, radius = enclosing_sphere(meters)
         second_meters = sample_surface(mesh, count, second).points
     except SkippedModelError as error:
         return str(error)
@@ -475,8 +476,8 @@ def build_shape(job: tuple[Model, int, int, int, int]) -> Shape | str:
     used = np.unique(material)
     cameras = [Camera(*angles) for angles in view_angles(rng, views)]
     return Shape(
-        points=points.astype(np.float32),
-        svm_points=to_unit_sphere(second_meters)[0].astype(np.float32),
+        points=((meters - center) / radius).astype(np.float32),
+        svm_points=to_unit_sphere(second_meters).astype(np.float32),
         colors=color,
         material=np.searchsorted(used, material).astype(np.uint8),
         material_names=[mesh.materials[index].name for index in used],
@@ -490,7 +491,7 @@ def build_shapes(models: Sequence[Model], args: DemoSettings) -> list[Shape | st
     """Build every model in several processes; return one :class:`Shape` or reason per model, in order."""
     jobs = [(model, args.seed, args.points, args.views, args.colours) for model in models]
     # Spawn, not fork: an OpenGL context does not survive a fork.
-    with worker_pool(args.workers, get_context("spawn"), _start_worker, (args.size,)) as pool:
+    with worker_pool(args.workers, get_context("spawn"), _make_renderer, (args.size,)) as pool:
         return list(progress(pool.map(build_shape, jobs), total=len(jobs), text="models", unit="models"))
 
 

@@ -3,7 +3,7 @@
 from data.rendering.cameras import Camera, cameras_3d_r2n2
 from data.rendering.meshes import read_mesh, read_shape
 from data.rendering.renderer import Renderer, encode_png
-from data.rendering.sampling import Samples, sample_exterior, sample_surface, to_unit_sphere
+from data.rendering.sampling import Samples, sample_exterior, sample_surface
 from data.rendering.shape import Cloud, Material, Mesh, concatenate
 
 __all__ = [
@@ -20,5 +20,4 @@ __all__ = [
     "read_shape",
     "sample_exterior",
     "sample_surface",
-    "to_unit_sphere",
 ]

@@ -226,7 +226,7 @@ def read_mtl(
         elif key == "kd":
             material.color = _color(words[1:4], material.color)
         elif key == "d":  # not Tr: exporters disagree on whether 1 means opaque or invisible there
-            value = _number(words[-1])
+            value = _finite(words[-1])
             material.opacity = material.opacity if value is None else float(np.clip(value, 0, 1))
         elif key == "map_kd":
             name = _texture_name(words[1:])
@@ -242,7 +242,7 @@ def read_mtl(
     return materials, notes
 
 
-def _number(word: str) -> float | None:
+def _finite(word: str) -> float | None:
     try:
         value = float(word)
     except ValueError:
@@ -252,7 +252,7 @@ def _number(word: str) -> float | None:
 
 def _color(words: list[str], otherwise: np.ndarray) -> np.ndarray:
     """Return three numbers as float32; repeat a single one; on anything else keep the old value."""
-    values = [_number(word) for word in words]
+    values = [_finite(word) for word in words]
     if None in values or len(values) not in (1, 3):
         return otherwise
     return np.resize(np.asarray(values, np.float32), 3)
@@ -268,7 +268,7 @@ def _texture_name(words: list[str]) -> str:
             i += _MAP_OPTIONS[option]
         else:
             first = i
-            while i < min(first + 3, len(words) - 1) and _number(words[i]) is not None:
+            while i < min(first + 3, len(words) - 1) and _finite(words[i]) is not None:
                 i += 1
     return " ".join(words[i:]) or words[-1]
 

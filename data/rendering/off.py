@@ -28,7 +28,7 @@ def read_off(data: bytes, where: str) -> Mesh:
     if text[header.end() :].lstrip().lower().startswith("binary"):
         raise DataError(f"{where} is a binary OFF, which is not supported; save it as text OFF, PLY or OBJ")
     lines = [line for line in text[header.end() :].splitlines() if line.strip()]
-    count, faces = _counts(lines, where)
+    count, faces = _read_counts(lines, where)
     rows, listed = lines[1 : 1 + count], lines[1 + count : 1 + count + faces]
     if len(rows) < count or len(listed) < faces:
         raise DataError(
@@ -36,7 +36,9 @@ def read_off(data: bytes, where: str) -> Mesh:
             "it is truncated; get it again"
         )
     xyz, own = _vertices(rows, where, colored=header[2] is not None)
-    parts = [_triangles(*group, size, xyz, where) for size, group in sorted(_faces(listed, where).items()) if size > 2]
+    parts = [
+        _split_polygons(*group, size, xyz, where) for size, group in sorted(_faces(listed, where).items()) if size > 2
+    ]
     if not parts:
         raise DataError(f"{where} has no faces; a surface is needed to draw points from")
     triangles = np.concatenate([part[0] for part in parts])
@@ -53,7 +55,7 @@ def read_off(data: bytes, where: str) -> Mesh:
     return mesh
 
 
-def _counts(lines: list[str], where: str) -> tuple[int, int]:
+def _read_counts(lines: list[str], where: str) -> tuple[int, int]:
     try:
         count, faces = (int(word) for word in lines[0].split()[:2])
         if min(count, faces) < 0:
@@ -101,7 +103,7 @@ def _faces(lines: list[str], where: str) -> dict[int, tuple[np.ndarray, np.ndarr
         raise DataError(f"{where}: a face is not a list of numbers ({error}); the file is damaged") from error
 
 
-def _triangles(
+def _split_polygons(
     index: np.ndarray, color: np.ndarray, size: int, xyz: np.ndarray, where: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the triangles (t, 3) of polygons (f, n) and their colors (t, 3) in [0, 1]."""

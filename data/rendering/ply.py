@@ -92,7 +92,7 @@ def _mesh(ply: PlyData, xyz: np.ndarray, colors: np.ndarray | None, where: str, 
     chosen = next((name for name in _FACES if name in names), None)
     if chosen is None:
         raise DataError(f"{where} has faces without a list of vertices ({' or '.join(_FACES)})")
-    owner, triangles, corners = _triangles(face[chosen], xyz, where)
+    owner, triangles, corners = _split_lists(face[chosen], xyz, where)
     mesh = Mesh.from_triangles(xyz, triangles)
     own = _colors(face)
     if colors is not None:
@@ -111,7 +111,7 @@ def _mesh(ply: PlyData, xyz: np.ndarray, colors: np.ndarray | None, where: str, 
     return mesh
 
 
-def _triangles(lists: np.ndarray, xyz: np.ndarray, where: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _split_lists(lists: np.ndarray, xyz: np.ndarray, where: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the face (t,) of every triangle, its vertices (t, 3), and its corners (t, 3) within the face."""
     if lists.ndim == 2:
         sizes = np.full(len(lists), lists.shape[1])

@@ -98,13 +98,6 @@ def colors_at(mesh: Mesh, points: np.ndarray, triangle: np.ndarray) -> tuple[np.
     return color.round().clip(0, 255).astype(np.uint8), solid
 
 
-def to_unit_sphere(points: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """Center (N, 3) on the mean and scale the largest radius to 1; return points, center and radius."""
-    center = points.mean(0)
-    radius = float(np.linalg.norm(points - center, axis=1).max())
-    return (points - center) / radius, center, radius
-
-
 def _views_all_round(points: np.ndarray) -> list[View]:
     """Return orthographic views from uniformly spaced directions (a Fibonacci lattice)."""
     center = (points.min(0) + points.max(0)) / 2

@@ -79,7 +79,7 @@ class Mesh:
 
     def transformed(self, matrix: np.ndarray) -> Mesh:
         """Return the mesh under an affine (4, 4) or linear (3, 3) map."""
-        vertices = _mapped(self.vertices, matrix)
+        vertices = _transformed(self.vertices, matrix)
         return Mesh(vertices, self.triangles, self.uv, self.material, self.materials, self.colors, self.notes)
 
 
@@ -101,10 +101,10 @@ class Cloud:
 
     def transformed(self, matrix: np.ndarray) -> Cloud:
         """Return the cloud under an affine (4, 4) or linear (3, 3) map."""
-        return Cloud(_mapped(self.points, matrix), self.colors, self.notes)
+        return Cloud(_transformed(self.points, matrix), self.colors, self.notes)
 
 
-def _mapped(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+def _transformed(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     """Return points (n, 3) under an affine (4, 4) or linear (3, 3) map."""
     matrix = np.asarray(matrix, np.float64)
     points = points @ matrix[:3, :3].T

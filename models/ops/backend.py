@@ -54,7 +54,7 @@ def check_choice(device: torch.device) -> None:
         return
     if device.type != "cuda" and not _interpreted():
         raise UserError(f"{VARIABLE}=triton in the environment: the kernels need a GPU, the encoder runs on {device}")
-    kernels, reason = _checked(_indexed(device))
+    kernels, reason = _working_kernels(_indexed(device))
     if kernels is None:
         raise UserError(f"{VARIABLE}=triton in the environment, but the kernels cannot run on {device}: {reason}")
 
@@ -77,7 +77,7 @@ def backend_for(x: Tensor) -> ModuleType | None:
     if choice == "torch" or (choice == "auto" and (_interpreted() or not x.is_cuda)):
         return None
     check_choice(x.device)
-    return None if _without_everywhere else _checked(_indexed(x.device))[0]
+    return None if _without_everywhere else _working_kernels(_indexed(x.device))[0]
 
 
 def agree_on_kernels(device: torch.device) -> None:
@@ -87,7 +87,7 @@ def agree_on_kernels(device: torch.device) -> None:
     """
     if world_size() == 1 or device.type != "cuda" or wanted() == "torch":
         return
-    _, reason = _checked(_indexed(device))
+    _, reason = _working_kernels(_indexed(device))
     _without_everywhere[:] = all_gather_strings([f"process {rank()} on {device}: {reason}"] if reason else [])
     if _without_everywhere:
         logger.warning("all processes use PyTorch operations: %s", "; ".join(_without_everywhere))
@@ -101,7 +101,7 @@ def _indexed(device: torch.device) -> torch.device:
 
 
 @functools.cache
-def _checked(device: torch.device) -> tuple[ModuleType | None, str]:
+def _working_kernels(device: torch.device) -> tuple[ModuleType | None, str]:
     """Return the kernels if they work on a device with an index, or None and the reason.
 
     Raises:

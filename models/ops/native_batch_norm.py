@@ -33,7 +33,7 @@ def normalizes_natively(x: Tensor) -> bool:
 @functools.cache
 def _all_agree(device: torch.device) -> bool:
     try:
-        _check(device)
+        _compare_with_formula(device)
         reason = ""
     except Exception as error:  # builds of PyTorch and devices raise many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -41,7 +41,7 @@ def _all_agree(device: torch.device) -> bool:
     return not any_rank(bool(reason))
 
 
-def _check(device: torch.device) -> None:
+def _compare_with_formula(device: torch.device) -> None:
     """Compare with ``F.batch_norm`` in float64 on the CPU, for both memory layouts, without communication.
 
     Raises:

@@ -449,7 +449,7 @@ def test_the_committed_set_is_what_the_script_makes(pack, monkeypatch):
     ids = list(pack["ids"])
     chosen = [model for model in sorted(models, key=lambda model: model.id) if model.id in ids][::200]
     assert len(chosen) == 5
-    make_demo._start_worker(make_demo.Content().size)
+    make_demo._make_renderer(make_demo.Content().size)
     different = []
     for model in chosen:
         shape, i = make_demo.build_shape((model, 1, 1024, 2, 64)), ids.index(model.id)

@@ -140,7 +140,7 @@ def test_the_parts_are_those_of_a_literal_pass(parts, tmp_path):
     write_cloud(tmp_path / "a.ply", points)
     report = script.predict(parts, [tmp_path / "a.ply"], category="cone", num_points=64, device="cpu")
     model, _ = script.fine_tuned_from_checkpoint(parts, PartSegmentation)
-    unit = torch.tensor(script.to_unit_sphere(report.predictions[0].points)[0], dtype=torch.float32)
+    unit = torch.tensor(script.to_unit_sphere(report.predictions[0].points), dtype=torch.float32)
     with torch.no_grad():
         scores = model.eval()(unit.T[None], torch.tensor([1]))[0]
     np.testing.assert_array_equal(report.predictions[0].labels, 2 + scores[2:].argmax(0).numpy())
@@ -150,7 +150,7 @@ def test_the_category_is_the_likeliest_one_and_may_be_given_by_the_checkpoint(pa
     write_cloud(tmp_path / "a.ply", RNG.normal(size=(64, 3)))
     report = script.predict(parts, [tmp_path / "a.ply"], num_points=64, device="cpu")
     model, _ = script.fine_tuned_from_checkpoint(parts, PartSegmentation)
-    unit = torch.tensor(script.to_unit_sphere(report.predictions[0].points)[0], dtype=torch.float32).T[None]
+    unit = torch.tensor(script.to_unit_sphere(report.predictions[0].points), dtype=torch.float32).T[None]
     shares = {}
     for number, (category, own) in enumerate((("brick", slice(0, 2)), ("cone", slice(2, 5)))):
         one = script.predict(parts, [tmp_path / "a.ply"], num_points=64, device="cpu", category=category)

@@ -241,7 +241,7 @@ def test_pictures_of_curves_leave_no_figure_in_memory(tmp_path):
 def test_a_checkpoint_to_resume_that_is_not_there_is_named_and_not_the_run_in_the_folder(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "last.pth").write_bytes(b"precious")
-    with pytest.raises(UserError, match=r"--resume .*gone\.pth: there is no such file"):
+    with pytest.raises(UserError, match=r"--resume .*gone\.pth: the file does not exist"):
         RunFolder(tmp_path / "run", resume=str(tmp_path / "gone.pth"))
 
 

@@ -32,9 +32,9 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture
 def chosen(monkeypatch):
     """Return a function that sets CROSSNET_KERNELS and clears the cache of earlier checks."""
-    backend._checked.cache_clear()
+    backend._working_kernels.cache_clear()
     yield lambda choice: monkeypatch.setenv(backend.VARIABLE, choice)
-    backend._checked.cache_clear()
+    backend._working_kernels.cache_clear()
 
 
 @pytest.fixture
