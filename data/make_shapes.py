@@ -36,7 +36,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also run by path
 from data.procedural import KINDS, LEVELS, compose, sample_visible
 from data.procedural.compose import SurfaceSamples, generator
 from data.procedural.pictures import LIGHT, mesh_of, splat_count, splat_views
-from data.rendering import Camera, Renderer, cameras_3d_r2n2, encode_png, to_unit_sphere
+from data.rendering import Camera, Renderer, cameras_3d_r2n2, encode_png
+from datasets.shape_reader import to_unit_sphere
 from utils.cli import Settings, flag, non_negative_int, positive_int, run, seed_number, write_json
 from utils.errors import UserError, malformed
 from utils.files import replacing, writing
@@ -99,7 +100,7 @@ def make_shape(number: int, settings: ShapeSettings, renderer: Renderer | None) 
         dense = sample_visible(shape, splat_count(settings.image_size), rng)
         pictures = splat_views(dense, shape.color_at(dense.points, dense.number), cameras, size=settings.image_size)
     return {
-        "points": to_unit_sphere(samples.points)[0].astype(np.float32),
+        "points": to_unit_sphere(samples.points).astype(np.float32),
         "part_kind": samples.kind,
         "part_number": samples.number,
         "cameras": np.array([[camera.azimuth, camera.elevation] for camera in cameras], np.float32),

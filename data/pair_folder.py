@@ -22,13 +22,13 @@ from data.rendering import (
     read_shape,
     sample_exterior,
     sample_surface,
-    to_unit_sphere,
 )
 from data.rendering.cameras import DISTANCE, Camera, View, aim
 from data.rendering.meshes import MESH_SUFFIXES
 from data.rendering.shape import check_mesh
 from data.shape_files import ShapeFile
 from datasets.own_clouds import LABELED_FOLDER
+from datasets.shape_reader import enclosing_sphere
 from datasets.untrusted import read_ply
 from utils.cli import Settings, flag, non_negative_int, positive_int, seed_number
 from utils.cloud_files import CLOUD_SUFFIXES, read_cloud_file
@@ -93,7 +93,7 @@ def make_pair(shape: Mesh | Cloud, name: str, settings: PairSettings, renderer: 
         shape = _thin_out(shape, seed)
     if np.ptp(points, axis=0).max() == 0:
         raise DataError(f"{name}: all its points are in one place")
-    points, center, radius = to_unit_sphere(points)
+    center, radius = enclosing_sphere(points)
     normalize = np.diag([1 / radius] * 3 + [1.0])
     normalize[:3, 3] = -center / radius
     placed = shape.transformed(normalize)
@@ -102,7 +102,7 @@ def make_pair(shape: Mesh | Cloud, name: str, settings: PairSettings, renderer: 
     views = [aim(spanned, camera) for camera in cameras]
     pictures = np.zeros((0, 1, 1, 4), np.uint8) if renderer is None else renderer.views(placed, views)
     described = [_describe(camera, view) for camera, view in zip(cameras, views, strict=True)]
-    return Pair(points.astype(np.float32), pictures, described, notes)
+    return Pair(((points - center) / radius).astype(np.float32), pictures, described, notes)
 
 
 def _visible_part(mesh: Mesh, name: str) -> Mesh:
