@@ -9,6 +9,7 @@ results/<row>/seed_<s>/ with
   config.json, metrics.jsonl  of the run that trained the weights that were scored
 Rows whose data or weights (pretrained:NAME, docs/weights.md) are not there are skipped and shown as "not run". A call
 that was stopped continues when it is repeated: finished seeds are kept, and training resumes from its last checkpoint.
+--jobs runs several seeds or rows at a time, each with its share of the cores.
 
 Examples:
   python -m benchmarks.reproduce --list
@@ -16,7 +17,7 @@ Examples:
   python -m benchmarks.reproduce --tables                     # only write docs/results.md from results/
   python -m benchmarks.reproduce --rows modelnet10-untrained --check --seeds 1
   python -m benchmarks.reproduce --quick                      # every row at a tiny size on the demo set
-  python -m benchmarks.reproduce --plan benchmarks/ablations.toml --discard --seeds 1 2    # docs/ablations.md
+  python -m benchmarks.reproduce --plan benchmarks/ablations.toml --discard --seeds 1 2 --jobs 2  # docs/ablations.md
 """
 
 from __future__ import annotations
@@ -26,24 +27,26 @@ import fnmatch
 import json
 import shlex
 import shutil
-import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also run by path
+from benchmarks.commands import Commands
 from benchmarks.measure import ROOT, machine_name, provenance
 from benchmarks.plan import PLAN, Plan, Row
 from benchmarks.result_pages import recorded_scores, value_at, write_page
 from models.pretrained import pretrained_index
-from utils.cli import HelpFormatter, check_writable, read_json, run, seed_number, write_json
+from utils.cli import HelpFormatter, check_writable, positive_int, read_json, run, seed_number, write_json
 from utils.errors import UserError
 from utils.files import sha256
+from utils.processes import available_cores
 from utils.reproducible import commit_of
 
 PRETRAINING_SCRIPT = "train_crossnet_con.py"
+QUICK_JOBS = 4  # each needs about a gigabyte of memory
 # Scripts that train keep a run folder and resume; the others only score.
 TRAINING_SCRIPTS = {
     PRETRAINING_SCRIPT,
@@ -79,10 +82,14 @@ class Runner:
         work: folder of checkpoints and logs.
         results: folder of the records.
         quick: flags by script that replace a row's, for a try-out.
+        jobs: how many seeds run at a time.
     """
 
-    def __init__(self, plan: Plan, *, work: Path, results: Path, quick: Mapping[str, Mapping[str, Any]]) -> None:
+    def __init__(
+        self, plan: Plan, *, work: Path, results: Path, quick: Mapping[str, Mapping[str, Any]], jobs: int = 1
+    ) -> None:
         self.plan, self.work, self.results, self.quick = plan, work, results, quick
+        self.processes = Commands(jobs=jobs, folder=ROOT)
 
     def flags(self, script: str, flags: Mapping[str, Any]) -> dict[str, Any]:
         """Return a row's flags with the roots put in; a try-out's values replace them."""
@@ -181,7 +188,15 @@ class Runner:
         scored = [other for other in self.plan.rows if row.pretraining and other.pretraining == row.pretraining]
         if scored and all(self.recorded(other, seed) for other in scored):
             for path in self.run_folder(str(row.pretraining), seed).glob("*.pth"):
-                path.unlink()
+                path.unlink(missing_ok=True)
+
+    def run_all(self, tasks: Sequence[tuple[Row, int]]) -> Iterator[tuple[Row, int]]:
+        """Run and record seeds of rows, and yield each when it is recorded.
+
+        Raises:
+            UserError: as :meth:`run_seed`; the other commands are stopped.
+        """
+        yield from self.processes.run_all(self.run_seed, tasks)
 
     def run_seed(self, row: Row, seed: int) -> None:
         """Run one seed of a row and record it.
@@ -195,17 +210,17 @@ class Runner:
         about = provenance()  # before the run: the commit may change meanwhile
         minutes = []
         with log.open("a", encoding="utf-8") as output:
-            for command in [*(command for path, command in making.items() if not path.exists()), *commands]:
-                print(f"{row.name}, seed {seed}: {shlex.join(command)}", flush=True)
-                begun = time.time()
-                done = subprocess.run(
-                    [sys.executable, *command[1:]], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, check=False
-                )
-                if done.returncode:
+            made = {tuple(command): path for path, command in making.items()}
+            for command in (*making.values(), *commands):
+                with self.processes.turn(command) as succeeded:  # rows share data and pretrainings
+                    if succeeded or (tuple(command) in made and made[tuple(command)].exists()):
+                        continue
+                    print(f"{row.name}, seed {seed}: {shlex.join(command)}", flush=True)
+                    begun = time.time()
+                    code = self.processes.run(command, output)
+                if code:
                     last = (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"])[-1]
-                    raise UserError(
-                        f"{shlex.join(command)} ended with exit code {done.returncode}; see {log}, which ends: {last}"
-                    )
+                    raise UserError(f"{shlex.join(command)} ended with exit code {code}; see {log}, which ends: {last}")
                 minutes.append(round((time.time() - begun) / 60, 2))
         scores = read_json(self.work / row.name / f"seed_{seed}.json")
         trained = self.run_folder(row.name if row.script in TRAINING_SCRIPTS else row.pretraining or "", seed)
@@ -216,7 +231,7 @@ class Runner:
             "flags": self.identity(row),
             "commands": [shlex.join(command) for command in (*making.values(), *commands)],
             "minutes": round((time.time() - start) / 60, 1),
-            "command_minutes": minutes,  # of those that ran: data that was there already was not made
+            "command_minutes": minutes,  # of those that ran: not of what was made or trained before
             "date": time.strftime("%Y-%m-%d", time.gmtime(start)),
             **about,
             "checkpoint_sha256": sha256(checkpoint) if checkpoint.exists() else None,
@@ -325,6 +340,12 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="delete a pretraining's checkpoints, half a gigabyte a seed, once all rows that score them are recorded",
     )
+    parser.add_argument(
+        "--jobs",
+        type=positive_int,
+        metavar="N",
+        help=f"how many run at a time (default: 1; with --quick the number of cores, at most {QUICK_JOBS})",
+    )
     parser.add_argument("--json", metavar="FILE", help="also write what was done to FILE")
     return parser
 
@@ -338,7 +359,8 @@ def prepare(args: argparse.Namespace) -> tuple[Runner, Path]:
         quick = plan.quick.get("flags", {})
         work = work / "quick"
         results, page = work / "results", work / Path(plan.page).name
-    return Runner(plan, work=work, results=results, quick=quick), page
+    jobs = args.jobs or (min(available_cores(), QUICK_JOBS) if args.quick else 1)
+    return Runner(plan, work=work, results=results, quick=quick, jobs=jobs), page
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -354,6 +376,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         check_writable(runner.work)
         check_writable(runner.results)
     state: dict[str, Any] = {}
+    todo: list[tuple[Row, int]] = []
     for row in rows:
         seeds = args.seeds or (row.seeds[:1] if args.quick else row.seeds)
         missing = runner.missing(row)
@@ -374,12 +397,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         elif missing:
             print(f"{row.name}: not run, {', '.join(missing)} is not there (python -m data.check_data)")
         else:
-            for seed in seeds:
-                if seed not in done:
-                    runner.run_seed(row, seed)
-                    done.append(seed)
-                if args.discard:
-                    runner.discard(row, seed)
+            todo += [(row, seed) for seed in seeds if seed not in done]
+            for seed in done if args.discard else ():
+                runner.discard(row, seed)
+    for row, seed in runner.run_all(todo):
+        state[row.name]["recorded"] = sorted([*state[row.name]["recorded"], seed])
+        if args.discard:
+            runner.discard(row, seed)
     if not (args.list or args.check):
         write_page(runner.plan, runner.results, page)
         print(f"wrote {page}")

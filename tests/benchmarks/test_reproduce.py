@@ -4,14 +4,16 @@ import json
 import re
 import runpy
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 import train_crossnet_con
-from benchmarks import growth, reproduce
+from benchmarks import commands, growth, reproduce
 from benchmarks.plan import PLAN, Plan
 from benchmarks.reproduce import Runner, command_line
 from benchmarks.result_pages import mean_and_deviation, value_at
@@ -22,6 +24,7 @@ from downstream.classification import few_shot, finetune
 from downstream.classification import main as classification
 from downstream.segmentation import main_partseg, main_semseg
 from tests.support.commands import command
+from tests.support.paths import ROOT
 from tests.support.small_run import arguments
 from utils.errors import UserError
 
@@ -50,6 +53,21 @@ assert not a.fail, "asked to fail"
 extra = len(calls.read_text()) if a.noise else 0
 pathlib.Path(a.json).write_text(json.dumps({"accuracy": a.base + a.seed + extra, "shots": {"1": [40.0, 2.0]}}))
 """
+
+
+def run_here(monkeypatch, call):
+    """Call ``call(argv, output file)`` in place of every process of this interpreter; None starts the process."""
+
+    class Child(subprocess.Popen):
+        def __init__(self, argv, **settings):
+            self.code = call(argv, settings["stdout"]) if argv[0] == sys.executable else None
+            if self.code is None:
+                super().__init__(argv, **settings)
+
+        def wait(self, timeout=None):
+            return super().wait(timeout) if self.code is None else self.code
+
+    monkeypatch.setattr(subprocess, "Popen", Child)
 
 
 @pytest.fixture
@@ -248,15 +266,13 @@ factor = "terms"
 def test_variants_train_fill_the_page_with_differences_and_leave_no_checkpoints(
     project, data_root, tmp_path, monkeypatch, small_runs
 ):
-    really_run = reproduce.subprocess.run
-
-    def run(argv, **settings):
+    def trains(argv, _):
         if argv[1] != "train_crossnet_con.py":
-            return really_run(argv, **settings)
+            return None
         train_crossnet_con.main(argv[2:])
-        return SimpleNamespace(returncode=0)
+        return 0
 
-    monkeypatch.setattr(reproduce.subprocess, "run", run)
+    run_here(monkeypatch, trains)
     words = arguments(data_root, tmp_path, "--epochs", 1, "--val_fraction", 0.2)
     given = zip((word.removeprefix("--") for word in words[::2]), words[1::2], strict=True)
     small = ", ".join(f"{name} = {value!r}" for name, value in given if name != "output_dir")
@@ -314,12 +330,11 @@ num_points = 24
 def test_scores_along_a_run_fill_the_page_step_by_step(project, data_root, tmp_path, monkeypatch, small_runs):
     mains = {"train_crossnet_con.py": train_crossnet_con.main, "benchmarks/growth.py": growth.main}
 
-    def run(argv, **settings):
-        if argv[0] == sys.executable:
-            mains[argv[1]](argv[2:])
-        return SimpleNamespace(returncode=0, stdout="")
+    def runs(argv, _):
+        mains[argv[1]](argv[2:])
+        return 0
 
-    monkeypatch.setattr(reproduce.subprocess, "run", run)
+    run_here(monkeypatch, runs)
     words = arguments(data_root, tmp_path, "--epochs", 2, "--keep_every", 3, "--val_fraction", 0.2, "--eval_every", 0)
     given = zip((word.removeprefix("--") for word in words[::2]), words[1::2], strict=True)
     small = ", ".join(f"{name} = {value!r}" for name, value in given if name != "output_dir")
@@ -376,17 +391,112 @@ def test_a_command_that_fails_is_named_with_its_log_and_nothing_is_recorded(proj
     assert not (tmp_path / "results/runs").exists()
 
 
+SHARED = """
+title = "Shared"
+[roots]
+data = "{folder}"
+[pretraining.p]
+flags = {{}}
+[tables.t]
+title = "A table"
+note = "What it means."
+columns = {{ "all labels" = "accuracy" }}
+[[rows]]
+name = "first"
+table = "t"
+label = "first"
+pretraining = "p"
+script = "{folder}/score.py"
+flags = {{ base = 90.0 }}
+[[rows]]
+name = "second"
+table = "t"
+label = "second"
+pretraining = "p"
+script = "{folder}/score.py"
+flags = {{ base = 80.0 }}
+needs = ["data/made"]
+[[rows]]
+name = "third"
+table = "t"
+label = "third"
+script = "{folder}/score.py"
+flags = {{ base = 70.0 }}
+needs = ["data/made"]
+[made."data/made"]
+script = "{folder}/make.py"
+flags = {{}}
+"""
+# Fails if the file is there, or if another process makes it at the same time.
+MAKE = "import sys, time; open(sys.argv[2] + '.part', 'x'); time.sleep(0.5); open(sys.argv[2], 'x')"
+
+
+def test_rows_that_run_at_a_time_share_what_they_need(project, tmp_path, monkeypatch):
+    (tmp_path / "make.py").write_text(MAKE)
+    (tmp_path / "plan.toml").write_text(SHARED.format(folder=tmp_path))
+    trained, scored_with = [], set()
+
+    def trains(argv, _):
+        if argv[1] == "train_crossnet_con.py":
+            trained.append(argv[argv.index("--seed") + 1])
+            return 0
+        return None
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(commands, "available_cores", lambda: 9)
+    score = SCRIPT.replace(
+        "assert not a.fail",
+        "calls.with_name(f'threads{a.base}{a.seed}').write_text("
+        "__import__('os').environ['OMP_NUM_THREADS'])\nassert not a.fail",
+    )
+    (tmp_path / "score.py").write_text(score)
+    run_here(monkeypatch, trains)
+    state = reproduce.main([*project, "--seeds", "1", "2", "--jobs", "3"])
+    assert [entry["recorded"] for entry in state.values()] == [[1, 2]] * 3
+    assert sorted(trained) == ["1", "2"]
+    scored_with |= {path.read_text() for path in tmp_path.glob("threads*")}
+    assert scored_with == {"3"}
+    assert len(list(tmp_path.glob("threads*"))) == 6
+
+
+SLOW = """
+import pathlib, signal, sys, time
+def stopped(*_):
+    pathlib.Path(__file__).with_name("stopped").touch(); sys.exit(1)
+signal.signal(signal.SIGTERM, stopped)
+pathlib.Path(__file__).with_name("started").touch()
+time.sleep(60)
+"""
+
+
+def test_nothing_runs_on_after_sigterm_or_another_row_s_error(project, tmp_path):
+    (tmp_path / "score.py").write_text(SLOW)
+    process = subprocess.Popen([sys.executable, "-m", "benchmarks.reproduce", *project], cwd=ROOT)
+    while not (tmp_path / "started").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 128 + signal.SIGTERM
+    assert (tmp_path / "stopped").exists() and not (tmp_path / "results/runs").exists()
+    (tmp_path / "stopped").unlink()
+    # The second seed fails once the first has started.
+    fails = "import pathlib, sys, time\nif sys.argv[sys.argv.index('--seed') + 1] == '2':\n"
+    fails += "    while not pathlib.Path(__file__).with_name('started').exists(): time.sleep(0.05)\n    sys.exit(3)\n"
+    (tmp_path / "started").unlink()
+    (tmp_path / "score.py").write_text(fails + SLOW)
+    with pytest.raises(UserError, match="--seed 2 .* exit code 3"):
+        reproduce.main([*project, "--seeds", "1", "2", "3", "--jobs", "2"])
+    assert (tmp_path / "stopped").exists() and not (tmp_path / "results/runs").exists()
+    assert not (tmp_path / "work/runs/seed_3.log").exists()
+
+
 def test_a_real_row_at_a_tiny_size(tmp_path, monkeypatch):
-    really_run = reproduce.subprocess.run
-
-    def run(argv, **settings):
-        if argv[0] != sys.executable:  # git
-            return really_run(argv, **settings)
+    def forks(argv, output):
         done = command(*argv[1:])
-        settings["stdout"].write(done.stdout + done.stderr)
-        return done
+        output.write(done.stdout + done.stderr)
+        return done.returncode
 
-    monkeypatch.setattr(reproduce.subprocess, "run", run)
+    run_here(monkeypatch, forks)
     small = """
 model = "pointnet_cls"
 emb_dims = 16
