@@ -121,7 +121,7 @@ def fake_gpu(recorder: Recorder, *, ranks: int = 1) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for patch in (
             mock.patch.multiple(triton_kernels, **stubs),
-            mock.patch.object(backend, "_checked", lambda device: (triton_kernels, "")),
+            mock.patch.object(backend, "_working_kernels", lambda device: (triton_kernels, "")),
             mock.patch.object(compiled, "_fused", recorder.fused),
             mock.patch.object(native_batch_norm, "_all_agree", lambda device: True),
             mock.patch.dict("os.environ", {backend.VARIABLE: "auto"}),
