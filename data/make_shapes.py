@@ -111,14 +111,14 @@ def make_shape(number: int, settings: ShapeSettings, renderer: Renderer | None) 
 _renderer: Renderer | None = None  # one per worker process, which keeps its OpenGL context
 
 
-def _start_worker(settings: ShapeSettings) -> None:
+def _open_renderer(settings: ShapeSettings) -> None:
     global _renderer
     _renderer = Renderer(settings.image_size, samples=SAMPLES) if settings.pictures == "OpenGL" else None
 
 
 def _start_process(settings: ShapeSettings) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: end at once, without a traceback
-    _start_worker(settings)
+    _open_renderer(settings)
 
 
 def _make_block(first: int, last: int, settings: ShapeSettings, path: str) -> str:
@@ -197,7 +197,7 @@ def _run_jobs(
     if not jobs:
         return
     if workers == 0:
-        _start_worker(settings)
+        _open_renderer(settings)
         yield from starmap(_make_block, jobs)
         return
     # Spawn, not fork: an OpenGL context does not survive a fork.

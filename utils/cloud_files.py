@@ -30,7 +30,7 @@ def read_cloud_file(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarra
         DataError: the file is missing, in another format, truncated, empty, or has no finite point.
     """
     path = Path(path)
-    readers = {".pcd": _read_pcd, ".npy": _read_npy} | dict.fromkeys((".xyz", ".pts", *TEXT_SUFFIXES), _read_table)
+    readers = {".pcd": _read_pcd, ".npy": _read_npy} | dict.fromkeys((".xyz", ".pts", *TEXT_SUFFIXES), _read_rows)
     suffix = path.suffix.lower()
     if suffix in (".las", ".laz"):
         points, colors = _read_las(path)
@@ -80,7 +80,7 @@ def _columns(table: np.ndarray, where: str) -> tuple[np.ndarray, np.ndarray | No
     return table[:, :3], None
 
 
-def _read_table(data: bytes, where: str) -> tuple[np.ndarray, np.ndarray | None]:
+def _read_rows(data: bytes, where: str) -> tuple[np.ndarray, np.ndarray | None]:
     """Read rows of numbers separated by spaces, commas or semicolons; skip headers and the count in a PTS file."""
     try:
         text = re.sub(r"(#|//)[^\n]*", "", decode_text(data))

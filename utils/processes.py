@@ -35,10 +35,10 @@ def worker_pool(
         initializer: called with ``initargs`` in each process.
         initargs: picklable.
     """
-    return ProcessPoolExecutor(workers, context, _start_worker, (initializer, initargs))
+    return ProcessPoolExecutor(workers, context, _start_watched, (initializer, initargs))
 
 
-def _start_worker(initializer: Callable[..., Any] | None, initargs: tuple[Any, ...]) -> None:
+def _start_watched(initializer: Callable[..., Any] | None, initargs: tuple[Any, ...]) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if initializer is not None:
         initializer(*initargs)
