@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
+
 from utils.processes import available_cores
 
 THREADS = "OMP_NUM_THREADS"
@@ -52,7 +54,7 @@ class Commands:
             child = subprocess.Popen(
                 [sys.executable, *command[1:]],
                 cwd=self.folder,
-                env=self._environment(),
+                env={**os.environ, THREADS: self.threads} if self.jobs > 1 else None,
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
@@ -101,9 +103,11 @@ class Commands:
                 for child in self._children:
                     child.terminate()
 
-    def _environment(self) -> dict[str, str]:
-        share = {THREADS: str(max(1, available_cores() // self.jobs))} if self.jobs > 1 else {}
-        return share | os.environ
+    @property
+    def threads(self) -> str:
+        """Return the CPU threads of each child, on which the rounding of sums can depend."""
+        share = max(1, available_cores() // self.jobs) if self.jobs > 1 else torch.get_num_threads()
+        return os.environ.get(THREADS) or str(share)
 
 
 @contextlib.contextmanager

@@ -233,6 +233,7 @@ class Runner:
             "minutes": round((time.time() - start) / 60, 1),
             "command_minutes": minutes,  # of those that ran: not of what was made or trained before
             "date": time.strftime("%Y-%m-%d", time.gmtime(start)),
+            "threads": self.processes.threads,
             **about,
             "checkpoint_sha256": sha256(checkpoint) if checkpoint.exists() else None,
         }
@@ -252,7 +253,7 @@ def check_row(row: Row, seed: int, *, recorded: Runner, again: Runner, tolerance
     folder = recorded.record_folder(row, seed)
     before = recorded_scores(folder)
     shutil.rmtree(again.work, ignore_errors=True)
-    again.run_seed(row, seed)
+    list(again.run_all([(row, seed)]))
     after = recorded_scores(again.record_folder(row, seed))
     columns = recorded.plan.tables[row.table].columns
     pairs = {column: (value_at(before, path), value_at(after, path)) for column, path in columns.items()}
@@ -269,7 +270,8 @@ def check_row(row: Row, seed: int, *, recorded: Runner, again: Runner, tolerance
         print(f"{row.name}, seed {seed}, {column}: recorded {old}, now {new}: {'agrees' if same else 'DIFFERS'}")
     if not agree:
         changes = changed(read_json(folder / "row.json"), read_json(again.record_folder(row, seed) / "row.json"))
-        print(f"{row.name}, seed {seed}: {'; '.join(changes) or 'commit, machine and versions are those recorded'}")
+        unchanged = "commit, machine, threads and versions are those recorded"
+        print(f"{row.name}, seed {seed}: {'; '.join(changes) or unchanged}")
     return agree
 
 
@@ -277,7 +279,9 @@ def changed(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return what two records of a seed were not made with alike, which may explain other scores."""
 
     def about(record: Mapping[str, Any]) -> dict[str, str]:
-        return {"commit": commit_of(record), "machine": machine_name(record["machine"]), **record["versions"]}
+        threads = record.get("threads", "not recorded")
+        named = {"commit": commit_of(record), "machine": machine_name(record["machine"]), "threads": threads}
+        return {**named, **record["versions"]}
 
     old, new = about(recorded), about(now)
     return [f"{name} {old.get(name)} -> {new.get(name)}" for name in {**old, **new} if old.get(name) != new.get(name)]

@@ -203,13 +203,17 @@ def test_check_runs_again_and_compares_with_what_is_recorded(project, tmp_path, 
         runpy.run_path(reproduce.__file__, run_name="__main__")
     shown = capsys.readouterr().out
     assert stop.value.code == 1 and "all labels: recorded 91.0, now" in shown
-    assert "runs, seed 1: commit, machine and versions are those recorded" in shown
+    assert "runs, seed 1: commit, machine, threads and versions are those recorded" in shown
     row = tmp_path / "results/runs/seed_1/row.json"
     record = json.loads(row.read_text())
     record["machine"] |= {"cpu": "A processor", "instructions": "AVX512"}
+    record["threads"] = "64"
     row.write_text(json.dumps({**record, "versions": {**record["versions"], "torch": "2.4.0"}}))
     reproduce.main([*project, "--rows", "runs", "--check", "--seeds", "1"])
-    found = re.search(r"runs, seed 1: machine A processor \(AVX512\) -> .+; torch 2.4.0 -> .+", capsys.readouterr().out)
+    found = re.search(
+        r"runs, seed 1: machine A processor \(AVX512\) -> .+; threads 64 -> \d+; torch 2.4.0 -> .+",
+        capsys.readouterr().out,
+    )
     assert found and "commit" not in found[0]
     near = ["--rows", "runs", "--check", "--seeds", "1", "--tolerance", "10"]
     assert reproduce.main([*project, *near])["runs"]["agrees"] is True
@@ -456,6 +460,7 @@ def test_rows_that_run_at_a_time_share_what_they_need(project, tmp_path, monkeyp
     assert sorted(trained) == ["1", "2"]
     scored_with |= {path.read_text() for path in tmp_path.glob("threads*")}
     assert scored_with == {"3"}
+    assert json.loads((tmp_path / "results/third/seed_2/row.json").read_text())["threads"] == "3"
     assert len(list(tmp_path.glob("threads*"))) == 6
 
 
