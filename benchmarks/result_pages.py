@@ -241,7 +241,7 @@ def growth_table(records: Records, table: Table, rows: Sequence[Row], page: Path
 def draw_effects(effects: Mapping[str, Mapping[str, Difference]], rows: Sequence[Row], path: Path) -> None:
     """Draw differences to the base: a dot for each seed, mean and interval for each variant, a panel for each column.
 
-    The axes end near the farthest dot: with two seeds intervals are wider, and may be cut there.
+    The axes hold every interval, unless it is so wide that the dots would move together: they end at twice the farthest dot.
 
     Args:
         effects: differences by column and row.
@@ -253,7 +253,7 @@ def draw_effects(effects: Mapping[str, Mapping[str, Difference]], rows: Sequence
     figure = Figure(figsize=(3.2 + 2.9 * len(effects), 1.2 + 0.24 * len(rows)), layout="constrained")
     panels = figure.subplots(1, len(effects), sharey=True, squeeze=False)[0]
     for axis, (column, found) in zip(panels, effects.items(), strict=True):
-        reach = 0.0
+        dots = ends = 0.0
         for place, row in enumerate(rows):
             effect = found.get(row.name)
             if effect is None:
@@ -262,8 +262,9 @@ def draw_effects(effects: Mapping[str, Mapping[str, Difference]], rows: Sequence
             axis.plot([effect.low, effect.high], [place, place], color=color, linewidth=1.2)
             axis.plot(effect.each, [place] * len(effect.each), ".", color=color, alpha=0.5, markersize=5)
             axis.plot(effect.mean, place, "D", color=color, markersize=4)
-            reach = max([reach, abs(effect.mean), *map(abs, effect.each)])
-        reach = 1.25 * reach or 1.0
+            dots = max([dots, abs(effect.mean), *map(abs, effect.each)])
+            ends = max(ends, abs(effect.low), abs(effect.high))
+        reach = 1.05 * min(ends, 2 * dots) or 1.0
         axis.set(xlim=(-reach, reach), title=column)
         axis.axvline(0, color="black", linewidth=0.8)
         for place, row in enumerate(rows):

@@ -14,9 +14,10 @@ import pytest
 
 import train_crossnet_con
 from benchmarks import commands, growth, reproduce
-from benchmarks.plan import PLAN, Plan
+from benchmarks.plan import PLAN, Plan, Row
 from benchmarks.reproduce import Runner, command_line
-from benchmarks.result_pages import mean_and_deviation, value_at
+from benchmarks.result_pages import draw_effects, mean_and_deviation, value_at
+from benchmarks.spread import Difference
 from data import make_shapes
 from datasets import pack
 from downstream import search
@@ -302,6 +303,17 @@ def test_variants_train_fill_the_page_with_differences_and_leave_no_checkpoints(
     reproduce.main([*project, "--tables"])
     page = (tmp_path / "docs/results.md").read_text()
     assert "Not run:\n\n- terms: cross alone\n" in page and "| terms |" not in page
+
+
+@pytest.mark.parametrize(("low", "high", "ends"), [(-1.0, 3.0, 3.15), (-90.0, 92.0, 4.2)])
+def test_panels_of_effects_hold_their_intervals_unless_dots_would_merge(tmp_path, monkeypatch, low, high, ends):
+    drawn = []
+    monkeypatch.setattr("utils.pictures.save_figure", lambda figure, path, **options: drawn.append(figure))
+    row = Row(name="a", table="t", label="warm", factor="rate", script="score.py", flags={})
+    effect = Difference(mean=1.0, low=low, high=high, each=(0.0, 2.0))
+    draw_effects({"mAP": {"a": effect}}, [row], tmp_path / "effects.png")
+    (axis,) = drawn[0].axes
+    assert axis.get_xlim() == pytest.approx((-ends, ends)) and axis.get_title() == "mAP"
 
 
 GROWTH = """
