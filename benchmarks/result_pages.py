@@ -241,7 +241,7 @@ def growth_table(records: Records, table: Table, rows: Sequence[Row], page: Path
 def draw_effects(effects: Mapping[str, Mapping[str, Difference]], rows: Sequence[Row], path: Path) -> None:
     """Draw differences to the base: a dot for each seed, mean and interval for each variant, a panel for each column.
 
-    The axes hold every interval, unless it is so wide that the dots would move together: they end at twice the farthest dot.
+    The axes hold every interval, but end at twice the farthest dot, since dots beside a very wide interval would merge.
 
     Args:
         effects: differences by column and row.
